@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations: public functions with one contract and several implementations (reference, Triton, C++)."""
+
+from __future__ import annotations
+
+from discquant.ops.reference.linear_kl import LinearKLResult
+from discquant.ops.reference.projected_step import (
+    StepCounts,
+    StepOptions,
+    decode_frac_ref,
+    encode_frac_ref,
+)
+from discquant.ops.reference.soft_weight import decode_frac, expand_groups, unpack_nibbles
+from discquant.ops.linear_kl import linear_kl
+from discquant.ops.projected_step import projected_step_
+from discquant.ops.soft_weight import soft_weight
+
+__all__ = [
+    "LinearKLResult",
+    "StepCounts",
+    "StepOptions",
+    "decode_frac",
+    "decode_frac_ref",
+    "encode_frac_ref",
+    "expand_groups",
+    "linear_kl",
+    "projected_step_",
+    "soft_weight",
+    "unpack_nibbles",
+]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reference of `linear_kl`: KL divergence of two next-token distributions behind one frozen head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from discquant.ops.reference.soft_weight import accumulate_dtype
+
+
+class LinearKLResult(NamedTuple):
+    """Loss (scalar), KL per token in nats [num_tokens], gradient of the loss [num_tokens, hidden_size]."""
+
+    loss: Tensor
+    per_token: Tensor
+    grad_student: Tensor
+
+
+def cap_logits(logits: Tensor, logit_scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and soft-cap logits; return them with d(capped)/d(raw), None where that is `logit_scale`."""
+    if softcap is None:
+        return logits * logit_scale, None
+    squashed = torch.tanh(logits * (logit_scale / softcap))
+    return softcap * squashed, logit_scale * (1 - squashed.square())
+
+
+def linear_kl(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalizer: float | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = 1024,
+) -> LinearKLResult:
+    """Forward KL from teacher to student through a shared head, with its gradient, in chunks of tokens.
+
+    z = cap(logit_scale * (h @ weight^T + bias)); p = softmax(z_teacher), q = softmax(z_student);
+    per_token = sum_v p_v (log p_v - log q_v);  loss = sum_t mask_t per_token_t / normalizer;
+    grad_student = mask / normalizer * ((q - p) * dz) @ weight.
+    Logits are float32 (float64 for float64 input) and never exist for more than `chunk_size` tokens.
+
+    Args:
+        student: Last hidden state of the student after the final norm, floating, [num_tokens, hidden_size].
+        teacher: The same of the teacher, same shape and dtype.
+        weight: Frozen head, floating, [vocab_size, hidden_size].
+        bias: Head bias, floating, [vocab_size].
+        mask: True where a token counts, bool, [num_tokens]; None counts all.
+        normalizer: Divisor of the sum, number of tokens that count in the whole step; None takes this call's.
+        logit_scale: Factor on the logits, unitless.
+        softcap: Gemma's cap: z = softcap * tanh(z / softcap); None for no cap.
+        chunk_size: Tokens per chunk.
+
+    Returns:
+        LinearKLResult; per_token and loss in float32 (float64), grad_student in student.dtype; masked
+        tokens have per_token 0 and gradient 0.
+
+    Note:
+        The softmax differences are taken in float32: bfloat16 logits drown the gradient at small KL.
+
+    Source:
+        DiscQuant, arXiv 2501.06417, objective; log-sum-exp as usual.
+    """
+    compute = accumulate_dtype(student, weight)
+    num_tokens = student.shape[0]
+    counted = (
+        torch.ones(num_tokens, dtype=torch.bool, device=student.device) if mask is None else mask
+    )
+    divisor = float(counted.sum()) if normalizer is None else float(normalizer)
+    per_token = student.new_zeros(num_tokens, dtype=compute)
+    grad = torch.zeros_like(student)
+    head = weight.to(compute)
+    offset = None if bias is None else bias.to(compute)
+    for start in range(0, num_tokens, chunk_size):
+        rows = slice(start, start + chunk_size)
+        raw_s = torch.nn.functional.linear(student[rows].to(compute), head, offset)
+        raw_t = torch.nn.functional.linear(teacher[rows].to(compute), head, offset)
+        z_s, slope = cap_logits(raw_s, logit_scale, softcap)
+        z_t, _ = cap_logits(raw_t, logit_scale, softcap)
+        log_q = torch.log_softmax(z_s, dim=-1)
+        log_p = torch.log_softmax(z_t, dim=-1)
+        p = log_p.exp()
+        keep = counted[rows].to(compute)
+        # where, not a product: a padded token may hold an infinite or NaN logit.
+        kl = (p * (log_p - log_q)).sum(dim=-1)
+        per_token[rows] = torch.where(counted[rows], kl, torch.zeros_like(kl))
+        d_logits = (log_q.exp() - p) * (logit_scale if slope is None else slope)
+        d_hidden = (d_logits @ head) * (keep / divisor if divisor else keep).unsqueeze(1)
+        grad[rows] = torch.where(counted[rows].unsqueeze(1), d_hidden, torch.zeros_like(d_hidden)).to(grad.dtype)
+    loss = per_token.sum() / divisor if divisor else per_token.sum()
+    return LinearKLResult(loss, per_token, grad)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reference of `projected_step_`: one optimizer step on `frac`, projected onto [0, 1].
+
+State formats (memory.md section 2): `frac` float32 / bfloat16 / uint8 / uint16; `frac_ref` floating or uint8
+(code u is (u - 63) / 126); momentum floating or int8; second moment floating or uint8 (of its root).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from discquant.ops.reference.counter_rng import counter_uniform, stream_key
+from discquant.ops.reference.soft_weight import FRAC_DENOMINATOR, accumulate_dtype, decode_frac, expand_groups
+
+Optimizer = Literal["adamw", "momentum", "lion", "sgd"]
+
+FRAC_REF_ZERO = 63  # uint8 code of frac_ref = 0
+FRAC_REF_RANGE = 126  # codes per unit: covers [-0.5, 1.5] with 0, 1/2 and 1 on codes
+FRAC_STREAM, MOMENT_STREAM, SECOND_STREAM = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Scalars of one step; see `projected_step_` for their place in the formula."""
+
+    optimizer: Optimizer = "adamw"
+    lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    kl_weight: float = 200.0
+    grad_clamp: float = 1.0
+    linear_weight: float = 1.0
+    hardening: float = 0.0
+    step: int = 1
+    moment_bound: float = 2.0
+    seed: int = 0
+    tensor_id: int = 0
+    first_index: int = 0
+
+
+class StepCounts(NamedTuple):
+    """Number of coordinates: free to move; fractional after the step; off nearest; with a clamped KL gradient."""
+
+    live: int
+    fractional: int
+    moved: int
+    saturated: int
+
+
+def decode_frac_ref(frac_ref: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `frac_ref` as floating numbers; uint8 code u is (u - 63) / 126."""
+    if frac_ref.dtype == torch.uint8:
+        return (frac_ref.to(dtype) - FRAC_REF_ZERO) / FRAC_REF_RANGE
+    return frac_ref.to(dtype)
+
+
+def encode_frac_ref(frac_ref: Tensor) -> Tensor:
+    """Round floating `frac_ref` to its uint8 code.
+
+    Raises:
+        ValueError: A value lies outside [-0.5, 1.524], the range of the code.
+    """
+    code = torch.round(frac_ref.double() * FRAC_REF_RANGE) + FRAC_REF_ZERO
+    if bool((code < 0).any()) or bool((code > 255).any()):
+        low, high = frac_ref.min().item(), frac_ref.max().item()
+        raise ValueError(
+            f"encode_frac_ref: frac_ref must lie in [-0.5, 1.52] = range of its uint8 code, got [{low:g}, {high:g}]"
+        )
+    return code.to(torch.uint8)
+
+
+def _stochastic_code(value: Tensor, low: int, high: int, key: int, first: int) -> Tensor:
+    """Round to an integer, up with probability equal to the fraction: floor(value + r)."""
+    noise = counter_uniform(key, first, value.numel(), value.device).view_as(value)
+    return torch.floor(value + noise).clamp_(low, high)
+
+
+def store_frac_(target: Tensor, value: Tensor, options: StepOptions) -> None:
+    """Write floating `value` in [0, 1] into `target`, stochastically rounded where it is fixed point."""
+    denominator = FRAC_DENOMINATOR.get(target.dtype)
+    if denominator is None:
+        target.copy_(value)
+        return
+    key = stream_key(options.seed, options.step, options.tensor_id, FRAC_STREAM)
+    code = _stochastic_code((value * denominator).float(), 0, denominator, key, options.first_index)
+    target.copy_(code.to(torch.int32).to(target.dtype))
+
+
+def _load_moment(moment: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
+    if moment.dtype == torch.int8:
+        return moment.to(dtype) * (bound / 127)
+    if moment.dtype == torch.uint8:
+        return (moment.to(dtype) * (bound / 255)).square()
+    return moment.to(dtype)
+
+
+def _store_moment(target: Tensor, value: Tensor, options: StepOptions) -> None:
+    if target.dtype == torch.int8:
+        key = stream_key(options.seed, options.step, options.tensor_id, MOMENT_STREAM)
+        scaled = (value * (127 / options.moment_bound)).float()
+        target.copy_(_stochastic_code(scaled, -127, 127, key, options.first_index).to(torch.int8))
+    elif target.dtype == torch.uint8:
+        key = stream_key(options.seed, options.step, options.tensor_id, SECOND_STREAM)
+        scaled = (value.sqrt() * (255 / options.moment_bound)).float()
+        target.copy_(_stochastic_code(scaled, 0, 255, key, options.first_index).to(torch.uint8))
+    else:
+        target.copy_(value)
+
+
+def projected_step_(
+    frac: Tensor,
+    frac_ref: Tensor,
+    weight_grad: Tensor,
+    scale: Tensor,
+    *,
+    group_size: int,
+    options: StepOptions,
+    momentum: Tensor | None = None,
+    second_moment: Tensor | None = None,
+) -> StepCounts:
+    """Take one projected step in place.
+
+    kl = clamp(kl_weight * weight_grad * scale, -grad_clamp, grad_clamp)
+    g = kl + linear_weight * (1 - 2 clamp(frac_ref, 0, 1)) + hardening * (1 - 2 frac)
+    adamw:    m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; frac *= 1 - lr * weight_decay;
+              d = (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
+    momentum: m = b1 m + (1 - b1) g; d = m          sgd: d = g
+    lion:     d = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g
+    frac = clamp(frac - lr d, 0, 1), rounded stochastically where it is stored in fixed point.
+    Coordinates with frac_ref exactly 0 or 1 lie on the grid: they are frozen, their moments stay zero.
+
+    Args:
+        frac: Place between the neighbours, float64/32/bfloat16 or uint8/uint16 fixed point,
+            [out_features, in_features]; changed in place.
+        frac_ref: Place that reproduces the original weight, floating or uint8 code, same shape.
+        weight_grad: Gradient of the loss by the weight, floating, same shape.
+        scale: Grid step, the chain-rule factor d weight / d frac, floating, [out_features, num_groups].
+        group_size: Columns per group, -1 for the row.
+        options: Scalars; `moment_bound` is the fixed scale of 8-bit moments, `first_index` the index of
+            element 0 in the unsharded tensor.
+        momentum: First moment, floating or int8, same shape (adamw, momentum, lion); changed in place.
+        second_moment: Second moment, floating, or uint8 holding its root (adamw); changed in place.
+
+    Returns:
+        StepCounts over this tensor.
+
+    Note:
+        Deterministic; independent of tiling. The clamp acts on the gradient of the whole step.
+
+    Source:
+        DiscQuant, arXiv 2501.06417, update rule; 8-bit layout and hardening are this project's.
+    """
+    compute = accumulate_dtype(frac, weight_grad)
+    position = decode_frac(frac, compute)
+    reference = decode_frac_ref(frac_ref, compute)
+    live = (reference != 0) & (reference != 1)
+    raw = weight_grad.to(compute) * (expand_groups(scale.to(compute), group_size, frac.shape[1]) * options.kl_weight)
+    kl = raw.clamp(-options.grad_clamp, options.grad_clamp)
+    g = kl + options.linear_weight * (1 - 2 * reference.clamp(0, 1)) + options.hardening * (1 - 2 * position)
+    g = torch.where(live, g, torch.zeros_like(g))
+
+    b1, b2 = options.betas
+    if options.optimizer == "sgd":
+        direction = g
+    else:
+        assert momentum is not None
+        m = _load_moment(momentum, options.moment_bound, compute)
+        if options.optimizer == "lion":
+            direction = torch.sign(b1 * m + (1 - b1) * g)
+            m = b2 * m + (1 - b2) * g
+        else:
+            m = b1 * m + (1 - b1) * g
+            direction = m
+        if options.optimizer == "adamw":
+            assert second_moment is not None
+            v = b2 * _load_moment(second_moment, options.moment_bound, compute) + (1 - b2) * g * g
+            m_hat = m / (1 - b1**options.step)
+            direction = m_hat / ((v / (1 - b2**options.step)).sqrt() + options.eps)
+            _store_moment(second_moment, v, options)
+            position = torch.where(live, position * (1 - options.lr * options.weight_decay), position)
+        _store_moment(momentum, m, options)
+    moved_to = (position - options.lr * direction).clamp(0, 1)
+    moved_to = torch.where(live, moved_to, position)
+    store_frac_(frac, moved_to, options)
+
+    after = decode_frac(frac, compute)
+    return StepCounts(
+        live=int(live.sum()),
+        fractional=int((live & (after > 0.01) & (after < 0.99)).sum()),
+        moved=int((live & ((after > 0.5) != (reference > 0.5))).sum()),
+        saturated=int((live & (raw.abs() >= options.grad_clamp)).sum()),
+    )
