@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# Two commands matter on a fresh machine: `make quickstart` and `make test`. Both install what they need into .venv.
+# DISCQUANT_PYTHON=/path/to/python uses that interpreter with the torch it has, without .venv and without network.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint bench gpu clean
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+EXTENSION := setup.py $(shell find csrc -type f 2>/dev/null)
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+ifdef DISCQUANT_PYTHON
+PYTHON := $(DISCQUANT_PYTHON)
+STAMPS := build/stamps
+else
+PYTHON := .venv/bin/python
+STAMPS := .venv
+endif
+# The scripts beside the interpreter. Bare `pytest`, not `python -m pytest`: the latter puts the checkout on sys.path,
+# where triton_kernels/ would shadow the package of that name from Triton's own project.
+BIN = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+# Parallel only where pytest-xdist is installed (always so in .venv).
+PARALLEL = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n $(WORKERS)" if u.find_spec("xdist") else "")')
+
+help:
+	@echo "make quickstart   install, quantize the bundled model at 3 bits, compare with RTN and GPTQ, generate text"
+	@echo "make test         install, lint, and every test that this machine can run"
+	@echo "make install      make .venv with everything in it"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        benchmarks that this machine can run"
+	@echo "make gpu          on a machine with a GPU: build for it, then all tests and benchmarks"
+	@echo "make clean        remove build products (not .venv)"
+
+install: $(STAMPS)/.extension
+
+ifdef DISCQUANT_PYTHON
+$(STAMPS)/.dependencies:
+	@$(PYTHON) -c 'import torch, transformers, setuptools' || { echo "DISCQUANT_PYTHON=$(PYTHON) needs torch, transformers and setuptools" >&2; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+else
+$(PYTHON):
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python3 must be 3.10 or later, got $$(python3 --version 2>&1)" >&2; exit 1; }
+	python3 -m venv .venv
+
+# torch first and alone, then everything else held to the same versions by constraints.txt.
+$(STAMPS)/.dependencies: pyproject.toml constraints.txt | $(PYTHON)
+	$(PYTHON) -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(PYTHON) -m pip install -q -c constraints.txt setuptools wheel ninja
+	DISCQUANT_BUILD=none $(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+endif
+
+$(STAMPS)/.extension: $(STAMPS)/.dependencies $(EXTENSION) triton_kernels/__init__.py
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+quickstart: install
+	$(PYTHON) examples/quickstart.py
+
+test: install
+	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict discquant
+
+bench: install
+	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+# Compiles for the GPU that is here, so that the build takes seconds instead of minutes.
+gpu: $(STAMPS)/.dependencies
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make gpu: no CUDA device is visible to $(PYTHON)" >&2; exit 1; }
+	@rm -f $(STAMPS)/.extension
+	DISCQUANT_BUILD=cuda TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}.{minor}" + "a" * (major >= 9))')" $(MAKE) install
+	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMPS)/.extension
+	rm -f discquant/_C*.so
+	find discquant triton_kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

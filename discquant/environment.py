@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine has, for `discquant env` and for the choice of kernels; the one reader of DISCQUANT_* variables.
+
+A leaf: imports nothing of the package but `_extension` and `errors`. Nothing is asked of a device at import.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+VARIABLES = {
+    "DISCQUANT_BUILD": "what setup.py compiles: auto (default), cpu, cuda or none",
+    "DISCQUANT_PYTHON": "interpreter that the Makefile uses instead of making .venv",
+    "DISCQUANT_SHARED": "folder of test models and texts; tests that need it are skipped without it",
+}
+PACKAGES = (
+    "discquant", "torch", "triton", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy",
+)  # fmt: skip
+
+
+def variable(name: str) -> str | None:
+    """Value of a DISCQUANT_* variable, None where unset or empty.
+
+    Raises:
+        KeyError: The variable is not in VARIABLES, which documents all of them.
+    """
+    if name not in VARIABLES:
+        raise KeyError(f"environment: {name} is not one of {sorted(VARIABLES)}")
+    return os.environ.get(name) or None
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of Python and of every package that can change a result; None where absent."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _cpu() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    memory = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {"model": model, "machine": platform.machine(), "cores": cores, "memory_bytes": memory}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": device.name,
+                "capability": f"{device.major}.{device.minor}",
+                "memory_bytes": device.total_memory,
+                "multiprocessors": device.multi_processor_count,
+            }
+        )
+    return found
+
+
+def _triton() -> dict[str, Any]:
+    """Whether Triton kernels can run: on a GPU, or anywhere under its interpreter."""
+    return {
+        "installed": versions()["triton"] is not None,
+        "interpreted": os.environ.get("TRITON_INTERPRET") == "1",
+    }
+
+
+def _extension_facts() -> dict[str, Any]:
+    from discquant import _extension
+
+    reason = _extension.failure()
+    if reason is not None:
+        return {"available": False, "reason": reason}
+    return {"available": True, **_extension.load().build_facts()}
+
+
+def facts() -> dict[str, Any]:
+    """Versions, processor, GPUs, the compiled extension (or why there is none), Triton, DISCQUANT_* variables set."""
+    import torch
+
+    return {
+        "versions": versions(),
+        "platform": f"{sys.platform} {platform.release()}",
+        "cpu": _cpu(),
+        "gpus": _gpus(),
+        "torch": {"cuda": torch.version.cuda, "threads": torch.get_num_threads()},
+        "triton": _triton(),
+        "extension": _extension_facts(),
+        "variables": {name: variable(name) for name in VARIABLES if variable(name) is not None},
+    }

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test needs: no network, Triton interpreted where there is no GPU, a seed per test, poisoned memory.
+
+Runs before any test module is imported, and so before any kernel is.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+if _WORKERS > 1:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+
+# Fills every `empty` tensor with NaN or the largest integer, so that a read of unwritten memory shows.
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+hypothesis.settings.register_profile(
+    "discquant", deadline=None, max_examples=50, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("discquant")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def find_shared() -> Path | None:
+    """Folder of test models and texts: beside the checkout, else DISCQUANT_SHARED, else None."""
+    from discquant import environment
+
+    beside = ROOT.parent / "shared"
+    named = environment.variable("DISCQUANT_SHARED")
+    if beside.is_dir():
+        return beside
+    return Path(named) if named and Path(named).is_dir() else None
+
+
+def pytest_report_header() -> list[str]:
+    """One line each for what decides which tests run."""
+    shared = "found" if find_shared() else "absent (set DISCQUANT_SHARED): tests that need it are skipped"
+    return [f"gpu: {'yes' if HAS_GPU else 'no, Triton runs interpreted'}", f"shared data: {shared}"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Remove `gpu` tests where there is no GPU, and `full` ones unless -m names them."""
+    chosen = config.getoption("-m") or ""
+    removed = [
+        item
+        for item in items
+        if (item.get_closest_marker("gpu") and not HAS_GPU)
+        or (item.get_closest_marker("full") and "full" not in chosen)
+    ]
+    if removed:
+        config.hook.pytest_deselected(items=removed)
+        gone = set(removed)
+        items[:] = [item for item in items if item not in gone]
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Seed every generator from the test's own name: order and selection of tests change nothing."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _global_state() -> Iterator[None]:
+    """A test that changes a process-wide setting of torch fails itself, not the next one."""
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    yield
+    left = (torch.get_default_dtype(), torch.is_grad_enabled())
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    assert left == (dtype, grad), (
+        f"the test left (default dtype, grad enabled) = {left}, found {(dtype, grad)}"
+    )
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder of shared test models and texts; the test is skipped where there is none."""
+    found = find_shared()
+    if found is None:
+        pytest.skip("shared data absent: set DISCQUANT_SHARED")
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir() -> Path:
+    """The bundled model."""
+    path = ROOT / "examples" / "tiny_llama"
+    if not (path / "config.json").exists():
+        pytest.skip("examples/tiny_llama holds no model yet: run its training script")
+    return path

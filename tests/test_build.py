@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled extension, its facts, and the choices of setup.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from discquant import _extension, environment
+
+
+@pytest.fixture(scope="module")
+def setup_module(repo_root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("discquant_setup", repo_root / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(repo_root: Path, out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={out}/lib", f"--build-temp={out}/temp"]
+    environ = {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, cwd=repo_root, env=environ)
+
+
+def test_extension_is_built_where_a_compiler_is() -> None:
+    if not (shutil.which("c++") or shutil.which("g++")) or environment.variable("DISCQUANT_BUILD") == "none":
+        assert not _extension.available()
+        return
+    assert _extension.available(), _extension.failure()
+
+
+def test_build_facts() -> None:
+    facts = environment.facts()["extension"]
+    if not facts["available"]:
+        assert facts["reason"]
+        return
+    assert facts["layout_version"] >= 1
+    assert facts["compiler"].split()[0] in ("gcc", "clang")
+    assert facts["torch_target_version"] == 0x020A000000000000
+    if torch.version.cuda is None:
+        assert facts["cuda_architectures"] == []
+    else:
+        assert all(arch.rstrip("af").isdigit() for arch in facts["cuda_architectures"])
+
+
+def test_cpu_features_agree_with_the_kernel() -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    facts = environment.facts()["extension"]
+    if not facts["available"] or platform.machine() != "x86_64" or not cpuinfo.exists():
+        assert platform.machine() != "x86_64" or not facts["available"] or not cpuinfo.exists()
+        return
+    line = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    flags = set(line.split(":")[1].split())
+    assert facts["cpu_features"] == {name: name in flags for name in facts["cpu_features"]}
+    assert {"avx2", "avx512f", "avx512_vnni", "avx512_bf16"} <= facts["cpu_features"].keys()
+
+
+def test_triton_kernels_is_installed_under_our_name(repo_root: Path) -> None:
+    spec = importlib.util.find_spec("discquant.triton_kernels")
+    assert spec is not None and spec.origin is not None
+    assert Path(spec.origin).resolve() == repo_root / "triton_kernels" / "__init__.py"
+    script = "import importlib.util as u; print(u.find_spec('triton_kernels'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=repo_root / "tests"
+    )
+    assert done.stdout.strip() == "None" or str(repo_root) not in done.stdout
+
+
+def test_isa_flags_follow_the_file_name(setup_module: ModuleType) -> None:
+    assert setup_module.isa_flags("csrc/packed/gemv.cpp") == ""
+    assert "avx512" not in setup_module.isa_flags("csrc/packed/gemv_avx2.cpp")
+    assert "-mavx512vnni" not in setup_module.isa_flags("gemv_avx512.cpp")
+    assert "-mavx512vnni" in setup_module.isa_flags("gemv_avx512vnni.cpp")
+
+
+def test_x86_files_are_left_out_elsewhere(setup_module: ModuleType) -> None:
+    arm = setup_module.sources("cpp", machine="aarch64")
+    assert "csrc/bindings.cpp" in arm
+    assert not [path for path in arm if "avx" in Path(path).stem]
+
+
+def test_cuda_architectures(setup_module: ModuleType) -> None:
+    assert setup_module.cuda_archs((12, 0), None) == ["80", "86", "89", "90a"]
+    assert setup_module.cuda_archs((13, 0), "8.0;9.0a+PTX") == ["80", "90a"]
+
+
+def test_auto_degrades_without_compiler(repo_root: Path, tmp_path: Path) -> None:
+    done = build(repo_root, tmp_path, DISCQUANT_BUILD="auto", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stderr.count("discquant._C was not built: no C++ compiler: no-such-compiler was not found") == 1
+    )
+    assert not list(tmp_path.rglob("_C*"))
+
+
+def test_explicit_build_fails_without_compiler(repo_root: Path, tmp_path: Path) -> None:
+    done = build(repo_root, tmp_path, DISCQUANT_BUILD="cpu", CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "no C++ compiler" in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
+def test_cuda_build_fails_with_cpu_torch(repo_root: Path, tmp_path: Path) -> None:
+    done = build(repo_root, tmp_path, DISCQUANT_BUILD="cuda")
+    assert done.returncode != 0
+    assert "DISCQUANT_BUILD=cuda needs" in done.stderr
+    assert "a CUDA build of torch" in done.stderr
+
+
+def test_unknown_build_is_refused(repo_root: Path, tmp_path: Path) -> None:
+    done = build(repo_root, tmp_path, DISCQUANT_BUILD="fast")
+    assert done.returncode != 0
+    assert "must be auto, cpu, cuda or none, got 'fast'" in done.stderr
