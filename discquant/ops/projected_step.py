@@ -1,15 +1,235 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Public function of `projected_step_` (first form: the reference on every device)."""
+"""Operator `projected_step_`: one optimizer step on `frac`, projected onto [0, 1], in place."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
-from discquant.ops.reference import projected_step as _reference
+import torch
+from torch import Tensor
+
+from discquant.ops import _registry as registry
+from discquant.ops.reference import projected_step as reference
+from discquant.ops.reference.counter_rng import stream_key
+from discquant.ops.reference.projected_step import StepCounts, StepOptions
+
+_OP = "projected_step_"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FRAC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.uint16)
+FRAC_REF_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+GRADIENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OPTIMIZERS = ("adamw", "momentum", "lion", "sgd")
+
+SCALAR_SCHEMA = (
+    "str optimizer, float lr, float beta1, float beta2, float eps, float weight_decay, float kl_weight, "
+    "float grad_clamp, float linear_weight, float hardening, int step, float moment_bound, "
+    "int frac_key, int first_key, int second_key, int first_index"
+)
+_SCHEMA = (
+    "(Tensor(a!) frac, Tensor frac_ref, Tensor weight_grad, Tensor scale, Tensor(b!)? momentum, "
+    f"Tensor(c!)? second_moment, int group_size, {SCALAR_SCHEMA}) -> Tensor"
+)
 
 
-def projected_step_(*args: Any, impl: str = "auto", **kwargs: Any) -> Any:
-    """Call the reference; see its documentation."""
-    if impl not in ("auto", "reference"):
-        raise RuntimeError(f"projected_step_: impl must be available = 'auto' or 'reference' in this build, got {impl!r}")
-    return _reference.projected_step_(*args, **kwargs)
+def flatten_options(options: StepOptions) -> tuple[Any, ...]:
+    """Scalars of `options` in the order of the operator's schema, noise keys derived."""
+    keys = [
+        stream_key(options.seed, options.step, options.tensor_id, stream)
+        for stream in (reference.FRAC_STREAM, reference.MOMENT_STREAM, reference.SECOND_STREAM)
+    ]
+    return (
+        options.optimizer, options.lr, *options.betas, options.eps, options.weight_decay, options.kl_weight,
+        options.grad_clamp, options.linear_weight, options.hardening, options.step, options.moment_bound,
+        *keys, options.first_index,
+    )  # fmt: skip
+
+
+def launch_arguments(
+    optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, kl_weight: float,
+    grad_clamp: float, linear_weight: float, hardening: float, step: int, moment_bound: float,
+    frac_key: int, first_key: int, second_key: int, first_index: int,
+) -> tuple[str, dict[str, float], dict[str, int]]:  # fmt: skip
+    """Derived scalars of a Triton launch, each rounded to float32 once, where the reference rounds it."""
+    scalars = {
+        "lr": lr, "beta1": beta1, "one_minus_beta1": 1 - beta1, "beta2": beta2, "one_minus_beta2": 1 - beta2,
+        "eps": eps, "decay": 1 - lr * weight_decay, "kl_weight": kl_weight, "grad_clamp": grad_clamp,
+        "linear_weight": linear_weight, "hardening": hardening,
+        "correction1": 1 - beta1**step, "correction2": 1 - beta2**step,
+        "first_unit": moment_bound / 127, "first_inverse": 127 / moment_bound,
+        "second_unit": moment_bound / 255, "second_inverse": 255 / moment_bound,
+    }  # fmt: skip
+    keys = {"frac_key": frac_key, "first_key": first_key, "second_key": second_key, "first_index": first_index}
+    return optimizer, scalars, keys
+
+
+def _fake(frac: Tensor, *args: Any) -> Tensor:
+    return frac.new_empty(5, dtype=torch.int64)
+
+
+def _launch(
+    frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor, momentum: Tensor | None,
+    second_moment: Tensor | None, group_size: int, *options: Any,
+) -> Tensor:  # fmt: skip
+    counts: Tensor = registry.triton_module("projected_step").projected_step_fwd(
+        frac, frac_ref, weight_grad, scale, momentum, second_moment, group_size, *launch_arguments(*options)
+    )
+    return counts
+
+
+_triton_op = registry.define(f"projected_step_{_SCHEMA}", _fake, _launch)
+# The same contract in C++ for contiguous CPU tensors; csrc/solver registers the implementation.
+_cpp_op = registry.define(f"projected_step_cpp_{_SCHEMA}", _fake, None)
+
+
+def check_state(
+    op: str, frac: Tensor, frac_ref: Tensor, scale: Tensor, momentum: Tensor | None, second_moment: Tensor | None,
+    group_size: int, options: StepOptions,
+) -> None:  # fmt: skip
+    """Validate the state and the scalars of a step."""
+    registry.require_tensors(op, frac=frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment)
+    if not isinstance(options, StepOptions):
+        raise TypeError(f"{op}: options must be of type = StepOptions, got {type(options).__name__}")
+    registry.require(frac.dim() == 2, op, "frac", "have shape", "[out_features, in_features]", frac.shape)
+    registry.require_dtype(op, "frac", frac, FRAC_DTYPES)
+    registry.require_dtype(op, "frac_ref", frac_ref, FRAC_REF_DTYPES)
+    registry.require(frac_ref.shape == frac.shape, op, "frac_ref", "have the shape of frac", frac.shape, frac_ref.shape)
+    registry.require(group_size == -1 or group_size > 0, op, "group_size", "be positive or", -1, group_size)
+    registry.require_groups(op, scale, "scale", frac.shape, group_size)
+    registry.require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
+    registry.require(options.optimizer in OPTIMIZERS, op, "optimizer", "be one of", OPTIMIZERS, options.optimizer)
+    registry.require(options.step >= 1, op, "step", "be at least", 1, options.step)
+    registry.require(options.moment_bound > 0, op, "moment_bound", "be above", 0, options.moment_bound)
+    registry.require(options.grad_clamp >= 0, op, "grad_clamp", "be at least", 0, options.grad_clamp)
+    last = options.first_index + frac.numel()
+    registry.require(0 <= options.first_index and last <= 2**32, op, "first_index", "keep indices in", "[0, 2^32)", last)
+    for name, value in zip(("lr", "kl_weight", "linear_weight", "hardening"), (
+        options.lr, options.kl_weight, options.linear_weight, options.hardening,
+    ), strict=True):  # fmt: skip
+        registry.require(math.isfinite(value), op, name, "be", "finite", value)
+    needs = {"adamw": (True, True), "momentum": (True, False), "lion": (True, False), "sgd": (False, False)}
+    for name, moment, needed, code in (
+        ("momentum", momentum, needs[options.optimizer][0], torch.int8),
+        ("second_moment", second_moment, needs[options.optimizer][1], torch.uint8),
+    ):
+        if moment is None:
+            registry.require(not needed, op, name, f"for {options.optimizer} be", "a Tensor", None)
+            continue
+        registry.require(moment.shape == frac.shape, op, name, "have the shape of frac", frac.shape, moment.shape)
+        registry.require_dtype(op, name, moment, (torch.float64, *_FLOATS, code))
+    registry.require_device(op, frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment)
+
+
+def _run(
+    frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor, group_size: int, options: StepOptions,
+    momentum: Tensor | None, second_moment: Tensor | None, impl: str,
+) -> Tensor | StepCounts:  # fmt: skip
+    check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
+    registry.require_tensors(_OP, weight_grad=weight_grad)
+    registry.require_dtype(_OP, "weight_grad", weight_grad, GRADIENT_DTYPES)
+    registry.require(weight_grad.shape == frac.shape, _OP, "weight_grad", "have the shape of frac", frac.shape, weight_grad.shape)
+    registry.require_device(_OP, frac, weight_grad=weight_grad)
+    tensors = (frac, frac_ref, weight_grad, scale, momentum, second_moment)
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    unsupported = "float64, which only the reference computes in" if double else None
+    cpp = unsupported or _cpp_problem(tensors)
+    chosen = registry.choose(_OP, impl, frac.device, triton=unsupported, cpp=cpp)
+    if chosen == "reference":
+        return reference.projected_step_(
+            frac, frac_ref, weight_grad, scale, group_size=group_size, options=options,
+            momentum=momentum, second_moment=second_moment,
+        )  # fmt: skip
+    operator: Callable[..., Tensor] = _triton_op if chosen == "triton" else _cpp_op
+    # An optimizer without a moment must not mark one as changed.
+    first = None if options.optimizer == "sgd" else momentum
+    second = second_moment if options.optimizer == "adamw" else None
+    with torch.no_grad():
+        return operator(frac, frac_ref, weight_grad, scale, first, second, group_size, *flatten_options(options))
+
+
+def _cpp_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
+    for name, tensor in zip(("frac", "frac_ref", "weight_grad", "scale", "momentum", "second_moment"), tensors, strict=True):
+        if tensor is not None and tensor.dtype == torch.float16:
+            return f"float16 {name}"
+        if tensor is not None and not tensor.is_contiguous():
+            return f"a non-contiguous {name}"
+    return None
+
+
+def projected_step_(
+    frac: Tensor,
+    frac_ref: Tensor,
+    weight_grad: Tensor,
+    scale: Tensor,
+    *,
+    group_size: int,
+    options: StepOptions,
+    momentum: Tensor | None = None,
+    second_moment: Tensor | None = None,
+    impl: str = "auto",
+) -> StepCounts:
+    """Take one projected step in place.
+
+    kl = clamp(kl_weight * weight_grad * scale, -grad_clamp, grad_clamp)
+    g = kl + linear_weight * (1 - 2 clamp(frac_ref, 0, 1)) + hardening * (1 - 2 frac)
+    adamw:    m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; frac *= 1 - lr * weight_decay;
+              d = (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
+    momentum: m = b1 m + (1 - b1) g; d = m          sgd: d = g
+    lion:     d = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g
+    frac = clamp(frac - lr d, 0, 1), rounded stochastically where it is stored in fixed point.
+    Coordinates with frac_ref exactly 0 or 1 lie on the grid: they are frozen, their moments stay zero.
+    A coordinate whose gradient is NaN keeps frac and moments, and is counted in `nan`.
+
+    Args:
+        frac: Place between the neighbours, float64/32/bfloat16 or uint8/uint16 fixed point,
+            [out_features, in_features]; changed in place.
+        frac_ref: Place that reproduces the original weight, floating or uint8 code (u - 63) / 126, same shape.
+        weight_grad: Gradient of the loss by the weight, floating, same shape.
+        scale: Grid step, the chain-rule factor d weight / d frac, floating, [out_features, num_groups].
+        group_size: Columns per group, -1 for the row.
+        options: Scalars; `moment_bound` is the fixed scale of 8-bit moments, `first_index` the index of
+            element 0 in the unsharded tensor.
+        momentum: First moment, floating or int8, same shape (adamw, momentum, lion); changed in place.
+        second_moment: Second moment, floating, or uint8 holding its root (adamw); changed in place.
+        impl: "auto" | "reference" | "triton" | "cpp".
+
+    Returns:
+        StepCounts over this tensor.
+
+    Raises:
+        TypeError: An argument is not a Tensor, or options no StepOptions.
+        ValueError: Shapes, dtypes or devices disagree, a moment is missing, or a scalar is out of range.
+        NotImplementedError: An explicit impl does not cover these dtypes or strides.
+        RuntimeError: The requested impl cannot run here.
+
+    Note:
+        Deterministic; independent of tiling. Waits for the device to return the counts; see
+        `projected_step_deferred_`. float64 is computed by the reference on every device.
+
+    Source:
+        DiscQuant, arXiv 2501.06417, update rule; 8-bit layout and hardening are this project's.
+    """
+    counts = _run(frac, frac_ref, weight_grad, scale, group_size, options, momentum, second_moment, impl)
+    return counts if isinstance(counts, StepCounts) else StepCounts(*counts.tolist())
+
+
+def projected_step_deferred_(
+    frac: Tensor,
+    frac_ref: Tensor,
+    weight_grad: Tensor,
+    scale: Tensor,
+    *,
+    group_size: int,
+    options: StepOptions,
+    momentum: Tensor | None = None,
+    second_moment: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`projected_step_` without waiting for the device: the same step, arguments and errors.
+
+    Returns:
+        int64, [5], on the device of `frac`: live, fractional, moved, saturated, nan.
+    """
+    counts = _run(frac, frac_ref, weight_grad, scale, group_size, options, momentum, second_moment, impl)
+    return torch.tensor(counts, device=frac.device) if isinstance(counts, StepCounts) else counts

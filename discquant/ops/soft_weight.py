@@ -1,15 +1,179 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Public function of `soft_weight` (first form: the reference on every device)."""
+"""Operator `soft_weight`: codes and positions to weights in one pass, differentiable in `frac`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from discquant.ops.reference import soft_weight as _reference
+import torch
+from torch import Tensor
+
+from discquant.ops import _registry as registry
+from discquant.ops.reference import soft_weight as reference
+from discquant.ops.reference.projected_step import decode_frac_ref
+
+_OP = "soft_weight"
+FRAC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.uint16)
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ARGUMENTS = (
+    "Tensor q_down, Tensor frac, Tensor scale, Tensor? zero_point, Tensor? table, "
+    "int num_bits, int group_size, ScalarType dtype, bool is_reference, bool transpose"
+)
 
 
-def soft_weight(*args: Any, impl: str = "auto", **kwargs: Any) -> Any:
-    """Call the reference; see its documentation."""
-    if impl not in ("auto", "reference"):
-        raise RuntimeError(f"soft_weight: impl must be available = 'auto' or 'reference' in this build, got {impl!r}")
-    return _reference.soft_weight(*args, **kwargs)
+def _fake(
+    q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
+    num_bits: int, group_size: int, dtype: torch.dtype, is_reference: bool, transpose: bool,
+) -> Tensor:  # fmt: skip
+    rows, cols = frac.shape
+    return frac.new_empty((cols, rows) if transpose else (rows, cols), dtype=dtype)
+
+
+def _bwd_fake(
+    grad_weight: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
+    num_bits: int, group_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return grad_weight.new_empty(grad_weight.shape, dtype=dtype)
+
+
+def _launch(*args: Any) -> Tensor:
+    out: Tensor = registry.triton_module("soft_weight").soft_weight_fwd(*args)
+    return out
+
+
+def _bwd_launch(*args: Any) -> Tensor:
+    out: Tensor = registry.triton_module("soft_weight").soft_weight_bwd(*args)
+    return out
+
+
+_fwd_op = registry.define(f"soft_weight({_ARGUMENTS}) -> Tensor", _fake, _launch)
+# The same contract in C++ for CPU tensors; csrc/solver registers the implementation.
+_cpp_op = registry.define(f"soft_weight_cpp({_ARGUMENTS}) -> Tensor", _fake, None)
+_bwd_op = registry.define(
+    "soft_weight_bwd(Tensor grad_weight, Tensor q_down, Tensor scale, Tensor? table, "
+    "int num_bits, int group_size, ScalarType dtype) -> Tensor",
+    _bwd_fake,
+    _bwd_launch,
+)
+
+
+class SoftWeightFunction(torch.autograd.Function):
+    """soft_weight through a compiled kernel; saves codes and scales, never the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
+        num_bits: int, group_size: int, dtype: torch.dtype, is_reference: bool, transpose: bool,
+    ) -> Tensor:  # fmt: skip
+        """Launch the forward kernel."""
+        ctx.save_for_backward(q_down, scale, table)
+        ctx.constants = (num_bits, group_size, frac.dtype, transpose)
+        out: Tensor = _fwd_op(
+            q_down, frac, scale, zero_point, table, num_bits, group_size, dtype, is_reference, transpose
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Gradient of `frac` only."""
+        nothing = (None,) * 8
+        if not ctx.needs_input_grad[1]:
+            return (None, None, *nothing)
+        q_down, scale, table = ctx.saved_tensors
+        num_bits, group_size, dtype, transpose = ctx.constants
+        grad_weight = grads[0].t() if transpose else grads[0]
+        return (None, _bwd_op(grad_weight, q_down, scale, table, num_bits, group_size, dtype), *nothing)
+
+
+def check(
+    op: str, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
+    num_bits: int, group_size: int, dtype: torch.dtype | None, is_reference: bool,
+) -> torch.dtype:  # fmt: skip
+    """Validate what `soft_weight` and `soft_linear` share; return the weight's dtype."""
+    registry.require_tensors(op, q_down=q_down, frac=frac, scale=scale, zero_point=zero_point, table=table)
+    registry.require(frac.dim() == 2, op, "frac", "have shape", "[out_features, in_features]", frac.shape)
+    registry.require_dtype(op, "frac", frac, FRAC_DTYPES)
+    if is_reference:
+        registry.require(frac.dtype != torch.uint16, op, "frac", "as frac_ref not have dtype", torch.uint16, frac.dtype)
+    registry.require_grid(op, q_down, scale, zero_point, table, frac.shape, num_bits, group_size)
+    registry.require_device(op, q_down, frac=frac)
+    weight_dtype = scale.dtype if dtype is None else dtype
+    registry.require(weight_dtype in WEIGHT_DTYPES, op, "dtype", "be one of", list(WEIGHT_DTYPES), weight_dtype)
+    for name, tensor in (("scale", scale), ("table", table)):
+        if tensor is not None and tensor.requires_grad:
+            raise NotImplementedError(f"{op}: {name} must be a constant = requires_grad False, got True")
+    return weight_dtype
+
+
+def reference_weight(
+    q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
+    num_bits: int, group_size: int, dtype: torch.dtype, is_reference: bool, transpose: bool,
+) -> Tensor:  # fmt: skip
+    """The reference with this op's two additions: `frac_ref` codes and a transposed result."""
+    position = decode_frac_ref(frac, reference.accumulate_dtype(frac, scale)) if is_reference else frac
+    weight = reference.soft_weight(
+        q_down, position, scale, zero_point, num_bits=num_bits, group_size=group_size, table=table, dtype=dtype
+    )
+    return weight.t().contiguous() if transpose else weight
+
+
+def soft_weight(
+    q_down: Tensor,
+    frac: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    num_bits: int,
+    group_size: int,
+    table: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    is_reference: bool = False,
+    transpose: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """Interpolate between neighbouring grid points.
+
+    Uniform grid: weight = scale * (q_down + frac - zero_point).
+    Look-up table: weight = scale * (T[q_down] + frac * (T[q_down + 1] - T[q_down])).
+    Computed in float32 (float64 if an input is float64), rounded once to `dtype`.
+
+    Args:
+        q_down: Lower grid code, uint8, [out_features, in_features], or two 4-bit codes per byte
+            (low nibble first), [out_features, ceil(in_features / 2)].
+        frac: Place between the neighbours, unitless in [0, 1]: floating, or uint8 / uint16 fixed point
+            (code / 255, code / 65535), [out_features, in_features].
+        scale: Grid step in weight units, floating, [out_features, num_groups].
+        zero_point: Code of weight zero, uint8, [out_features, num_groups]; None is 2 ** (num_bits - 1)
+            on a uniform grid and 0 with a table.
+        num_bits: Code width, 2 to 8.
+        group_size: Columns that share a scale; -1 is the whole row; the last group may be short.
+        table: Levels of a look-up grid in ascending order, floating, [2 ** num_bits]; None is uniform.
+        dtype: Result dtype; default the dtype of `scale`.
+        is_reference: `frac` holds `frac_ref`: floating, or uint8 code u for (u - 63) / 126; gives the
+            teacher's weight from the same state.
+        transpose: Return the weight as [in_features, out_features], contiguous.
+        impl: "auto" | "reference" | "triton" | "cpp".
+
+    Returns:
+        Weight, [out_features, in_features] (transposed if asked).
+
+    Raises:
+        TypeError: An argument is not a Tensor.
+        ValueError: Shapes, dtypes or devices disagree.
+        NotImplementedError: A gradient of scale or table is asked for, or of `frac` through impl="cpp".
+        RuntimeError: The requested impl cannot run here.
+
+    Note:
+        Deterministic. Differentiable in a floating `frac`; backward saves codes and scales, not the weight.
+
+    Source:
+        DiscQuant, arXiv 2501.06417, definition of w^x.
+    """
+    weight_dtype = check(_OP, q_down, frac, scale, zero_point, table, num_bits, group_size, dtype, is_reference)
+    no_grad = "a gradient of frac" if frac.requires_grad and torch.is_grad_enabled() else None
+    chosen = registry.choose(_OP, impl, frac.device, cpp=no_grad)
+    args = (q_down, frac, scale, zero_point, table, num_bits, group_size, weight_dtype, is_reference, transpose)
+    if chosen == "reference":
+        return reference_weight(*args)
+    out: Tensor = SoftWeightFunction.apply(*args) if chosen == "triton" else _cpp_op(*args)
+    return out

@@ -44,12 +44,16 @@ class StepOptions:
 
 
 class StepCounts(NamedTuple):
-    """Number of coordinates: free to move; fractional after the step; off nearest; with a clamped KL gradient."""
+    """Number of coordinates: free to move; fractional after the step; off nearest; with a clamped KL gradient.
+
+    `nan` counts free coordinates whose gradient is not a number; those were left as they were.
+    """
 
     live: int
     fractional: int
     moved: int
     saturated: int
+    nan: int = 0
 
 
 def decode_frac_ref(frac_ref: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,6 +95,11 @@ def store_frac_(target: Tensor, value: Tensor, options: StepOptions) -> None:
     target.copy_(code.to(torch.int32).to(target.dtype))
 
 
+def _root(value: Tensor) -> Tensor:
+    # torch's float32 square root may miss the last bit on a CPU, and that bit can decide a stored code.
+    return value.double().sqrt().to(value.dtype)
+
+
 def _load_moment(moment: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
     if moment.dtype == torch.int8:
         return moment.to(dtype) * (bound / 127)
@@ -99,17 +108,19 @@ def _load_moment(moment: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
     return moment.to(dtype)
 
 
-def _store_moment(target: Tensor, value: Tensor, options: StepOptions) -> None:
+def _store_moment(target: Tensor, value: Tensor, defined: Tensor, options: StepOptions) -> None:
+    before = target.clone()
     if target.dtype == torch.int8:
         key = stream_key(options.seed, options.step, options.tensor_id, MOMENT_STREAM)
         scaled = (value * (127 / options.moment_bound)).float()
         target.copy_(_stochastic_code(scaled, -127, 127, key, options.first_index).to(torch.int8))
     elif target.dtype == torch.uint8:
         key = stream_key(options.seed, options.step, options.tensor_id, SECOND_STREAM)
-        scaled = (value.sqrt() * (255 / options.moment_bound)).float()
+        scaled = (_root(value) * (255 / options.moment_bound)).float()
         target.copy_(_stochastic_code(scaled, 0, 255, key, options.first_index).to(torch.uint8))
     else:
         target.copy_(value)
+    target.copy_(torch.where(defined, target, before))
 
 
 def projected_step_(
@@ -133,6 +144,7 @@ def projected_step_(
     lion:     d = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g
     frac = clamp(frac - lr d, 0, 1), rounded stochastically where it is stored in fixed point.
     Coordinates with frac_ref exactly 0 or 1 lie on the grid: they are frozen, their moments stay zero.
+    A coordinate whose gradient is NaN keeps frac and moments, and is counted in `nan`.
 
     Args:
         frac: Place between the neighbours, float64/32/bfloat16 or uint8/uint16 fixed point,
@@ -162,7 +174,9 @@ def projected_step_(
     raw = weight_grad.to(compute) * (expand_groups(scale.to(compute), group_size, frac.shape[1]) * options.kl_weight)
     kl = raw.clamp(-options.grad_clamp, options.grad_clamp)
     g = kl + options.linear_weight * (1 - 2 * reference.clamp(0, 1)) + options.hardening * (1 - 2 * position)
-    g = torch.where(live, g, torch.zeros_like(g))
+    defined = ~raw.isnan()
+    moves = live & defined
+    g = torch.where(moves, g, torch.zeros_like(g))
 
     b1, b2 = options.betas
     if options.optimizer == "sgd":
@@ -180,13 +194,15 @@ def projected_step_(
             assert second_moment is not None
             v = b2 * _load_moment(second_moment, options.moment_bound, compute) + (1 - b2) * g * g
             m_hat = m / (1 - b1**options.step)
-            direction = m_hat / ((v / (1 - b2**options.step)).sqrt() + options.eps)
-            _store_moment(second_moment, v, options)
-            position = torch.where(live, position * (1 - options.lr * options.weight_decay), position)
-        _store_moment(momentum, m, options)
+            direction = m_hat / (_root(v / (1 - b2**options.step)) + options.eps)
+            _store_moment(second_moment, v, defined, options)
+            position = torch.where(moves, position * (1 - options.lr * options.weight_decay), position)
+        _store_moment(momentum, m, defined, options)
     moved_to = (position - options.lr * direction).clamp(0, 1)
-    moved_to = torch.where(live, moved_to, position)
+    unmoved = frac.clone()
     store_frac_(frac, moved_to, options)
+    # Codes that do not move are put back, not rounded again: (u / 255) * 255 may fall just short of u.
+    frac.copy_(torch.where(moves, frac.to(compute), unmoved.to(compute)))
 
     after = decode_frac(frac, compute)
     return StepCounts(
@@ -194,4 +210,5 @@ def projected_step_(
         fractional=int((live & (after > 0.01) & (after < 0.99)).sum()),
         moved=int((live & ((after > 0.5) != (reference > 0.5))).sum()),
         saturated=int((live & (raw.abs() >= options.grad_clamp)).sum()),
+        nan=int((live & ~defined).sum()),
     )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all op files share: the dispatcher library, the choice of an implementation, the wording of errors."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "reference", "triton", "cpp"]
+
+# One library object for the life of the process: dropping it would unregister the operators.
+_LIBRARY = torch.library.Library("discquant", "FRAGMENT")
+
+
+def define(schema: str, fake: Callable[..., Any], launcher: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Register one operator: its schema, its fake and, unless C++ owns it, its launcher on CPU and CUDA.
+
+    Returns:
+        The handle `torch.ops.discquant.<name>.default`.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    torch.library.register_fake(f"discquant::{name}", fake, lib=_LIBRARY)
+    if launcher is not None:
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, launcher, key)
+    handle: Callable[..., Any] = getattr(torch.ops.discquant, name).default
+    return handle
+
+
+def triton_module(stem: str) -> ModuleType:
+    """Import discquant.triton_kernels.<stem>; Triton is loaded only here."""
+    return importlib.import_module(f"discquant.triton_kernels.{stem}")
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Say why Triton kernels cannot run on tensors of `device`, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"tensors are on {device.type}: move them to a CUDA device, or set TRITON_INTERPRET=1 before importing"
+
+
+def cpp_problem(device: torch.device) -> str | None:
+    """Say why the compiled extension cannot run on tensors of `device`, or None if it can."""
+    from discquant import _extension
+
+    if device.type != "cpu":
+        return f"there is no C++ implementation for {device.type} tensors"
+    return _extension.failure()
+
+
+def choose(
+    op: str, impl: str, device: torch.device, *, triton: str | None = None, cpp: str | None = "not implemented in C++"
+) -> str:
+    """Resolve `impl`; `triton` and `cpp` say why these arguments rule the implementation out, None if they do not.
+
+    Order of `auto`: C++ on CPU tensors, Triton on CUDA tensors, each where it can run on these arguments; else the
+    reference. The interpreter is never chosen by itself.
+
+    Raises:
+        ValueError: `impl` is not a known word.
+        RuntimeError: An explicit implementation cannot run here.
+        NotImplementedError: An explicit implementation does not cover these arguments.
+    """
+    if impl not in ("auto", "reference", "triton", "cpp"):
+        raise ValueError(f"{op}: impl must be one of = 'auto', 'reference', 'triton', 'cpp', got {impl!r}")
+    if impl == "auto":
+        if device.type == "cpu":
+            return "cpp" if cpp is None and cpp_problem(device) is None else "reference"
+        return "triton" if triton is None and triton_problem(device) is None else "reference"
+    unsupported = {"triton": triton, "cpp": cpp}.get(impl)
+    if unsupported is not None:
+        raise NotImplementedError(f"{op}: impl must cover these arguments = {impl}, got {unsupported}")
+    problem = {"triton": triton_problem, "cpp": cpp_problem}.get(impl, lambda _: None)(device)
+    if problem is not None:
+        raise RuntimeError(f"{op}: impl must be able to run here = {impl}, got {problem}")
+    return impl
+
+
+def require(condition: bool, op: str, argument: str, contract: str, expected: object, actual: object) -> None:
+    """Raise ValueError in the format of all ops unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{op}: {argument} must {contract} = {_show(expected)}, got {_show(actual)}")
+
+
+def require_tensors(op: str, **arguments: object) -> None:
+    """Raise TypeError for the first argument that is neither a Tensor nor None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be of type = Tensor, got {type(value).__name__}")
+
+
+def require_device(op: str, first: Tensor, **arguments: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on the device of `first`."""
+    for name, value in arguments.items():
+        if value is not None:
+            require(value.device == first.device, op, name, "be on the device", first.device, value.device)
+
+
+def require_dtype(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Raise ValueError unless the tensor's dtype is allowed."""
+    require(tensor.dtype in allowed, op, argument, "have a dtype of", list(allowed), tensor.dtype)
+
+
+def require_grid(
+    op: str, q_down: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
+    shape: Sequence[int], num_bits: int, group_size: int,
+) -> None:  # fmt: skip
+    """Check the tensors that describe a grid for a weight of `shape` = [out_features, in_features]."""
+    rows, cols = shape
+    require(isinstance(num_bits, int) and 2 <= num_bits <= 8, op, "num_bits", "be an integer in", "2..8", num_bits)
+    require(group_size == -1 or group_size > 0, op, "group_size", "be positive or", -1, group_size)
+    require_dtype(op, "q_down", q_down, (torch.uint8,))
+    widths = [cols, (cols + 1) // 2]
+    require(
+        q_down.dim() == 2 and q_down.shape[0] == rows and q_down.shape[1] in widths,
+        op, "q_down", "be [out_features, in_features] or two codes per byte", [rows, widths], q_down.shape,
+    )  # fmt: skip
+    if q_down.shape[1] != cols:
+        require(num_bits <= 4, op, "num_bits", "with two codes per byte be at most", 4, num_bits)
+    require_groups(op, scale, "scale", shape, group_size)
+    require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
+    if zero_point is not None:
+        require(zero_point.shape == scale.shape, op, "zero_point", "have the shape of scale", scale.shape, zero_point.shape)
+    if table is not None:
+        require(table.shape == (2**num_bits,), op, "table", "have shape", [2**num_bits], table.shape)
+        require(zero_point is None, op, "zero_point", "with a table be", None, "a Tensor")
+        require(table.is_floating_point(), op, "table", "have a dtype that is", "floating", table.dtype)
+    require_device(op, q_down, scale=scale, zero_point=zero_point, table=table)
+
+
+def require_groups(op: str, per_group: Tensor, name: str, shape: Sequence[int], group_size: int) -> None:
+    """Check a [out_features, num_groups] tensor."""
+    rows, cols = shape
+    groups = 1 if group_size == -1 else max(1, -(-cols // group_size))
+    require(per_group.shape == (rows, groups), op, name, "have shape [out_features, num_groups]", [rows, groups], per_group.shape)
+
+
+def _show(value: object) -> object:
+    return list(value) if isinstance(value, torch.Size) else value

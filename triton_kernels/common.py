@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions that several kernels share: counter-based noise, decoding of codes, loads of per-group values.
+
+Kinds of `frac` codes: FLOATING; U8 (u / 255); U16 (u / 65535); REF8 (`frac_ref`, (u - 63) / 126).
+Ways to read a value that a group of columns shares: GATHER (any group size), ONE (the tile lies in one group),
+SEVERAL (the tile holds whole groups, a power of two of columns each).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+FLOATING = tl.constexpr(0)
+U8 = tl.constexpr(1)
+U16 = tl.constexpr(2)
+REF8 = tl.constexpr(3)
+
+GATHER = tl.constexpr(0)
+ONE = tl.constexpr(1)
+SEVERAL = tl.constexpr(2)
+
+DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def frac_kind(dtype: torch.dtype, is_reference: bool) -> int:
+    """Kind of the codes in a tensor of this dtype; `is_reference` for `frac_ref`."""
+    if dtype == torch.uint8:
+        return REF8.value if is_reference else U8.value
+    return U16.value if dtype == torch.uint16 else FLOATING.value
+
+
+def group_mode(group_size: int, in_features: int, block_k: int) -> tuple[int, int]:
+    """Return (mode, group size to compile for); 0 stands for the whole row."""
+    if group_size == -1 or group_size >= in_features:
+        return ONE.value, 0
+    if group_size % block_k == 0:
+        return ONE.value, group_size
+    if block_k % group_size == 0 and group_size & (group_size - 1) == 0:
+        return SEVERAL.value, group_size
+    return GATHER.value, group_size
+
+
+def signed32(value: int) -> int:
+    """Same 32 bits as a signed integer, so that the argument's type never depends on its value."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+@triton.jit
+def counter_uniform(index, key):
+    """Uniform float32 in [0, 1) from hash(index ^ key): bit for bit the reference's numbers."""
+    value = index ^ key.to(tl.uint32, bitcast=True)
+    value = value ^ (value >> 16)
+    value = value * 0x7FEB352D
+    value = value ^ (value >> 15)
+    value = value * 0x846CA68B
+    value = value ^ (value >> 16)
+    return (value >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def divide(numerator, denominator):
+    """Correctly rounded division; the plain operator is approximate in float32 on NVIDIA GPUs."""
+    if numerator.dtype == tl.float32:
+        return tl.div_rn(numerator, denominator)
+    else:
+        return numerator / denominator
+
+
+@triton.jit
+def decode_position(code, KIND: tl.constexpr, ACC: tl.constexpr):
+    """Codes to positions, correctly rounded."""
+    value = code.to(ACC)
+    if KIND == U8:
+        value = divide(value, 255.0)
+    elif KIND == U16:
+        value = divide(value, 65535.0)
+    elif KIND == REF8:
+        value = divide(value - 63.0, 126.0)
+    return value
+
+
+@triton.jit
+def load_codes(
+    q_ptr, stride_m, stride_k, offs_m, mask_m, k0, in_features, BLOCK_K: tl.constexpr, PACKED: tl.constexpr
+):
+    """Load [BLOCK_M, BLOCK_K] codes from column k0 on; PACKED has two 4-bit codes per byte, low nibble first."""
+    if PACKED:
+        offs_b = k0 // 2 + tl.arange(0, BLOCK_K // 2)
+        mask = mask_m[:, None] & (offs_b < (in_features + 1) // 2)[None, :]
+        pair = tl.load(q_ptr + offs_m[:, None] * stride_m + offs_b[None, :] * stride_k, mask=mask, other=0)
+        return tl.interleave(pair & 15, pair >> 4)
+    else:
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask = mask_m[:, None] & (offs_k < in_features)[None, :]
+        return tl.load(q_ptr + offs_m[:, None] * stride_m + offs_k[None, :] * stride_k, mask=mask, other=0)
+
+
+@triton.jit
+def load_grouped(
+    ptr, stride_m, stride_g, offs_m, mask_m, k0, in_features,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Load a per-group value for a tile: [BLOCK_M, 1] or [BLOCK_M, BLOCK_K], in ACC."""
+    if MODE == ONE:
+        group = 0
+        if GROUP != 0:
+            group = k0 // GROUP
+        value = tl.load(ptr + offs_m * stride_m + group * stride_g, mask=mask_m, other=0)
+        return value.to(ACC)[:, None]
+    elif MODE == SEVERAL:
+        groups = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
+        mask = mask_m[:, None] & (groups * GROUP < in_features)[None, :]
+        value = tl.load(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask=mask, other=0).to(ACC)
+        wide = tl.broadcast_to(value[:, :, None], (BLOCK_M, BLOCK_K // GROUP, GROUP))
+        return tl.reshape(wide, (BLOCK_M, BLOCK_K))
+    else:
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask = mask_m[:, None] & (offs_k < in_features)[None, :]
+        groups = offs_k // GROUP
+        return tl.load(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask=mask, other=0).to(ACC)
+
+
+@triton.jit
+def interpolate(
+    q, position, step, zero, table_ptr, HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr
+):
+    """Weight at `position` between code q and q + 1; the reference's order of operations."""
+    if HAS_TABLE:
+        index = q.to(tl.int32)
+        lower = tl.load(table_ptr + index).to(ACC)
+        upper = tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC)
+        weight = step * tl.where(position == 1.0, upper, lower + position * (upper - lower))
+    else:
+        weight = step * ((q.to(ACC) - zero) + position)
+    return weight

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""weight = scale * (q_down + frac - zero_point), or interpolation in a table; and d frac = d weight * slope.
+
+One program per [BLOCK_M, BLOCK_K] tile; every input is read once, the result written once. Computed in ACC
+(float32, or float64 for float64 input) without contraction to fused multiply-adds, so that float32 results equal
+the reference bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    DTYPES,
+    decode_position,
+    frac_kind,
+    group_mode,
+    interpolate,
+    load_codes,
+    load_grouped,
+)
+
+
+@triton.jit
+def _soft_weight_fwd_kernel(
+    out_ptr, q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr,
+    out_features, in_features,
+    stride_om, stride_ok, stride_qm, stride_qk, stride_fm, stride_fk, stride_sm, stride_sg, stride_zm, stride_zg,
+    ZERO: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_TABLE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    k0 = tl.program_id(0).to(tl.int64) * BLOCK_K
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = k0 + tl.arange(0, BLOCK_K)
+    mask_m = offs_m < out_features
+    mask = mask_m[:, None] & (offs_k < in_features)[None, :]
+    q = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED)
+    code = tl.load(frac_ptr + offs_m[:, None] * stride_fm + offs_k[None, :] * stride_fk, mask=mask, other=0)
+    step = load_grouped(
+        scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
+    )
+    zero = ZERO
+    if HAS_ZERO:
+        zero = load_grouped(
+            zero_ptr, stride_zm, stride_zg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
+        )
+    position = decode_position(code, KIND, ACC)
+    weight = interpolate(q, position, step, zero, table_ptr, HAS_TABLE, LEVELS, ACC)
+    out = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok
+    tl.store(out, weight.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _soft_weight_bwd_kernel(
+    out_ptr, grad_ptr, q_ptr, scale_ptr, table_ptr,
+    out_features, in_features,
+    stride_om, stride_ok, stride_gm, stride_gk, stride_qm, stride_qk, stride_sm, stride_sg,
+    LEVELS: tl.constexpr, PACKED: tl.constexpr, HAS_TABLE: tl.constexpr,
+    MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    k0 = tl.program_id(0).to(tl.int64) * BLOCK_K
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = k0 + tl.arange(0, BLOCK_K)
+    mask_m = offs_m < out_features
+    mask = mask_m[:, None] & (offs_k < in_features)[None, :]
+    grad = tl.load(grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk, mask=mask, other=0).to(ACC)
+    slope = load_grouped(
+        scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
+    )
+    if HAS_TABLE:
+        index = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED).to(tl.int32)
+        lower = tl.load(table_ptr + index).to(ACC)
+        slope = slope * (tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC) - lower)
+    out = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok
+    tl.store(out, (grad * slope).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def tile(cols: int, transpose: bool = False, block: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Rows and columns of a tile, or the caller's choice: long in the direction that memory is written."""
+    if block is not None:
+        return block
+    if transpose:
+        return 64, 64
+    return (8, 256) if cols >= 256 else (16, max(16, triton.next_power_of_2(cols)))
+
+
+def soft_weight_fwd(
+    q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
+    num_bits: int, group_size: int, dtype: torch.dtype, is_reference: bool, transpose: bool,
+    block: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch the forward kernel; arguments as `discquant.ops.soft_weight`, already checked."""
+    rows, cols = frac.shape
+    out = frac.new_empty((cols, rows) if transpose else (rows, cols), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    block_m, block_k = tile(cols, transpose, block)
+    mode, group = group_mode(group_size, cols, block_k)
+    acc = torch.float64 if torch.float64 in (frac.dtype, scale.dtype) else torch.float32
+    stride_ok, stride_om = out.stride() if transpose else out.stride()[::-1]
+    _soft_weight_fwd_kernel[(triton.cdiv(cols, block_k), triton.cdiv(rows, block_m))](
+        out, q_down, frac, scale, scale if zero_point is None else zero_point, scale if table is None else table,
+        rows, cols,
+        stride_om, stride_ok, *q_down.stride(), *frac.stride(), *scale.stride(),
+        *(scale if zero_point is None else zero_point).stride(),
+        ZERO=0.0 if table is not None else float(2 ** (num_bits - 1)), LEVELS=2**num_bits,
+        KIND=frac_kind(frac.dtype, is_reference), PACKED=q_down.shape[1] != cols,
+        HAS_ZERO=zero_point is not None, HAS_TABLE=table is not None, MODE=mode, GROUP=group, ACC=DTYPES[acc],
+        BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def soft_weight_bwd(
+    grad_weight: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
+    num_bits: int, group_size: int, dtype: torch.dtype, block: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch the backward kernel: gradient of `frac`, [out_features, in_features], in `dtype`."""
+    rows, cols = grad_weight.shape
+    out = grad_weight.new_empty((rows, cols), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    block_m, block_k = tile(cols, block=block)
+    mode, group = group_mode(group_size, cols, block_k)
+    acc = torch.float64 if torch.float64 in (grad_weight.dtype, scale.dtype, dtype) else torch.float32
+    _soft_weight_bwd_kernel[(triton.cdiv(cols, block_k), triton.cdiv(rows, block_m))](
+        out, grad_weight, q_down, scale, scale if table is None else table,
+        rows, cols,
+        *out.stride(), *grad_weight.stride(), *q_down.stride(), *scale.stride(),
+        LEVELS=2**num_bits, PACKED=q_down.shape[1] != cols, HAS_TABLE=table is not None,
+        MODE=mode, GROUP=group, ACC=DTYPES[acc], BLOCK_M=block_m, BLOCK_K=block_k,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
