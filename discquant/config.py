@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of a run: one frozen dataclass, validated when it is made, and the two presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Method = Literal["rtn", "greedy", "gptq", "discquant"]
+GridSearch = Literal["absmax", "search"]
+OptimizerName = Literal["adamw", "momentum", "lion", "sgd"]
+StateFormat = Literal["fp32", "u8"]
+PresetName = Literal["default", "paper"]
+LossName = Literal["kl", "ce", "mse"]
+Start = Literal["random", "ref", "gptq"]
+OutputFormat = Literal["compressed-tensors", "none"]
+
+GROUP_SIZES_HINT = "-1 (whole row) or a positive multiple of 8, usually 32, 64 or 128"
+
+
+def _check(argument: str, contract: str, ok: bool, actual: object) -> None:
+    if not ok:
+        raise ValueError(f"config: {argument} must be {contract}, got {actual!r}")
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """Which grid a weight is put on.
+
+    Attributes:
+        bits: Code width, 2 to 8.
+        group_size: Columns that share a scale; -1 is the whole row.
+        sym: Symmetric grid (zero point fixed at 2^(bits-1)).
+        grid: `absmax` covers the largest weight of the group; `search` picks the scale of least squared error.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    sym: bool = True
+    grid: GridSearch = "search"
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: A field is out of range.
+        """
+        _check("bits", "an integer from 2 to 8", type(self.bits) is int and 2 <= self.bits <= 8, self.bits)
+        ok = type(self.group_size) is int and (
+            self.group_size == -1 or (self.group_size > 0 and self.group_size % 8 == 0)
+        )
+        _check("group_size", GROUP_SIZES_HINT, ok, self.group_size)
+        _check("grid", f"one of {get_args(GridSearch)}", self.grid in get_args(GridSearch), self.grid)
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """How DiscQuant solves for `frac`; the defaults are the `default` preset.
+
+    Attributes:
+        preset: Name of the preset these values started from (recorded, not interpreted).
+        iters: Optimizer steps.
+        batch_size: Token windows per step.
+        micro_batch: Windows per forward; part of the configuration because it fixes the order of sums.
+        lr: Peak learning rate on `frac`, per step.
+        lr_floor: The learning rate never falls below this share of its peak (after warm-up).
+        warmup: Linear warm-up steps.
+        optimizer: Update rule of `projected_step_`.
+        betas: Moment decays.
+        weight_decay: AdamW decay on `frac`; 0 but for the published recipe.
+        loss: `kl`, or the paper's variants `ce` (next-token) and `mse` (block outputs).
+        start: `random` uniform, `ref` (the original weight), `gptq` (GPTQ's choice where it is a neighbour).
+        grad_clamp: kappa, the element-wise clamp of the KL gradient.
+        kl_weight: rho, the gain on the KL gradient; None sets it from the gradients themselves.
+        saturation: Share of coordinates whose KL gradient reaches the clamp when kl_weight is None.
+        linear_until: Share of the run after which the linear term is dropped (1 keeps it).
+        harden_from: Share of the run at which vertex hardening begins (1 never).
+        harden_soft: Hardening weight reached at `harden_until`.
+        harden_until: Share of the run at which the final, steep hardening begins.
+        harden_final: Hardening weight at the end.
+        state: Width of the per-weight state.
+        compute_dtype: Dtype of the forward and backward passes.
+    """
+
+    preset: PresetName = "default"
+    iters: int = 256
+    batch_size: int = 16
+    micro_batch: int = 8
+    lr: float = 0.1
+    lr_floor: float = 0.1
+    warmup: int = 32
+    optimizer: OptimizerName = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    loss: LossName = "kl"
+    start: Start = "ref"
+    grad_clamp: float = 1.0
+    kl_weight: float | None = None
+    saturation: float = 0.6
+    linear_until: float = 0.3
+    harden_from: float = 0.3
+    harden_soft: float = 1.4
+    harden_until: float = 0.85
+    harden_final: float = 13.4
+    state: StateFormat = "fp32"
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: A field is out of range.
+        """
+        _check("iters", "at least 1", self.iters >= 1, self.iters)
+        _check("batch_size", "at least 1", self.batch_size >= 1, self.batch_size)
+        _check("micro_batch", "at least 1", self.micro_batch >= 1, self.micro_batch)
+        _check("lr", "above 0", self.lr > 0, self.lr)
+        _check("lr_floor", "in [0, 1]", 0 <= self.lr_floor <= 1, self.lr_floor)
+        _check("warmup", "at least 0", self.warmup >= 0, self.warmup)
+        _check("grad_clamp", "above 0", self.grad_clamp > 0, self.grad_clamp)
+        _check("kl_weight", "above 0 or None", self.kl_weight is None or self.kl_weight > 0, self.kl_weight)
+        _check("saturation", "in (0, 1)", 0 < self.saturation < 1, self.saturation)
+        shares = (self.harden_from, self.harden_until)
+        _check("harden_from <= harden_until", "in [0, 1]", 0 <= shares[0] <= shares[1] <= 1, shares)
+        for name, kind in (
+            ("optimizer", OptimizerName),
+            ("loss", LossName),
+            ("start", Start),
+            ("state", StateFormat),
+            ("preset", PresetName),
+        ):
+            value = getattr(self, name)
+            _check(name, f"one of {get_args(kind)}", value in get_args(kind), value)
+
+
+def paper_preset(bits: int, group_size: int) -> SolverConfig:
+    """Return the published recipe: AdamW on random start, rho 200, kappa and lr of its table, cosine to 0.
+
+    Source:
+        method.md section 3 (the official configuration files); Llama-3.1-8B column without rotation,
+        nearest listed group size for others.
+    """
+    table = {(3, 0): (0.05, 0.5), (3, 64): (0.05, 1.0), (3, 32): (0.1, 0.5)}
+    table |= {(4, 0): (0.05, 1.0), (4, 64): (0.05, 1.0), (4, 32): (0.1, 0.5)}
+    listed_group = 32 if 0 < group_size <= 32 else 64 if 0 < group_size <= 64 else 0
+    lr, kappa = table[(3 if bits <= 3 else 4, listed_group)]
+    return SolverConfig(
+        preset="paper",
+        iters=1024,
+        batch_size=8,
+        lr=lr,
+        lr_floor=0.0,
+        warmup=128,
+        optimizer="adamw",
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        start="random",
+        grad_clamp=kappa,
+        kl_weight=200.0,
+        linear_until=1.0,
+        harden_from=1.0,
+        harden_soft=0.0,
+        harden_until=1.0,
+        harden_final=0.0,
+    )
+
+
+def preset(name: PresetName, grid: GridConfig) -> SolverConfig:
+    """Return the solver configuration of a preset for a grid.
+
+    Raises:
+        ValueError: Unknown preset.
+    """
+    _check("preset", f"one of {get_args(PresetName)}", name in get_args(PresetName), name)
+    return paper_preset(grid.bits, grid.group_size) if name == "paper" else SolverConfig()
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Calibration text.
+
+    Attributes:
+        dataset: `self`, a .txt/.jsonl/.parquet path, `file.safetensors:key`, or a `datasets` name.
+        nsamples: Token windows kept.
+        seqlen: Tokens per window.
+    """
+
+    dataset: str = "self"
+    nsamples: int = 512
+    seqlen: int = 256
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: A field is out of range.
+        """
+        _check("nsamples", "at least 1", self.nsamples >= 1, self.nsamples)
+        _check("seqlen", "at least 8", self.seqlen >= 8, self.seqlen)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """A whole run: grid, method, solver, data, output."""
+
+    grid: GridConfig = dataclasses.field(default_factory=GridConfig)
+    method: Method = "discquant"
+    solver: SolverConfig = dataclasses.field(default_factory=SolverConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    format: OutputFormat = "compressed-tensors"
+    ignore: tuple[str, ...] = ("lm_head",)
+    gptq_samples: int = 256
+    gptq_damp: float = 0.01
+    seed: int = 0
+    checkpoint_every: int = 16
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: A field is out of range.
+        """
+        _check("method", f"one of {get_args(Method)}", self.method in get_args(Method), self.method)
+        _check("format", f"one of {get_args(OutputFormat)}", self.format in get_args(OutputFormat), self.format)
+        _check("gptq_samples", "at least 1", self.gptq_samples >= 1, self.gptq_samples)
+        _check("gptq_damp", "above 0", self.gptq_damp > 0, self.gptq_damp)
+        _check("seed", "in [0, 2^31)", 0 <= self.seed < 2**31, self.seed)
+        _check("checkpoint_every", "at least 1", self.checkpoint_every >= 1, self.checkpoint_every)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as a chain: embedding -> block 1 .. block L -> head; any other module is a chain of one block.
+
+The model's own code runs everywhere: blocks are called with the arguments that the model gives them
+(recorded while the blocks are bypassed), and their weights are substituted functionally.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class BlockCall(NamedTuple):
+    """Arguments a block gets besides its input; they do not depend on the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Prepared(NamedTuple):
+    """One micro-batch ready to run.
+
+    `hidden` is block 1's input, `calls` the call of each block, `inputs` the ids, `mask` the positions that
+    count, `teacher` the teacher's last block output where it is already known.
+    """
+
+    hidden: Tensor
+    calls: list[BlockCall]
+    inputs: Tensor
+    mask: Tensor | None
+    teacher: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """Frozen output head: logits = cap(logit_scale * (h @ weight^T + bias)); see `ops.linear_kl`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """One weight to quantize: `param_name` within its block, `name` of its module within the model."""
+
+    name: str
+    param_name: str
+    parameter: nn.Parameter
+
+    def matrix(self) -> Tensor:
+        """Return the weight as [out_features, in_features]; a convolution kernel is flattened per output."""
+        return self.parameter.detach().flatten(1)
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        """Return a matrix in the shape of the parameter."""
+        return matrix.view(self.parameter.shape)
+
+
+@contextlib.contextmanager
+def _replaced_forward(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another forward; attributes and hooks that the model reads stay in place."""
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _first(output: Any) -> Tensor:
+    """Return the hidden state of a block's output (some return tuples)."""
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _selected(name: str, ignore: Sequence[str]) -> bool:
+    parts = name.split(".")
+    return not any(pattern in (name, parts[-1]) or fnmatch(name, pattern) for pattern in ignore)
+
+
+def quantizable_modules(root: nn.Module, prefix: str, ignore: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """Return (qualified name, module) of the linear and convolution layers below `root` that are not ignored."""
+    found = []
+    for name, module in root.named_modules():
+        qualified = ".".join(part for part in (prefix, name) if part)
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and _selected(qualified, ignore):
+            found.append((qualified, module))
+    return found
+
+
+class Chain:
+    """Base of both kinds; attributes `model`, `blocks`, `weights` (per block), `head`."""
+
+    model: nn.Module
+    blocks: list[nn.Module]
+    block_names: list[str]
+    weights: list[list[WeightRef]]
+    head: Head | None
+
+    def _collect(self, ignore: Sequence[str]) -> None:
+        self.weights = []
+        for prefix, block in zip(self.block_names, self.blocks, strict=True):
+            refs = []
+            for name, module in quantizable_modules(block, prefix, ignore):
+                local = name[len(prefix) + 1 :] if prefix else name
+                param_name = f"{local}.weight" if local else "weight"
+                assert isinstance(module.weight, nn.Parameter)
+                refs.append(WeightRef(name, param_name, module.weight))
+            self.weights.append(refs)
+        seen: dict[int, str] = {}
+        for ref in (ref for refs in self.weights for ref in refs):
+            other = seen.setdefault(id(ref.parameter), ref.name)
+            if other != ref.name:
+                raise NotImplementedError(f"Chain: {ref.name} and {other} share one weight; ignore one of them")
+        if not seen:
+            raise ValueError("Chain: the model has no linear layer left to quantize")
+
+    def prepare(self, inputs: Tensor, mask: Tensor | None = None) -> Prepared:
+        """Run what comes before block 1 and record every block's arguments."""
+        raise NotImplementedError
+
+    def finish(self, hidden: Tensor, prepared: Prepared) -> Tensor:
+        """Run what comes between the last block and the head (the final norm); differentiable."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def teacher_output(self, prepared: Prepared) -> Tensor:
+        """Return the original model's last block output on a micro-batch."""
+        hidden = prepared.hidden
+        for index, call in enumerate(prepared.calls):
+            hidden = self.run_block(index, hidden, call)
+        return hidden
+
+    def run_block(
+        self, index: int, hidden: Tensor, call: BlockCall, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Run block `index`, with `weights` (parameter name -> value) in place of its own where given."""
+        block = self.blocks[index]
+        if weights is None:
+            return _first(block(hidden, *call.args, **call.kwargs))
+        return _first(functional_call(block, dict(weights), (hidden, *call.args), call.kwargs))
+
+
+class DecoderChain(Chain):
+    """A `transformers` decoder-only language model."""
+
+    def __init__(self, model: nn.Module, ignore: Sequence[str] = ("lm_head",)) -> None:
+        """Find blocks and head.
+
+        Args:
+            model: A causal language model of `transformers`, in evaluation mode.
+            ignore: Module names, last name parts or glob patterns that stay untouched.
+
+        Raises:
+            NotImplementedError: No chain of blocks, or no linear head, was found.
+            ValueError: Nothing is left to quantize.
+        """
+        self.model = model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self._decoder = self._find_decoder(model)
+        self.blocks, self.block_names = self._find_blocks(model, self._decoder)
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if not isinstance(output, nn.Linear):
+            raise NotImplementedError("DecoderChain: the model has no linear output head")
+        config: Any = getattr(model.config, "text_config", model.config)
+        self.head = Head(
+            output.weight.detach(),
+            None if output.bias is None else output.bias.detach(),
+            float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
+            getattr(config, "final_logit_softcapping", None),
+        )
+        self._collect(ignore)
+
+    @staticmethod
+    def _find_decoder(model: nn.Module) -> nn.Module:
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        if decoder is None or decoder is model:
+            decoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
+        if not isinstance(decoder, nn.Module):
+            raise NotImplementedError("DecoderChain: the model has no decoder (get_decoder)")
+        return decoder
+
+    @staticmethod
+    def _find_blocks(model: nn.Module, decoder: nn.Module) -> tuple[list[nn.Module], list[str]]:
+        lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) > 0]
+        if not lists:
+            raise NotImplementedError("DecoderChain: the decoder has no list of blocks")
+        blocks = list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+        names = {id(module): name for name, module in model.named_modules()}
+        return blocks, [names[id(block)] for block in blocks]
+
+    @torch.no_grad()
+    def prepare(self, inputs: Tensor, mask: Tensor | None = None) -> Prepared:
+        """Embed token ids and record the blocks' arguments.
+
+        Args:
+            inputs: Token ids, int64, [windows, seqlen]; padding only at the end of a window.
+            mask: True where a token counts in the loss, bool, same shape; None counts all. Attention needs
+                no padding mask: under causal attention nothing that counts sees the padding.
+
+        Returns:
+            Prepared.
+        """
+        calls: list[BlockCall] = []
+        first: list[Tensor] = []
+
+        def recorder(index: int) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if index == 0:
+                    first.append(hidden_states)
+                calls.append(BlockCall(args, kwargs))
+                return hidden_states
+
+            return forward
+
+        forwards = [recorder(index) for index in range(len(self.blocks))]
+        with _replaced_forward(self.blocks, forwards):
+            self._decoder(input_ids=inputs, use_cache=False)
+        return Prepared(first[0], calls, inputs, mask)
+
+    def finish(self, hidden: Tensor, prepared: Prepared) -> Tensor:
+        """Return the head's input (after the final norm), [windows, seqlen, hidden_size]."""
+
+        def bypass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return hidden_states
+
+        def inject(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return hidden
+
+        forwards: list[Callable[..., Tensor]] = [bypass] * (len(self.blocks) - 1) + [inject]
+        with _replaced_forward(self.blocks, forwards):
+            output = self._decoder(input_ids=prepared.inputs, use_cache=False)
+        return _first(output if isinstance(output, Tensor) else output[0])
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Return logits computed through the chain, to compare with the model's own."""
+        from discquant.ops.reference.linear_kl import cap_logits
+
+        assert self.head is not None
+        prepared = self.prepare(inputs)
+        features = self.finish(self.teacher_output(prepared), prepared)
+        raw = nn.functional.linear(features, self.head.weight, self.head.bias)
+        return cap_logits(raw, self.head.logit_scale, self.head.softcap)[0]
+
+    @torch.no_grad()
+    def verify(self, inputs: Tensor) -> None:
+        """Check that the chain computes what the model computes.
+
+        Raises:
+            NotImplementedError: It does not, so this architecture is no plain chain of blocks.
+        """
+        expected = self.model(input_ids=inputs, use_cache=False).logits
+        actual = self.logits(inputs)
+        limit = 1e3 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+        if expected.shape != actual.shape or float((expected - actual).abs().max()) > limit:
+            raise NotImplementedError(
+                f"DecoderChain: {type(self.model).__name__} is not a plain chain of blocks and a linear head: "
+                "its logits differ from the chain's"
+            )
+
+
+class ModuleChain(Chain):
+    """Any module with one tensor in and logits out, as a chain of one block (a vision model, say)."""
+
+    def __init__(self, model: nn.Module, ignore: Sequence[str] = ()) -> None:
+        """Take the whole module as the only block.
+
+        Args:
+            model: Module mapping a tensor to logits [..., num_classes], in evaluation mode.
+            ignore: Module names, last name parts or glob patterns that stay untouched.
+
+        Raises:
+            ValueError: Nothing is left to quantize.
+        """
+        self.model = model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.blocks, self.block_names = [model], [""]
+        self.head = None
+        self._collect(ignore)
+
+    def prepare(self, inputs: Tensor, mask: Tensor | None = None) -> Prepared:
+        """Return the inputs as the block's input."""
+        return Prepared(inputs, [BlockCall((), {})], inputs, mask)
+
+    def finish(self, hidden: Tensor, prepared: Prepared) -> Tensor:
+        """Return the logits unchanged."""
+        return hidden

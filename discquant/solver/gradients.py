@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact gradients of the loss, block by block: never more than one block's weight gradient exists.
+
+forward: all micro-batches through teacher and student block, keeping the student's block inputs;
+head: loss and gradient at the last boundary; backward: recompute each block from the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from discquant.config import LossName
+from discquant.solver.chain import Chain, Prepared
+from discquant.solver.losses import counted_tokens, head_loss
+
+StudentWeights = Callable[[int], Mapping[str, Tensor]]
+BlockSink = Callable[[int, dict[str, Tensor]], None]
+
+
+class _Forward:
+    """The student's forward pass: boundaries always, and the blocks' graphs where `keep_graph` asks for them."""
+
+    def __init__(self, chain: Chain, student: StudentWeights, batches: Sequence[Prepared], keep_graph: bool) -> None:
+        self.chain, self.student, self.batches, self.keep_graph = chain, student, batches, keep_graph
+        self.inputs: list[list[Tensor]] = []
+        self.outputs: list[list[Tensor]] = []
+        self.leaves: list[dict[str, Tensor]] = []
+
+    def _leaves(self, index: int) -> dict[str, Tensor]:
+        return {name: w.detach().requires_grad_() for name, w in self.student(index).items()}
+
+    def run(self, index: int, hidden: list[Tensor]) -> list[Tensor]:
+        """Run block `index` on all micro-batches; return detached outputs."""
+        if not self.keep_graph:
+            self.inputs.append(hidden)
+            with torch.no_grad():
+                weights = self.student(index)
+                return [
+                    self.chain.run_block(index, h, batch.calls[index], weights)
+                    for h, batch in zip(hidden, self.batches, strict=True)
+                ]
+        leaves = self._leaves(index)
+        hidden = [h.detach().requires_grad_(index > 0) for h in hidden]
+        with torch.enable_grad():
+            outputs = [
+                self.chain.run_block(index, h, batch.calls[index], leaves)
+                for h, batch in zip(hidden, self.batches, strict=True)
+            ]
+        self.inputs.append(hidden)
+        self.outputs.append(outputs)
+        self.leaves.append(leaves)
+        return [h.detach() for h in outputs]
+
+    def backward(self, index: int, grads: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the gradients at the inputs of block `index` and of its weights, summed over micro-batches."""
+        leaves = self.leaves.pop() if self.keep_graph else self._leaves(index)
+        outputs = self.outputs.pop() if self.keep_graph else None
+        inputs = self.inputs.pop()
+        sums: dict[str, Tensor] = {}
+        for position, batch in enumerate(self.batches):
+            hidden = inputs[position]
+            if outputs is None:
+                hidden = hidden.detach().requires_grad_(index > 0)
+                with torch.enable_grad():
+                    output = self.chain.run_block(index, hidden, batch.calls[index], leaves)
+            else:
+                output = outputs[position]
+            targets = ([hidden] if index > 0 else []) + list(leaves.values())
+            # A weight may be unused on this micro-batch (an expert that no token chose).
+            found = list(torch.autograd.grad(output, targets, grads[position], allow_unused=True))
+            if index > 0:
+                grad_input = found.pop(0)
+                grads[position] = torch.zeros_like(hidden) if grad_input is None else grad_input
+            for name, grad in zip(leaves, found, strict=True):
+                if grad is not None:
+                    wide = grad if grad.dtype == torch.float64 else grad.float()
+                    sums[name] = sums[name].add_(wide) if name in sums else wide
+        for name, leaf in leaves.items():
+            if name not in sums:
+                sums[name] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+        return grads, sums
+
+
+def block_gradients(
+    chain: Chain,
+    student: StudentWeights,
+    batches: Sequence[Prepared],
+    on_block: BlockSink,
+    *,
+    loss: LossName = "kl",
+    chunk_size: int = 1024,
+    keep_graph: bool = False,
+) -> float:
+    """Compute the loss of a step and hand each block's weight gradient to `on_block`, last block first.
+
+    The gradient of block b is that of the whole step (all micro-batches summed) when `on_block(b, ...)` is
+    called; the block is not visited again, so the callee may change the block's weights at once.
+
+    Args:
+        chain: Teacher weights are the model's own.
+        student: Returns the student's weights of a block by parameter name; called in the forward and again
+            in the backward pass of each block (once with `keep_graph`), with the same result.
+        batches: Micro-batches; their order fixes the order of sums.
+        on_block: Receives (block index, gradient by parameter name), float32 or wider.
+        loss: Which loss.
+        chunk_size: Tokens whose logits exist at once.
+        keep_graph: Keep the student's activations instead of recomputing each block: a fifth less work, the
+            same bits, memory for the activations of the whole model.
+
+    Returns:
+        The loss, mean over the counted tokens of all batches.
+
+    Raises:
+        ValueError: No token counts, or the loss is not finite.
+    """
+    depth = len(chain.blocks)
+    total = float(sum(counted_tokens(batch, loss, chain.head is not None) for batch in batches))
+    if total == 0:
+        raise ValueError("block_gradients: no token of the step counts in the loss")
+    forward = _Forward(chain, student, batches, keep_graph)
+    pulls: list[list[Tensor]] = []  # mse only: gradient entering at each block's output
+    known = loss != "mse" and all(batch.teacher is not None for batch in batches)
+    teacher_hidden = [batch.teacher if known and batch.teacher is not None else batch.hidden for batch in batches]
+    student_hidden = [batch.hidden for batch in batches]
+    value = 0.0
+    for index in range(depth):
+        student_hidden = forward.run(index, student_hidden)
+        if loss == "ce" or known:
+            continue
+        with torch.no_grad():
+            teacher_hidden = [
+                chain.run_block(index, h, batch.calls[index])
+                for h, batch in zip(teacher_hidden, batches, strict=True)
+            ]
+            if loss == "mse":
+                gaps = [s - t for s, t in zip(student_hidden, teacher_hidden, strict=True)]
+                count = float(sum(gap.numel() for gap in gaps)) * depth
+                value += sum(float(gap.double().square().sum()) for gap in gaps) / count
+                pulls.append([gap * (2 / count) for gap in gaps])
+    grads: list[Tensor] = []
+    for batch, s, t in zip(batches, student_hidden, teacher_hidden, strict=True):
+        part = head_loss(chain, batch, s, t, loss=loss, normalizer=total, chunk_size=chunk_size)
+        value += part.loss
+        grads.append(part.grad)
+    if not math.isfinite(value):
+        raise ValueError(f"block_gradients: the loss must be finite, got {value}")
+    del student_hidden, teacher_hidden
+
+    for index in reversed(range(depth)):
+        if loss == "mse":
+            grads = [g + pull for g, pull in zip(grads, pulls.pop(), strict=True)]
+        grads, sums = forward.backward(index, grads)
+        on_block(index, sums)
+        del sums
+    return value

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-wise rounding of a whole chain: RTN, or GPTQ / greedy on the inputs that each layer really gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discquant.config import Method
+from discquant.grids import Grid
+from discquant.rounding import gptq, greedy
+from discquant.solver.chain import Chain, Prepared, WeightRef
+
+Progress = Callable[[int, int], None]
+
+
+class _HessianHook:
+    """Accumulate X^T X of a module's input over counted positions; float64 sums of float32 products."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.hessian: Tensor | None = None
+        self.mask: Tensor | None = None
+        self._handle = module.register_forward_pre_hook(self._see)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if isinstance(self.module, nn.Conv2d):
+            if self.module.groups != 1:
+                raise NotImplementedError("layerwise: GPTQ of a grouped convolution is not supported; use rtn")
+            unfolded = nn.functional.unfold(
+                x, self.module.kernel_size, self.module.dilation, _padding(self.module), self.module.stride
+            )
+            return unfolded.transpose(1, 2).flatten(0, 1)
+        if not isinstance(self.module, nn.Linear):
+            raise NotImplementedError(f"layerwise: GPTQ of {type(self.module).__name__} is not supported; use rtn")
+        if self.mask is not None and x.shape[:-1] == self.mask.shape:
+            return x[self.mask]
+        return x.flatten(0, -2)
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = self._rows(args[0].detach()).float()
+        product = (rows.T @ rows).double()
+        self.hessian = product if self.hessian is None else self.hessian + product
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, int]:
+    if isinstance(conv.padding, str):
+        if conv.padding == "valid":
+            return 0, 0
+        raise NotImplementedError("layerwise: GPTQ of a convolution with padding='same' is not supported; use rtn")
+    return conv.padding[0], conv.padding[1]
+
+
+def _modules(chain: Chain, refs: Sequence[WeightRef]) -> dict[str, nn.Module]:
+    return {ref.name: chain.model.get_submodule(ref.name) if ref.name else chain.model for ref in refs}
+
+
+def rtn_codes(chain: Chain, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    """Round every weight to nearest; codes by module name."""
+    return {ref.name: grids[ref.name].nearest(ref.matrix()) for refs in chain.weights for ref in refs}
+
+
+@torch.no_grad()
+def layerwise_codes(
+    chain: Chain,
+    grids: Mapping[str, Grid],
+    batches: Sequence[Prepared],
+    method: Method,
+    *,
+    damp: float = 0.01,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Round block after block, each on the outputs of the rounded blocks before it.
+
+    Args:
+        chain: Model.
+        grids: Grid of each weight by module name.
+        batches: Calibration micro-batches.
+        method: `rtn`, `gptq` or `greedy`.
+        damp: Hessian damping.
+        dtype: Compute dtype of the served weights.
+        progress: Called with (blocks done, blocks).
+
+    Returns:
+        Codes by module name, uint8, [out_features, in_features].
+
+    Raises:
+        NotImplementedError: A layer kind whose inputs cannot be gathered.
+    """
+    if method == "rtn":
+        return rtn_codes(chain, grids)
+    hidden = [batch.hidden for batch in batches]
+    codes: dict[str, Tensor] = {}
+    for index, refs in enumerate(chain.weights):
+        hooks = {name: _HessianHook(module) for name, module in _modules(chain, refs).items()}
+        try:
+            for h, batch in zip(hidden, batches, strict=True):
+                for hook in hooks.values():
+                    hook.mask = batch.mask
+                chain.run_block(index, h, batch.calls[index])
+        finally:
+            for hook in hooks.values():
+                hook.remove()
+        served: dict[str, Tensor] = {}
+        for ref in refs:
+            hessian, grid = hooks[ref.name].hessian, grids[ref.name]
+            matrix = ref.matrix()
+            if hessian is None:  # never reached by a token: nothing to learn from
+                codes[ref.name] = grid.nearest(matrix)
+            elif method == "gptq":
+                codes[ref.name] = gptq(matrix, hessian, grid, damp=damp)
+            else:
+                codes[ref.name] = greedy(matrix, hessian, grid, damp=damp)
+            served[ref.param_name] = ref.shaped(grid.dequantize(codes[ref.name], dtype))
+        hidden = [
+            chain.run_block(index, h, batch.calls[index], served) for h, batch in zip(hidden, batches, strict=True)
+        ]
+        if progress is not None:
+            progress(index + 1, len(chain.weights))
+    return codes

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What changes over a run: learning rate, linear term, vertex hardening, and the gain on the KL gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from discquant.config import SolverConfig
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Scalars of one step."""
+
+    lr: float
+    linear_weight: float
+    hardening: float
+
+
+def settings(config: SolverConfig, step: int) -> StepSettings:
+    """Return the scalars of step `step` (1-based).
+
+    lr: linear warm-up, then cosine from 1 to `lr_floor`, times `lr`.
+    linear_weight: 1 until `linear_until` of the run, then 0.
+    hardening: 0 until `harden_from`, linear to `harden_soft` at `harden_until`, linear to `harden_final`.
+    """
+    done = (step - 1) / config.iters
+    warm = min(1.0, step / config.warmup) if config.warmup else 1.0
+    span = max(1, config.iters - config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, (step - 1 - config.warmup) / span))))
+    lr = config.lr * warm * max(config.lr_floor, cosine)
+    hardening = 0.0
+    if config.harden_from < 1.0 and done >= config.harden_from:
+        soft_span = config.harden_until - config.harden_from
+        if done < config.harden_until:
+            hardening = config.harden_soft * (done - config.harden_from) / soft_span
+        else:
+            hard_span = max(1e-12, 1.0 - config.harden_until)
+            rise = (config.harden_final - config.harden_soft) * (done - config.harden_until) / hard_span
+            hardening = config.harden_soft + rise
+    return StepSettings(lr, 1.0 if done < config.linear_until else 0.0, hardening)
+
+
+def moment_bound(config: SolverConfig) -> float:
+    """Return the largest magnitude that a gradient with all its terms can have: the scale of 8-bit moments."""
+    return config.grad_clamp + 1.0 + max(config.harden_soft, config.harden_final)
+
+
+class GainControl:
+    """Hold the share of clamped KL-gradient entries at a target by moving the gain.
+
+    gain <- gain * exp(RATE * (target - share)), within RANGE of its starting value. The published constant
+    (rho = 200) saturates 63 % of the entries on one model and 1.7 % on another (method.md section 11), where
+    the linear term then drowns the data.
+    """
+
+    RATE = 0.2
+    RANGE = 30.0
+
+    def __init__(self, initial: float, target: float | None) -> None:
+        """Start at `initial`; target None keeps it constant."""
+        self.gain = initial
+        self.initial = initial
+        self.target = target
+
+    def update(self, saturated: int, live: int) -> None:
+        """Move the gain after a step that clamped `saturated` of `live` entries."""
+        if self.target is None or live == 0:
+            return
+        moved = self.gain * math.exp(self.RATE * (self.target - saturated / live))
+        self.gain = min(max(moved, self.initial / self.RANGE), self.initial * self.RANGE)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The solver's loop body: one optimizer step over the whole model, block by block, and its records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from discquant.config import SolverConfig
+from discquant.ops import StepOptions, expand_groups, projected_step_
+from discquant.solver.chain import Chain, Prepared
+from discquant.solver.gradients import block_gradients
+from discquant.solver.schedule import GainControl, moment_bound, settings
+from discquant.solver.state import WeightState
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step reports; shares are of the coordinates that may move."""
+
+    step: int
+    loss: float
+    lr: float
+    kl_weight: float
+    linear_weight: float
+    hardening: float
+    fractional: float
+    moved: float
+    saturated: float
+
+
+class NonFiniteGradientError(ValueError):
+    """A weight's gradient holds NaN or Inf."""
+
+
+def row_order(num_rows: int, seed: int) -> Iterator[int]:
+    """Yield row numbers for ever: a new seeded permutation for each pass over the data."""
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        yield from torch.randperm(num_rows, generator=generator).tolist()
+        epoch += 1
+
+
+class Solver:
+    """Solve for `frac` of every state in place."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        states: Sequence[Sequence[WeightState]],
+        config: SolverConfig,
+        *,
+        seed: int = 0,
+        keep_graph: bool = False,
+    ) -> None:
+        """Bind states (one list per block, in the order of `chain.weights`) to the chain.
+
+        Args:
+            chain: Model whose own weights are the teacher.
+            states: Per block, per weight.
+            config: Solver options.
+            seed: Keys stochastic rounding.
+            keep_graph: See `block_gradients`; changes speed and memory, not results.
+        """
+        self.chain = chain
+        self.states = [list(block) for block in states]
+        self.config = config
+        self.seed = seed
+        self.keep_graph = keep_graph
+        self.step_number = 0
+        self.dtype: torch.dtype = getattr(torch, config.compute_dtype)
+        self.gain = GainControl(config.kl_weight or 1.0, None if config.kl_weight else config.saturation)
+        self._tensor_ids = {
+            state.name: index for index, state in enumerate(s for block in self.states for s in block)
+        }
+
+    def student(self, index: int) -> dict[str, Tensor]:
+        """Return the interpolated weights of a block by parameter name."""
+        refs = self.chain.weights[index]
+        return {
+            ref.param_name: ref.shaped(state.soft_weight(self.dtype))
+            for ref, state in zip(refs, self.states[index], strict=True)
+        }
+
+    def rounded(self, index: int) -> dict[str, Tensor]:
+        """Return the weights of a block with `frac` rounded."""
+        refs = self.chain.weights[index]
+        return {
+            ref.param_name: ref.shaped(state.hard_weight(self.dtype))
+            for ref, state in zip(refs, self.states[index], strict=True)
+        }
+
+    def _checked(self, index: int, grads: Mapping[str, Tensor]) -> None:
+        for ref in self.chain.weights[index]:
+            if not bool(torch.isfinite(grads[ref.param_name]).all()):
+                raise NonFiniteGradientError(
+                    f"solver: the gradient of {ref.name} must be finite, got NaN or Inf at step "
+                    f"{self.step_number + 1}; its state is unchanged"
+                )
+
+    def step(self, batches: Sequence[Prepared]) -> StepRecord:
+        """Take one step on the mean loss over `batches`.
+
+        Raises:
+            NonFiniteGradientError: A gradient is not finite; that block was not changed.
+            ValueError: The loss is not finite; nothing was changed.
+        """
+        number = self.step_number + 1
+        now = settings(self.config, number)
+        live = fractional = moved = saturated = 0
+        bound = moment_bound(self.config)
+
+        def take(index: int, grads: dict[str, Tensor]) -> None:
+            nonlocal live, fractional, moved, saturated
+            self._checked(index, grads)
+            for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
+                counts = projected_step_(
+                    state.frac,
+                    state.frac_ref,
+                    grads.pop(ref.param_name).flatten(1),
+                    state.grid.scale,
+                    group_size=state.grid.group_size,
+                    options=StepOptions(
+                        optimizer=self.config.optimizer,
+                        lr=now.lr,
+                        betas=self.config.betas,
+                        weight_decay=self.config.weight_decay,
+                        kl_weight=self.gain.gain,
+                        grad_clamp=self.config.grad_clamp,
+                        linear_weight=now.linear_weight,
+                        hardening=now.hardening,
+                        step=number,
+                        moment_bound=bound,
+                        seed=self.seed,
+                        tensor_id=self._tensor_ids[state.name],
+                    ),
+                    momentum=state.momentum,
+                    second_moment=state.second_moment,
+                )
+                live += counts.live
+                fractional += counts.fractional
+                moved += counts.moved
+                saturated += counts.saturated
+
+        gain = self.gain.gain
+        loss = block_gradients(self.chain, self.student, batches, take, loss=self.config.loss, keep_graph=self.keep_graph)
+        self.step_number = number
+        self.gain.update(saturated, live)
+        total = max(1, live)
+        return StepRecord(
+            number,
+            loss,
+            now.lr,
+            gain,
+            now.linear_weight,
+            now.hardening,
+            fractional / total,
+            moved / total,
+            saturated / total,
+        )
+
+    def calibrate_gain(self, batches: Sequence[Prepared]) -> float:
+        """Set the gain so that `saturation` of the entries reach the clamp at the rounded-to-nearest model.
+
+        At the original weights the KL gradient is zero, so the first gradients cannot set it.
+
+        Returns:
+            The gain on dKL/dfrac.
+        """
+        samples: list[Tensor] = []
+
+        def sink(index: int, grads: dict[str, Tensor]) -> None:
+            for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
+                grad = grads.pop(ref.param_name).flatten(1).float()
+                step = expand_groups(state.grid.scale.float(), state.grid.group_size, grad.shape[1])
+                flat = (grad * step).abs()[state.live()]
+                samples.append(flat[:: max(1, flat.numel() // 65536)].clone())
+
+        def nearest(index: int) -> dict[str, Tensor]:
+            weights = {}
+            for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
+                q = state.grid.nearest(ref.matrix())
+                weights[ref.param_name] = ref.shaped(state.grid.dequantize(q, self.dtype))
+            return weights
+
+        block_gradients(self.chain, nearest, batches, sink, loss=self.config.loss)
+        pooled = torch.cat(samples) if samples else torch.ones(1)
+        level = float(torch.quantile(pooled[:: max(1, pooled.numel() // 1_000_000)], 1 - self.config.saturation))
+        gain = self.config.grad_clamp / max(level, 1e-30)
+        self.gain = GainControl(gain, self.config.saturation)
+        return gain
