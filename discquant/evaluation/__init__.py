@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a model survives: KL divergence, perplexity, exact answers to arithmetic problems."""
+"""How far a candidate is from the original: divergence, perplexity, exact answers; and the bundled generator."""
+
+from discquant.evaluation.divergence import Divergence, compare_models
+from discquant.evaluation.exact_match import exact_match
+
+__all__ = ["Divergence", "compare_models", "exact_match"]
