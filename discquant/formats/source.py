@@ -10,29 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from discquant.errors import (
-    CalibrationError,
-    CheckpointError,
-    DiskSpaceError,
-    MissingModelError,
-    NonFiniteError,
-    OutputExistsError,
-)
+from discquant.errors import CalibrationError, CheckpointError, MissingModelError, OutputExistsError
+from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json
+from discquant.formats.output import check_space
+from discquant.formats.safetensors_file import TORCH_DTYPES, read_bytes, read_tensor, tensor_bytes
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _CHUNK = 1 << 24
-_MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +36,7 @@ class Source:
         model: The `transformers` model, in eval mode, on the CPU.
         tokenizer: Its tokenizer; None where the folder holds none.
         path: The folder.
-        digest: SHA-256 over the names and bytes of config.json and all weight files, hexadecimal.
+        digest: SHA-256 over config.json and every tensor (however they are sharded), hexadecimal.
         config: config.json as it stands.
     """
 
@@ -92,141 +85,62 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise MissingModelError(f"{folder} is no model: it has no config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
-        raise CheckpointError(f"{file} is not valid JSON: {cause}") from cause
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_json(file)
+    if "model_type" not in config:
         raise MissingModelError(f"{folder} is no model: its config.json names no model_type")
     return config
 
 
-def weight_files(folder: Path, *, allow_pickle: bool = False) -> list[Path]:
-    """Weight files of a model folder, sorted by name: safetensors, or pickles where allowed and nothing else is there.
-
-    Raises:
-        MissingModelError: No weights, or a shard that the index names is missing.
-        CheckpointError: Only pickled weights and not allowed, or a broken index.
-    """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as cause:
-            raise CheckpointError(f"{index} is no index of safetensors shards: {cause!r}") from cause
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise CheckpointError(f"{index} names a shard outside the folder: {name!r}")
-            if not (folder / name).is_file():
-                raise MissingModelError(f"{folder} lacks the shard {name} that its index names")
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    pickles = sorted(file for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles and not allow_pickle:
-        raise CheckpointError(
-            f"{folder} holds pickled weights ({pickles[0].name}) and no safetensors; a pickle can run code. "
-            "Convert it to safetensors, or allow it explicitly, to read it without running code"
-        )
-    if not pickles:
-        raise MissingModelError(f"{folder} is no model: it has no {SINGLE} and no {INDEX}")
-    return pickles
+def pickled_files(folder: Path) -> list[Path]:
+    """Pickled weights of a folder that holds no safetensors; empty where it does."""
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        return []
+    return sorted(file for pattern in PICKLES for file in folder.glob(pattern))
 
 
-def check_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Validate a safetensors file by its header alone: sizes, places and the length of the file agree.
-
-    Args:
-        file: The file.
+def digest_and_check(checkpoint: Checkpoint) -> str:
+    """Hash every tensor and look for NaN and Inf in the same pass.
 
     Returns:
-        Header entries by tensor name, `__metadata__` left out.
+        What `checkpoint.sha256()` returns.
 
     Raises:
-        CheckpointError: The file is truncated or corrupt.
+        NonFiniteError: A weight is NaN or infinite; names the tensor.
     """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f"{file} is truncated or corrupt: its header does not fit in {size} bytes")
-        raw = opened.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        end = 0
-        for start, stop, name in spans:
-            if start != end or stop < start:
-                raise CheckpointError(
-                    f"{file} is corrupt: {name} lies at bytes {start} to {stop}, not from {end} on"
-                )
-            end = stop
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
-        if isinstance(cause, CheckpointError):
-            raise
-        raise CheckpointError(f"{file} is corrupt: its header cannot be read ({cause!r})") from cause
-    if size != 8 + length + end:
-        raise CheckpointError(
-            f"{file} is truncated or corrupt: it has {size} bytes, its header says {8 + length + end}"
-        )
-    return header  # type: ignore[no-any-return]
-
-
-def content_digest(folder: Path, files: list[Path]) -> str:
-    """SHA-256 over name, size and bytes of config.json and the weight files, streamed."""
     sha = hashlib.sha256()
-    for file in [folder / "config.json", *files]:
+    for name in sorted(checkpoint.tensors):
+        info = checkpoint.tensors[name]
+        sha.update(json.dumps([name, info.dtype, list(info.shape)]).encode())
+        if info.dtype in TORCH_DTYPES:
+            tensor = read_tensor(info)
+            sha.update(tensor_bytes(tensor))
+            check_finite(name, tensor)
+        else:
+            for piece in read_bytes(info):
+                sha.update(piece)
+    return sha.hexdigest()
+
+
+def _digest_and_check_pickles(files: list[Path]) -> str:
+    """The same for pickled weights, hashing whole files; torch's restricted loader runs no code of theirs."""
+    sha = hashlib.sha256()
+    for file in files:
         sha.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as opened:
             while chunk := opened.read(_CHUNK):
                 sha.update(chunk)
-    return sha.hexdigest()
-
-
-def _refuse_nonfinite(name: str, tensor: torch.Tensor, where: Path) -> None:
-    """Raise if a float tensor holds NaN or Inf."""
-    if not tensor.is_floating_point():
-        return
-    values = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite has no float8
-    # A sum is finite only if all terms are; it needs no mask of the tensor's size. An overflow is looked at closely.
-    if bool(torch.isfinite(values.sum(dtype=torch.float64))):
-        return
-    bad = ~torch.isfinite(values)
-    if bool(bad.any()):
-        kind = "NaN" if bool(torch.isnan(values).any()) else "Inf"
-        raise NonFiniteError(f"{where}: {name} holds {kind} in {int(bad.sum())} of {bad.numel()} weights")
-
-
-def check_finite(files: list[Path]) -> None:
-    """Look at every float tensor of safetensors or pickle files, one at a time.
-
-    Raises:
-        NonFiniteError: A weight is NaN or infinite; names the tensor.
-        CheckpointError: A file cannot be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for file in files:
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        _refuse_nonfinite(name, opened.get_tensor(name), file)
-            except SafetensorError as cause:
-                raise CheckpointError(f"{file} is corrupt: {cause}") from cause
-            continue
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         except (
             Exception
-        ) as cause:  # the restricted loader raises many kinds; each means that the file is no weights
+        ) as cause:  # it raises many kinds of error; each means that the file is no plain weights
             raise CheckpointError(
                 f"{file} holds more than plain weights, or is corrupt; it was not loaded"
             ) from cause
         for name, value in state.items() if isinstance(state, dict) else ():
             if isinstance(value, torch.Tensor):
-                _refuse_nonfinite(str(name), value, file)
+                check_finite(str(name), value)
+    return sha.hexdigest()
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -304,35 +218,25 @@ def open_source(
     folder = resolve(path)
     config = read_config(folder)
     own_code = config.get("auto_map")
-    tokenizer_config = folder / "tokenizer_config.json"
-    if not own_code and tokenizer_config.is_file():
-        try:
-            own_code = json.loads(tokenizer_config.read_text(encoding="utf-8")).get("auto_map")
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as cause:
-            raise CheckpointError(f"{tokenizer_config} is not valid JSON: {cause}") from cause
+    if (folder / "tokenizer_config.json").is_file():
+        own_code = own_code or read_json(folder / "tokenizer_config.json").get("auto_map")
     if own_code and not trust_remote_code:
         raise CheckpointError(
             f"{folder} wants to run code of its own (auto_map in its configuration); "
-            "pass trust_remote_code if you trust its authors"
+            "allow remote code explicitly if you trust its authors"
         )
     if config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantized already; give the original model")
-    files = weight_files(folder, allow_pickle=allow_pickle)
-    shapes = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            shapes |= {name: entry.get("shape") for name, entry in check_header(file).items()}
+    pickles = pickled_files(folder)
+    checkpoint = None if pickles and allow_pickle else Checkpoint(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    # Before the weights are read: the embedding's rows by its usual names. After, the built model decides.
-    rows = next(
-        (shape[0] for name, shape in shapes.items() if name.endswith("embed_tokens.weight") and shape), None
-    )
-    if rows is not None:
-        _check_vocabulary(folder, tokenizer, rows)
-    digest = content_digest(folder, files)
-    check_finite(files)
-    pickled = files[0].suffix != ".safetensors"
-    model = _build(folder, dtype=dtype, trust_remote_code=trust_remote_code, pickled=pickled)
+    # Before the weights are read: the embedding's rows under their usual name. Afterwards the built model decides.
+    for name, info in checkpoint.tensors.items() if checkpoint else ():
+        if name.endswith("embed_tokens.weight") and len(info.shape) == 2:
+            _check_vocabulary(folder, tokenizer, info.shape[0])
+    weights = digest_and_check(checkpoint) if checkpoint else _digest_and_check_pickles(pickles)
+    digest = hashlib.sha256(f"{weights}\n{json.dumps(config, sort_keys=True)}".encode()).hexdigest()
+    model = _build(folder, dtype=dtype, trust_remote_code=trust_remote_code, pickled=checkpoint is None)
     _check_vocabulary(folder, tokenizer, int(model.get_input_embeddings().weight.shape[0]))
     return Source(model, tokenizer, folder, digest, config)
 
@@ -364,8 +268,6 @@ def check_output_dir(
         OutputExistsError: It is a file; it holds something and `resume` is off; it holds something that is no run.
         PermissionError: The folder cannot be made or written there.
     """
-    import os
-
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file; the output must be a folder")
@@ -406,9 +308,4 @@ def check_disk_space(out: str | Path, needed: int) -> None:
     Raises:
         DiskSpaceError: Less is free.
     """
-    folder = Path(out).expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DiskSpaceError(f"{out} needs {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free")
+    check_space(Path(out).expanduser(), needed)
