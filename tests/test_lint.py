@@ -18,6 +18,6 @@ import pytest
 def test_clean(command: list[str], repo_root: Path) -> None:
     pytest.importorskip(command[0])
     done = subprocess.run(
-        [sys.executable, "-P", "-m", *command], capture_output=True, text=True, cwd=repo_root
+        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=repo_root
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint formats: reading models safely, writing codes as engines want them, proving what was written."""
+
+from __future__ import annotations
+
+from discquant.formats.checkpoint import Checkpoint, check_finite
+from discquant.formats.codes import QuantizedLinear
+from discquant.formats.compressed_tensors import Scheme
+from discquant.formats.export import ExportPlan, export_compressed_tensors, plan_export, read_manifest
+from discquant.formats.load import load_quantized, read_layers
+from discquant.formats.proof import prove
+
+__all__ = [
+    "Checkpoint",
+    "ExportPlan",
+    "QuantizedLinear",
+    "Scheme",
+    "check_finite",
+    "export_compressed_tensors",
+    "load_quantized",
+    "plan_export",
+    "prove",
+    "read_layers",
+    "read_manifest",
+]

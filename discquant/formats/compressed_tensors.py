@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compressed-tensors `pack-quantized` format: integer codes to stored tensors and back, and its configuration.
+
+Written directly from codes: the library's own save path would quantize floats again. Dense codes only (library 0.18
+and later); the reader also takes the older layout of 3, 5, 6 and 7 bits, told apart by shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discquant.errors import CheckpointError, UnrepresentableError
+from discquant.formats.bitstream import pack, unpack, unpack_per_word, words_for
+from discquant.formats.codes import QuantizedLinear
+
+PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+# 1, 2, 4 and 8 bits lie in words alike before and since 0.18; the others do not.
+MINIMUM_LIBRARY = {bits: "0.15.0" if bits in (2, 4, 8) else "0.18.0" for bits in range(2, 9)}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What one configuration group says about its layers; group_size -1 is one scale per row (strategy channel)."""
+
+    num_bits: int
+    group_size: int
+    symmetric: bool
+
+    @classmethod
+    def of(cls, layer: QuantizedLinear) -> Scheme:
+        """The scheme of a layer."""
+        return cls(layer.num_bits, layer.group_size, layer.symmetric)
+
+
+def check_representable(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
+    """Refuse what the format cannot hold.
+
+    Args:
+        name: Module path, for the message.
+        shape: (out_features, in_features).
+        scheme: Its grid.
+
+    Raises:
+        UnrepresentableError: A shorter last group, or num_bits outside 2..8; the message names the module.
+    """
+    if not 2 <= scheme.num_bits <= 8:
+        raise UnrepresentableError(
+            f"compressed-tensors: {name}: num_bits must be in 2..8, got {scheme.num_bits}"
+        )
+    if scheme.group_size != -1 and (scheme.group_size < 1 or shape[1] % scheme.group_size):
+        raise UnrepresentableError(
+            f"compressed-tensors cannot hold {name}: its {shape[1]} input columns are no multiple of the group size "
+            f"{scheme.group_size}; choose a group size that divides it, -1 (whole rows), or ignore the module"
+        )
+
+
+def encoded_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
+    """Bytes that `encode` needs for a layer of this shape."""
+    rows, columns = shape
+    groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
+    zero = 0 if scheme.symmetric else 4 * words_for(rows, scheme.num_bits) * groups
+    return 4 * rows * words_for(columns, scheme.num_bits) + 2 * rows * groups + zero + 16
+
+
+def encode(layer: QuantizedLinear, scale_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Stored tensors of a layer, by full name.
+
+    Args:
+        layer: Codes and grid.
+        scale_dtype: bfloat16 or float16, the dtype the engine runs in.
+
+    Returns:
+        `weight_packed` int32 [N, ceil(K*b/32)], `weight_scale` [N, G], `weight_shape` int64 [2], and for asymmetric
+        grids `weight_zero_point` int32 [ceil(N*b/32), G].
+
+    Raises:
+        UnrepresentableError: See check_representable; or a scale is not exact in scale_dtype.
+
+    Source:
+        formats.md section 4.
+    """
+    rows, columns = layer.q.shape
+    check_representable(layer.name, (rows, columns), Scheme.of(layer))
+    scale = layer.scale.to(scale_dtype)
+    if not torch.equal(scale.double(), layer.scale.double()):
+        raise UnrepresentableError(
+            f"compressed-tensors: {layer.name}: scale must be exact in {scale_dtype}; choose representable scales "
+            "before rounding"
+        )
+    tensors = {
+        PACKED: pack(layer.q, layer.num_bits),
+        SCALE: scale.contiguous(),
+        SHAPE: torch.tensor([rows, columns], dtype=torch.int64),
+    }
+    if layer.zero_point is not None:
+        tensors[ZERO] = pack(layer.zero_point, layer.num_bits, dim=0)
+    return {f"{layer.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def decode(name: str, read: Callable[[str], Tensor | None], scheme: Scheme) -> QuantizedLinear:
+    """Codes and grid of a stored layer.
+
+    Args:
+        name: Module path.
+        read: Gives a stored tensor by suffix, e.g. `weight_packed`; None where there is none.
+        scheme: From the configuration.
+
+    Raises:
+        CheckpointError: A tensor is missing, or its shape fits neither layout.
+        NotImplementedError: The file permutes columns (`weight_g_idx`, act-order).
+    """
+    if read("weight_g_idx") is not None:
+        raise NotImplementedError(f"{name}: weight_g_idx (act-order) is not read")
+    stored = {suffix: _required(name, suffix, read(suffix)) for suffix in (PACKED, SCALE, SHAPE)}
+    shape = stored[SHAPE].tolist()
+    if len(shape) != 2 or min(shape) < 0:
+        raise CheckpointError(f"{name}.{SHAPE} must hold [out_features, in_features], got {shape}")
+    rows, columns = shape
+    check_representable(name, (rows, columns), scheme)
+    scale, bits = stored[SCALE], scheme.num_bits
+    groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
+    if scale.shape != (rows, groups):
+        raise CheckpointError(f"{name}.{SCALE} must have shape [{rows}, {groups}], got {list(scale.shape)}")
+    q = _codes(f"{name}.{PACKED}", stored[PACKED], bits, (rows, columns), dim=1)
+    zero = None
+    if not scheme.symmetric:
+        packed = _required(name, ZERO, read(ZERO))
+        if packed.dtype == torch.int8:  # libraries before packed zero points stored the signed value as it is
+            zero = (packed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+        else:
+            zero = _codes(f"{name}.{ZERO}", packed, bits, (rows, groups), dim=0)
+    return QuantizedLinear(name, q, scale, zero, bits, scheme.group_size)
+
+
+def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` entry of config.json.
+
+    Args:
+        schemes: Scheme of every quantized module. If all agree, one group targets `Linear`; else each group names its
+            modules.
+        ignore: Modules that stay as they are.
+    """
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": list(ignore),
+        "config_groups": {
+            f"group_{number}": {
+                "targets": ["Linear"] if len(groups) == 1 else names,
+                "weights": {
+                    "num_bits": scheme.num_bits,
+                    "type": "int",
+                    "symmetric": scheme.symmetric,
+                    "strategy": "channel" if scheme.group_size == -1 else "group",
+                    "group_size": None if scheme.group_size == -1 else scheme.group_size,
+                    "dynamic": False,
+                    "actorder": None,
+                    "observer": "minmax",
+                    "observer_kwargs": {},
+                    "block_structure": None,
+                },
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for number, (scheme, names) in enumerate(groups.items())
+        },
+    }
+
+
+def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Scheme]:
+    """From a `quantization_config`, the function that gives a module's scheme.
+
+    Args:
+        config: The entry of config.json.
+        source: Where it stands, for messages.
+
+    Raises:
+        NotImplementedError: Another method or format, or groups that quantize more than weights to integers.
+        CheckpointError: The entry is malformed.
+    """
+    if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
+        raise NotImplementedError(
+            f"{source}: only compressed-tensors pack-quantized is read, got "
+            f"{config.get('quant_method')} {config.get('format')}"
+        )
+    table: list[tuple[str, Scheme]] = []
+    try:
+        for group in config["config_groups"].values():
+            weights = group["weights"]
+            if weights["type"] != "int" or weights["strategy"] not in ("group", "channel"):
+                raise NotImplementedError(f"{source}: only integer weights in groups or rows are read")
+            if group.get("input_activations") or weights.get("actorder"):
+                raise NotImplementedError(f"{source}: quantized activations and act-order are not read")
+            size = weights["group_size"] if weights["strategy"] == "group" else -1
+            scheme = Scheme(int(weights["num_bits"]), int(size), bool(weights["symmetric"]))
+            table += [(target, scheme) for target in group["targets"]]
+    except (KeyError, TypeError, AttributeError, ValueError) as cause:
+        raise CheckpointError(
+            f"{source}: quantization_config is malformed: {type(cause).__name__} {cause}"
+        ) from cause
+
+    def scheme_of(name: str) -> Scheme:
+        # The library's order: the exact name, then a regular expression, then the class.
+        exact = [scheme for target, scheme in table if target == name]
+        regular = [scheme for target, scheme in table if target[:3] == "re:" and re.match(target[3:], name)]
+        linear = [scheme for target, scheme in table if target == "Linear"]
+        if not (exact or regular or linear):
+            raise CheckpointError(f"{source}: no group of quantization_config covers {name}")
+        return (exact or regular or linear)[0]
+
+    return scheme_of
+
+
+def _codes(label: str, words: Tensor, bits: int, shape: tuple[int, int], *, dim: int) -> Tensor:
+    """Codes of either layout; where the number of words leaves it open (no width that a model has), the dense one."""
+    count, others = shape[dim], shape[1 - dim]
+    if words.dtype == torch.int32 and words.dim() == 2 and words.shape[1 - dim] == others:
+        if words.shape[dim] == words_for(count, bits):
+            return unpack(words, bits, count, dim=dim)
+        if words.shape[dim] == -(-count // (32 // bits)):
+            return unpack_per_word(words, bits, count, dim=dim)
+    raise CheckpointError(
+        f"{label} of {words.dtype} and shape {list(words.shape)} cannot hold {list(shape)} codes of {bits} bits"
+    )
+
+
+def _required(name: str, suffix: str, tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise CheckpointError(f"{name}.{suffix} is missing from the checkpoint")
+    return tensor

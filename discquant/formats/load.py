@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported checkpoints back into memory: layer by layer as codes, or as a transformers model with plain weights.
+
+Needs no compressed-tensors library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discquant.errors import CheckpointError
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.codes import QuantizedLinear
+from discquant.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO, decode, parse_config
+
+
+def read_layers(path: str | Path) -> Iterator[QuantizedLinear]:
+    """The quantized layers of a compressed-tensors directory, one at a time, in the order they lie on disk.
+
+    Raises:
+        MissingModelError, CheckpointError: The directory cannot be read.
+        NotImplementedError: It is quantized in a way that is not read.
+    """
+    checkpoint = Checkpoint(path)
+    config = checkpoint.config().get("quantization_config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not quantized: config.json has no quantization_config")
+    scheme_of = parse_config(config, f"{path}/config.json")
+
+    def layer(name: str) -> QuantizedLinear:
+        def read(suffix: str) -> Tensor | None:
+            key = f"{name}.{suffix}"
+            return checkpoint.read(key) if key in checkpoint.tensors else None
+
+        return decode(name, read, scheme_of(name))
+
+    for key in checkpoint.tensors:
+        if key.endswith(f".{PACKED}"):
+            yield layer(key.removesuffix(f".{PACKED}"))
+
+
+def load_quantized(
+    path: str | Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> Any:
+    """A transformers model whose quantized layers hold their dequantized weights, ready to run in `dtype`.
+
+    Args:
+        path: A directory that export_compressed_tensors wrote (or another tool, in the same format).
+        dtype: Of the model; None takes the one that config.json names, else float32.
+        trust_remote_code: Passed to transformers; without it a model that brings its own code is refused.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        MissingModelError, CheckpointError: The directory cannot be read, or does not fill the model.
+        NotImplementedError: It is quantized in a way that is not read.
+    """
+    import transformers
+
+    checkpoint = Checkpoint(path)
+    checkpoint.config()
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    # Without this entry transformers takes the weights for what they now are: plain.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    state = {f"{layer.name}.weight": layer.dequantize(dtype) for layer in read_layers(path)}
+    consumed = {
+        f"{name.removesuffix('.weight')}.{suffix}"
+        for name in state
+        for suffix in (PACKED, SCALE, SHAPE, ZERO)
+    }
+    state |= {name: checkpoint.read(name) for name in checkpoint.tensors if name not in consumed}
+    architecture = (config.architectures or [""])[0]
+    model_class = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
+    extra = (
+        {"trust_remote_code": True} if trust_remote_code and not hasattr(transformers, architecture) else {}
+    )
+    model, loaded = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **extra
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loaded[kind]:
+            raise CheckpointError(
+                f"{path} does not fit {type(model).__name__}: {kind} {sorted(loaded[kind])[:8]}"
+            )
+    if (Path(path) / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model.eval()

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models on disk, and codes on grids for their linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from discquant.formats import Checkpoint, QuantizedLinear
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def build_llama(path: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
+    """Save a random Llama of two blocks with biases in attention, and a tokenizer file to be carried along."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64, "attention_bias": True,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | options))).to(dtype)
+    # Fresh weights are so small that logits hardly differ, and biases are zero: make both matter.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+            elif parameter.dim() == 2:
+                parameter.mul_(8)
+    model.save_pretrained(path)
+    (path / "tokenizer.json").write_text('{"version": "1.0"}\n')
+    (path / "README.md").write_text("the card of the original model\n")
+    return path
+
+
+def grid_layer(
+    name: str, weight: torch.Tensor, num_bits: int, group_size: int, symmetric: bool
+) -> QuantizedLinear:
+    """Round to nearest on a plain abs-max or min-max grid with bfloat16 scales."""
+    rows, columns = weight.shape
+    size = columns if group_size == -1 else group_size
+    groups = weight.float().reshape(rows, columns // size, size)
+    top = (1 << num_bits) - 1
+    if symmetric:
+        scale = (groups.abs().amax(-1) * 2 / top).clamp(min=2.0**-17).bfloat16().float()
+        zero, center = None, torch.full_like(scale, 1 << (num_bits - 1))
+    else:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = ((high - low) / top).clamp(min=2.0**-17).bfloat16().float()
+        center = (-low / scale).round().clamp(0, top)
+        zero = center.to(torch.uint8)
+    q = (groups / scale[..., None] + center[..., None]).round().clamp(0, top).to(torch.uint8)
+    return QuantizedLinear(name, q.reshape(rows, columns), scale, zero, num_bits, group_size)
+
+
+def grid_layers(path: Path, num_bits: int, group_size: int, symmetric: bool) -> Iterator[QuantizedLinear]:
+    """Every linear layer inside the blocks, one at a time."""
+    checkpoint = Checkpoint(path)
+    for key in sorted(checkpoint.tensors):
+        name = key.removesuffix(".weight")
+        if key != name and name.rpartition(".")[2] in LINEAR:
+            yield grid_layer(name, checkpoint.read(key), num_bits, group_size, symmetric)
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random bfloat16 Llama with an untied head."""
+    return build_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., Path]:
+    """build_llama, for other shapes and dtypes."""
+    return build_llama
+
+
+@pytest.fixture(scope="session")
+def make_layers() -> Callable[..., Iterator[QuantizedLinear]]:
+    """grid_layers."""
+    return grid_layers
+
+
+@pytest.fixture(scope="session")
+def make_layer() -> Callable[..., QuantizedLinear]:
+    """grid_layer."""
+    return grid_layer
