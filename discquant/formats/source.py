@@ -26,6 +26,7 @@ from discquant.formats.safetensors_file import TORCH_DTYPES, read_bytes, read_te
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _CHUNK = 1 << 24
+RUN_MARKER = "discquant_run"  # key that config.json of a run directory has
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,18 +249,12 @@ def _check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
         )
 
 
-def check_output_dir(
-    out: str | Path,
-    resume: bool,
-    *,
-    run_files: tuple[str, ...] = ("run.json", "metrics.jsonl", "config.json"),
-) -> Path:
+def check_output_dir(out: str | Path, resume: bool) -> Path:
     """See that results can be written to a folder; nothing is written.
 
     Args:
         out: The folder; it need not exist.
         resume: Continue the run that is there, if there is one.
-        run_files: Any of these marks a folder as a run; config.json only if it is not a model's.
 
     Returns:
         The folder as a Path.
@@ -272,13 +267,13 @@ def check_output_dir(
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file; the output must be a folder")
     if folder.is_dir() and any(folder.iterdir()):
+        if not _is_run(folder):
+            raise OutputExistsError(f"{folder} is not empty and holds no run; give another folder")
         if not resume:
             raise OutputExistsError(
-                f"{folder} is not empty; give another folder, or --resume to continue the run in it"
+                f"{folder} holds a run; give another folder, or --resume to continue that run"
             )
-        if not any(_is_run_file(folder / name) for name in run_files):
-            raise OutputExistsError(f"{folder} holds something that is no run, so there is nothing to resume")
-    parent = folder
+    parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -286,16 +281,11 @@ def check_output_dir(
     return folder
 
 
-def _is_run_file(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    if file.name != "config.json":
-        return True
+def _is_run(folder: Path) -> bool:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        return bool(read_json(folder / "config.json").get(RUN_MARKER))
+    except (OSError, CheckpointError):
         return False
-    return isinstance(config, dict) and "model_type" not in config
 
 
 def check_disk_space(out: str | Path, needed: int) -> None:

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`evaluate`: candidates on disk against their original, as rows, as a table for the terminal, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from discquant.calibration import Windows, load_windows
+from discquant.errors import CalibrationError
+from discquant.evaluation.arithmetic import problems
+from discquant.evaluation.candidates import bits_per_weight, check_candidate, open_candidate
+from discquant.evaluation.divergence import compare_models
+from discquant.evaluation.exact_match import exact_match
+from discquant.formats.source import open_source
+
+logger = logging.getLogger(__name__)
+PROBLEM_SEED = (
+    20_000_003  # of the held-out problems; training and calibration use others, and their splits are disjoint
+)
+
+
+def _compute(model: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """Move to the device and dtype of computation.
+
+    On a CPU that is float32: the stored weights are exact in it, and 16-bit arithmetic would add noise of its own to
+    both sides of the comparison.
+    """
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def _fits_together(original: Any, count: int) -> bool:
+    """Whether `count` candidates beside the original take less than half of the memory that is free."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return False
+    size = 4 * sum(parameter.numel() for parameter in original.parameters())
+    return bool((count + 1) * size < 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def evaluate(
+    original_path: str | Path,
+    candidate_paths: Sequence[str | Path],
+    dataset: str,
+    *,
+    nsamples: int = 256,
+    seqlen: int = 256,
+    exact_match_problems: int | None = None,
+    seed: int = 1,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    max_new_tokens: int = 128,
+    chat_template: bool = False,
+    text_key: str = "text",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    on_windows: Callable[[Windows], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure candidates against their original on one text.
+
+    Args:
+        original_path: Folder of the original model.
+        candidate_paths: Model folders, compressed-tensors folders, run directories.
+        dataset: As for `load_windows`; text that no candidate was calibrated on.
+        nsamples: Windows at most.
+        seqlen: Tokens per window.
+        exact_match_problems: Held-out arithmetic problems to answer; None or 0 answers none.
+        seed: Of the windows' choice, and of the samples for dataset `self` (calibration uses 0 by default).
+        batch_size: Windows per forward pass.
+        device: Where to compute; None is a GPU if there is one, else the CPU.
+        dtype: Of computation; None is float32 on a CPU and each checkpoint's own on a GPU.
+        max_new_tokens: Of an answer to a problem.
+        chat_template: As for `load_windows`.
+        text_key: As for `load_windows`.
+        trust_remote_code: As for `open_source`.
+        allow_pickle: As for `open_source`.
+        on_windows: Called with the windows once they are loaded.
+
+    Returns:
+        One row per candidate, in order: `path` and the fields of `Divergence`, `bits_per_weight`, `dataset`, `windows`,
+        `windows_digest`; with problems also `exact_match`, `exact_match_original`, `exact_match_problems`. None stands
+        for what could not be measured.
+
+    Raises:
+        ValueError: No candidate.
+        MissingModelError, CheckpointError, CalibrationError: As `open_source`, `open_candidate`, `load_windows`.
+    """
+    if not candidate_paths:
+        raise ValueError("evaluate: candidate_paths must name at least one candidate, got none")
+    for path in candidate_paths:
+        check_candidate(path)
+    source = open_source(original_path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    if exact_match_problems and source.tokenizer is None:
+        raise CalibrationError(f"{original_path} has no tokenizer, so it cannot be asked problems")
+    chosen = (
+        torch.device(device)
+        if device is not None
+        else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    original = _compute(source.model, dtype, chosen)
+    windows = load_windows(
+        dataset, source.tokenizer, nsamples=nsamples, seqlen=seqlen, seed=seed, model=original,
+        chat_template=chat_template, text_key=text_key,
+    )  # fmt: skip
+    if on_windows is not None:
+        on_windows(windows)
+    stories = problems("heldout", exact_match_problems, PROBLEM_SEED) if exact_match_problems else []
+    answered = _answers(original, source.tokenizer, stories, max_new_tokens)
+    together = _fits_together(original, len(candidate_paths)) if chosen.type == "cpu" else False
+    groups = [list(candidate_paths)] if together else [[path] for path in candidate_paths]
+    rows = []
+    for group in groups:
+        models = {
+            str(place): _compute(
+                open_candidate(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle),
+                dtype,
+                chosen,
+            )
+            for place, path in enumerate(group)
+        }
+        measured = compare_models(original, models, windows, batch_size=batch_size, device=chosen)
+        for place, path in enumerate(group):
+            row: dict[str, Any] = {"path": str(path), **measured[str(place)].to_dict()}
+            row["bits_per_weight"] = bits_per_weight(path)
+            row |= {"dataset": dataset, "windows": len(windows), "windows_digest": windows.digest}
+            if stories:
+                row["exact_match"] = _answers(models[str(place)], source.tokenizer, stories, max_new_tokens)
+                row |= {"exact_match_original": answered, "exact_match_problems": len(stories)}
+            rows.append(row)
+            logger.info("%s: mean KL %s", path, row["kl_mean"])
+        del models
+    return rows
+
+
+def _answers(model: Any, tokenizer: Any, stories: list[Any], max_new_tokens: int) -> float | None:
+    return exact_match(model, tokenizer, stories, max_new_tokens=max_new_tokens) if stories else None
+
+
+def _number(value: float | int | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def table(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> Any:
+    """A `rich` table of rows of `evaluate`; print it with a `rich` console."""
+    from rich.table import Table
+
+    columns: list[tuple[str, str, str]] = [
+        ("KL mean", "kl_mean", ".3g"), ("± stderr", "kl_stderr", ".1g"), ("median", "kl_median", ".2g"),
+        ("99 %", "kl_p99", ".2g"), ("99.9 %", "kl_p999", ".2g"), ("max", "kl_max", ".2g"), ("top-1", "top1", ".2%"),
+        ("perplexity", "perplexity", ".4g"), ("ratio", "perplexity_ratio", ".3f"), ("exact", "exact_match", ".1%"),
+        ("bits/weight", "bits_per_weight", ".3f"), ("non-finite", "nonfinite", "d"),
+    ]  # fmt: skip
+    # Columns that say nothing in any row are left out.
+    quiet = {"nonfinite": all(not row.get("nonfinite") for row in rows)}
+    quiet["exact_match"] = all(row.get("exact_match") is None for row in rows)
+    shown = [column for column in columns if not quiet.get(column[1], False)]
+    result = Table(title=title)
+    result.add_column("candidate", overflow="fold")
+    for heading, _, _ in shown:
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        result.add_row(str(row["path"]), *(_number(row.get(key), form) for _, key, form in shown))
+    if rows:
+        first = rows[0]
+        caption = f"original: perplexity {_number(first.get('perplexity_original'), '.4g')}"
+        if first.get("exact_match_original") is not None:
+            caption += (
+                f", exact {first['exact_match_original']:.1%} of {first['exact_match_problems']} problems"
+            )
+        result.caption = (
+            f"{caption}; {first.get('tokens', 0):,} positions of {first.get('dataset', '?')}; KL in nats"
+        )
+    return result
+
+
+def write_json(rows: Sequence[dict[str, Any]], file: str | Path) -> None:
+    """Write rows of `evaluate` as a JSON list, whole or not at all."""
+    target = Path(file)
+    part = target.with_name(f".{target.name}.part")
+    part.write_text(json.dumps(list(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(target)
