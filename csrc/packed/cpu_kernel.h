@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Interface between the CPU driver and the kernels compiled per instruction set. Raw pointers, no torch, no STL:
+// files built with wide instructions must not emit shared inline code that an older processor could run.
+#pragma once
+
+#include <cstdint>
+
+namespace discquant {
+namespace packed {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class Mode : int { kA8 = 0, kA15 = 1, kFp32 = 2 };
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
+
+// A weight in the kCpu layout. Scales and zero points: [padded_rows / 16][groups][16].
+struct CpuWeight {
+  const uint32_t* words;
+  const void* scale;
+  const uint8_t* zero_point;  // null: symmetric, 2^(bits-1)
+  DType scale_type;
+  int bits;
+  int64_t k_tiles;
+  int64_t groups;
+  int64_t group_size;  // codes per group, a multiple of block_size
+  int64_t block_size;  // codes per integer sum and activation scale: 32, 64 or 128
+  int64_t blocks;      // blocks that hold any of the K codes
+};
+
+// Up to kMaxTokens activations, prepared once and shared by all row tiles.
+// a8/a15: `plane` holds int8 x 4 words [plane][K/4][tokens]; x = step * (256 * plane0 + plane1), one plane for a8.
+// fp32: `values` [K][tokens].
+struct CpuTokens {
+  int tokens;          // padded count: 1, 2, 4, 6 or 8
+  int live;            // tokens that are real
+  const int32_t* plane[2];
+  const float* values;
+  const float* step;   // [blocks][tokens]
+  const int32_t* sum;  // [blocks][tokens], of the integer activations
+};
+
+constexpr int kMaxTokens = 8;
+
+// out: [tokens][16] float sums of one row tile, before bias.
+using RowTileFn = void (*)(const CpuWeight&, const CpuTokens&, int64_t row_tile, float* out);
+
+// Quantise one row of activations. x: [k] floats, readable and zero up to a multiple of block_size.
+// planes: int8, [planes][k_padded/4][tokens][4], this token's bytes at stride tokens*4.
+using QuantizeFn = void (*)(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
+                            int64_t plane_bytes, int8_t* codes, float* step, int32_t* sum);
+
+struct CpuKernels {
+  RowTileFn row_tile(int bits, Mode mode, int tokens) const {
+    const int b = bits == 4 ? 0 : 1;
+    const int t = tokens == 1 ? 0 : tokens / 2;
+    return table[b][static_cast<int>(mode)][t];
+  }
+  RowTileFn table[2][3][5];  // [bits 4, 3][mode][tokens 1, 2, 4, 6, 8]
+  QuantizeFn quantize;
+  void (*read)(const void* p, int64_t bytes, uint32_t* out);  // reads every byte once: the benchmark's roof
+};
+
+const CpuKernels* kernels_scalar();
+const CpuKernels* kernels_avx2();
+const CpuKernels* kernels_avx512();
+const CpuKernels* kernels_avx512vnni();
+
+}  // namespace packed
+}  // namespace discquant

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// Row-tile kernels for AVX2 with FMA and F16C: half a tile (eight rows) at a time, so that the sums fit 16 registers.
+#include <immintrin.h>
+
+#include "packed/cpu_row_tile.h"
+
+namespace discquant {
+namespace packed {
+namespace {
+
+struct Vectors256 {
+  static constexpr int kRows = 8;
+  using I = __m256i;
+  using F = __m256;
+  using Table = int;
+  static I load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store(uint32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static void prefetch(const uint32_t* p) {
+    for (int line = 0; line < 4; ++line) _mm_prefetch(reinterpret_cast<const char*>(p) + 2048 + 64 * line, _MM_HINT_T0);
+  }
+  static I set1(int32_t v) { return _mm256_set1_epi32(v); }
+  static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+  template <int n>
+  static I shift_right(I a) { return _mm256_srli_epi32(a, n); }
+  template <int n>
+  static I shift_left(I a) { return _mm256_slli_epi32(a, n); }
+  static I shift_right_var(I a, int n) { return _mm256_srli_epi32(a, n); }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static I load_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I steal(I a, I b, I c) {
+    const I one = _mm256_and_si256(_mm256_srli_epi32(a, 3), _mm256_set1_epi32(0x11111111));
+    const I two = _mm256_and_si256(_mm256_srli_epi32(b, 2), _mm256_set1_epi32(0x22222222));
+    const I four = _mm256_and_si256(_mm256_srli_epi32(c, 1), _mm256_set1_epi32(0x44444444));
+    return _mm256_or_si256(_mm256_or_si256(one, two), four);
+  }
+  // As in the AVX-512 BW file: eight sums of two products stay below 2^15.
+  static I part_begin(I) { return _mm256_setzero_si256(); }
+  static I dot(I acc, I codes, int32_t x) {
+    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(x)));
+  }
+  static I part_end(I acc, I part) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
+  }
+  static F zero_float() { return _mm256_setzero_ps(); }
+  static F set1_float(float v) { return _mm256_set1_ps(v); }
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static F add_float(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub_float(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul_float(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static void store_float(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F load_float(const float* p) { return _mm256_loadu_ps(p); }
+  static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F load_bfloat(const uint16_t* p) {
+    const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  template <int kBits>
+  static Table code_table() { return 0; }
+  template <int kBits>
+  static F code_to_float(Table, I code) {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(code, _mm256_set1_epi32((1 << kBits) - 1)));
+  }
+};
+
+}  // namespace
+
+const CpuKernels* kernels_avx2() { return make_kernels<Vectors256>(); }
+
+}  // namespace packed
+}  // namespace discquant

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+// Driver of the CPU kernels: chooses the instruction set, quantises activations once, shares row tiles among threads.
+#include "packed/cpu_linear.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "packed/float_types.h"
+
+namespace discquant {
+namespace packed {
+namespace {
+
+struct FreeDelete {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// 64-byte aligned scratch for one call; zeroed, because activations are padded with zeros.
+template <class T>
+std::unique_ptr<T[], FreeDelete> scratch(int64_t count) {
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  void* p = std::aligned_alloc(64, bytes == 0 ? 64 : bytes);
+  if (p == nullptr) throw std::bad_alloc();
+  std::memset(p, 0, bytes);
+  return std::unique_ptr<T[], FreeDelete>(static_cast<T*>(p));
+}
+
+void row_to_float(const void* x, DType type, int64_t at, int64_t count, float* out) {
+  if (type == DType::kFloat32) {
+    std::memcpy(out, static_cast<const float*>(x) + at, static_cast<size_t>(count) * 4);
+  } else if (type == DType::kBFloat16) {
+    const uint16_t* p = static_cast<const uint16_t*>(x) + at;
+    for (int64_t i = 0; i < count; ++i) out[i] = bfloat_to_float(p[i]);
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(x) + at;
+    for (int64_t i = 0; i < count; ++i) out[i] = half_to_float(p[i]);
+  }
+}
+
+float load_as_float(const void* p, DType type, int64_t i) {
+  if (type == DType::kFloat32) return static_cast<const float*>(p)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(p)[i];
+  return type == DType::kBFloat16 ? bfloat_to_float(bits) : half_to_float(bits);
+}
+
+void store_row(const float* sums, const void* bias, DType type, int64_t first, int64_t count, void* y, int64_t at) {
+  float value[kTileRows];
+  for (int64_t i = 0; i < count; ++i) value[i] = bias ? sums[i] + load_as_float(bias, type, first + i) : sums[i];
+  if (type == DType::kFloat32) {
+    std::memcpy(static_cast<float*>(y) + at, value, static_cast<size_t>(count) * 4);
+  } else if (type == DType::kBFloat16) {
+    for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(y)[at + i] = float_to_bfloat(value[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(y)[at + i] = float_to_half(value[i]);
+  }
+}
+
+// Runs `fn(i)` for i in [0, n): threads take the next index from a counter, so a slowed core delays one tile only.
+template <class Fn>
+void for_each(int64_t n, const Parallel& parallel, const Fn& fn) {
+  if (parallel.run == nullptr || parallel.threads <= 1 || n <= 1) {
+    for (int64_t i = 0; i < n; ++i) fn(i);
+    return;
+  }
+  struct Context {
+    std::atomic<int64_t> next{0};
+    int64_t n;
+    const Fn* fn;
+  } context;
+  context.n = n;
+  context.fn = &fn;
+  parallel.run(
+      parallel.threads,
+      [](int64_t, int64_t, void* p) {
+        Context* c = static_cast<Context*>(p);
+        for (int64_t i = c->next.fetch_add(1); i < c->n; i = c->next.fetch_add(1)) (*c->fn)(i);
+      },
+      &context);
+}
+
+int padded_tokens(int64_t live) {
+  if (live <= 2) return static_cast<int>(live);
+  return live <= 4 ? 4 : live <= 6 ? 6 : 8;
+}
+
+}  // namespace
+
+bool has_isa(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::kAvx2) return avx2;
+  if (isa == Isa::kAvx512) return avx512;
+  if (isa == Isa::kAvx512Vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
+#endif
+  return isa == Isa::kScalar;
+}
+
+Isa best_isa() {
+  static const Isa best = has_isa(Isa::kAvx512Vnni) ? Isa::kAvx512Vnni
+                          : has_isa(Isa::kAvx512)   ? Isa::kAvx512
+                          : has_isa(Isa::kAvx2)     ? Isa::kAvx2
+                                                    : Isa::kScalar;
+  return best;
+}
+
+const CpuKernels* kernels_for(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx2) return kernels_avx2();
+  if (isa == Isa::kAvx512) return kernels_avx512();
+  if (isa == Isa::kAvx512Vnni) return kernels_avx512vnni();
+#endif
+  return kernels_scalar();
+}
+
+void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel& parallel) {
+  const CpuKernels* kernels = kernels_for(isa);
+  const int64_t k = call.in_features;
+  const int64_t group_size = call.group_size > 0 ? call.group_size : padded_k(k);
+  CpuWeight weight{};
+  weight.words = call.words;
+  weight.scale = call.scale;
+  weight.zero_point = call.zero_point;
+  weight.scale_type = call.scale_type;
+  weight.bits = call.bits;
+  weight.k_tiles = padded_k(k) / kTileK;
+  weight.groups = ceil_div(k, group_size);
+  weight.group_size = group_size;
+  weight.block_size = group_size < kTileK ? group_size : kTileK;
+  weight.blocks = ceil_div(k, weight.block_size);
+  const int64_t width = weight.blocks * weight.block_size;
+
+  // Token groups of eight, the last one padded up to the next kernel.
+  const int64_t groups = ceil_div(call.tokens, kMaxTokens);
+  const int planes = mode == Mode::kA15 ? 2 : 1;
+  const int64_t all = (groups - 1) * kMaxTokens + padded_tokens(call.tokens - (groups - 1) * kMaxTokens);
+  const bool integer = mode != Mode::kFp32;
+  auto codes = scratch<int8_t>(integer ? planes * width * all : 0);
+  auto values = scratch<float>(integer ? 0 : width * all);
+  auto step = scratch<float>(integer ? weight.blocks * all : 0);
+  auto sum = scratch<int32_t>(integer ? weight.blocks * all : 0);
+  std::vector<CpuTokens> tokens(static_cast<size_t>(groups));
+  for_each(groups, call.tokens * width < 65536 ? Parallel{} : parallel, [&](int64_t g) {
+    const int64_t first = g * kMaxTokens;
+    const int64_t live = call.tokens - first < kMaxTokens ? call.tokens - first : kMaxTokens;
+    const int count = padded_tokens(live);
+    int8_t* group_codes = codes.get() + planes * width * first;
+    float* group_values = values.get() + (integer ? 0 : width * first);
+    float* group_step = step.get() + weight.blocks * first;
+    int32_t* group_sum = sum.get() + weight.blocks * first;
+    auto row = scratch<float>(width);
+    for (int64_t m = 0; m < live; ++m) {
+      row_to_float(call.x, call.x_type, (first + m) * call.x_stride, k, row.get());
+      if (integer) {
+        kernels->quantize(row.get(), weight.blocks, weight.block_size, planes, static_cast<int>(m), count,
+                          width * count, group_codes, group_step, group_sum);
+      } else {
+        for (int64_t i = 0; i < width; ++i) group_values[i * count + m] = row[i];
+      }
+    }
+    CpuTokens& t = tokens[static_cast<size_t>(g)];
+    t.tokens = count;
+    t.live = static_cast<int>(live);
+    t.plane[0] = reinterpret_cast<const int32_t*>(group_codes);
+    t.plane[1] = reinterpret_cast<const int32_t*>(group_codes + (planes == 2 ? width * count : 0));
+    t.values = group_values;
+    t.step = group_step;
+    t.sum = group_sum;
+  });
+
+  // A thread takes neighbouring row tiles of about 64 KiB: long enough to stream, short enough to share evenly.
+  const int64_t row_tiles = ceil_div(call.out_features, kTileRows);
+  const int64_t tile_bytes = weight.k_tiles * tile_words(call.bits) * 4;
+  int64_t chunk = 65536 / tile_bytes;
+  chunk = chunk < 1 ? 1 : chunk;
+  const bool small = call.out_features * k * call.tokens < 65536;
+  for_each(ceil_div(row_tiles, chunk), small ? Parallel{} : parallel, [&](int64_t c) {
+    const int64_t end = (c + 1) * chunk < row_tiles ? (c + 1) * chunk : row_tiles;
+    alignas(64) float out[kMaxTokens * kTileRows];
+    for (int64_t tile = c * chunk; tile < end; ++tile) {
+      const int64_t first = tile * kTileRows;
+      const int64_t rows = call.out_features - first < kTileRows ? call.out_features - first : kTileRows;
+      for (int64_t g = 0; g < groups; ++g) {
+        const CpuTokens& t = tokens[static_cast<size_t>(g)];
+        kernels->row_tile(call.bits, mode, t.tokens)(weight, t, tile, out);
+        for (int m = 0; m < t.live; ++m)
+          store_row(out + m * kTileRows, call.bias, call.x_type, first, rows, call.y,
+                    (g * kMaxTokens + m) * call.out_features + first);
+      }
+    }
+  });
+}
+
+uint32_t stream_read_cpu(const void* p, int64_t bytes, const Parallel& parallel) {
+  const CpuKernels* kernels = kernels_for(best_isa());
+  const int64_t chunk = 65536;
+  std::atomic<uint32_t> total{0};
+  for_each(ceil_div(bytes, chunk), parallel, [&](int64_t c) {
+    uint32_t lanes[16] = {0};
+    const int64_t left = bytes - c * chunk;
+    kernels->read(static_cast<const char*>(p) + c * chunk, left < chunk ? left : chunk, lanes);
+    uint32_t sum = 0;
+    for (uint32_t lane : lanes) sum += lane;
+    total += sum;
+  });
+  return total;
+}
+
+}  // namespace packed
+}  // namespace discquant
