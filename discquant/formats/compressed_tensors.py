@@ -127,14 +127,16 @@ def decode(name: str, read: Callable[[str], Tensor | None], scheme: Scheme) -> Q
     groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
     if scale.shape != (rows, groups):
         raise CheckpointError(f"{name}.{SCALE} must have shape [{rows}, {groups}], got {list(scale.shape)}")
-    q = _codes(f"{name}.{PACKED}", stored[PACKED], bits, (rows, columns), dim=1)
+    packed = {PACKED: (stored[PACKED], 1, (rows, columns))}
     zero = None
     if not scheme.symmetric:
-        packed = _required(name, ZERO, read(ZERO))
-        if packed.dtype == torch.int8:  # libraries before packed zero points stored the signed value as it is
-            zero = (packed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+        words = _required(name, ZERO, read(ZERO))
+        if words.dtype == torch.int8:  # libraries before packed zero points stored the signed value as it is
+            zero = (words.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
         else:
-            zero = _codes(f"{name}.{ZERO}", packed, bits, (rows, groups), dim=0)
+            packed[ZERO] = (words, 0, (rows, groups))
+    codes = _unpacked(name, packed, bits)
+    q, zero = codes[PACKED], codes.get(ZERO, zero)
     return QuantizedLinear(name, q, scale, zero, bits, scheme.group_size)
 
 
@@ -224,17 +226,31 @@ def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Sche
     return scheme_of
 
 
-def _codes(label: str, words: Tensor, bits: int, shape: tuple[int, int], *, dim: int) -> Tensor:
-    """Codes of either layout; where the number of words leaves it open (no width that a model has), the dense one."""
-    count, others = shape[dim], shape[1 - dim]
-    if words.dtype == torch.int32 and words.dim() == 2 and words.shape[1 - dim] == others:
-        if words.shape[dim] == words_for(count, bits):
-            return unpack(words, bits, count, dim=dim)
-        if words.shape[dim] == -(-count // (32 // bits)):
-            return unpack_per_word(words, bits, count, dim=dim)
-    raise CheckpointError(
-        f"{label} of {words.dtype} and shape {list(words.shape)} cannot hold {list(shape)} codes of {bits} bits"
+def _unpacked(
+    name: str, packed: dict[str, tuple[Tensor, int, tuple[int, int]]], bits: int
+) -> dict[str, Tensor]:
+    """Codes of tensors (words, packed axis, unpacked shape) that one library wrote, and so in one layout.
+
+    The layout is the one whose number of words fits all of them; where both do (only at widths no model has), dense.
+    """
+    for count_words, undo in (
+        (lambda count: words_for(count, bits), unpack),
+        (lambda count: -(-count // (32 // bits)), unpack_per_word),
+    ):
+        fits = True
+        for words, dim, shape in packed.values():
+            expected = [*shape]
+            expected[dim] = count_words(shape[dim])
+            fits = fits and words.dtype == torch.int32 and list(words.shape) == expected
+        if fits:
+            return {
+                suffix: undo(words, bits, shape[dim], dim=dim)
+                for suffix, (words, dim, shape) in packed.items()
+            }
+    kinds = ", ".join(
+        f"{suffix} {words.dtype} {list(words.shape)}" for suffix, (words, _, _) in packed.items()
     )
+    raise CheckpointError(f"{name}: {kinds} cannot hold {list(packed[PACKED][2])} codes of {bits} bits")
 
 
 def _required(name: str, suffix: str, tensor: Tensor | None) -> Tensor:
