@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from discquant.errors import MissingModelError
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO
+from discquant.formats.load import load_quantized
 from discquant.formats.safetensors_file import DTYPE_BITS
-from discquant.formats.source import open_source, read_config
+from discquant.formats.source import is_run, open_source, read_config
+
+CODES, SUMMARY = "codes.safetensors", "summary.json"  # of a run directory
 
 
 def bits_per_weight(path: str | Path) -> float | None:
@@ -26,20 +30,12 @@ def bits_per_weight(path: str | Path) -> float | None:
     Raises:
         MissingModelError, CheckpointError: The folder cannot be read.
     """
-    from discquant.run.directory import RunDirectory
-
     folder = Path(path)
-    if RunDirectory.is_run(folder):
-        bits = weights = 0
-        for layer in RunDirectory(folder).layers():
-            zeros = 0 if layer.zero_point is None else layer.zero_point.numel() * layer.num_bits
-            bits += (
-                layer.q.numel() * layer.num_bits
-                + layer.scale.numel() * layer.scale.element_size() * 8
-                + zeros
-            )
-            weights += layer.q.numel()
-        return bits / weights if weights else None
+    if is_run(folder):
+        if not (folder / SUMMARY).is_file():
+            return None
+        bits = read_json(folder / SUMMARY).get("sizes", {}).get("bits_per_weight")
+        return None if bits is None else float(bits)
     if not any(folder.glob("*.safetensors")):
         return None
     checkpoint = Checkpoint(folder)
@@ -59,8 +55,21 @@ def bits_per_weight(path: str | Path) -> float | None:
     )
 
 
-def open_candidate(path: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Any:
+def open_candidate(
+    path: str | Path,
+    *,
+    open_run: Callable[[Path], Any] | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Any:
     """Load whatever can be evaluated: a run directory, a compressed-tensors folder, or an ordinary model folder.
+
+    Args:
+        path: The folder.
+        open_run: Gives the model of a run directory (`discquant.run.directory.load_run_model`). It is handed in because
+            runs evaluate, so evaluation must not import them.
+        trust_remote_code: As for `open_source`.
+        allow_pickle: As for `open_source`.
 
     Returns:
         A `transformers` model in the dtype of the checkpoint, in eval mode.
@@ -68,28 +77,31 @@ def open_candidate(path: str | Path, *, trust_remote_code: bool = False, allow_p
     Raises:
         MissingModelError: The path is none of these.
         CheckpointError: A file of it is truncated, corrupt or not read.
+        ValueError: A run directory, and no `open_run`.
     """
-    from discquant.run.directory import RunDirectory, load_run_model
-
     folder = Path(path)
-    if RunDirectory.is_run(folder):
-        return load_run_model(folder).eval()
+    if is_run(folder):
+        if open_run is None:
+            raise ValueError(f"evaluate: open_run must be given to load the run directory {path}, got None")
+        return open_run(folder).eval()
     if folder.is_dir() and read_config(folder).get("quantization_config"):
-        from discquant.formats.load import load_quantized
-
         return load_quantized(folder, trust_remote_code=trust_remote_code)
     return open_source(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle).model
 
 
 def check_candidate(path: str | Path) -> None:
-    """Cheap look at a candidate before the original is loaded."""
-    from discquant.run.directory import CODES, RunDirectory
+    """Look at a candidate before anything is loaded.
 
+    Raises:
+        MissingModelError: The path is no model and no finished run.
+        CheckpointError: Its weights are pickled, truncated or corrupt by their headers.
+    """
     folder = Path(path)
-    if not folder.is_dir():
-        raise MissingModelError(f"{path} is no model and no run: there is no such folder")
-    if RunDirectory.is_run(folder):
+    if is_run(folder):
         if not (folder / CODES).is_file():
             raise MissingModelError(f"{path} is a run that has not finished; repeat its command to finish it")
         return
-    read_config(folder)
+    if folder.is_dir():
+        read_config(folder)
+        if any(folder.glob("*.safetensors")):
+            Checkpoint(folder)

@@ -62,6 +62,7 @@ def evaluate(
     text_key: str = "text",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    open_run: Callable[[Path], Any] | None = None,
     on_windows: Callable[[Windows], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure candidates against their original on one text.
@@ -82,6 +83,7 @@ def evaluate(
         text_key: As for `load_windows`.
         trust_remote_code: As for `open_source`.
         allow_pickle: As for `open_source`.
+        open_run: Loads run directories, as for `open_candidate`; needed only where a candidate is one.
         on_windows: Called with the windows once they are loaded.
 
     Returns:
@@ -97,7 +99,8 @@ def evaluate(
         raise ValueError("evaluate: candidate_paths must name at least one candidate, got none")
     for path in candidate_paths:
         check_candidate(path)
-    source = open_source(original_path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    allowed: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    source = open_source(original_path, **allowed)
     if exact_match_problems and source.tokenizer is None:
         raise CalibrationError(f"{original_path} has no tokenizer, so it cannot be asked problems")
     chosen = (
@@ -144,40 +147,48 @@ def _answers(model: Any, tokenizer: Any, stories: list[Any], max_new_tokens: int
     return exact_match(model, tokenizer, stories, max_new_tokens=max_new_tokens) if stories else None
 
 
-def _number(value: float | int | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of each path, as many as tell it from the others; equal paths are numbered."""
+    parts = [Path(path).parts for path in paths]
+    names = []
+    for place, own in enumerate(parts):
+        others = [other for index, other in enumerate(parts) if index != place and other != own]
+        depth = 1
+        while depth < len(own) and any(other[-depth:] == own[-depth:] for other in others):
+            depth += 1
+        number = parts[: place + 1].count(own)
+        names.append("/".join(own[-depth:]) + (f" ({number})" if parts.count(own) > 1 else ""))
+    return names
 
 
 def table(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> Any:
-    """A `rich` table of rows of `evaluate`; print it with a `rich` console."""
+    """A `rich` table of rows of `evaluate`, one column per candidate; print it with a `rich` console."""
     from rich.table import Table
 
-    columns: list[tuple[str, str, str]] = [
-        ("KL mean", "kl_mean", ".3g"), ("± stderr", "kl_stderr", ".1g"), ("median", "kl_median", ".2g"),
-        ("99 %", "kl_p99", ".2g"), ("99.9 %", "kl_p999", ".2g"), ("max", "kl_max", ".2g"), ("top-1", "top1", ".2%"),
-        ("perplexity", "perplexity", ".4g"), ("ratio", "perplexity_ratio", ".3f"), ("exact", "exact_match", ".1%"),
-        ("bits/weight", "bits_per_weight", ".3f"), ("non-finite", "nonfinite", "d"),
+    lines = [
+        ("KL mean", "kl_mean", ".4g"), ("  standard error", "kl_stderr", ".1g"), ("KL median", "kl_median", ".3g"),
+        ("KL 99 %", "kl_p99", ".3g"), ("KL 99.9 %", "kl_p999", ".3g"), ("KL max", "kl_max", ".3g"),
+        ("top-1 agreement", "top1", ".2%"), ("perplexity", "perplexity", ".4g"),
+        ("  ratio to the original", "perplexity_ratio", ".4f"), ("exact answers", "exact_match", ".1%"),
+        ("bits per weight", "bits_per_weight", ".3f"), ("non-finite positions", "nonfinite", ",d"),
     ]  # fmt: skip
-    # Columns that say nothing in any row are left out.
-    quiet = {"nonfinite": all(not row.get("nonfinite") for row in rows)}
-    quiet["exact_match"] = all(row.get("exact_match") is None for row in rows)
-    shown = [column for column in columns if not quiet.get(column[1], False)]
-    result = Table(title=title)
-    result.add_column("candidate", overflow="fold")
-    for heading, _, _ in shown:
-        result.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        result.add_row(str(row["path"]), *(_number(row.get(key), form) for _, key, form in shown))
-    if rows:
-        first = rows[0]
-        caption = f"original: perplexity {_number(first.get('perplexity_original'), '.4g')}"
-        if first.get("exact_match_original") is not None:
-            caption += (
-                f", exact {first['exact_match_original']:.1%} of {first['exact_match_problems']} problems"
-            )
-        result.caption = (
-            f"{caption}; {first.get('tokens', 0):,} positions of {first.get('dataset', '?')}; KL in nats"
-        )
+    original = {"perplexity": "perplexity_original", "exact_match": "exact_match_original"}
+    first = rows[0] if rows else {}
+    text = first.get("dataset", "")
+    caption = f"KL(original || candidate) in nats over {first.get('tokens', 0):,} positions of {text}"
+    result = Table(title=title, caption=caption)
+    result.add_column("")
+    result.add_column("original", justify="right")
+    for name in short_names([str(row["path"]) for row in rows]):
+        result.add_column(name, justify="right", overflow="fold")
+    for heading, key, form in lines:
+        values = [row.get(key) for row in rows]
+        # Nothing to say: no problems were asked, or every position is finite.
+        if (key == "nonfinite" and not any(values)) or all(value is None for value in values):
+            continue
+        reference = first.get(original[key]) if key in original else None
+        shown = "" if reference is None else format(reference, form)
+        result.add_row(heading, shown, *("-" if value is None else format(value, form) for value in values))
     return result
 
 

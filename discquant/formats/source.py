@@ -249,6 +249,14 @@ def _check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
         )
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory, by its config.json."""
+    try:
+        return bool(read_json(folder / "config.json").get(RUN_MARKER))
+    except (OSError, CheckpointError):
+        return False
+
+
 def check_output_dir(out: str | Path, resume: bool) -> Path:
     """See that results can be written to a folder; nothing is written.
 
@@ -266,8 +274,9 @@ def check_output_dir(out: str | Path, resume: bool) -> Path:
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file; the output must be a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not _is_run(folder):
+    # A process killed while it wrote its first file leaves that file's hidden temporary and nothing else.
+    if folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir()):
+        if not is_run(folder):
             raise OutputExistsError(f"{folder} is not empty and holds no run; give another folder")
         if not resume:
             raise OutputExistsError(
@@ -279,13 +288,6 @@ def check_output_dir(out: str | Path, resume: bool) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written: no permission in {parent}")
     return folder
-
-
-def _is_run(folder: Path) -> bool:
-    try:
-        return bool(read_json(folder / "config.json").get(RUN_MARKER))
-    except (OSError, CheckpointError):
-        return False
 
 
 def check_disk_space(out: str | Path, needed: int) -> None:

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`report.md` of a run: what it measured, in tables and plots, from the files of the run directory alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from discquant.errors import MissingModelError
+from discquant.run import plots
+
+PLOTS = "plots"
+_METHODS = ("rtn", "greedy", "gptq", "discquant")
+
+
+def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read metrics.jsonl.
+
+    Args:
+        file: The file; it need not exist. A torn last line, which a killed run leaves, is passed over.
+
+    Returns:
+        Step lines and validation lines, each sorted by step; of lines that repeat a step the last one counts.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    validation: dict[int, dict[str, Any]] = {}
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            target = validation if entry.get("kind") == "validation" else steps
+            target[int(entry["step"])] = entry
+    return [steps[step] for step in sorted(steps)], [validation[step] for step in sorted(validation)]
+
+
+def _cell(value: Any, form: str = "") -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    return format(value, form) if form else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> list[str]:
+    ruler = ["---" if place < text_columns else "---:" for place in range(len(header))]
+    return [f"| {' | '.join(row)} |" for row in (header, ruler, *rows)] + [""]
+
+
+def _ordered(methods: dict[str, Any]) -> list[str]:
+    known = [name for name in _METHODS if name in methods]
+    return known + [name for name in methods if name not in known]
+
+
+def _methods(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    methods = summary.get("methods") or {}
+    if not methods:
+        return []
+    names = _ordered(methods)
+    columns = [
+        ("KL mean", "kl_mean", ".4g"), ("± stderr", "kl_stderr", ".1g"), ("median", "kl_median", ".3g"),
+        ("99 %", "kl_p99", ".3g"), ("99.9 %", "kl_p999", ".3g"), ("max", "kl_max", ".3g"), ("top-1", "top1", ".2%"),
+        ("perplexity", "perplexity", ".4g"), ("ratio", "perplexity_ratio", ".4f"),
+        ("exact match", "exact_match", ".1%"), ("non-finite", "nonfinite", "d"),
+    ]  # fmt: skip
+    shown = [
+        column
+        for column in columns
+        if any(methods[name].get(column[1]) is not None for name in names)
+        and (column[1] != "nonfinite" or any(methods[name].get("nonfinite") for name in names))
+    ]
+    rows = [
+        [plots.NAMES.get(name, name), *(_cell(methods[name].get(key), form) for _, key, form in shown)]
+        for name in names
+    ]
+    lines = [
+        "## Divergence from the original",
+        "",
+        *_table(["method", *(heading for heading, _, _ in shown)], rows),
+    ]
+    first = methods[names[0]]
+    held = summary.get("held_out") or {}
+    told = f"All on the same grid and the same {_cell(first.get('tokens'), ',d')} positions"
+    if held.get("windows"):
+        told += f" of {held['windows']} windows held out of {_cell(held.get('source'))}"
+    lines += [f"{told}. KL(original ‖ quantized) in nats; the standard error is over windows."]
+    if first.get("perplexity_original") is not None:
+        lines += [f"The original's perplexity there is {first['perplexity_original']:.4g}."]
+    lines += ["", *_comparison(methods, str(summary.get("method") or config.get("method") or "discquant"))]
+    before = summary.get("kl_before_rounding")
+    after = (methods.get("discquant") or {}).get("kl_mean")
+    if before is not None:
+        lines += [f"Mean KL before the final rounding: {before:.4g} (on the windows watched during the run)."]
+        if after is not None and not held.get("source"):
+            lines += [f"After it: {after:.4g}."]
+        lines += [""]
+    return lines
+
+
+def _comparison(methods: dict[str, Any], method: str) -> list[str]:
+    """How the run's method compares with the others, in one sentence."""
+    own = (methods.get(method) or {}).get("kl_mean")
+    if own is None:
+        return []
+    parts = []
+    for name in _ordered(methods):
+        other = methods[name].get("kl_mean")
+        if name != method and other:
+            parts.append(f"{own / other:.3g} times {plots.NAMES.get(name, name)}'s")
+    return [f"Mean KL of {plots.NAMES.get(method, method)}: {' and '.join(parts)}.", ""] if parts else []
+
+
+def _sizes(summary: dict[str, Any]) -> list[str]:
+    sizes = summary.get("sizes") or {}
+    rows = []
+    if sizes.get("bits_per_weight") is not None:
+        rows.append(
+            ["bits per quantized weight, scales and zero points included", f"{sizes['bits_per_weight']:.3f}"]
+        )
+    for key, label in (("original_bytes", "original weights"), ("packed_bytes", "packed weights")):
+        if sizes.get(key) is not None:
+            rows.append([label, f"{sizes[key] / 1e6:,.2f} MB"])
+    if sizes.get("original_bytes") and sizes.get("packed_bytes"):
+        rows.append(["packed / original", f"{sizes['packed_bytes'] / sizes['original_bytes']:.1%}"])
+    if summary.get("state_bytes_per_weight") is not None:
+        rows.append(["solver state per weight", f"{summary['state_bytes_per_weight']:.2f} bytes"])
+    return ["## Size", "", *_table(["what", "value"], rows)] if rows else []
+
+
+def _phases(summary: dict[str, Any]) -> list[str]:
+    phases = summary.get("phases") or []
+    if not phases:
+        return []
+    rows = [
+        [
+            _cell(phase["name"]),
+            _cell(phase.get("seconds"), ",.1f"),
+            _cell((phase.get("peak_rss_bytes") or 0) / 1e6, ",.0f"),
+        ]
+        for phase in phases
+    ]
+    total = sum(phase.get("seconds") or 0.0 for phase in phases)
+    peak = max(phase.get("peak_rss_bytes") or 0 for phase in phases) / 1e6
+    rows.append(["**all**", f"**{total:,.1f}**", f"**{peak:,.0f}**"])
+    return ["## Time and memory", "", *_table(["phase", "seconds", "peak resident MB"], rows)]
+
+
+def _layers(summary: dict[str, Any]) -> list[str]:
+    layers = summary.get("layers") or []
+    if not layers:
+        return []
+    weights = sum(int(layer.get("weights") or 0) for layer in layers)
+    moved = sum(int(layer.get("moved") or 0) for layer in layers)
+    rows = [
+        [
+            f"`{layer['name']}`",
+            _cell(layer.get("bits")),
+            _cell(layer.get("weights"), ",d"),
+            _cell((layer.get("live") or 0) / max(1, int(layer.get("weights") or 0)), ".1%"),
+            f"{plots.moved_share(layer):.2%}",
+        ]
+        for layer in layers
+    ]
+    head = f"{moved:,} of {weights:,} weights ({moved / max(1, weights):.2%}) are rounded away from their nearest grid point."
+    return [
+        "## Layers",
+        "",
+        head,
+        "",
+        f"<details><summary>all {len(layers)} layers</summary>",
+        "",
+        *_table(["layer", "bits", "weights", "may move", "off nearest"], rows),
+        "</details>",
+        "",
+    ]
+
+
+def _course(steps: list[dict[str, Any]]) -> list[str]:
+    if not steps:
+        return []
+    last = steps[-1]
+    # The first steps of a process warm up; the median is what a step costs.
+    seconds = sorted(line["seconds"] for line in steps if line.get("seconds") is not None)
+    told = f"{last['step']:,} steps"
+    if seconds:
+        told += f", {seconds[len(seconds) // 2]:.3g} s each (median)"
+    if last.get("fractional") is not None:
+        told += f"; after the last {last['fractional']:.3%} of the coordinates that may move were still fractional"
+    if last.get("moved") is not None:
+        told += f" and {last['moved']:.2%} off nearest"
+    return [f"{told}.", ""]
+
+
+def _flat(value: Any, prefix: str = "") -> list[list[str]]:
+    if not isinstance(value, dict):
+        return [[f"`{prefix}`", _cell(value)]]
+    return [
+        row for key, inner in value.items() for row in _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    ]
+
+
+def _draw(folder: Path, summary: dict[str, Any], steps: list[Any], validation: list[Any]) -> dict[str, str]:
+    """Draw every plot that has data; Markdown image by name."""
+    target = folder / PLOTS
+    target.mkdir(exist_ok=True)
+    methods = summary.get("methods") or {}
+    final = {
+        name: float(methods[name]["kl_mean"])
+        for name in _ordered(methods)
+        if methods[name].get("kl_mean") is not None
+    }
+    drawn = {
+        "kl": plots.draw_kl(target / "kl.png", validation, final, steps),
+        "steps": plots.draw_shares(target / "steps.png", steps),
+        "frac": plots.draw_histogram(target / "frac.png", summary.get("frac_histogram") or {}),
+        "moved": plots.draw_moved(target / "moved.png", summary.get("layers") or []),
+        "phases": plots.draw_phases(target / "phases.png", summary.get("phases") or []),
+    }
+    captions = {
+        "kl": "KL before and after rounding over the steps, beside the other methods",
+        "steps": "share of coordinates still fractional, at the clamp and off nearest over the steps; schedule",
+        "frac": "histogram of frac at the start and at the end",
+        "moved": "share of weights off nearest per layer",
+        "phases": "time and peak memory per phase",
+    }
+    return {name: f"![{captions[name]}]({PLOTS}/{name}.png)" for name, done in drawn.items() if done}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+def write_report(run_dir: Path) -> None:
+    """Write `report.md` and its plots from config.json, metrics.jsonl and summary.json of a run directory.
+
+    A run that has not finished has no summary: its report shows the course so far and says so. Without matplotlib the
+    report has no plots and says so.
+
+    Args:
+        run_dir: The run directory.
+
+    Raises:
+        MissingModelError: It holds no config.json.
+    """
+    folder = Path(run_dir)
+    config, summary = _read(folder / "config.json"), _read(folder / "summary.json")
+    if not config:
+        raise MissingModelError(f"{folder} is no run directory: it has no config.json")
+    steps, validation = read_metrics(folder / "metrics.jsonl")
+    identity = config.get("identity") or {}
+    options = identity.get("config") or config.get("config") or {}
+    pictures = _draw(folder, summary, steps, validation) if plots.available() else {}
+    lines = [f"# Run {folder.resolve().name}", "", *_headline(config, options), ""]
+    if not summary:
+        lines += ["**This run has not finished.** What follows is its course so far.", ""]
+    if not plots.available():
+        lines += ["No plots: matplotlib is not installed (`pip install 'discquant[plots]'`).", ""]
+
+    def picture(name: str) -> list[str]:
+        return [pictures[name], ""] if name in pictures else []
+
+    lines += _methods(summary, options)
+    lines += picture("kl")
+    course = [*_course(steps), *picture("steps"), *picture("frac")]
+    lines += ["## Course of the solve", "", *course] if course else []
+    lines += _layers(summary)
+    lines += picture("moved")
+    lines += _sizes(summary)
+    lines += _phases(summary)
+    lines += picture("phases")
+    lines += ["## Configuration", "", *_table(["option", "value"], _flat(options or config), text_columns=2)]
+    facts = {key: value for key, value in identity.items() if key != "config"}
+    lines += (
+        ["## Inputs and versions", "", *_table(["what", "value"], _flat(facts), text_columns=2)]
+        if facts
+        else []
+    )
+    (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _headline(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    grid = options.get("grid") or {}
+    if not isinstance(grid, dict) or "bits" not in grid:
+        return [f"Model: `{config.get('source', '?')}`"]
+    size = grid.get("group_size")
+    groups = "one scale per row" if size == -1 else f"groups of {size}"
+    kind = "symmetric" if grid.get("sym") else "asymmetric"
+    method = plots.NAMES.get(str(options.get("method")), str(options.get("method")))
+    return [
+        f"{method} at {grid['bits']} bits, {kind}, {groups}, {grid.get('grid')} scales, "
+        f"of `{Path(str(config.get('source', '?'))).name}`."
+    ]
