@@ -13,6 +13,7 @@ from discquant.ops.reference.projected_step import (
 from discquant.ops.reference.soft_weight import decode_frac, expand_groups, unpack_nibbles
 from discquant.ops.linear_kl import linear_kl
 from discquant.ops.projected_step import projected_step_, projected_step_deferred_
+from discquant.ops.soft_linear import soft_linear, soft_linear_step_
 from discquant.ops.soft_weight import soft_weight
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "linear_kl",
     "projected_step_",
     "projected_step_deferred_",
+    "soft_linear",
+    "soft_linear_step_",
     "soft_weight",
     "unpack_nibbles",
 ]

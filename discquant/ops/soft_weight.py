@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from discquant.ops import _registry as registry
-from discquant.ops.reference import soft_weight as reference
-from discquant.ops.reference.projected_step import decode_frac_ref
+from discquant.ops._weights import check, reference_weight
 
 _OP = "soft_weight"
-FRAC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.uint16)
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ARGUMENTS = (
     "Tensor q_down, Tensor frac, Tensor scale, Tensor? zero_point, Tensor? table, "
     "int num_bits, int group_size, ScalarType dtype, bool is_reference, bool transpose"
@@ -83,38 +80,6 @@ class SoftWeightFunction(torch.autograd.Function):
         num_bits, group_size, dtype, transpose = ctx.constants
         grad_weight = grads[0].t() if transpose else grads[0]
         return (None, _bwd_op(grad_weight, q_down, scale, table, num_bits, group_size, dtype), *nothing)
-
-
-def check(
-    op: str, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
-    num_bits: int, group_size: int, dtype: torch.dtype | None, is_reference: bool,
-) -> torch.dtype:  # fmt: skip
-    """Validate what `soft_weight` and `soft_linear` share; return the weight's dtype."""
-    registry.require_tensors(op, q_down=q_down, frac=frac, scale=scale, zero_point=zero_point, table=table)
-    registry.require(frac.dim() == 2, op, "frac", "have shape", "[out_features, in_features]", frac.shape)
-    registry.require_dtype(op, "frac", frac, FRAC_DTYPES)
-    if is_reference:
-        registry.require(frac.dtype != torch.uint16, op, "frac", "as frac_ref not have dtype", torch.uint16, frac.dtype)
-    registry.require_grid(op, q_down, scale, zero_point, table, frac.shape, num_bits, group_size)
-    registry.require_device(op, q_down, frac=frac)
-    weight_dtype = scale.dtype if dtype is None else dtype
-    registry.require(weight_dtype in WEIGHT_DTYPES, op, "dtype", "be one of", list(WEIGHT_DTYPES), weight_dtype)
-    for name, tensor in (("scale", scale), ("table", table)):
-        if tensor is not None and tensor.requires_grad:
-            raise NotImplementedError(f"{op}: {name} must be a constant = requires_grad False, got True")
-    return weight_dtype
-
-
-def reference_weight(
-    q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
-    num_bits: int, group_size: int, dtype: torch.dtype, is_reference: bool, transpose: bool,
-) -> Tensor:  # fmt: skip
-    """The reference with this op's two additions: `frac_ref` codes and a transposed result."""
-    position = decode_frac_ref(frac, reference.accumulate_dtype(frac, scale)) if is_reference else frac
-    weight = reference.soft_weight(
-        q_down, position, scale, zero_point, num_bits=num_bits, group_size=group_size, table=table, dtype=dtype
-    )
-    return weight.t().contiguous() if transpose else weight
 
 
 def soft_weight(

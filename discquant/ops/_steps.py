@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops that take a projected step share: schema of the scalars, launch arguments, checks of the state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discquant.ops import _registry as registry
+from discquant.ops.reference import projected_step as reference
+from discquant.ops.reference.counter_rng import stream_key
+from discquant.ops.reference.projected_step import StepOptions
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FRAC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.uint16)
+FRAC_REF_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+GRADIENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OPTIMIZERS = ("adamw", "momentum", "lion", "sgd")
+
+SCALAR_SCHEMA = (
+    "str optimizer, float lr, float beta1, float beta2, float eps, float weight_decay, float kl_weight, "
+    "float grad_clamp, float linear_weight, float hardening, int step, float moment_bound, "
+    "int frac_key, int first_key, int second_key, int first_index"
+)
+
+
+def flatten_options(options: StepOptions) -> tuple[Any, ...]:
+    """Scalars of `options` in the order of the operator's schema, noise keys derived."""
+    keys = [
+        stream_key(options.seed, options.step, options.tensor_id, stream)
+        for stream in (reference.FRAC_STREAM, reference.MOMENT_STREAM, reference.SECOND_STREAM)
+    ]
+    return (
+        options.optimizer, options.lr, *options.betas, options.eps, options.weight_decay, options.kl_weight,
+        options.grad_clamp, options.linear_weight, options.hardening, options.step, options.moment_bound,
+        *keys, options.first_index,
+    )  # fmt: skip
+
+
+def launch_arguments(
+    optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, kl_weight: float,
+    grad_clamp: float, linear_weight: float, hardening: float, step: int, moment_bound: float,
+    frac_key: int, first_key: int, second_key: int, first_index: int,
+) -> tuple[str, dict[str, float], dict[str, int]]:  # fmt: skip
+    """Derived scalars of a Triton launch, each rounded to float32 once, where the reference rounds it."""
+    scalars = {
+        "lr": lr, "beta1": beta1, "one_minus_beta1": 1 - beta1, "beta2": beta2, "one_minus_beta2": 1 - beta2,
+        "eps": eps, "decay": 1 - lr * weight_decay, "kl_weight": kl_weight, "grad_clamp": grad_clamp,
+        "linear_weight": linear_weight, "hardening": hardening,
+        "correction1": 1 - beta1**step, "correction2": 1 - beta2**step,
+        "first_unit": moment_bound / 127, "first_inverse": 127 / moment_bound,
+        "second_unit": moment_bound / 255, "second_inverse": 255 / moment_bound,
+    }  # fmt: skip
+    keys = {"frac_key": frac_key, "first_key": first_key, "second_key": second_key, "first_index": first_index}
+    return optimizer, scalars, keys
+
+
+def check_state(
+    op: str, frac: Tensor, frac_ref: Tensor, scale: Tensor, momentum: Tensor | None, second_moment: Tensor | None,
+    group_size: int, options: StepOptions,
+) -> None:  # fmt: skip
+    """Validate the state and the scalars of a step."""
+    registry.require_tensors(op, frac=frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment)
+    if not isinstance(options, StepOptions):
+        raise TypeError(f"{op}: options must be of type = StepOptions, got {type(options).__name__}")
+    registry.require(frac.dim() == 2, op, "frac", "have shape", "[out_features, in_features]", frac.shape)
+    registry.require_dtype(op, "frac", frac, FRAC_DTYPES)
+    registry.require_dtype(op, "frac_ref", frac_ref, FRAC_REF_DTYPES)
+    registry.require(frac_ref.shape == frac.shape, op, "frac_ref", "have the shape of frac", frac.shape, frac_ref.shape)
+    registry.require(group_size == -1 or group_size > 0, op, "group_size", "be positive or", -1, group_size)
+    registry.require_groups(op, scale, "scale", frac.shape, group_size)
+    registry.require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
+    registry.require(options.optimizer in OPTIMIZERS, op, "optimizer", "be one of", OPTIMIZERS, options.optimizer)
+    registry.require(options.step >= 1, op, "step", "be at least", 1, options.step)
+    registry.require(options.moment_bound > 0, op, "moment_bound", "be above", 0, options.moment_bound)
+    registry.require(options.grad_clamp >= 0, op, "grad_clamp", "be at least", 0, options.grad_clamp)
+    last = options.first_index + frac.numel()
+    registry.require(0 <= options.first_index and last <= 2**32, op, "first_index", "keep indices in", "[0, 2^32)", last)
+    for name, value in zip(("lr", "kl_weight", "linear_weight", "hardening"), (
+        options.lr, options.kl_weight, options.linear_weight, options.hardening,
+    ), strict=True):  # fmt: skip
+        registry.require(math.isfinite(value), op, name, "be", "finite", value)
+    needs = {"adamw": (True, True), "momentum": (True, False), "lion": (True, False), "sgd": (False, False)}
+    for name, moment, needed, code in (
+        ("momentum", momentum, needs[options.optimizer][0], torch.int8),
+        ("second_moment", second_moment, needs[options.optimizer][1], torch.uint8),
+    ):
+        if moment is None:
+            registry.require(not needed, op, name, f"for {options.optimizer} be", "a Tensor", None)
+            continue
+        registry.require(moment.shape == frac.shape, op, name, "have the shape of frac", frac.shape, moment.shape)
+        registry.require_dtype(op, name, moment, (torch.float64, *_FLOATS, code))
+    registry.require_device(op, frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment)
