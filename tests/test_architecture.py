@@ -17,7 +17,7 @@ LAYERS = {
     "ops": 1,
     "grids": 2, "rounding": 2, "modules": 2,
     "calibration": 3, "formats": 3, "solver": 3,
-    "evaluation": 4, "integrations": 4, "run": 4, "api": 4,
+    "evaluation": 4, "integrations": 4, "run": 4, "api": 4, "generation": 4, "progress": 4,
     "cli": 5, "__main__": 6,
     "_C": 1, "triton_kernels": 1,
 }  # fmt: skip
@@ -86,6 +86,11 @@ def test_every_part_has_a_layer(repo_root: Path) -> None:
 def test_arrows_point_down(edges: list[tuple[str, str, str]]) -> None:
     assert edges, "no import was found: the test reads the wrong folder"
     wrong = [place for here, there, place in edges if here != there and LAYERS.get(there, 99) > LAYERS[here]]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_ops_reach_for_kernels(edges: list[tuple[str, str, str]]) -> None:
+    wrong = [place for here, there, place in edges if there in ("_C", "triton_kernels") and here != "ops"]
     assert not wrong, "\n".join(wrong)
 
 
