@@ -211,7 +211,9 @@ class QuantizeConfig:
     format: OutputFormat = "compressed-tensors"
     ignore: tuple[str, ...] = ("lm_head",)
     gptq_samples: int = 256
-    gptq_damp: float = 0.01
+    gptq_damp: float = 0.1
+    baselines: tuple[Method, ...] = ("rtn", "gptq")
+    validation_windows: int = 32
     seed: int = 0
     checkpoint_every: int = 16
 

@@ -17,6 +17,7 @@ VARIABLES = {
     "DISCQUANT_BUILD": "what setup.py compiles: auto (default), cpu, cuda or none",
     "DISCQUANT_PYTHON": "interpreter that the Makefile uses instead of making .venv",
     "DISCQUANT_SHARED": "folder of test models and texts; tests that need it are skipped without it",
+    "DISCQUANT_TRACEBACK": "1 shows the traceback of a user error at the command line",
 }
 PACKAGES = (
     "discquant", "torch", "triton", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy",

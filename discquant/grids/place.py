@@ -121,7 +121,8 @@ def place_grid(weight: Tensor, config: GridConfig) -> UniformGrid:
         grouped = _group(weight.detach(), config.group_size)
         if float(grouped.values.abs().max()) > MAX_SCALE:
             raise ValueError(f"place_grid: weight must be at most {MAX_SCALE} in magnitude")
-        group_size = config.group_size
+        # One group per row anyway: say so, because formats call it another strategy.
+        group_size = -1 if config.group_size > weight.shape[1] else config.group_size
         search = config.grid == "search"
         if config.sym:
             scale = _symmetric(grouped, config.bits, search)

@@ -6,6 +6,7 @@ Each function takes plain data and a path, and returns whether there was anythin
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,19 +29,18 @@ _STYLE = {
 def available() -> bool:
     """Whether matplotlib can be imported."""
     try:
-        import matplotlib  # noqa: F401
+        return importlib.import_module("matplotlib") is not None
     except ImportError:
         return False
-    return True
 
 
 def _draw(path: Path, size: tuple[float, float], paint: Callable[..., None], *, panels: int = 1) -> None:
     """Make a figure of `panels` axes side by side, let `paint` fill them, save it."""
-    import matplotlib
+    import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = [figure.add_subplot(1, panels, place + 1) for place in range(panels)]
@@ -135,10 +135,10 @@ def draw_shares(path: Path, training: Sequence[dict[str, Any]]) -> bool:
             (("lr", "learning rate"), ("linear_weight", "linear term"), ("hardening", "hardening"),
              ("kl_weight", "gain on the KL gradient"))
         ):  # fmt: skip
-            values = [line.get(key) or 0.0 for line in training]
-            peak = max(values)
+            numbers = [float(line.get(key) or 0.0) for line in training]
+            peak = max(numbers)
             if peak > 0:
-                schedule.plot(steps, [value / peak for value in values], label=f"{label}, peak {peak:.3g}",
+                schedule.plot(steps, [value / peak for value in numbers], label=f"{label}, peak {peak:.3g}",
                               color=SERIES[(place * 2 + 1) % len(SERIES)])  # fmt: skip
         schedule.set_ylim(0, 1.04)
         _percent(schedule.yaxis)

@@ -163,7 +163,8 @@ def _layers(summary: dict[str, Any]) -> list[str]:
         ]
         for layer in layers
     ]
-    head = f"{moved:,} of {weights:,} weights ({moved / max(1, weights):.2%}) are rounded away from their nearest grid point."
+    share = moved / max(1, weights)
+    head = f"{moved:,} of {weights:,} weights ({share:.2%}) are rounded away from their nearest grid point."
     return [
         "## Layers",
         "",

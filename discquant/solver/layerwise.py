@@ -74,7 +74,7 @@ def layerwise_codes(
     method: Method,
     *,
     damp: float = 0.01,
-    dtype: torch.dtype = torch.float32,
+    served: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Round block after block, each on the outputs of the rounded blocks before it.
@@ -85,7 +85,7 @@ def layerwise_codes(
         batches: Calibration micro-batches.
         method: `rtn`, `gptq` or `greedy`.
         damp: Hessian damping.
-        dtype: Compute dtype of the served weights.
+        served: Dtype to which served weights are rounded.
         progress: Called with (blocks done, blocks).
 
     Returns:
@@ -108,7 +108,7 @@ def layerwise_codes(
         finally:
             for hook in hooks.values():
                 hook.remove()
-        served: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         for ref in refs:
             hessian, grid = hooks[ref.name].hessian, grids[ref.name]
             matrix = ref.matrix()
@@ -118,9 +118,9 @@ def layerwise_codes(
                 codes[ref.name] = gptq(matrix, hessian, grid, damp=damp)
             else:
                 codes[ref.name] = greedy(matrix, hessian, grid, damp=damp)
-            served[ref.param_name] = ref.shaped(grid.dequantize(codes[ref.name], dtype))
+            weights[ref.param_name] = ref.shaped(grid.dequantize(codes[ref.name], served)).to(ref.parameter.dtype)
         hidden = [
-            chain.run_block(index, h, batch.calls[index], served) for h, batch in zip(hidden, batches, strict=True)
+            chain.run_block(index, h, batch.calls[index], weights) for h, batch in zip(hidden, batches, strict=True)
         ]
         if progress is not None:
             progress(index + 1, len(chain.weights))

@@ -35,7 +35,8 @@ def _mask(prepared: Prepared) -> Tensor:
     return torch.ones(prepared.inputs.shape[:2], dtype=torch.bool, device=prepared.inputs.device)
 
 
-def _kl_of_logits(student: Tensor, teacher: Tensor) -> Tensor:
+def kl_of_logits(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(teacher || student) along the last dimension, in float32 or float64."""
     log_q = torch.log_softmax(student.float() if student.dtype != torch.float64 else student, dim=-1)
     log_p = torch.log_softmax(teacher.to(log_q.dtype), dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
@@ -45,7 +46,7 @@ def _module_kl(student: Tensor, teacher: Tensor, normalizer: float) -> HeadLoss:
     """KL of a module whose output is already logits."""
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
-        per_item = _kl_of_logits(leaf, teacher)
+        per_item = kl_of_logits(leaf, teacher)
         loss = per_item.sum() / (normalizer * max(1, per_item.numel() // per_item.shape[0]))
     (grad,) = torch.autograd.grad(loss, leaf)
     return HeadLoss(float(loss), grad)

@@ -56,6 +56,7 @@ class Solver:
         *,
         seed: int = 0,
         keep_graph: bool = False,
+        served: torch.dtype | None = None,
     ) -> None:
         """Bind states (one list per block, in the order of `chain.weights`) to the chain.
 
@@ -65,6 +66,8 @@ class Solver:
             config: Solver options.
             seed: Keys stochastic rounding.
             keep_graph: See `block_gradients`; changes speed and memory, not results.
+            served: Dtype in which the file will be dequantized; student weights are rounded to it, so that
+                what is trained is what is served. None is the compute dtype.
         """
         self.chain = chain
         self.states = [list(block) for block in states]
@@ -74,6 +77,7 @@ class Solver:
         self.step_number = 0
         self.dtype: torch.dtype = getattr(torch, config.compute_dtype)
         self.gain = GainControl(config.kl_weight or 1.0, None if config.kl_weight else config.saturation)
+        self.served = served or self.dtype
         self._tensor_ids = {
             state.name: index for index, state in enumerate(s for block in self.states for s in block)
         }
@@ -82,7 +86,7 @@ class Solver:
         """Return the interpolated weights of a block by parameter name."""
         refs = self.chain.weights[index]
         return {
-            ref.param_name: ref.shaped(state.soft_weight(self.dtype))
+            ref.param_name: ref.shaped(state.soft_weight(self.served).to(self.dtype))
             for ref, state in zip(refs, self.states[index], strict=True)
         }
 
@@ -90,7 +94,7 @@ class Solver:
         """Return the weights of a block with `frac` rounded."""
         refs = self.chain.weights[index]
         return {
-            ref.param_name: ref.shaped(state.hard_weight(self.dtype))
+            ref.param_name: ref.shaped(state.hard_weight(self.served).to(self.dtype))
             for ref, state in zip(refs, self.states[index], strict=True)
         }
 
@@ -184,7 +188,7 @@ class Solver:
             weights = {}
             for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
                 q = state.grid.nearest(ref.matrix())
-                weights[ref.param_name] = ref.shaped(state.grid.dequantize(q, self.dtype))
+                weights[ref.param_name] = ref.shaped(state.grid.dequantize(q, self.served).to(self.dtype))
             return weights
 
         block_gradients(self.chain, nearest, batches, sink, loss=self.config.loss)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python API: quantize a model in memory, a plain module, or load what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discquant.calibration import Windows, load_windows
+from discquant.config import QuantizeConfig
+from discquant.errors import ConfigError, MissingModelError
+from discquant.formats.codes import QuantizedLinear
+from discquant.grids import Grid
+from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.summary import quantized_layers
+from discquant.solver.chain import Chain, DecoderChain, ModuleChain
+from discquant.solver.layerwise import layerwise_codes
+from discquant.solver.solve import TokenRows, lay_grids, solve
+from discquant.solver.solver import Solver, StepRecord
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes of a model in memory.
+
+    Attributes:
+        model: The model that was given, its weights unchanged until `apply`.
+        codes: Final codes by module name, uint8, [out_features, in_features].
+        grids: Grid of each module.
+        served: Dtype to which served weights are rounded.
+        records: Record of every step (empty for layer-wise methods).
+    """
+
+    model: nn.Module
+    codes: Mapping[str, Tensor]
+    grids: Mapping[str, Grid]
+    served: torch.dtype
+    records: tuple[StepRecord, ...]
+
+    def layers(self) -> Iterator[QuantizedLinear]:
+        """Yield codes with their grids, as `discquant.formats` takes them."""
+        return quantized_layers(self.codes, self.grids)
+
+    def apply(self) -> nn.Module:
+        """Overwrite the model's weights with the served ones, in place; return the model."""
+        from discquant.run.directory import apply_layers
+
+        return apply_layers(self.model, self.layers(), self.served)
+
+
+def _run(
+    chain: Chain,
+    rows: TokenRows,
+    config: QuantizeConfig,
+    served: torch.dtype,
+    on_step: Callable[[StepRecord], None] | None,
+) -> Quantized:
+    grids = lay_grids(chain, config.grid)
+    if config.method != "discquant":
+        batches = rows.batches(range(min(config.gptq_samples, len(rows))))
+        codes = layerwise_codes(chain, grids, batches, config.method, damp=config.gptq_damp, served=served)
+        return Quantized(chain.model, codes, grids, served, ())
+    records: list[StepRecord] = []
+
+    def note(solver: Solver, record: StepRecord) -> None:
+        records.append(record)
+        if on_step is not None:
+            on_step(record)
+
+    finished = solve(chain, grids, rows, config, note, served=served)
+    return Quantized(chain.model, finished.codes(), grids, served, tuple(records))
+
+
+def quantize(
+    model: nn.Module,
+    tokenizer: Any = None,
+    config: QuantizeConfig | None = None,
+    *,
+    calibration: Windows | Tensor | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> Quantized:
+    """Round the linear layers of a causal language model.
+
+    Args:
+        model: A `transformers` decoder-only model. Its dtype is the compute dtype; load it in float32 on CPU.
+        tokenizer: Its tokenizer; may be None with token ids or `config.data.dataset = "self"`.
+        config: Everything else; default: DiscQuant, 4 bits, group 64, text sampled from the model itself.
+        calibration: Windows, or token ids int64 [rows, seqlen]; None loads `config.data`.
+        on_step: Called after every step.
+
+    Returns:
+        Quantized; call `.apply()` to put the rounded weights into the model.
+
+    Raises:
+        ValueError: Bad configuration, data, or a weight that is not finite.
+        NotImplementedError: The model is no chain of decoder blocks with a linear head.
+    """
+    config = config or QuantizeConfig()
+    served = next(model.parameters()).dtype
+    chain = DecoderChain(model, config.ignore)
+    if calibration is None:
+        data = config.data
+        calibration = load_windows(
+            data.dataset, tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed, model=model
+        )
+    windows = calibration if isinstance(calibration, Windows) else Windows.make(calibration)
+    chain.verify(windows.input_ids[:1])
+    rows = TokenRows(chain, windows.input_ids, windows.mask, config.solver.micro_batch)
+    return _run(chain, rows, config, served, on_step)
+
+
+def quantize_module(
+    module: nn.Module,
+    inputs: Tensor,
+    config: QuantizeConfig | None = None,
+    *,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> Quantized:
+    """Round the linear and convolution layers of any module that maps one tensor to logits.
+
+    Args:
+        module: A vision transformer or convolutional network, say; a chain of one block.
+        inputs: Calibration inputs, [samples, ...].
+        config: See `quantize`; `data` and `format` are not used.
+        on_step: Called after every step.
+
+    Returns:
+        Quantized.
+
+    Raises:
+        ValueError: Nothing to quantize, or a weight that is not finite.
+    """
+    config = config or QuantizeConfig(ignore=())
+    chain = ModuleChain(module, config.ignore)
+    rows = TokenRows(chain, inputs, None, config.solver.micro_batch)
+    return _run(chain, rows, config, next(module.parameters()).dtype, on_step)
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a quantized model: an exported directory, or a run directory (then its original must still be there).
+
+    Args:
+        path: Directory.
+        dtype: Compute dtype; None keeps the checkpoint's.
+
+    Returns:
+        A `transformers` model with the served weights.
+
+    Raises:
+        FileNotFoundError: No model there.
+        ValueError: A damaged checkpoint.
+    """
+    from discquant.formats.load import load_quantized
+
+    folder = Path(path)
+    if RunDirectory.is_run(folder):
+        exported = served_directory(folder)
+        return load_run_model(folder, dtype) if exported is None else load_quantized(exported, dtype)
+    if not (folder / "config.json").is_file():
+        raise MissingModelError(f"load: {folder} is neither a model nor a run directory")
+    return load_quantized(folder, dtype)
+
+
+def served_directory(run: Path) -> Path | None:
+    """Return the exported model of a run, None where it wrote none.
+
+    Raises:
+        ConfigError: `run` is no run directory.
+    """
+    if not RunDirectory.is_run(run):
+        raise ConfigError(f"{run} is no run directory")
+    chosen = RunDirectory(run).config()["identity"]["config"]["format"]
+    folder = run / chosen
+    return folder if chosen != "none" and (folder / "config.json").is_file() else None

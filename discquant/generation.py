@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming text from a quantized or ordinary model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from discquant.api import load, served_directory
+from discquant.errors import MissingModelError
+from discquant.formats.source import load_tokenizer
+from discquant.run.directory import RunDirectory
+
+
+def _tokenizer_folder(path: Path) -> Path:
+    if not RunDirectory.is_run(path):
+        return path
+    exported = served_directory(path)
+    return Path(RunDirectory(path).config()["source"]) if exported is None else exported
+
+
+def stream(path: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+    """Continue a prompt on standard output; tokens per second go to standard error.
+
+    Args:
+        path: Exported model, run directory, or ordinary model folder.
+        prompt: Text.
+        max_new_tokens: Limit.
+        temperature: 0 is greedy.
+        seed: Of sampling.
+
+    Returns:
+        `text`, `tokens`, `seconds`.
+
+    Raises:
+        FileNotFoundError: No model or no tokenizer there.
+        ValueError: A negative temperature, or an empty prompt.
+    """
+    from transformers import TextStreamer
+
+    if temperature < 0 or max_new_tokens < 1:
+        raise ValueError(
+            f"generate: temperature must be at least 0 and max_new_tokens at least 1, got {temperature}, {max_new_tokens}"
+        )
+    model: Any = load(path)
+    tokenizer = load_tokenizer(_tokenizer_folder(Path(path)))
+    if tokenizer is None:
+        raise MissingModelError(f"generate: {path} has no tokenizer")
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.numel() == 0:
+        raise ValueError("generate: the prompt is empty")
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    begin = time.perf_counter()
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **options,
+    )
+    seconds = time.perf_counter() - begin
+    tokens = int(output.shape[1] - ids.shape[1])
+    print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    return {"text": tokenizer.decode(output[0, ids.shape[1] :]), "tokens": tokens, "seconds": seconds}

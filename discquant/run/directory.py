@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory: configuration with fingerprint, metrics, codes; every write is atomic.
+
+config.json  metrics.jsonl  calibration.safetensors  checkpoints/  codes.safetensors  summary.json  report.md
+compressed-tensors/ (the served model)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from discquant.errors import CheckpointError, MissingModelError, OutputExistsError, ResumeError
+from discquant.formats.codes import QuantizedLinear
+
+CONFIG, METRICS, CODES, SUMMARY = "config.json", "metrics.jsonl", "codes.safetensors", "summary.json"
+MARKER = "discquant_run"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically; the same content gives the same bytes."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, temporary, dict(metadata))
+    with temporary.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+class RunDirectory:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        """Bind to a path; nothing is written yet."""
+        self.path = path
+
+    @staticmethod
+    def is_run(path: Path) -> bool:
+        """Return whether `path` holds a run."""
+        try:
+            return bool(json.loads((path / CONFIG).read_text(encoding="utf-8")).get(MARKER))
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def config(self) -> dict[str, Any]:
+        """Return the recorded configuration.
+
+        Raises:
+            MissingModelError: `path` is no run directory.
+        """
+        if not self.is_run(self.path):
+            raise MissingModelError(f"run: {self.path} is not a run directory of discquant")
+        loaded: dict[str, Any] = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        return loaded
+
+    def start_or_continue(self, record: Mapping[str, Any], identity: Mapping[str, Any], *, resume: bool) -> bool:
+        """Record a new run, or check that the one there is the same.
+
+        Args:
+            record: What config.json holds besides the identity.
+            identity: Everything that determines the result's bytes.
+            resume: Whether continuing is allowed.
+
+        Returns:
+            True if an earlier part of this run is there.
+
+        Raises:
+            OutputExistsError: The directory is not empty and holds no run, or resuming is not allowed.
+            ResumeError: It holds a different run; the message names what differs.
+        """
+        plain = json.loads(json.dumps(identity))
+        if self.path.exists() and any(self.path.iterdir()):
+            if not self.is_run(self.path):
+                raise OutputExistsError(f"quantize: {self.path} is not empty and holds no run of discquant")
+            if not resume:
+                raise OutputExistsError(f"quantize: {self.path} already holds a run; choose another OUT or --resume")
+            found = self.config()["identity"]
+            changed = _differences(found, plain)
+            if changed:
+                raise ResumeError(
+                    f"quantize: {self.path} holds another run; different: {'; '.join(changed)}. "
+                    "Repeat the command that made it, or choose another OUT"
+                )
+            return True
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / CONFIG, json.dumps({MARKER: 1, **record, "identity": plain}, indent=2) + "\n")
+        return False
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop metric lines after `step` (a killed run wrote them after its last checkpoint)."""
+        path = self.path / METRICS
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the line that was being written when the run was killed
+                continue
+            if entry["step"] <= step:
+                kept.append(line)
+        write_atomic(path, "".join(line + "\n" for line in kept))
+
+    def append_metrics(self, entry: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(entry) + "\n")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        write_atomic(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run reached its end (the summary is written last)."""
+        return (self.path / SUMMARY).exists()
+
+    def save_codes(self, layers: Mapping[str, QuantizedLinear]) -> None:
+        """Write final codes, scales and zero points."""
+        tensors: dict[str, Tensor] = {}
+        header: dict[str, Any] = {}
+        for name, layer in layers.items():
+            tensors[f"{name}.q"] = layer.q
+            tensors[f"{name}.scale"] = layer.scale
+            if layer.zero_point is not None:
+                tensors[f"{name}.zero_point"] = layer.zero_point
+            header[name] = {"num_bits": layer.num_bits, "group_size": layer.group_size}
+        save_tensors_atomic(self.path / CODES, tensors, {"layers": json.dumps(header, sort_keys=True)})
+
+    def layers(self) -> Iterator[QuantizedLinear]:
+        """Yield the final codes, one layer at a time.
+
+        Raises:
+            MissingModelError: The run has not finished.
+        """
+        path = self.path / CODES
+        if not path.exists():
+            raise MissingModelError(f"run: {self.path} has no final codes yet; repeat its command to finish it")
+        with safe_open(path, framework="pt") as handle:
+            header = json.loads(handle.metadata()["layers"])
+            names = set(handle.keys())
+            for name, facts in header.items():
+                zero = f"{name}.zero_point"
+                yield QuantizedLinear(
+                    name=name,
+                    q=handle.get_tensor(f"{name}.q"),
+                    scale=handle.get_tensor(f"{name}.scale"),
+                    zero_point=handle.get_tensor(zero) if zero in names else None,
+                    num_bits=facts["num_bits"],
+                    group_size=facts["group_size"],
+                )
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    changed = []
+    for key in sorted({*found, *wanted}):
+        name = f"{prefix}{key}"
+        old, new = found.get(key), wanted.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += _differences(old, new, f"{name}.")
+        elif old != new:
+            changed.append(f"{name} was {old!r}, is {new!r}")
+    return changed
+
+
+def served_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype in which a checkpoint's weights are served, from its config.json; float32 if it names none."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+
+
+@torch.no_grad()
+def apply_layers(
+    model: torch.nn.Module, layers: Iterable[QuantizedLinear], served: torch.dtype
+) -> torch.nn.Module:
+    """Overwrite the weights of `model` in place with what is served: the codes' product, rounded to `served`.
+
+    Raises:
+        CheckpointError: A layer does not exist in the model or has another shape.
+    """
+    for layer in layers:
+        try:
+            module = model.get_submodule(layer.name)
+        except AttributeError as error:
+            raise CheckpointError(f"run: the model has no module {layer.name}") from error
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        value = layer.dequantize(served).to(weight.dtype)
+        if value.numel() != weight.numel():
+            raise CheckpointError(f"run: {layer.name} has {list(weight.shape)} in the model, {list(value.shape)} in codes")
+        weight.copy_(value.view(weight.shape))
+    return model
+
+
+def load_run_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """Return the original model of a run with its final codes in place.
+
+    Raises:
+        MissingModelError: `path` is no finished run, or its original model is gone.
+        CheckpointError: The original model has changed since.
+    """
+    from discquant.formats.source import open_source
+
+    run = RunDirectory(Path(path))
+    config = run.config()
+    source = open_source(
+        config["source"],
+        dtype=dtype,
+        trust_remote_code=bool(config.get("trust_remote_code")),
+        allow_pickle=bool(config.get("allow_pickle")),
+    )
+    if source.digest != config["identity"]["source_digest"]:
+        raise CheckpointError(f"run: the model at {config['source']} has changed since the run in {path}")
+    return apply_layers(source.model, run.layers(), served_dtype(source.config))

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model folder to a proven file: checks, calibration, grids, rounding, export, proof, report.
+
+Every stage leaves its result in the run directory; the same command again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import discquant
+from discquant.calibration import Windows, load_windows
+from discquant.config import Method, QuantizeConfig
+from discquant.errors import CalibrationError, ConfigError, ResumeError
+from discquant.formats.compressed_tensors import Scheme
+from discquant.formats.export import ExportPlan, export_compressed_tensors, plan_export
+from discquant.formats.source import Source, check_output_dir, open_source
+from discquant.grids import Grid
+from discquant.run.checkpoint import load_checkpoint, save_checkpoint
+from discquant.run.directory import RunDirectory, save_tensors_atomic, served_dtype, write_atomic
+from discquant.run.phases import Phases, resident_bytes
+from discquant.run.summary import START, frac_histogram, quantized_layers, summarize_run
+from discquant.solver.chain import Chain, DecoderChain
+from discquant.solver.layerwise import layerwise_codes
+from discquant.solver.measure import mean_kl
+from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.solver import StepRecord
+
+VALIDATIONS = 16  # per run
+VALIDATION_ROWS = 8
+CALIBRATION = "calibration.safetensors"
+
+
+class RunStoppedError(RuntimeError):
+    """SIGTERM or SIGINT arrived; the run can be continued."""
+
+
+@dataclass
+class Events:
+    """What a caller may listen to; every callback is optional."""
+
+    phase: Callable[[str], None] | None = None
+    step: Callable[[StepRecord, int], None] | None = None
+    message: Callable[[str], None] | None = None
+
+    def say(self, text: str) -> None:
+        """Pass one line on."""
+        if self.message is not None:
+            self.message(text)
+
+
+class _StopSignal:
+    """Turns SIGTERM and SIGINT into a flag, so that a step is finished and a checkpoint written first."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def _catch(self, number: int, frame: object) -> None:
+        self.caught = number
+
+    def __enter__(self) -> _StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def check_ignore(chain_model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
+    """Refuse an ignore entry that names nothing.
+
+    Raises:
+        ConfigError: It matches no module; the message lists some that exist.
+    """
+    from fnmatch import fnmatch
+
+    names = [name for name, module in chain_model.named_modules() if name]
+    for pattern in ignore:
+        if pattern == "lm_head":  # ignored by default; not every model calls its head so
+            continue
+        if not any(pattern in (name, name.rpartition(".")[2]) or fnmatch(name, pattern) for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+            raise ConfigError(f"quantize: no module matches --ignore {pattern!r}; last names here: {', '.join(known)}")
+
+
+class Pipeline:
+    """One run from a model folder; `execute` does everything that is left to do."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        out: str | Path,
+        config: QuantizeConfig,
+        *,
+        resume: bool = True,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        events: Events | None = None,
+    ) -> None:
+        """Name inputs and output; nothing is read yet."""
+        self.model_path, self.config, self.resume = str(model_path), config, resume
+        self.directory = RunDirectory(Path(out).expanduser())
+        self.trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+        self.events = events or Events()
+        self.phases = Phases()
+
+    def execute(self) -> dict[str, Any]:
+        """Run to the end.
+
+        Returns:
+            The summary (also summary.json).
+
+        Raises:
+            UserError: Bad input, found before any long work.
+            RunStoppedError: A signal arrived; the same command continues.
+        """
+        check_output_dir(self.directory.path, self.resume)
+        with self._phase("open"):
+            source = open_source(self.model_path, dtype=self._compute_dtype(), **self.trust)
+            check_ignore(source.model, self.config.ignore)
+            chain = DecoderChain(source.model, self.config.ignore)
+            plan = self._plan(source, chain)
+            self._refuse_early(source)
+            continued = self._identify(source)
+        if continued and self.directory.complete:
+            self.events.say(f"{self.directory.path} is complete already")
+            return dict(json.loads((self.directory.path / "summary.json").read_text(encoding="utf-8")))
+        with self._phase("calibrate"):
+            windows = self._windows(source)
+            train, held = self._split(windows)
+            chain.verify(train.input_ids[:1])
+        with self._phase("grid"):
+            grids = lay_grids(chain, self.config.grid)
+        rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
+        solve: Solve | None = None
+        with self._phase("round"):
+            if self.config.method == "discquant":
+                solve = self._solve(chain, grids, rows, held, source)
+                codes = solve.codes()
+            else:
+                codes = self._layerwise(chain, grids, rows, self.config.method, source)
+            self.directory.save_codes({layer.name: layer for layer in quantized_layers(codes, grids)})
+        if plan is not None:
+            with self._phase("export"):
+                self._export(source, codes, grids, plan)
+        with self._phase("evaluate"):
+            baselines = {
+                name: codes if name == self.config.method else self._layerwise(chain, grids, rows, name, source)
+                for name in self.config.baselines
+            }
+            summary = summarize_run(self.directory, source, chain, grids, codes, baselines, held, solve)
+        summary["phases"] = self.phases.records
+        self.directory.write_summary(summary)
+        self._report()
+        return summary
+
+    def _phase(self, name: str) -> Any:
+        if self.events.phase is not None:
+            self.events.phase(name)
+        return self.phases.phase(name)
+
+    def _compute_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.config.solver.compute_dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def _plan(self, source: Source, chain: Chain) -> ExportPlan | None:
+        """Refuse what the output format cannot hold before anything is computed."""
+        if self.config.format == "none":
+            return None
+        grid = self.config.grid
+        schemes = {}
+        for refs in chain.weights:
+            for ref in refs:
+                width = ref.matrix().shape[1]
+                size = -1 if grid.group_size > width else grid.group_size
+                schemes[ref.name] = Scheme(grid.bits, size, grid.sym)
+        target = self.directory.path / self.config.format
+        if (target / "config.json").exists():  # a resumed run that had already exported
+            return ExportPlan(schemes, 0, [])
+        plan = plan_export(source.path, target, schemes)
+        for warning in plan.warnings:
+            self.events.say(f"note: {warning}")
+        return plan
+
+    def _refuse_early(self, source: Source) -> None:
+        dataset = self.config.data.dataset
+        if source.tokenizer is None and dataset != "self" and ".safetensors:" not in dataset:
+            raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
+
+    def _identify(self, source: Source) -> bool:
+        identity = {
+            "config": {key: value for key, value in self.config.to_dict().items() if key != "baselines"},
+            "source_digest": source.digest,
+            "data_digest": _file_digest(self.config.data.dataset),
+            "discquant": discquant.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        record = {"source": str(source.path.resolve()), **self.trust}
+        return self.directory.start_or_continue(record, identity, resume=self.resume)
+
+    def _windows(self, source: Source) -> Windows:
+        """Load the calibration windows once and keep them: a resumed run must see the same tokens."""
+        path = self.directory.path / CALIBRATION
+        if path.exists():
+            with safe_open(path, framework="pt") as handle:
+                described = handle.metadata()["source"]
+                return Windows.make(handle.get_tensor("input_ids"), handle.get_tensor("mask").bool(), described)
+        data = self.config.data
+        windows = load_windows(
+            data.dataset,
+            source.tokenizer,
+            nsamples=data.nsamples + self.config.validation_windows,
+            seqlen=data.seqlen,
+            seed=self.config.seed,
+            model=source.model,
+        )
+        tensors = {"input_ids": windows.input_ids.int(), "mask": windows.mask.to(torch.uint8)}
+        save_tensors_atomic(path, tensors, {"source": windows.source})
+        return windows
+
+    def _split(self, windows: Windows) -> tuple[Windows, Windows]:
+        held = min(self.config.validation_windows, max(1, len(windows) // 5))
+        if len(windows) < 2:
+            raise CalibrationError(
+                f"calibration: {self.config.data.dataset} gives {len(windows)} window of {windows.seqlen} tokens; "
+                "at least 2 are needed (one is held out)"
+            )
+        train, validation = windows.split(len(windows) - held)
+        return train, validation
+
+    def _layerwise(
+        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, method: Method, source: Source
+    ) -> dict[str, Tensor]:
+        batches = rows.batches(range(min(self.config.gptq_samples, len(rows)))) if method != "rtn" else []
+        return layerwise_codes(
+            chain, grids, batches, method, damp=self.config.gptq_damp, served=served_dtype(source.config)
+        )
+
+    def _solve(
+        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, held: Windows, source: Source
+    ) -> Solve:
+        folder = self.directory.path / "checkpoints"
+        fresh = not any(folder.glob("step-*.safetensors"))
+        solve = Solve(chain, grids, rows, self.config, served=served_dtype(source.config), fresh=fresh)
+        if not fresh and load_checkpoint(folder, solve) == 0:
+            raise ResumeError(f"quantize: no checkpoint in {folder} can be read; remove that folder to start again")
+        if solve.solver.step_number:
+            self.events.say(f"continuing after step {solve.solver.step_number}")
+        self.directory.truncate_metrics(solve.solver.step_number)
+        sample = TokenRows(chain, held.input_ids[:VALIDATION_ROWS], held.mask[:VALIDATION_ROWS], VALIDATION_ROWS)
+        watched = sample.batches(range(len(sample)))
+        if fresh:
+            self._save_start(solve)
+            self._validate(solve, watched)
+            save_checkpoint(folder, solve)
+        iters = self.config.solver.iters
+        interval = max(1, iters // VALIDATIONS)
+        with _StopSignal() as stop:
+            while not solve.done:
+                record = solve.advance()
+                self.directory.append_metrics({**asdict(record), "rss_bytes": resident_bytes()})
+                if record.step % interval == 0 or solve.done:
+                    self._validate(solve, watched)
+                if self.events.step is not None:
+                    self.events.step(record, iters)
+                if record.step % self.config.checkpoint_every == 0 or solve.done or stop.caught is not None:
+                    save_checkpoint(folder, solve)
+                if stop.caught is not None and not solve.done:
+                    raise RunStoppedError(
+                        f"stopped by {signal.Signals(stop.caught).name} after step {record.step} of {iters}; "
+                        "the same command continues"
+                    )
+        return solve
+
+    def _save_start(self, solve: Solve) -> None:
+        """Keep the histogram of `frac` at the start for the report."""
+        write_atomic(self.directory.path / START, json.dumps({"histogram": frac_histogram(solve)}) + "\n")
+
+    def _validate(self, solve: Solve, batches: list[Any]) -> None:
+        self.directory.append_metrics(
+            {
+                "kind": "validation",
+                "step": solve.solver.step_number,
+                "kl_soft": mean_kl(solve.chain, solve.solver.student, batches),
+                "kl_rounded": mean_kl(solve.chain, solve.solver.rounded, batches),
+            }
+        )
+
+    def _export(
+        self, source: Source, codes: Mapping[str, Tensor], grids: Mapping[str, Grid], plan: ExportPlan
+    ) -> None:
+        target = self.directory.path / self.config.format
+        if (target / "config.json").exists():  # written whole and proven before it got its name
+            return
+        export_compressed_tensors(
+            source.path,
+            target,
+            quantized_layers(codes, grids),
+            ignore=self.config.ignore,
+            recipe=self.config.to_dict(),
+            plan=plan,
+            prove_from=lambda: quantized_layers(codes, grids),
+        )
+
+    def _report(self) -> None:
+        from discquant.run.report import write_report
+
+        write_report(self.directory.path)
+
+
+def _file_digest(dataset: str) -> str | None:
+    """Hash a local calibration file, so that a changed one is noticed on resuming."""
+    import hashlib
+
+    path = Path(dataset.partition(".safetensors:")[0] + ".safetensors" if ".safetensors:" in dataset else dataset)
+    if not path.is_file():
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()

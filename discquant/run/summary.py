@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished run says about itself: divergences of every method, layers, sizes, histogram of `frac`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discquant.calibration import Windows
+from discquant.evaluation.divergence import compare_models
+from discquant.formats.codes import QuantizedLinear
+from discquant.formats.source import Source
+from discquant.grids import Grid
+from discquant.run.directory import RunDirectory, apply_layers, served_dtype
+from discquant.solver.chain import Chain
+from discquant.solver.measure import mean_kl
+from discquant.solver.solve import Solve, TokenRows
+
+START = "start.json"
+BINS = 50
+
+
+def quantized_layers(codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Iterator[QuantizedLinear]:
+    """Join codes with their grids, in the order of the codes."""
+    for name, q in codes.items():
+        grid = grids[name]
+        yield QuantizedLinear(
+            name=name,
+            q=q,
+            scale=grid.scale,
+            zero_point=grid.zero_point,
+            num_bits=grid.num_bits,
+            group_size=grid.group_size,
+        )
+
+
+def frac_histogram(solve: Solve) -> list[int]:
+    """Count the coordinates that may move by `frac`, in equal bins over [0, 1]."""
+    total = torch.zeros(BINS, dtype=torch.int64)
+    for block in solve.solver.states:
+        for state in block:
+            total += torch.histc(state.position()[state.live()].cpu(), BINS, 0.0, 1.0).long()
+    return [int(count) for count in total]
+
+
+def bits_per_weight(layers: Iterator[QuantizedLinear]) -> float:
+    """Return bits of codes, scales (16 each) and zero points (num_bits each) per quantized weight."""
+    bits = weights = 0
+    for layer in layers:
+        groups = layer.scale.numel()
+        bits += layer.q.numel() * layer.num_bits + groups * 16
+        bits += 0 if layer.zero_point is None else groups * layer.num_bits
+        weights += layer.q.numel()
+    return bits / max(1, weights)
+
+
+def _layer_table(chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    table = []
+    for refs in chain.weights:
+        for ref in refs:
+            grid = grids[ref.name]
+            q_down, frac_ref = grid.neighbours(ref.matrix())
+            live = (frac_ref != 0) & (frac_ref != 1)
+            nearest = q_down + (frac_ref > 0.5).to(torch.uint8)
+            table.append(
+                {
+                    "name": ref.name,
+                    "weights": q_down.numel(),
+                    "live": int(live.sum()),
+                    "moved": int((codes[ref.name] != nearest).sum()),
+                    "bits": grid.num_bits,
+                }
+            )
+    return table
+
+
+def summarize_run(
+    directory: RunDirectory,
+    source: Source,
+    chain: Chain,
+    grids: Mapping[str, Grid],
+    codes: Mapping[str, Tensor],
+    baselines: Mapping[str, Mapping[str, Tensor]],
+    held: Windows,
+    solve: Solve | None,
+) -> dict[str, Any]:
+    """Measure the run's codes and its baselines on the held-out windows and collect what the report shows.
+
+    Args:
+        directory: The run.
+        source: The original model, unchanged.
+        chain: The same as a chain.
+        grids: Grid of every weight.
+        codes: Final codes.
+        baselines: Codes of other methods on the same grids.
+        held: Windows that calibration did not see.
+        solve: The solve, if the method was DiscQuant.
+
+    Returns:
+        The summary, plain data.
+    """
+    config = directory.config()["identity"]["config"]
+    method = config["method"]
+    served = served_dtype(source.config)
+    measured = {}
+    # One candidate at a time: a copy of the model each.
+    for name, found in {**baselines, method: codes}.items():
+        candidate = apply_layers(copy.deepcopy(source.model), quantized_layers(found, grids), served)
+        measured[name] = compare_models(source.model, {name: candidate}, held)[name].to_dict()
+        del candidate
+    exported = directory.path / config["format"]
+    packed = sum(file.stat().st_size for file in exported.glob("*.safetensors")) if config["format"] != "none" else None
+    summary: dict[str, Any] = {
+        "method": method,
+        "methods": measured,
+        "held_out": {"windows": len(held), "tokens": held.tokens, "source": held.source},
+        "layers": _layer_table(chain, grids, codes),
+        "sizes": {
+            "original_bytes": sum(file.stat().st_size for file in source.path.glob("*.safetensors")),
+            "packed_bytes": packed,
+            "bits_per_weight": bits_per_weight(quantized_layers(codes, grids)),
+        },
+    }
+    if solve is not None:
+        edges = [index / BINS for index in range(BINS + 1)]
+        start = json.loads((directory.path / START).read_text(encoding="utf-8"))["histogram"]
+        summary["frac_histogram"] = {"edges": edges, "start": start, "end": frac_histogram(solve)}
+        summary["state_bytes_per_weight"] = _state_bytes(solve)
+        summary["kl_before_rounding"] = _soft_kl(solve, held)
+    return summary
+
+
+def _state_bytes(solve: Solve) -> float:
+    states = [state for block in solve.solver.states for state in block]
+    return sum(s.nbytes for s in states) / sum(s.shape[0] * s.shape[1] for s in states)
+
+
+def _soft_kl(solve: Solve, held: Windows) -> float:
+    """KL on the held-out windows with `frac` as it stands, before the last rounding."""
+    rows = TokenRows(solve.chain, held.input_ids, held.mask, solve.config.solver.micro_batch)
+    return mean_kl(solve.chain, solve.solver.student, rows.batches(range(len(rows))))

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole solve in memory: grids, start, steps, records. What a run directory wraps with checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.grids import Grid, place_grid
+from discquant.solver.chain import Chain, Prepared
+from discquant.solver.layerwise import layerwise_codes
+from discquant.solver.schedule import GainControl
+from discquant.solver.solver import Solver, StepRecord, row_order
+from discquant.solver.state import WeightState
+
+# Placement policy: what may be kept instead of recomputed. Neither changes a bit of the result.
+KEEP_GRAPH_BYTES = 3 << 30
+KEEP_TEACHER_BYTES = 1 << 30
+
+OnStep = Callable[[Solver, StepRecord], None]
+
+
+@dataclass
+class TokenRows:
+    """Calibration rows and how to cut them into micro-batches; remembers the teacher's last hidden state.
+
+    Attributes:
+        chain: The model.
+        input_ids: Token ids (or a module's inputs), [rows, ...].
+        mask: Positions that count, bool, or None.
+        micro_batch: Rows per micro-batch.
+    """
+
+    chain: Chain
+    input_ids: Tensor
+    mask: Tensor | None
+    micro_batch: int
+    _teacher: Tensor | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return int(self.input_ids.shape[0])
+
+    def remember_teacher(self) -> None:
+        """Compute the teacher's last block output of every row once, in a fixed order."""
+        parts = [
+            self.chain.teacher_output(batch) for batch in self.batches(range(len(self)))
+        ]
+        self._teacher = torch.cat(parts)
+
+    def batches(self, rows: Sequence[int]) -> list[Prepared]:
+        """Return micro-batches of the given rows, in order."""
+        found = []
+        for begin in range(0, len(rows), self.micro_batch):
+            index = torch.tensor(list(rows[begin : begin + self.micro_batch]))
+            mask = None if self.mask is None else self.mask[index]
+            prepared = self.chain.prepare(self.input_ids[index], mask)
+            if self._teacher is not None:
+                prepared = prepared._replace(teacher=self._teacher[index])
+            found.append(prepared)
+        return found
+
+
+def lay_grids(chain: Chain, config: GridConfig) -> dict[str, Grid]:
+    """Lay a grid on every weight of the chain; by module name.
+
+    Raises:
+        ValueError: A weight is not finite; the message names it.
+    """
+    grids: dict[str, Grid] = {}
+    for refs in chain.weights:
+        for ref in refs:
+            try:
+                grids[ref.name] = place_grid(ref.matrix(), config)
+            except ValueError as error:
+                raise ValueError(f"{ref.name}.weight: {error}") from error
+    return grids
+
+
+def published_gain(chain: Chain, grids: Mapping[str, Grid], rho: float) -> float:
+    """Return rho / delta2, delta2 = mean over layers of 12 mean((RTN(W) - W)^2): the official code's scaling."""
+    errors = []
+    for refs in chain.weights:
+        for ref in refs:
+            grid, weight = grids[ref.name], ref.matrix().float()
+            errors.append(12 * float((grid.dequantize(grid.nearest(weight), torch.float32) - weight).square().mean()))
+    delta2 = sum(errors) / len(errors)
+    return rho / max(delta2, 1e-30)
+
+
+def start_positions(
+    chain: Chain, grids: Mapping[str, Grid], config: SolverConfig, codes: Mapping[str, Tensor] | None, seed: int
+) -> Iterator[list[Tensor | None]]:
+    """Yield, block by block, where `frac` starts for each weight (None is the original weight).
+
+    random: uniform in [0, 1), seeded.  gptq: half-way between the original weight and the neighbour on the
+    side of GPTQ's code.
+    """
+    generator = torch.Generator().manual_seed(seed + 17)
+    for refs in chain.weights:
+        starts: list[Tensor | None] = []
+        for ref in refs:
+            if config.start == "random":
+                starts.append(torch.rand(ref.matrix().shape, generator=generator).to(ref.parameter.device))
+            elif config.start == "gptq":
+                assert codes is not None
+                q_down, frac_ref = grids[ref.name].neighbours(ref.matrix())
+                side = (codes[ref.name].int() - q_down.int()).clamp(0, 1).float()
+                starts.append(0.5 * frac_ref.clamp(0, 1) + 0.5 * side)
+            else:
+                starts.append(None)
+        yield starts
+
+
+def activation_bytes(chain: Chain, tokens: int) -> int:
+    """Estimate what autograd keeps for all blocks: three float32 copies of every linear output."""
+    outputs = sum(ref.parameter.shape[0] for refs in chain.weights for ref in refs)
+    return outputs * tokens * 4 * 3
+
+
+class Solve:
+    """One DiscQuant solve; `advance` takes one step, so the owner decides when to checkpoint or stop."""
+
+    def __init__(
+        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, config: QuantizeConfig,
+        *, served: torch.dtype | None = None, fresh: bool = True,
+    ) -> None:
+        """Build the state and set the gain.
+
+        Args:
+            chain: Model.
+            grids: Grid of each weight.
+            rows: Calibration rows.
+            config: The run's configuration.
+            served: See `Solver`.
+            fresh: False when a checkpoint will overwrite state and gain.
+        """
+        self.chain, self.rows, self.config = chain, rows, config
+        self.served = served or torch.float32
+        options = config.solver
+        tokens = options.batch_size * int(rows.input_ids[0].numel())
+        if options.iters * options.batch_size > len(rows) and options.loss == "kl":
+            hidden = chain.head.weight.shape[1] if chain.head is not None else 0
+            if 0 < len(rows) * rows.input_ids.shape[1] * hidden * 4 <= KEEP_TEACHER_BYTES:
+                rows.remember_teacher()
+        codes = None
+        if fresh and options.start == "gptq":
+            codes = self.gptq_codes(grids)
+        states: list[list[WeightState]] = []
+        wide = torch.float64 if options.compute_dtype == "float64" else torch.float32
+        for refs, starts in zip(
+            chain.weights, start_positions(chain, grids, options if fresh else _from_ref(options), codes, config.seed),
+            strict=True,
+        ):
+            states.append(
+                [
+                    WeightState(
+                        ref.name, grids[ref.name], ref.matrix(), start,
+                        state=options.state, optimizer=options.optimizer, wide=wide,
+                    )
+                    for ref, start in zip(refs, starts, strict=True)
+                ]
+            )
+        keep = activation_bytes(chain, tokens) <= KEEP_GRAPH_BYTES
+        self.solver = Solver(chain, states, options, seed=config.seed, keep_graph=keep, served=served)
+        self._order = row_order(len(rows), config.seed)
+        if fresh:
+            self._set_gain(grids)
+
+    def gptq_codes(self, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+        """Return GPTQ's codes on the first `gptq_samples` rows."""
+        count = min(self.config.gptq_samples, len(self.rows))
+        return layerwise_codes(
+            self.chain, grids, self.rows.batches(range(count)), "gptq",
+            damp=self.config.gptq_damp, served=self.served,
+        )
+
+    def _set_gain(self, grids: Mapping[str, Grid]) -> None:
+        options = self.config.solver
+        if options.kl_weight is not None:
+            self.solver.gain = GainControl(published_gain(self.chain, grids, options.kl_weight), None)
+        else:
+            self.solver.calibrate_gain(self.rows.batches(range(min(options.batch_size, len(self.rows)))))
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.solver.step_number >= self.config.solver.iters
+
+    def advance(self) -> StepRecord:
+        """Take the next step."""
+        rows = [next(self._order) for _ in range(self.config.solver.batch_size)]
+        return self.solver.step(self.rows.batches(rows))
+
+    def skip_rows(self, steps: int) -> None:
+        """Move the row order past `steps` steps that a checkpoint already holds."""
+        for _ in range(steps * self.config.solver.batch_size):
+            next(self._order)
+
+    def codes(self) -> dict[str, Tensor]:
+        """Return the rounded codes by module name."""
+        return {state.name: state.codes() for block in self.solver.states for state in block}
+
+
+def _from_ref(options: SolverConfig) -> SolverConfig:
+    import dataclasses
+
+    return dataclasses.replace(options, start="ref")
+
+
+def solve(
+    chain: Chain,
+    grids: Mapping[str, Grid],
+    rows: TokenRows,
+    config: QuantizeConfig,
+    on_step: OnStep | None = None,
+    *,
+    served: torch.dtype | None = None,
+) -> Solve:
+    """Run all steps; the result holds the states and the codes."""
+    run = Solve(chain, grids, rows, config, served=served)
+    while not run.done:
+        record = run.advance()
+        if on_step is not None:
+            on_step(run.solver, record)
+    return run
