@@ -49,18 +49,25 @@ def triton_problem(device: torch.device) -> str | None:
     return f"tensors are on {device.type}: move them to a CUDA device, or set TRITON_INTERPRET=1 before importing"
 
 
-def cpp_problem(device: torch.device) -> str | None:
-    """Say why the compiled extension cannot run on tensors of `device`, or None if it can."""
+def cpp_problem(device: torch.device, operator: str) -> str | None:
+    """Say why the compiled extension cannot run `operator` on tensors of `device`, or None if it can."""
     from discquant import _extension
 
     if device.type != "cpu":
         return f"there is no C++ implementation for {device.type} tensors"
-    return _extension.failure()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"discquant::{operator}", "CPU"):
+        # The check comes first because loading is slow the first time and never needed the second.
+        reason = _extension.failure()
+        if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"discquant::{operator}", "CPU"):
+            reason = f"the extension was built without {operator}; build it again"
+        return reason
+    return None
 
 
 def choose(
-    op: str, impl: str, device: torch.device, *, triton: str | None = None, cpp: str | None = "not implemented in C++"
-) -> str:
+    op: str, impl: str, device: torch.device, *, triton: str | None = None, cpp: str | None = "not implemented in C++",
+    cpp_operator: str = "",
+) -> str:  # fmt: skip
     """Resolve `impl`; `triton` and `cpp` say why these arguments rule the implementation out, None if they do not.
 
     Order of `auto`: C++ on CPU tensors, Triton on CUDA tensors, each where it can run on these arguments; else the
@@ -75,12 +82,14 @@ def choose(
         raise ValueError(f"{op}: impl must be one of = 'auto', 'reference', 'triton', 'cpp', got {impl!r}")
     if impl == "auto":
         if device.type == "cpu":
-            return "cpp" if cpp is None and cpp_problem(device) is None else "reference"
+            return "cpp" if cpp is None and cpp_problem(device, cpp_operator) is None else "reference"
         return "triton" if triton is None and triton_problem(device) is None else "reference"
     unsupported = {"triton": triton, "cpp": cpp}.get(impl)
     if unsupported is not None:
         raise NotImplementedError(f"{op}: impl must cover these arguments = {impl}, got {unsupported}")
-    problem = {"triton": triton_problem, "cpp": cpp_problem}.get(impl, lambda _: None)(device)
+    problem = None
+    if impl != "reference":
+        problem = triton_problem(device) if impl == "triton" else cpp_problem(device, cpp_operator)
     if problem is not None:
         raise RuntimeError(f"{op}: impl must be able to run here = {impl}, got {problem}")
     return impl

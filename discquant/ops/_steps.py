@@ -25,6 +25,13 @@ SCALAR_SCHEMA = (
     "float grad_clamp, float linear_weight, float hardening, int step, float moment_bound, "
     "int frac_key, int first_key, int second_key, int first_index"
 )
+# Derived scalars of a launch, in the order in which every kernel takes them.
+SCALARS = (
+    "lr", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "decay", "kl_weight", "grad_clamp",
+    "linear_weight", "hardening", "correction1", "correction2", "first_unit", "first_inverse", "second_unit",
+    "second_inverse",
+)  # fmt: skip
+KEYS = ("frac_key", "first_key", "second_key", "first_index")
 
 
 def flatten_options(options: StepOptions) -> tuple[Any, ...]:
@@ -55,6 +62,7 @@ def launch_arguments(
         "second_unit": moment_bound / 255, "second_inverse": 255 / moment_bound,
     }  # fmt: skip
     keys = {"frac_key": frac_key, "first_key": first_key, "second_key": second_key, "first_index": first_index}
+    assert tuple(scalars) == SCALARS
     return optimizer, scalars, keys
 
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from discquant.ops import _registry as registry
-from discquant.ops._steps import GRADIENT_DTYPES, SCALAR_SCHEMA, check_state, flatten_options, launch_arguments
+from discquant.ops._steps import (
+    GRADIENT_DTYPES,
+    KEYS,
+    OPTIMIZERS,
+    SCALAR_SCHEMA,
+    SCALARS,
+    check_state,
+    flatten_options,
+    launch_arguments,
+)
 from discquant.ops.reference import projected_step as reference
 from discquant.ops.reference.projected_step import StepCounts, StepOptions
 
@@ -37,7 +46,26 @@ def _launch(
 
 _triton_op = registry.define(f"projected_step_{_SCHEMA}", _fake, _launch)
 # The same contract in C++ for contiguous CPU tensors; csrc/solver registers the implementation.
-_cpp_op = registry.define(f"projected_step_cpp_{_SCHEMA}", _fake, None)
+_cpp_op = registry.define(
+    "projected_step_cpp_(Tensor(a!) frac, Tensor frac_ref, Tensor weight_grad, Tensor scale, Tensor(b!)? momentum, "
+    "Tensor(c!)? second_moment, Tensor(d!) counts, int group_size, int optimizer, "
+    f"{', '.join(f'float {name}' for name in SCALARS)}, {', '.join(f'int {name}' for name in KEYS)}) -> ()",
+    lambda *_: None,
+    None,
+)
+
+
+def _cpp_launch(
+    frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor, momentum: Tensor | None,
+    second_moment: Tensor | None, group_size: int, *options: Any,
+) -> Tensor:  # fmt: skip
+    optimizer, scalars, keys = launch_arguments(*options)
+    counts = torch.zeros(5, dtype=torch.int64)
+    _cpp_op(
+        frac, frac_ref, weight_grad, scale, momentum, second_moment, counts, group_size, OPTIMIZERS.index(optimizer),
+        *(scalars[name] for name in SCALARS), *(keys[name] for name in KEYS),
+    )  # fmt: skip
+    return counts
 
 
 def _run(
@@ -53,13 +81,13 @@ def _run(
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     unsupported = "float64, which only the reference computes in" if double else None
     cpp = unsupported or _cpp_problem(tensors)
-    chosen = registry.choose(_OP, impl, frac.device, triton=unsupported, cpp=cpp)
+    chosen = registry.choose(_OP, impl, frac.device, triton=unsupported, cpp=cpp, cpp_operator="projected_step_cpp_")
     if chosen == "reference":
         return reference.projected_step_(
             frac, frac_ref, weight_grad, scale, group_size=group_size, options=options,
             momentum=momentum, second_moment=second_moment,
         )  # fmt: skip
-    operator: Callable[..., Tensor] = _triton_op if chosen == "triton" else _cpp_op
+    operator: Callable[..., Tensor] = _triton_op if chosen == "triton" else _cpp_launch
     # An optimizer without a moment must not mark one as changed.
     first = None if options.optimizer == "sgd" else momentum
     second = second_moment if options.optimizer == "adamw" else None
@@ -70,7 +98,7 @@ def _run(
 def _cpp_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
     for name, tensor in zip(("frac", "frac_ref", "weight_grad", "scale", "momentum", "second_moment"), tensors, strict=True):
         if tensor is not None and tensor.dtype == torch.float16:
-            return f"float16 {name}"
+            return f"{name} in float16"
         if tensor is not None and not tensor.is_contiguous():
             return f"a non-contiguous {name}"
     return None

@@ -44,8 +44,13 @@ def _bwd_launch(*args: Any) -> Tensor:
 
 
 _fwd_op = registry.define(f"soft_weight({_ARGUMENTS}) -> Tensor", _fake, _launch)
-# The same contract in C++ for CPU tensors; csrc/solver registers the implementation.
-_cpp_op = registry.define(f"soft_weight_cpp({_ARGUMENTS}) -> Tensor", _fake, None)
+# The same contract in C++ for contiguous CPU tensors; csrc/solver registers the implementation.
+_cpp_op = registry.define(
+    "soft_weight_cpp_(Tensor(a!) out, Tensor q_down, Tensor frac, Tensor scale, Tensor? zero_point, Tensor? table, "
+    "int num_bits, int group_size, bool is_reference, bool transpose) -> ()",
+    lambda *_: None,
+    None,
+)
 _bwd_op = registry.define(
     "soft_weight_bwd(Tensor grad_weight, Tensor q_down, Tensor scale, Tensor? table, "
     "int num_bits, int group_size, ScalarType dtype) -> Tensor",
@@ -80,6 +85,29 @@ class SoftWeightFunction(torch.autograd.Function):
         num_bits, group_size, dtype, transpose = ctx.constants
         grad_weight = grads[0].t() if transpose else grads[0]
         return (None, _bwd_op(grad_weight, q_down, scale, table, num_bits, group_size, dtype), *nothing)
+
+
+def _cpp_problem(
+    q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, dtype: torch.dtype
+) -> str | None:
+    """Say what of these arguments the C++ kernel does not cover, or None."""
+    if frac.requires_grad and torch.is_grad_enabled():
+        return "a gradient of frac"
+    covered: dict[str, tuple[torch.dtype, ...]] = {
+        "frac": (torch.float32, torch.bfloat16, torch.uint8, torch.uint16),
+        "scale": (torch.float32, torch.bfloat16),
+        "zero_point": (torch.uint8, torch.float32),
+        "table": (torch.float32, torch.bfloat16),
+    }
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"a result in {dtype}"
+    named = {"q_down": q_down, "frac": frac, "scale": scale, "zero_point": zero_point, "table": table}
+    for name, tensor in named.items():
+        if tensor is not None and not tensor.is_contiguous():
+            return f"a non-contiguous {name}"
+        if tensor is not None and tensor.dtype not in covered.get(name, (tensor.dtype,)):
+            return f"{name} in {tensor.dtype}"
+    return None
 
 
 def soft_weight(
@@ -135,10 +163,15 @@ def soft_weight(
         DiscQuant, arXiv 2501.06417, definition of w^x.
     """
     weight_dtype = check(_OP, q_down, frac, scale, zero_point, table, num_bits, group_size, dtype, is_reference)
-    no_grad = "a gradient of frac" if frac.requires_grad and torch.is_grad_enabled() else None
-    chosen = registry.choose(_OP, impl, frac.device, cpp=no_grad)
+    cpp = _cpp_problem(q_down, frac, scale, zero_point, table, weight_dtype)
+    chosen = registry.choose(_OP, impl, frac.device, cpp=cpp, cpp_operator="soft_weight_cpp_")
     args = (q_down, frac, scale, zero_point, table, num_bits, group_size, weight_dtype, is_reference, transpose)
     if chosen == "reference":
         return reference_weight(*args)
-    out: Tensor = SoftWeightFunction.apply(*args) if chosen == "triton" else _cpp_op(*args)
+    out: Tensor
+    if chosen == "triton":
+        out = SoftWeightFunction.apply(*args)
+        return out
+    out = _fake(*args)
+    _cpp_op(out, q_down, frac, scale, zero_point, table, num_bits, group_size, is_reference, transpose)
     return out
