@@ -82,4 +82,4 @@ gpu: $(STAMPS)/.dependencies
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMPS)/.extension
 	rm -f discquant/_C*.so
-	find discquant triton_kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
