@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of every supported architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# What is special about each is named in its id.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied-bias": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "qwen2-bias": ("Qwen2", {}),
+    "qwen3-qk-norm": ("Qwen3", {"head_dim": 8}),
+    "mistral-sliding": ("Mistral", {"sliding_window": 5, "head_dim": 8}),
+    "phi3-fused": ("Phi3", {}),
+    "gemma-tied": ("Gemma", {"head_dim": 8, "tie_word_embeddings": True}),
+    "gemma2-softcap": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 5}),
+    "gemma3-two-ropes": ("Gemma3Text", {"head_dim": 8, "sliding_window": 5}),
+    "cohere-logit-scale": ("Cohere", {"logit_scale": 0.5}),
+    "granite-scaling": ("Granite", {"logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.7}),
+}
+
+
+def build(architecture: str, dtype: torch.dtype = torch.float64) -> Any:
+    """Return a random model with weights large enough for logits that differ."""
+    import transformers
+
+    family, extra = ARCHITECTURES[architecture]
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **extra})
+    model_class = {"Gemma3Text": "Gemma3ForCausalLM"}.get(family, f"{family}ForCausalLM")
+    torch.manual_seed(5)
+    model = getattr(transformers, model_class)(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name:
+                parameter.mul_(4.0)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Any]:
+    """Return `build`."""
+    return build
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    """Return token ids, [4, 12]."""
+    return torch.randint(3, 61, (4, 12), generator=torch.Generator().manual_seed(3))
