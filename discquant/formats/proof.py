@@ -18,9 +18,9 @@ from torch import Tensor
 from discquant.errors import ProofError
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.safetensors_file import TensorInfo, read_bytes
+from discquant.formats.safetensors_file import TORCH_DTYPES, TensorInfo, read_bytes
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHUNK = 1 << 20  # bytes of words whose bits are spread out at a time
 
 
 def prove(source_dir: str | Path, out_dir: str | Path, layers: Iterable[QuantizedLinear]) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def prove(source_dir: str | Path, out_dir: str | Path, layers: Iterable[Quantize
 
     Checked: (1) the keys are those of the source, less the quantized weights, plus what the format adds, and no more;
     (2) codes, scales and zero points equal the given ones; (3) the decoded weights equal `QuantizedLinear.dequantize`
-    bit for bit in float32, bfloat16 and float16; (4) every other tensor equals the source's byte for byte; (5) shards
-    have the hashes of the manifest, if there is one; (6) the configuration says what the layers are.
+    bit for bit in float32 and in the source's dtype; (4) every other tensor equals the source's byte for byte;
+    (5) shards have the hashes of the manifest, if there is one; (6) the configuration says what the layers are.
 
     Args:
         source_dir: The original model.
@@ -60,7 +60,8 @@ def prove(source_dir: str | Path, out_dir: str | Path, layers: Iterable[Quantize
         missing = [suffix for suffix in sorted(suffixes) if f"{name}.{suffix}" not in written.tensors]
         _require(not missing, f"{name}: {', '.join(missing)} is missing from the file")
         _check_group(name, _group_of(config, name), layer)
-        _check_layer(layer, {suffix: written.read(f"{name}.{suffix}") for suffix in suffixes})
+        served = TORCH_DTYPES[source.tensors[f"{name}.weight"].dtype]
+        _check_layer(layer, {suffix: written.read(f"{name}.{suffix}") for suffix in suffixes}, served)
         weights += layer.q.numel()
     actual = set(written.tensors)
     _require(actual >= expected, f"tensors are missing from the file: {sorted(expected - actual)[:8]}")
@@ -73,7 +74,6 @@ def prove(source_dir: str | Path, out_dir: str | Path, layers: Iterable[Quantize
     return {
         "layers": len(names),
         "weights": weights,
-        "dtypes": [str(dtype).removeprefix("torch.") for dtype in DTYPES],
         "copied_tensors": len(copied),
         "copied_bytes": sum(written.tensors[key].num_bytes for key in copied),
         "shards_hashed": _check_shards(Path(out_dir)),
@@ -81,7 +81,7 @@ def prove(source_dir: str | Path, out_dir: str | Path, layers: Iterable[Quantize
     }
 
 
-def _check_layer(layer: QuantizedLinear, stored: dict[str, Tensor]) -> None:
+def _check_layer(layer: QuantizedLinear, stored: dict[str, Tensor], served: torch.dtype) -> None:
     name, (rows, columns) = layer.name, layer.q.shape
     _require(
         stored["weight_shape"].tolist() == [rows, columns], f"{name}: weight_shape is not {[rows, columns]}"
@@ -92,34 +92,32 @@ def _check_layer(layer: QuantizedLinear, stored: dict[str, Tensor]) -> None:
     _same(f"{name}: scale", scale.double().numpy(), layer.scale.double().cpu().numpy())
     groups = scale.shape[1]
     if layer.zero_point is None:
-        zero = np.full((rows, groups), 1 << (layer.num_bits - 1), dtype=np.int32)
+        zero = np.full((rows, groups), 1 << (layer.num_bits - 1), dtype=np.int16)
     else:
-        zero = _bits_to_codes(stored["weight_zero_point"].numpy().T, layer.num_bits, rows).T.astype(np.int32)
-        _same(f"{name}: zero point", zero, layer.zero_point.cpu().numpy().astype(np.int32))
-    # Group by group in float64, where the product of a 16-bit scale and a small integer is exact, then one rounding.
-    size = -(-columns // groups)
-    exact = np.empty((rows, columns), dtype=np.float64)
-    for group in range(groups):
-        part = slice(group * size, (group + 1) * size)
-        exact[:, part] = scale[:, group, None].double().numpy() * (
-            q[:, part].astype(np.int32) - zero[:, group, None]
-        )
-    for dtype in DTYPES:
-        decoded = torch.from_numpy(exact.astype(np.float32)).to(dtype)
+        zero = _bits_to_codes(stored["weight_zero_point"].numpy().T, layer.num_bits, rows).T.astype(np.int16)
+        _same(f"{name}: zero point", zero, layer.zero_point.cpu().numpy().astype(np.int16))
+    # The format's groups are equal. In float64 the product of a 16-bit scale and a small integer is exact.
+    steps = q.reshape(rows, groups, -1).astype(np.int16) - zero[:, :, None]
+    exact = (steps * scale.double().numpy()[:, :, None]).reshape(rows, columns)
+    decoded = torch.from_numpy(exact.astype(np.float32))
+    for dtype in {torch.float32: None, served: None}:
         _same(
-            f"{name}: weight in {dtype}", _as_integers(decoded), _as_integers(layer.dequantize(dtype).cpu())
+            f"{name}: weight in {dtype}",
+            _as_integers(decoded.to(dtype)),
+            _as_integers(layer.dequantize(dtype).cpu()),
         )
 
 
 def _bits_to_codes(words: np.ndarray[Any, Any], num_bits: int, count: int) -> np.ndarray[Any, Any]:
     """Rows of little-endian words to codes, by single bits; idle bits after the last code must be zero."""
     stream = np.ascontiguousarray(words).astype("<i4").view(np.uint8)
-    out = np.empty((len(stream), count), dtype=np.uint8)
-    weights = (1 << np.arange(num_bits)).astype(np.uint8)
-    for row, data in enumerate(stream):
-        bits = np.unpackbits(data, bitorder="little")
-        _require(not bits[count * num_bits :].any(), "bits after the last code are set")
-        out[row] = (bits[: count * num_bits].reshape(count, num_bits) * weights).sum(axis=1, dtype=np.uint8)
+    out = np.zeros((len(stream), count), dtype=np.uint8)
+    step = max(1, _CHUNK // max(1, stream.shape[1]))
+    for start in range(0, len(stream), step):
+        bits = np.unpackbits(stream[start : start + step], axis=1, bitorder="little")
+        _require(not bits[:, count * num_bits :].any(), "bits after the last code are set")
+        for place in range(num_bits):
+            out[start : start + step] += bits[:, place : count * num_bits : num_bits] << place
     return out
 
 
