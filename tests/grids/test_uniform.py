@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grid contract, and every trap of the published grid."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from discquant.config import GridConfig
+from discquant.grids import UniformGrid, place_grid
+from discquant.grids.place import MIN_SCALE
+
+GROUPS = (-1, 32, 64, 128)
+
+
+def _configs() -> list[GridConfig]:
+    return [
+        GridConfig(bits, group, sym, rule)  # type: ignore[arg-type]
+        for bits in (2, 3, 4, 8)
+        for group in GROUPS
+        for sym in (True, False)
+        for rule in ("absmax", "search")
+    ]
+
+
+def _weight(rows: int = 6, columns: int = 172) -> Tensor:
+    return torch.randn(rows, columns) * 0.05
+
+
+@pytest.mark.parametrize("config", _configs(), ids=str)
+def test_contract(config: GridConfig) -> None:
+    """Position reproduces the weight; neighbours enclose it; codes are in range; nearest is nearest."""
+    weight = _weight()
+    grid = place_grid(weight, config)
+    q_down, frac_ref = grid.neighbours(weight)
+    assert q_down.dtype == torch.uint8
+    assert int(q_down.max()) <= 2**config.bits - 2
+    rebuilt = grid.soft_weight(q_down, frac_ref, torch.float32)
+    assert (rebuilt - weight).abs().max() <= 2.0**config.bits * 2e-7 * weight.abs().max()
+    down, up = grid.dequantize(q_down, torch.float32), grid.dequantize(q_down + 1, torch.float32)
+    inside = (frac_ref >= 0) & (frac_ref <= 1)
+    slack = 1e-6 * weight.abs().max()
+    assert bool(((down - slack <= weight) & (weight <= up + slack))[inside].all())
+    q = grid.nearest(weight)
+    assert bool(((q == q_down) | (q == q_down + 1)).all())
+    chosen = (grid.dequantize(q, torch.float32) - weight).abs()
+    assert bool((chosen <= torch.minimum((down - weight).abs(), (up - weight).abs()) + slack).all())
+    for per_row in _levels_per_group(grid, q):
+        assert per_row <= 2**config.bits
+
+
+def _levels_per_group(grid: UniformGrid, q: Tensor) -> list[int]:
+    size = q.shape[1] if grid.group_size == -1 else grid.group_size
+    values = grid.dequantize(q, torch.float32)
+    return [len(chunk[0].unique()) for chunk in values.split(size, dim=1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sym", [True, False])
+def test_soft_weight_at_the_ends_is_the_served_weight(sym: bool, dtype: torch.dtype) -> None:
+    """One canonical dequantisation: frac 0 and 1 give the served neighbours bit for bit, in every dtype."""
+    weight = _weight()
+    grid = place_grid(weight, GridConfig(3, 32, sym))
+    q_down, _ = grid.neighbours(weight)
+    for end in (0.0, 1.0):
+        soft = grid.soft_weight(q_down, torch.full(weight.shape, end), dtype)
+        assert torch.equal(soft, grid.dequantize(q_down + int(end), dtype))
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("rule", ["absmax", "search"])
+def test_codes_weights_codes(sym: bool, rule: str) -> None:
+    grid = place_grid(_weight(), GridConfig(4, 64, sym, rule))  # type: ignore[arg-type]
+    q = torch.randint(0, 16, (6, 172), dtype=torch.uint8)
+    assert torch.equal(grid.nearest(grid.dequantize(q, torch.float32)), q)
+
+
+@given(st.integers(2, 8), st.sampled_from(GROUPS), st.booleans(), st.integers(1, 200), st.floats(-12, 4))
+def test_scales_are_exact_in_every_served_dtype(
+    bits: int, group: int, sym: bool, columns: int, magnitude: float
+) -> None:
+    weight = torch.randn(2, columns) * 10.0**magnitude
+    scale = place_grid(weight, GridConfig(bits, group, sym)).scale
+    assert scale.dtype == torch.bfloat16
+    assert scale.shape == (2, 1 if group == -1 else -(-columns // group))
+    assert float(scale.float().min()) >= MIN_SCALE
+    assert torch.equal(scale.float(), scale.half().float())
+
+
+def test_shorter_last_group_has_its_own_scale() -> None:
+    weight = torch.ones(1, 172)
+    weight[:, 160:] = 0.01
+    grid = place_grid(weight, GridConfig(4, 32, True, "absmax"))
+    assert grid.scale.shape == (1, 6)
+    assert float(grid.scale[0, -1]) < 0.02 * float(grid.scale[0, 0])
+
+
+def test_positive_overflow_chooses_between_the_top_two_levels() -> None:
+    """The published grid freezes a positive largest weight half a step above the top level; here it may move."""
+    weight = torch.linspace(-0.9, 1.0, 32).unsqueeze(0)
+    grid = place_grid(weight, GridConfig(3, 32, True, "absmax"))
+    q_down, frac_ref = grid.neighbours(weight)
+    assert int(q_down[0, -1]) == 6
+    assert 1.0 < float(frac_ref[0, -1]) <= 1.5
+    assert int(grid.nearest(weight)[0, -1]) == 7
+
+
+def test_negative_absmax_lies_between_the_two_lowest_levels() -> None:
+    weight = torch.linspace(-1.0, 0.9, 32).unsqueeze(0)
+    grid = place_grid(weight, GridConfig(3, 32, True, "absmax"))
+    q_down, frac_ref = grid.neighbours(weight)
+    assert int(q_down[0, 0]) == 0
+    assert 0.5 <= float(frac_ref[0, 0]) < 0.55  # scales are rounded up
+
+
+@given(st.integers(2, 8), st.sampled_from(GROUPS), st.booleans())
+def test_absmax_positions_fit_the_8_bit_code(bits: int, group: int, sym: bool) -> None:
+    """Scales are rounded up, so no weight lies more than half a step outside."""
+    weight = torch.randn(4, 130) * 0.3
+    _, frac_ref = place_grid(weight, GridConfig(bits, group, sym, "absmax")).neighbours(weight)
+    slack = 2.0 ** (bits - 20)
+    assert -0.5 - slack <= float(frac_ref.min())
+    assert float(frac_ref.max()) <= 1.5 + slack
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("rule", ["absmax", "search"])
+def test_one_signed_group_is_not_clipped(sign: float, rule: str) -> None:
+    """The published scale takes max(w), not max|w|: a one-signed group loses most of its range there."""
+    weight = sign * torch.linspace(0.1, 1.0, 64).unsqueeze(0)
+    for sym in (True, False):
+        grid = place_grid(weight, GridConfig(4, 64, sym, rule))  # type: ignore[arg-type]
+        error = (grid.dequantize(grid.nearest(weight), torch.float32) - weight).abs().max()
+        assert error <= 1.6 * float(grid.scale.float().max())
+        assert error < 0.12
+
+
+def test_zero_group_and_zero_weights_are_on_the_grid() -> None:
+    weight = torch.randn(2, 64)
+    weight[:, :32] = 0.0
+    weight[:, 40] = 0.0
+    for sym in (True, False):
+        grid = place_grid(weight, GridConfig(3, 32, sym))
+        _, frac_ref = grid.neighbours(weight)
+        zeros = weight == 0
+        assert bool((frac_ref[zeros] == 0).all() or (frac_ref[zeros] == 1).all())
+        assert bool((grid.dequantize(grid.nearest(weight), torch.float32)[zeros] == 0).all())
+
+
+def test_on_grid_weights_have_one_neighbour() -> None:
+    """A weight that is a grid point sits at frac_ref exactly 0 (or 1 at the top level)."""
+    scale = torch.full((1, 1), 0.125, dtype=torch.bfloat16)
+    grid = UniformGrid(3, -1, True, scale)
+    q = torch.arange(8, dtype=torch.uint8).unsqueeze(0)
+    q_down, frac_ref = grid.neighbours(grid.dequantize(q, torch.float32))
+    assert frac_ref.tolist() == [[0.0] * 7 + [1.0]]
+    assert q_down.tolist() == [[0, 1, 2, 3, 4, 5, 6, 6]]
+
+
+def test_position_is_computed_in_float32() -> None:
+    """In bfloat16 a few weights in a hundred would land on the grid by rounding alone."""
+    weight = (torch.randn(64, 256) * 0.02).bfloat16()
+    grid = place_grid(weight, GridConfig(3, 32, True, "absmax"))
+    _, frac_ref = grid.neighbours(weight)
+    on_grid = ((frac_ref == 0) | (frac_ref == 1)).float().mean()
+    step = grid.scale.repeat_interleave(32, dim=1)
+    in_bfloat16 = (weight / step + 4).frac().eq(0).float().mean()
+    assert float(in_bfloat16) > 0.01
+    assert float(on_grid) < 0.2 * float(in_bfloat16)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_search_never_loses_to_absmax(sym: bool) -> None:
+    weight = torch.randn(32, 128) * torch.rand(32, 1)
+    errors = {}
+    for rule in ("absmax", "search"):
+        grid = place_grid(weight, GridConfig(3, 32, sym, rule))  # type: ignore[arg-type]
+        q = grid.nearest(weight)
+        error = (grid.dequantize(q, torch.float32) - weight).square()
+        errors[rule] = error.view(32, 4, 32).sum(-1)
+    slack = 1e-5 * errors["absmax"].max()
+    assert bool((errors["search"] <= errors["absmax"] + slack).all())
+    assert float(errors["search"].sum()) < 0.9 * float(errors["absmax"].sum())
+
+
+def test_rejects_bad_input() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        place_grid(torch.tensor([[1.0, float("nan")]]), GridConfig())
+    with pytest.raises(ValueError, match="2 dimensions"):
+        place_grid(torch.zeros(3), GridConfig())
+    with pytest.raises(ValueError, match="magnitude"):
+        place_grid(torch.full((1, 8), 1e6), GridConfig())
+    with pytest.raises(ValueError, match="scale"):
+        UniformGrid(4, -1, True, torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="zero_point"):
+        UniformGrid(4, -1, False, torch.ones(1, 1))
+    for bad in ({"bits": 1}, {"bits": 9}, {"group_size": 0}, {"group_size": 33}, {"grid": "best"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            GridConfig(**bad)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ and greedy rounding against brute force, an independent GPTQ and each other."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from discquant.config import GridConfig
+from discquant.grids import Grid, place_grid
+from discquant.rounding import gptq, greedy
+
+
+def _problem(rows: int, columns: int, samples: int = 200) -> tuple[Tensor, Tensor]:
+    mix = torch.randn(columns, columns)
+    x = torch.randn(samples, columns) @ mix
+    return torch.randn(rows, columns) * 0.1, x.T @ x
+
+
+def _loss(weight: Tensor, hessian: Tensor, grid: Grid, q: Tensor) -> Tensor:
+    error = (weight - grid.dequantize(q, torch.float32)).double()
+    return ((error @ hessian.double()) * error).sum(dim=1)
+
+
+def _oracle(weight: Tensor, hessian: Tensor, grid: Grid, damp: float) -> np.ndarray:
+    """GPTQ as in the paper's appendix: the inverse Hessian itself, one column removed at a time; numpy, no blocks."""
+    w = weight.double().numpy().copy()
+    h = hessian.double().numpy()
+    h = h + damp * h.diagonal().mean() * np.eye(len(h))
+    order = np.argsort(-hessian.double().numpy().diagonal(), kind="stable")
+    inverse = np.linalg.inv(h)
+    size = w.shape[1] if grid.group_size == -1 else grid.group_size
+    q = np.zeros(w.shape, dtype=np.uint8)
+    left = list(order)
+    for j in order:
+        step = grid.scale[:, j // size].double().numpy()
+        zero = 2 ** (grid.num_bits - 1) if grid.zero_point is None else grid.zero_point[:, j // size].numpy()
+        q[:, j] = np.clip(np.rint(w[:, j] / step + zero), 0, 2**grid.num_bits - 1)
+        error = (w[:, j] - step * (q[:, j].astype(float) - zero)) / inverse[j, j]
+        left.remove(j)
+        w[:, left] -= np.outer(error, inverse[j, left])
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return q
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_gptq_equals_the_oracle(group_size: int, sym: bool) -> None:
+    weight, hessian = _problem(5, 80)
+    grid = place_grid(weight, GridConfig(3, group_size, sym))
+    q = gptq(weight, hessian, grid, damp=0.01, block_size=17)
+    assert np.array_equal(q.numpy(), _oracle(weight, hessian, grid, 0.01))
+
+
+def test_both_beat_nearest_and_greedy_stays_between_the_neighbours() -> None:
+    weight, hessian = _problem(16, 64)
+    grid = place_grid(weight, GridConfig(3, 32))
+    nearest = _loss(weight, hessian, grid, grid.nearest(weight)).sum()
+    q = greedy(weight, hessian, grid)
+    q_down, _ = grid.neighbours(weight)
+    assert bool(((q == q_down) | (q == q_down + 1)).all())
+    assert _loss(weight, hessian, grid, q).sum() < 0.7 * nearest
+    assert _loss(weight, hessian, grid, gptq(weight, hessian, grid)).sum() < 0.7 * nearest
+
+
+def test_greedy_ends_where_no_single_flip_helps() -> None:
+    weight, hessian = _problem(3, 24)
+    grid = place_grid(weight, GridConfig(3, -1))
+    q = greedy(weight, hessian, grid, damp=0.0, max_passes=10)
+    q_down, _ = grid.neighbours(weight)
+    best = _loss(weight, hessian, grid, q)
+    for column in range(24):
+        flipped = q.clone()
+        flipped[:, column] = 2 * q_down[:, column] + 1 - q[:, column]
+        assert bool((_loss(weight, hessian, grid, flipped) >= best * (1 - 1e-9)).all())
+
+
+def test_gptq_against_all_roundings() -> None:
+    """On a small problem GPTQ lies between the best of all two-neighbour roundings and the median one."""
+    weight, hessian = _problem(1, 10)
+    grid = place_grid(weight, GridConfig(4, -1))
+    q_down, _ = grid.neighbours(weight)
+    every = torch.tensor(list(itertools.product((0, 1), repeat=10)), dtype=torch.uint8)
+    losses = _loss(weight.expand(1024, -1), hessian, place_grid(weight.expand(1024, -1), GridConfig(4, -1)), q_down + every)
+    found = float(_loss(weight, hessian, grid, gptq(weight, hessian, grid, damp=1e-4)))
+    assert found <= float(losses.median())
+    rank = float((losses < found).float().mean())
+    assert rank < 0.05
+
+
+def test_dead_columns_and_singular_hessians() -> None:
+    weight, hessian = _problem(4, 32, samples=8)  # rank 8
+    hessian[5] = 0
+    hessian[:, 5] = 0
+    grid = place_grid(weight, GridConfig(3, 32))
+    q = gptq(weight, hessian, grid, damp=1e-6)
+    assert torch.equal(q[:, 5], grid.nearest(weight)[:, 5])
+    assert int(q.max()) < 8
+
+
+def test_rejects_bad_input() -> None:
+    weight, hessian = _problem(2, 16)
+    grid = place_grid(weight, GridConfig())
+    for method in (gptq, greedy):
+        with pytest.raises(ValueError, match="hessian must be"):
+            method(weight, hessian[:8, :8], grid)
+    with pytest.raises(ValueError, match="hessian must be finite"):
+        gptq(weight, hessian * torch.nan, grid)
