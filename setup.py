@@ -133,7 +133,9 @@ class NinjaBuild(build_ext):
             [*(f"-isystem {shlex.quote(path)}" for path in includes[1:]), f"-I{shlex.quote(includes[0])}"]
         )
         # Contracted multiply-adds would round differently per instruction set; kernels ask for theirs by name.
-        cflags = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall {' '.join(defines)} {common}"
+        cflags = (
+            f"-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall {' '.join(defines)} {common}"
+        )
         gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
         nvflags = (
             f"-O3 -std=c++17 -Xcompiler -fPIC --expt-relaxed-constexpr {' '.join(defines)} {common} {gencode}"

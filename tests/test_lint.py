@@ -17,7 +17,5 @@ import pytest
 )
 def test_clean(command: list[str], repo_root: Path) -> None:
     pytest.importorskip(command[0])
-    done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=repo_root
-    )
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=repo_root)
     assert done.returncode == 0, done.stdout + done.stderr
