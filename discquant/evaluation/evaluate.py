@@ -57,7 +57,7 @@ def evaluate(
     batch_size: int = 8,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 256,
     chat_template: bool = False,
     text_key: str = "text",
     trust_remote_code: bool = False,
@@ -190,6 +190,13 @@ def table(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> Any:
         shown = "" if reference is None else format(reference, form)
         result.add_row(heading, shown, *("-" if value is None else format(value, form) for value in values))
     return result
+
+
+def print_table(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> None:
+    """Print rows of `evaluate` to the terminal."""
+    from rich.console import Console
+
+    Console().print(table(rows, title=title))
 
 
 def write_json(rows: Sequence[dict[str, Any]], file: str | Path) -> None:

@@ -27,7 +27,7 @@ def _end_ids(model: Any, tokenizer: Any) -> set[int]:
 
 @torch.no_grad()
 def greedy(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, max_new_tokens: int = 128, batch_size: int = 64
+    model: Any, tokenizer: Any, texts: Sequence[str], *, max_new_tokens: int = 256, batch_size: int = 64
 ) -> list[str]:
     """Continue texts with the most probable token each time, until an end token or `max_new_tokens`.
 
@@ -109,7 +109,7 @@ def exact_match(
     model: Any,
     tokenizer: Any,
     problems: Sequence[Problem],
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 256,
     batch_size: int = 64,
 ) -> float:
     """Share of problems whose final answer is right under greedy decoding.

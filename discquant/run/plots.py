@@ -50,9 +50,22 @@ def _draw(path: Path, size: tuple[float, float], paint: Callable[..., None], *, 
 
 
 def _percent(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=None))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
+
+
+def _log(axis: Any, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis; 2 and 5 between the powers of ten where there are few of those."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend_below(axes: Any, columns: int) -> None:
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns)
 
 
 def draw_kl(
@@ -67,23 +80,24 @@ def draw_kl(
         path: PNG to write.
         validation: Lines with step, kl_soft, kl_rounded (nats).
         final: Mean KL by method on all held-out windows.
-        training: Lines with step and loss, drawn faintly.
+        training: Lines with step and loss (of the solver's own batches, nats), drawn faintly.
     """
     if not validation and not training:
         return False
+    losses = [line["loss"] for line in training]
 
     def paint(axes: Any) -> None:
         if training:
             axes.plot(
-                [line["step"] for line in training], [line["loss"] for line in training],
+                [line["step"] for line in training], losses,
                 color="#BBBBBB", linewidth=0.8, label="training batches, before rounding", zorder=1,
             )  # fmt: skip
         if validation:
             steps = [line["step"] for line in validation]
             axes.plot(steps, [line["kl_rounded"] for line in validation], color=COLOURS["discquant"], marker="o",
-                      markersize=3.5, label="held out, after rounding", zorder=4)  # fmt: skip
+                      markersize=3.5, label="watched windows, after rounding", zorder=4)  # fmt: skip
             axes.plot(steps, [line["kl_soft"] for line in validation], color="#56B4E9", linestyle="--", marker="s",
-                      markersize=3, label="held out, before rounding", zorder=3)  # fmt: skip
+                      markersize=3, label="watched windows, before rounding", zorder=3)  # fmt: skip
         for name, value in final.items():
             if name != "discquant" and value > 0:
                 label = f"{NAMES.get(name, name)}: {value:.3g}"
@@ -92,9 +106,17 @@ def draw_kl(
                 )
         if final.get("discquant", 0) > 0:
             axes.plot([], [], " ", label=f"DiscQuant at the end: {final['discquant']:.3g}")
-        positive = [line["kl_rounded"] for line in validation] + [line["loss"] for line in training]
-        if any(value > 0 for value in positive):
+        rounded = [
+            value for value in (*(line["kl_rounded"] for line in validation), *final.values()) if value > 0
+        ]
+        others = [value for value in (*(line["kl_soft"] for line in validation), *losses) if value > 0]
+        if rounded or others:
             axes.set_yscale("log")
+            # A run that starts at the original's weights begins with a KL of next to nothing: not worth the decades.
+            floor = min(rounded) / 20 if rounded else 0.0
+            low, high = max(floor, min(rounded + others)), max(rounded + others)
+            axes.set_ylim(low / 1.3, high * 1.3)
+            _log(axes.yaxis, low, high)
         axes.set_xlabel("step")
         axes.set_ylabel("mean KL to the original, nats")
         axes.set_title("KL divergence before and after rounding")
@@ -129,7 +151,7 @@ def draw_shares(path: Path, training: Sequence[dict[str, Any]]) -> bool:
         shares.set_xlabel("step")
         shares.set_ylabel("share of coordinates that may move")
         shares.set_title("Coordinates over steps")
-        shares.legend(loc="best")
+        _legend_below(shares, 3)
         # Each quantity against its own peak: their units differ, their shapes are what matters.
         for place, (key, label) in enumerate(
             (("lr", "learning rate"), ("linear_weight", "linear term"), ("hardening", "hardening"),
@@ -138,16 +160,16 @@ def draw_shares(path: Path, training: Sequence[dict[str, Any]]) -> bool:
             numbers = [float(line.get(key) or 0.0) for line in training]
             peak = max(numbers)
             if peak > 0:
-                schedule.plot(steps, [value / peak for value in numbers], label=f"{label}, peak {peak:.3g}",
+                schedule.plot(steps, [value / peak for value in numbers], label=f"{label}, peak {peak:,.4g}",
                               color=SERIES[(place * 2 + 1) % len(SERIES)])  # fmt: skip
         schedule.set_ylim(0, 1.04)
         _percent(schedule.yaxis)
         schedule.set_xlabel("step")
         schedule.set_ylabel("of its peak")
         schedule.set_title("Schedule")
-        schedule.legend(loc="best")
+        _legend_below(schedule, 2)
 
-    _draw(path, (9.6, 3.5), paint, panels=2)
+    _draw(path, (9.6, 4.0), paint, panels=2)
     return True
 
 
@@ -172,7 +194,7 @@ def draw_histogram(path: Path, histogram: dict[str, Sequence[float]]) -> bool:
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.30 if key == "start" else 0.35)
             axes.stairs(shares, edges, color=colour, linewidth=1.4, label=f"{key} of the run")
         axes.set_yscale("log")
-        axes.set_ylim(bottom=smallest / 2)
+        axes.set_ylim(smallest / 2, 2)
         axes.set_xlim(edges[0], edges[-1])
         _percent(axes.yaxis)
         axes.set_xlabel("frac: 0 is the lower grid point, 1 the upper")

@@ -202,7 +202,9 @@ def _flat(value: Any, prefix: str = "") -> list[list[str]]:
     ]
 
 
-def _draw(folder: Path, summary: dict[str, Any], steps: list[Any], validation: list[Any]) -> dict[str, str]:
+def _draw(
+    folder: Path, summary: dict[str, Any], steps: list[Any], validation: list[Any], loss: str
+) -> dict[str, str]:
     """Draw every plot that has data; Markdown image by name."""
     target = folder / PLOTS
     target.mkdir(exist_ok=True)
@@ -213,7 +215,7 @@ def _draw(folder: Path, summary: dict[str, Any], steps: list[Any], validation: l
         if methods[name].get("kl_mean") is not None
     }
     drawn = {
-        "kl": plots.draw_kl(target / "kl.png", validation, final, steps),
+        "kl": plots.draw_kl(target / "kl.png", validation, final, steps if loss == "kl" else []),
         "steps": plots.draw_shares(target / "steps.png", steps),
         "frac": plots.draw_histogram(target / "frac.png", summary.get("frac_histogram") or {}),
         "moved": plots.draw_moved(target / "moved.png", summary.get("layers") or []),
@@ -255,7 +257,8 @@ def write_report(run_dir: Path) -> None:
     steps, validation = read_metrics(folder / "metrics.jsonl")
     identity = config.get("identity") or {}
     options = identity.get("config") or config.get("config") or {}
-    pictures = _draw(folder, summary, steps, validation) if plots.available() else {}
+    loss = str((options.get("solver") or {}).get("loss", "kl"))
+    pictures = _draw(folder, summary, steps, validation, loss) if plots.available() else {}
     lines = [f"# Run {folder.resolve().name}", "", *_headline(config, options), ""]
     if not summary:
         lines += ["**This run has not finished.** What follows is its course so far.", ""]
@@ -267,6 +270,11 @@ def write_report(run_dir: Path) -> None:
 
     lines += _methods(summary, options)
     lines += picture("kl")
+    if "kl" in pictures:
+        lines += [
+            "Lines of the other methods are over all held-out windows, the dots over the few watched each time.",
+            "",
+        ]
     course = [*_course(steps), *picture("steps"), *picture("frac")]
     lines += ["## Course of the solve", "", *course] if course else []
     lines += _layers(summary)
