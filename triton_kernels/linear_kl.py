@@ -121,7 +121,7 @@ def linear_kl_fwd(
         inverse = student.new_full((), 1.0 / max(num_tokens, 1), dtype=acc)
     else:
         inverse = 1.0 / mask.sum().clamp(min=1).to(acc)
-    block_v = block or min(4096, triton.next_power_of_2(vocab_size))
+    block_v = block or min(2048, triton.next_power_of_2(vocab_size))
     rows = chunk_rows(chunk_size, vocab_size, 2 * acc.itemsize + operand.itemsize)
     # Scratch is allocated once; rows start at multiples of 64 bytes whatever the vocabulary, as matmuls like it.
     height, width = min(rows, num_tokens), triton.cdiv(vocab_size, 32) * 32

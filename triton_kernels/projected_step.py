@@ -78,6 +78,6 @@ def projected_step_fwd(
         OPTIMIZER=OPTIMIZERS[optimizer], FRAC_KIND=frac_kind(frac.dtype, False),
         REF_KIND=frac_kind(frac_ref.dtype, True),
         FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8, MODE=mode, GROUP=group,
-        SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4, enable_fp_fusion=False,
+        SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return counts.sum(dim=0)

@@ -37,7 +37,7 @@ CONFIGS = {
     "deep": Config(128, 128, 64, 8, 3),
     "wide": Config(128, 256, 64, 8, 3),
 }
-STEP_CONFIGS = {"compact": Config(32, 64, 32, 4, 2), "square": Config(64, 128, 64, 8, 3)}
+STEP_CONFIGS = {"compact": Config(64, 64, 32, 4, 2), "square": Config(128, 128, 64, 8, 3)}
 BAND = tl.constexpr(8)
 
 
@@ -213,23 +213,30 @@ def _soft_linear_step_kernel(
         dy_ptr, x_ptr, offs_n, mask_n, k0, num_tokens, in_features, stride_ym, stride_yn, stride_xm, stride_xk,
         tl.float32, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    offs_k = k0 + tl.arange(0, BLOCK_N)
-    step = load_grouped(
-        scale_ptr, stride_sm, stride_sg, offs_n, mask_n, k0, in_features, tl.float32, BLOCK_M, BLOCK_N, MODE, GROUP
-    )
-    index = (offs_n[:, None] * in_features + offs_k[None, :] + first_index).to(tl.uint32)
-    update_tile(
-        grad, step, mask_n[:, None] & (offs_k < in_features)[None, :], index,
-        offs_n[:, None] * stride_fm + offs_k[None, :] * stride_fk,
-        offs_n[:, None] * stride_rm + offs_k[None, :] * stride_rk,
-        offs_n[:, None] * stride_mm + offs_k[None, :] * stride_mk,
-        offs_n[:, None] * stride_vm + offs_k[None, :] * stride_vk,
-        frac_ptr, ref_ptr, first_ptr, second_ptr, counts_ptr, tl.program_id(0) % SLOTS,
-        lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
-        linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
-        frac_key, first_key, second_key,
-        OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
-    )  # fmt: skip
+    # Quarter by quarter: the temporaries of a whole tile would not fit the registers beside the accumulator.
+    halves = tl.split(tl.permute(tl.reshape(grad, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    for half in tl.static_range(2):
+        quarters = tl.split(tl.permute(tl.reshape(halves[half], (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))
+        for quarter in tl.static_range(2):
+            first_k = k0 + (half * 2 + quarter) * (BLOCK_N // 4)
+            offs_k = first_k + tl.arange(0, BLOCK_N // 4)
+            step = load_grouped(
+                scale_ptr, stride_sm, stride_sg, offs_n, mask_n, first_k, in_features, tl.float32,
+                BLOCK_M, BLOCK_N // 4, MODE, GROUP,
+            )  # fmt: skip
+            update_tile(
+                quarters[quarter], step, mask_n[:, None] & (offs_k < in_features)[None, :],
+                (offs_n[:, None] * in_features + offs_k[None, :] + first_index).to(tl.uint32),
+                offs_n[:, None] * stride_fm + offs_k[None, :] * stride_fk,
+                offs_n[:, None] * stride_rm + offs_k[None, :] * stride_rk,
+                offs_n[:, None] * stride_mm + offs_k[None, :] * stride_mk,
+                offs_n[:, None] * stride_vm + offs_k[None, :] * stride_vk,
+                frac_ptr, ref_ptr, first_ptr, second_ptr, counts_ptr, tl.program_id(0) % SLOTS,
+                lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
+                linear_weight, hardening, correction1, correction2, first_unit, first_inverse,
+                second_unit, second_inverse, frac_key, first_key, second_key,
+                OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
+            )  # fmt: skip
 
 
 def _weight_arguments(
@@ -325,7 +332,7 @@ def soft_linear_step(
     if frac.numel() == 0:
         return frac.new_zeros(COUNTS, dtype=torch.int64)
     counts = frac.new_zeros((COUNT_SLOTS, COUNTS), dtype=torch.int64)
-    mode, group = group_mode(group_size, cols, config.block_n)
+    mode, group = group_mode(group_size, cols, config.block_n // 4)
     first = frac if momentum is None else momentum
     second = frac if second_moment is None else second_moment
     _soft_linear_step_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),)](

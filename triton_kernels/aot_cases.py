@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations of every kernel that can be chosen at run time, for ahead-of-time compilation.
+
+Default cases are what the presets and the dispatch tables choose; the others vary one thing at a time from them
+(storage of frac, way of reading groups, tile), which covers every branch that a constant of the kernels takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import linear_kl, projected_step, soft_linear, soft_weight
+from .step_tile import KEYS, SCALARS
+
+ROWS, COLS, TOKENS, VOCAB = 14336, 4096, 8192, 128256
+
+
+class Case(NamedTuple):
+    """One launcher call on meta tensors; `minimum` is the first compute capability it is meant for."""
+
+    name: str
+    default: bool
+    launcher: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    minimum: int = 80
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _grid(
+    frac: torch.dtype = torch.uint8, group: int = 64, packed: bool = True, zero: bool = False, table: bool = False,
+    cols: int = COLS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    groups = 1 if group == -1 else -(-cols // group)
+    return (
+        _meta(ROWS, (cols + 1) // 2 if packed else cols, dtype=torch.uint8),
+        _meta(ROWS, cols, dtype=frac),
+        _meta(ROWS, groups, dtype=torch.bfloat16),
+        _meta(ROWS, groups, dtype=torch.uint8) if zero else None,
+        _meta(16, dtype=torch.float32) if table else None,
+    )
+
+
+# What varies in the weight-making kernels: name, default, arguments of _grid.
+_WEIGHTS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
+    ("u8-g64", True, {}),
+    ("u8-g32-zero", True, {"group": 32, "zero": True}),
+    ("u8-g128-zero", True, {"group": 128, "zero": True}),
+    ("u8-row", False, {"group": -1}),
+    ("u8-g96-gather", False, {"group": 96}),
+    ("u8-plain-codes", False, {"packed": False}),
+    ("u16-g64", False, {"frac": torch.uint16}),
+    ("f32-g64", True, {"frac": torch.float32}),
+    ("bf16-g64", False, {"frac": torch.bfloat16}),
+    ("u8-g64-table", True, {"table": True}),
+    ("u8-ragged", False, {"cols": 4095, "packed": False}),
+)
+
+
+def _soft_weight_cases() -> Iterator[Case]:
+    for name, default, kwargs in _WEIGHTS:
+        tail = (4, kwargs.get("group", 64), torch.bfloat16)
+        yield Case(f"soft_weight/{name}", default, soft_weight.soft_weight_fwd, (*_grid(**kwargs), *tail, False, False))
+    tail = (4, 64, torch.bfloat16)
+    yield Case("soft_weight/reference", True, soft_weight.soft_weight_fwd, (*_grid(), *tail, True, False))
+    yield Case("soft_weight/transpose", False, soft_weight.soft_weight_fwd, (*_grid(), *tail, False, True))
+    yield Case("soft_weight/f16", False, soft_weight.soft_weight_fwd, (*_grid(), 4, 64, torch.float16, False, False))
+    yield Case("soft_weight/f32", False, soft_weight.soft_weight_fwd, (*_grid(), 4, 64, torch.float32, False, False))
+    double = (_grid()[0], _meta(ROWS, COLS, dtype=torch.float64), *_grid()[2:], 4, 64, torch.float64, False, False)
+    yield Case("soft_weight/f64", False, soft_weight.soft_weight_fwd, double)
+    for name, table in (("uniform", False), ("table", True)):
+        q_down, _, scale, _, levels = _grid(table=table)
+        gradient = (_meta(ROWS, COLS, dtype=torch.float32), q_down, scale, levels, 4, 64, torch.float32)
+        yield Case(f"soft_weight_bwd/{name}", not table, soft_weight.soft_weight_bwd, gradient)
+
+
+_STORAGE = {  # frac, frac_ref, gradient, first moment, second moment
+    "8bit": (torch.uint8, torch.uint8, torch.bfloat16, torch.int8, torch.uint8),
+    "8bit-f32grad": (torch.uint8, torch.uint8, torch.float32, torch.int8, torch.uint8),
+    "u16": (torch.uint16, torch.uint8, torch.float32, torch.int8, torch.uint8),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "f32": (torch.float32, torch.float32, torch.float32, torch.float32, torch.float32),
+}
+_MOMENTS = {"adamw": 2, "momentum": 1, "lion": 1, "sgd": 0}
+
+
+def _state(storage: str, optimizer: str, cols: int = COLS) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    tensors = [_meta(ROWS, cols, dtype=dtype) for dtype in _STORAGE[storage]]
+    first = tensors[3] if _MOMENTS[optimizer] >= 1 else None
+    return tensors[0], tensors[1], tensors[2], first, tensors[4] if _MOMENTS[optimizer] == 2 else None
+
+
+def _projected_step_cases() -> Iterator[Case]:
+    scalars, keys = dict.fromkeys(SCALARS, 0.5), dict.fromkeys(KEYS, 12345)
+    for optimizer in _MOMENTS:
+        for storage in _STORAGE:
+            for group in (64, 32, 96) if (optimizer, storage) == ("momentum", "8bit") else (64,):
+                frac, ref, grad, first, second = _state(storage, optimizer)
+                default = storage in ("8bit", "8bit-f32grad") and optimizer != "sgd" or (optimizer, storage) == ("adamw", "f32")
+                scale = _meta(ROWS, -(-COLS // group), dtype=torch.bfloat16)
+                arguments = (frac, ref, grad, scale, first, second, group, optimizer, scalars, keys)
+                yield Case(f"projected_step/{optimizer}-{storage}-g{group}", default and group != 96,
+                           projected_step.projected_step_fwd, arguments)  # fmt: skip
+    for tile, config in soft_linear.STEP_CONFIGS.items():
+        for optimizer in _MOMENTS:
+            frac, ref, _, first, second = _state("8bit", optimizer)
+            activations = (_meta(TOKENS, ROWS, dtype=torch.bfloat16), _meta(TOKENS, COLS, dtype=torch.bfloat16))
+            scale = _meta(ROWS, COLS // 64, dtype=torch.bfloat16)
+            arguments = (*activations, frac, ref, scale, first, second, 64, optimizer, scalars, keys, config)
+            yield Case(f"soft_linear_step/{optimizer}-{tile}", optimizer == "momentum", soft_linear.soft_linear_step,
+                       arguments)  # fmt: skip
+
+
+def _soft_linear_cases() -> Iterator[Case]:
+    y, x = _meta(TOKENS, ROWS, dtype=torch.bfloat16), _meta(TOKENS, COLS, dtype=torch.bfloat16)
+    for tile, config in soft_linear.CONFIGS.items():
+        minimum = 90 if tile == "wide" else 80
+        for name, listed, kwargs in _WEIGHTS:
+            if "ragged" in name or (tile != "deep" and name != "u8-g64"):
+                continue
+            q_down, frac, scale, zero, table = _grid(**kwargs)
+            group = kwargs.get("group", 64)
+            default = name == "u8-g64" and tile != "wide"
+            yield Case(f"soft_linear_fwd/{name}-{tile}", default, soft_linear.soft_linear_fwd,
+                       (x, q_down, frac, scale, zero, table, None, 4, group, False, config), minimum)  # fmt: skip
+            yield Case(f"soft_linear_dx/{name}-{tile}", default, soft_linear.soft_linear_dx,
+                       (y, q_down, frac, scale, zero, table, 4, group, False, config), minimum)  # fmt: skip
+        q_down, _, scale, _, _ = _grid()
+        yield Case(f"soft_linear_dfrac/g64-{tile}", tile in ("compact", "deep"), soft_linear.soft_linear_dfrac,
+                   (y, x, q_down, scale, None, 4, 64, torch.float32, config), minimum)  # fmt: skip
+    deep, weight = soft_linear.CONFIGS["deep"], _grid()
+    bias = _meta(ROWS, dtype=torch.bfloat16)
+    yield Case("soft_linear_fwd/reference-bias-deep", False, soft_linear.soft_linear_fwd,
+               (x, *weight, bias, 4, 64, True, deep))  # fmt: skip
+    half = _meta(TOKENS, COLS, dtype=torch.float16)
+    yield Case("soft_linear_fwd/f16-deep", False, soft_linear.soft_linear_fwd,
+               (half, *weight, None, 4, 64, False, deep))  # fmt: skip
+    single = _meta(TOKENS, COLS, dtype=torch.float32)
+    yield Case("soft_linear_fwd/f32-compact", False, soft_linear.soft_linear_fwd,
+               (single, *weight, None, 4, 64, False, soft_linear.CONFIGS["compact"]))  # fmt: skip
+
+
+def _linear_kl_cases() -> Iterator[Case]:
+    for name, default, dtype, mask, bias, scale, cap in (
+        ("bf16", True, torch.bfloat16, False, False, 1.0, None),
+        ("bf16-mask", True, torch.bfloat16, True, False, 1.0, None),
+        ("f16-softcap-bias", False, torch.float16, True, True, 0.5, 30.0),
+        ("f32", False, torch.float32, False, False, 1.0, None),
+    ):
+        hidden = _meta(1024, COLS, dtype=dtype)
+        yield Case(f"linear_kl/{name}", default, linear_kl.linear_kl_fwd, (
+            hidden, hidden, _meta(VOCAB, COLS, dtype=dtype), _meta(VOCAB, dtype=dtype) if bias else None,
+            _meta(1024, dtype=torch.bool) if mask else None, None if mask else 1024.0, scale, cap, 1024,
+        ))  # fmt: skip
+
+
+def cases() -> Iterator[Case]:
+    """All cases, op by op."""
+    yield from _soft_weight_cases()
+    yield from _projected_step_cases()
+    yield from _soft_linear_cases()
+    yield from _linear_kl_cases()
