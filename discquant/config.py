@@ -79,6 +79,8 @@ class SolverConfig:
         harden_soft: Hardening weight reached at `harden_until`.
         harden_until: Share of the run at which the final, steep hardening begins.
         harden_final: Hardening weight at the end.
+        snap_from: Share of the run after which coordinates are set to their vertex, first those nearest to one,
+            all of them by the last step, while the others still move (1 leaves it to the last rounding).
         state: Width of the per-weight state.
         compute_dtype: Dtype of the forward and backward passes.
     """
@@ -103,6 +105,7 @@ class SolverConfig:
     harden_soft: float = 1.4
     harden_until: float = 0.85
     harden_final: float = 13.4
+    snap_from: float = 0.95
     state: StateFormat = "fp32"
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
@@ -123,6 +126,7 @@ class SolverConfig:
         _check("saturation", "in (0, 1)", 0 < self.saturation < 1, self.saturation)
         shares = (self.harden_from, self.harden_until)
         _check("harden_from <= harden_until", "in [0, 1]", 0 <= shares[0] <= shares[1] <= 1, shares)
+        _check("snap_from", "in [0, 1]", 0 <= self.snap_from <= 1, self.snap_from)
         for name, kind in (
             ("optimizer", OptimizerName),
             ("loss", LossName),
@@ -163,6 +167,7 @@ def paper_preset(bits: int, group_size: int) -> SolverConfig:
         harden_soft=0.0,
         harden_until=1.0,
         harden_final=0.0,
+        snap_from=1.0,
     )
 
 

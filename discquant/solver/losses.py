@@ -49,7 +49,7 @@ def _module_kl(student: Tensor, teacher: Tensor, normalizer: float) -> HeadLoss:
         per_item = kl_of_logits(leaf, teacher)
         loss = per_item.sum() / (normalizer * max(1, per_item.numel() // per_item.shape[0]))
     (grad,) = torch.autograd.grad(loss, leaf)
-    return HeadLoss(float(loss), grad)
+    return HeadLoss(loss.item(), grad)
 
 
 def _cross_entropy(chain: Chain, features: Tensor, prepared: Prepared, normalizer: float, chunk: int) -> HeadLoss:
@@ -69,7 +69,7 @@ def _cross_entropy(chain: Chain, features: Tensor, prepared: Prepared, normalize
             raw = torch.nn.functional.linear(leaf, head.weight.to(leaf.dtype), head.bias)
             logits, _ = cap_logits(raw if raw.dtype == torch.float64 else raw.float(), head.logit_scale, head.softcap)
             loss = torch.nn.functional.cross_entropy(logits, targets.reshape(-1)[rows], reduction="sum") / normalizer
-        total += float(loss)
+        total += loss.item()
         (grad_flat[rows],) = torch.autograd.grad(loss, leaf)
     grad[:, :-1] = grad_flat.view_as(grad[:, :-1])
     return HeadLoss(total, grad)

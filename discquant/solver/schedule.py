@@ -16,6 +16,7 @@ class StepSettings:
     lr: float
     linear_weight: float
     hardening: float
+    snap: float
 
 
 def settings(config: SolverConfig, step: int) -> StepSettings:
@@ -24,6 +25,7 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     lr: linear warm-up, then cosine from 1 to `lr_floor`, times `lr`.
     linear_weight: 1 until `linear_until` of the run, then 0.
     hardening: 0 until `harden_from`, linear to `harden_soft` at `harden_until`, linear to `harden_final`.
+    snap: coordinates this near to a vertex are set to it: 0 until `snap_from`, linear to 1/2 at the last step.
     """
     done = (step - 1) / config.iters
     warm = min(1.0, step / config.warmup) if config.warmup else 1.0
@@ -39,7 +41,11 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
             hard_span = max(1e-12, 1.0 - config.harden_until)
             rise = (config.harden_final - config.harden_soft) * (done - config.harden_until) / hard_span
             hardening = config.harden_soft + rise
-    return StepSettings(lr, 1.0 if done < config.linear_until else 0.0, hardening)
+    snap = 0.0
+    begin = min(math.floor(config.snap_from * config.iters), config.iters - 1)
+    if config.snap_from < 1.0 and step > begin:
+        snap = 0.5 * (step - begin) / (config.iters - begin)
+    return StepSettings(lr, 1.0 if done < config.linear_until else 0.0, hardening, snap)
 
 
 def moment_bound(config: SolverConfig) -> float:

@@ -146,7 +146,11 @@ class Solver:
                     second_moment=state.second_moment,
                 )
                 live += counts.live
-                fractional += counts.fractional
+                if now.snap > 0:
+                    state.snap_(now.snap)
+                    fractional += state.count_fractional()
+                else:
+                    fractional += counts.fractional
                 moved += counts.moved
                 saturated += counts.saturated
 

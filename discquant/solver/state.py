@@ -98,6 +98,19 @@ class WeightState:
         """Return the student's weight, [out_features, in_features]."""
         return self.grid.soft_weight(self.q_down, self.frac, dtype)
 
+    def snap_(self, distance: float) -> None:
+        """Set coordinates within `distance` of 0 or 1 to it (ties at 1/2 go down), in place."""
+        position = self.position()
+        low, high = position <= distance, position >= 1 - distance
+        top = 255 if self.frac.dtype == torch.uint8 else 1
+        self.frac.masked_fill_(high & ~low, top)
+        self.frac.masked_fill_(low, 0)
+
+    def count_fractional(self) -> int:
+        """Return how many coordinates are further than 0.01 from both ends."""
+        position = self.position()
+        return int(((position > 0.01) & (position < 0.99)).sum())
+
     def codes(self) -> Tensor:
         """Return final codes q_down + round(frac), ties down, uint8."""
         return self.codes_down() + (self.position() > 0.5).to(torch.uint8)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules of both presets and the gain's control."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from discquant.config import GridConfig, SolverConfig, preset
+from discquant.solver.schedule import GainControl, moment_bound, settings
+
+
+def test_paper_preset_is_the_published_recipe() -> None:
+    config = preset("paper", GridConfig(3, 64))
+    assert (config.iters, config.batch_size, config.warmup) == (1024, 8, 128)
+    assert (config.optimizer, config.betas, config.weight_decay) == ("adamw", (0.9, 0.999), 0.01)
+    assert (config.start, config.kl_weight, config.lr, config.grad_clamp) == ("random", 200.0, 0.05, 1.0)
+    assert settings(config, 128).lr == pytest.approx(0.05)
+    middle = settings(config, 128 + 448 + 1)
+    assert middle.lr == pytest.approx(0.025)
+    for step in (1, 512, 1024):
+        assert settings(config, step).hardening == 0.0
+        assert settings(config, step).linear_weight == 1.0
+    assert settings(config, 1024).lr < 1e-6
+
+
+def test_default_preset_shape() -> None:
+    config = preset("default", GridConfig(3, 64))
+    every = [settings(config, step) for step in range(1, config.iters + 1)]
+    assert max(s.lr for s in every) == pytest.approx(config.lr, rel=1e-3)
+    assert all(s.lr >= config.lr * config.lr_floor * 0.999 for s in every[config.warmup :])
+    hardening = [s.hardening for s in every]
+    assert hardening == sorted(hardening)
+    assert hardening[0] == 0.0
+    assert hardening[-1] > 0.9 * config.harden_final
+    assert every[0].linear_weight == 1.0
+    assert every[-1].linear_weight == 0.0
+    assert all(s.hardening + 1 + config.grad_clamp <= moment_bound(config) for s in every)
+
+
+@pytest.mark.parametrize("iters", [1, 2, 7, 60, 256])
+def test_everything_is_snapped_by_the_last_step(iters: int) -> None:
+    config = SolverConfig(iters=iters)
+    snap = [settings(config, step).snap for step in range(1, iters + 1)]
+    assert snap == sorted(snap)
+    assert snap[-1] == 0.5
+    assert all(value < 0.5 for value in snap[:-1])
+    assert sum(value > 0 for value in snap) <= max(1, round(0.06 * iters) + 1)
+
+
+def test_gain_moves_towards_its_target_and_stays_in_range() -> None:
+    control = GainControl(10.0, 0.5)
+    control.update(10, 100)
+    assert control.gain == pytest.approx(10.0 * math.exp(GainControl.RATE * 0.4))
+    control.update(100, 100)
+    assert control.gain < 10.0 * math.exp(GainControl.RATE * 0.4)
+    for _ in range(10_000):
+        control.update(0, 100)
+    assert control.gain == 10.0 * GainControl.RANGE
+    constant = GainControl(10.0, None)
+    constant.update(0, 100)
+    assert constant.gain == 10.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("iters", 0), ("lr", 0.0), ("lr_floor", 2.0), ("optimizer", "adam"), ("saturation", 1.0), ("grad_clamp", 0.0),
+     ("harden_from", 0.9), ("state", "u4"), ("loss", "l2"), ("start", "zero"), ("micro_batch", 0), ("warmup", -1)],
+)  # fmt: skip
+def test_rejects_bad_options(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match="config"):
+        SolverConfig(**{field: value})
