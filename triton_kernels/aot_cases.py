@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import linear_kl, projected_step, soft_linear, soft_weight
+from . import hadamard, linear_kl, projected_step, soft_linear, soft_weight
 from .step_tile import KEYS, SCALARS
 
 ROWS, COLS, TOKENS, VOCAB = 14336, 4096, 8192, 128256
@@ -109,11 +109,13 @@ def _projected_step_cases() -> Iterator[Case]:
                            projected_step.projected_step_fwd, arguments)  # fmt: skip
     for tile, config in soft_linear.STEP_CONFIGS.items():
         for optimizer in _MOMENTS:
+            if (optimizer, tile) == ("adamw", "square"):
+                continue  # the op takes `compact` for two moments
             frac, ref, _, first, second = _state("8bit", optimizer)
             activations = (_meta(TOKENS, ROWS, dtype=torch.bfloat16), _meta(TOKENS, COLS, dtype=torch.bfloat16))
             scale = _meta(ROWS, COLS // 64, dtype=torch.bfloat16)
             arguments = (*activations, frac, ref, scale, first, second, 64, optimizer, scalars, keys, config)
-            yield Case(f"soft_linear_step/{optimizer}-{tile}", optimizer == "momentum", soft_linear.soft_linear_step,
+            yield Case(f"soft_linear_step/{optimizer}-{tile}", optimizer != "sgd", soft_linear.soft_linear_step,
                        arguments)  # fmt: skip
 
 
@@ -160,9 +162,19 @@ def _linear_kl_cases() -> Iterator[Case]:
         ))  # fmt: skip
 
 
+def _hadamard_cases() -> Iterator[Case]:
+    for size, order in ((4096, 1), (14336, 28), (28672, 28), (11008, 172), (32768, 1)):
+        x = _meta(64, size, dtype=torch.bfloat16)
+        signs, matrix = _meta(size, dtype=torch.int8), _meta(order, order, dtype=torch.int8)
+        for inverse in (False, True):
+            name = f"hadamard/{size}{'-inverse' if inverse else ''}"
+            yield Case(name, size != 32768 and not inverse, hadamard.hadamard_fwd, (x, signs, matrix, inverse))
+
+
 def cases() -> Iterator[Case]:
     """All cases, op by op."""
     yield from _soft_weight_cases()
     yield from _projected_step_cases()
     yield from _soft_linear_cases()
     yield from _linear_kl_cases()
+    yield from _hadamard_cases()

@@ -11,6 +11,7 @@ from discquant.ops.reference.projected_step import (
     encode_frac_ref,
 )
 from discquant.ops.reference.soft_weight import decode_frac, expand_groups, unpack_nibbles
+from discquant.ops.hadamard import hadamard
 from discquant.ops.linear_kl import linear_kl
 from discquant.ops.projected_step import projected_step_, projected_step_deferred_
 from discquant.ops.soft_linear import soft_linear, soft_linear_step_
@@ -24,6 +25,7 @@ __all__ = [
     "decode_frac_ref",
     "encode_frac_ref",
     "expand_groups",
+    "hadamard",
     "linear_kl",
     "projected_step_",
     "projected_step_deferred_",

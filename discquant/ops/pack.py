@@ -78,9 +78,46 @@ def check_words(op: str, words: Tensor, out_features: int, in_features: int, num
     registry.require(words.is_contiguous(), op, "words", "have stride", [1], list(words.stride()))
 
 
-def _choose(op: str, impl: str, tensor: Tensor) -> str:
-    registry.require(impl in ("auto", "reference", "cpp"), op, "impl", "be one of", ["auto", "reference", "cpp"], impl)
-    return registry.choose(op, impl, tensor.device, cpp=None)
+def cpp_problem(device: torch.device, operator: str) -> str | None:
+    """Say why the compiled extension cannot run `operator` on tensors of `device`, or None if it can."""
+    from discquant import _extension
+
+    reason = _extension.failure()
+    if reason is not None:
+        return reason
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"discquant::{operator}", key):
+        return f"the extension was built without {operator} for {device.type} tensors"
+    return None
+
+
+def choose(
+    op: str, impl: str, device: torch.device, operator: str, *, cpp: str | None = None,
+    triton: str | None = "not implemented in Triton",
+) -> str:  # fmt: skip
+    """Resolve `impl`; `auto` is C++ or CUDA where it covers the arguments and can run, then Triton, then the reference.
+
+    Raises:
+        ValueError: `impl` is not a known word.
+        RuntimeError: An explicit implementation cannot run here.
+        NotImplementedError: An explicit implementation does not cover these arguments.
+    """
+    words = ("auto", "reference", "triton", "cpp")
+    registry.require(impl in words, op, "impl", "be one of", list(words), impl)
+    if impl == "auto":
+        if cpp is None and cpp_problem(device, operator) is None:
+            return "cpp"
+        on_gpu = device.type == "cuda" and triton is None and registry.triton_problem(device) is None
+        return "triton" if on_gpu else "reference"
+    unsupported = {"triton": triton, "cpp": cpp}.get(impl)
+    if unsupported is not None:
+        raise NotImplementedError(f"{op}: impl must cover these arguments = {impl}, got {unsupported}")
+    problem = None
+    if impl != "reference":
+        problem = cpp_problem(device, operator) if impl == "cpp" else registry.triton_problem(device)
+    if problem is not None:
+        raise RuntimeError(f"{op}: impl must be able to run here = {impl}, got {problem}")
+    return impl
 
 
 def pack(
@@ -118,7 +155,7 @@ def pack(
         registry.require_device(op, q, zero_point=zero_point)
         top = int(zero_point.max()) if zero_point.numel() else 0
         registry.require(top < limit, op, "zero_point", "be below 2 ** num_bits", limit, top)
-    if _choose(op, impl, q) == "reference":
+    if choose(op, impl, q.device, op) == "reference":
         return reference.pack(q, zero_point, num_bits=num_bits, group_size=group_size, layout=layout)
     zero = None if zero_point is None else zero_point.contiguous()
     out: Tensor = _pack_op(q.contiguous(), zero, num_bits, group_size, LAYOUT_CODES[layout])
@@ -150,7 +187,7 @@ def unpack(
     registry.require_tensors(op, words=words)
     check_grid(op, num_bits, -1, layout)
     check_words(op, words, out_features, in_features, num_bits)
-    if _choose(op, impl, words) == "reference":
+    if choose(op, impl, words.device, op) == "reference":
         return reference.unpack(
             words, out_features=out_features, in_features=in_features, num_bits=num_bits, layout=layout
         )
@@ -186,7 +223,7 @@ def repack(
     check_grid(op, num_bits, -1, layout)
     check_grid(op, num_bits, -1, new_layout)
     check_words(op, words, out_features, in_features, num_bits)
-    if _choose(op, impl, words) == "reference":
+    if choose(op, impl, words.device, op) == "reference":
         rows, columns = reference.padded_shape(out_features, in_features)
         codes = reference.unpack(words, out_features=rows, in_features=columns, num_bits=num_bits, layout=layout)
         return reference.pack(codes, None, num_bits=num_bits, group_size=-1, layout=new_layout)
@@ -218,7 +255,7 @@ def pack_dense(q: Tensor, *, num_bits: int, impl: str = "auto") -> Tensor:
     registry.require(q.dim() == 2, op, "q", "have shape", "[rows, count]", q.shape)
     if q.numel():
         registry.require(int(q.max()) < 1 << num_bits, op, "q", "be below 2 ** num_bits", 1 << num_bits, int(q.max()))
-    if _choose(op, impl, q) == "reference":
+    if choose(op, impl, q.device, op) == "reference":
         return reference.pack_dense(q, num_bits)
     out: Tensor = _pack_dense_op(q.contiguous(), num_bits)
     return out
@@ -249,7 +286,7 @@ def unpack_dense(words: Tensor, *, count: int, num_bits: int, impl: str = "auto"
     width = (count * num_bits + 31) // 32
     fits = words.dim() == 2 and words.shape[1] == width
     registry.require(fits, op, "words", "have shape", f"[rows, {width}]", words.shape)
-    if _choose(op, impl, words) == "reference":
+    if choose(op, impl, words.device, op) == "reference":
         return reference.unpack_dense(words, count=count, num_bits=num_bits)
     out: Tensor = _unpack_dense_op(words.contiguous(), count, num_bits)
     return out
@@ -260,7 +297,7 @@ def pack_groups(per_group: Tensor, *, layout: Layout) -> Tensor:
 
     Args:
         per_group: Scale (floating) or zero point (uint8), [out_features, num_groups].
-        layout: "mma" (R = 64 rows side by side) or "cpu" (R = 16).
+        layout: "mma" (R = 64 rows side by side) or "cpu" (R = 32).
 
     Returns:
         Same dtype, [padded rows / R, num_groups, R], contiguous.

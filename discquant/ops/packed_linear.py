@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from discquant.ops import _registry as registry
-from discquant.ops.pack import LAYOUT_CODES, SCALE_DTYPES, Layout, check_grid, check_words
+from discquant.ops.pack import LAYOUT_CODES, SCALE_DTYPES, Layout, check_grid, check_words, choose
 from discquant.ops.reference import pack as packing
 from discquant.ops.reference import packed_linear as reference
 
@@ -119,8 +119,7 @@ def dequantize_packed(
     first, last = (0, out_features) if rows is None else rows
     inside = 0 <= first <= last <= out_features and first % 16 == 0
     registry.require(inside, op, "rows", "be a range from a multiple of 16 within", [0, out_features], [first, last])
-    registry.require(impl in ("auto", "reference", "cpp"), op, "impl", "be one of", ["auto", "reference", "cpp"], impl)
-    if registry.choose(op, impl, words.device, cpp=None) == "reference":
+    if choose(op, impl, words.device, op) == "reference":
         weight = reference.dequantize_packed(
             words, scale, zero_point, out_features=out_features, in_features=in_features, num_bits=num_bits,
             group_size=group_size, layout=layout, dtype=dtype,
@@ -213,7 +212,7 @@ def packed_linear(
     registry.require(isa is None or isa in ISAS, op, "isa", "be None or one of", list(ISAS), isa)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise NotImplementedError(f"{op}: x must be a constant = requires_grad False, got True (inference only)")
-    chosen = registry.choose(op, impl, x.device, cpp=_cpp_problem(mode, layout, x.device), triton="not written yet")
+    chosen = choose(op, impl, x.device, op, cpp=_cpp_problem(mode, layout, x.device))
     rows = x.reshape(-1, in_features)
     if chosen == "reference":
         y = reference.packed_linear(

@@ -127,6 +127,9 @@ def _step_launch(
     second_moment: Tensor | None, group_size: int, *options: Any,
 ) -> Tensor:  # fmt: skip
     _, config = _resolve(x.device, "step", x.shape[0], "fused")
+    if options[0] == "adamw":
+        # Two moments do not fit the registers beside a large accumulator.
+        config = registry.triton_module("soft_linear").STEP_CONFIGS["compact"]
     counts: Tensor = registry.triton_module("soft_linear").soft_linear_step(
         grad_output, x, frac, frac_ref, scale, momentum, second_moment, group_size,
         *launch_arguments(*options), config,

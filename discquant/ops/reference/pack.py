@@ -11,7 +11,7 @@ from torch import Tensor
 
 TILE_ROWS, TILE_K, BLOCK_ROWS = 16, 128, 64
 # Rows whose scales lie side by side, by layout.
-SCALE_ROWS = {"mma": 64, "cpu": 16}
+SCALE_ROWS = {"mma": 64, "cpu": 32}
 
 
 def padded_shape(out_features: int, in_features: int) -> tuple[int, int]:
@@ -74,17 +74,23 @@ def _from_nibbles(nibbles: Tensor, layout: str) -> Tensor:
 
 
 def _store(words: Tensor, layout: str) -> Tensor:
-    """[..., units, stored words of a unit] -> [..., words of a tile]."""
+    """[row tiles, k tiles, units, stored words of a unit] -> the buffer."""
     if layout == "cpu":
-        return words.transpose(-1, -2).flatten(-2)
-    return torch.cat([words[..., :4].flatten(-2), words[..., 4:].flatten(-2)], dim=-1)
+        # Pairs of row tiles alternate quad by quad: [pairs, k tiles, quads, 2, words of a quad, 16 rows].
+        split = words.unflatten(3, (4, -1)).unflatten(0, (-1, 2))
+        return split.permute(0, 2, 4, 1, 5, 3).flatten()
+    tiles = torch.cat([words[..., :4].flatten(-2), words[..., 4:].flatten(-2)], dim=-1)
+    # Four row tiles of a k tile lie together.
+    return tiles.unflatten(0, (-1, 4)).transpose(1, 2).flatten()
 
 
-def _load(tile: Tensor, layout: str) -> Tensor:
+def _load(buffer: Tensor, layout: str, row_tiles: int, k_tiles: int) -> Tensor:
     """Inverse of `_store`."""
     if layout == "cpu":
-        return tile.unflatten(-1, (-1, TILE_ROWS)).transpose(-1, -2)
-    return torch.cat([tile[..., :128].unflatten(-1, (32, 4)), tile[..., 128:].unflatten(-1, (32, -1))], dim=-1)
+        split = buffer.view(row_tiles // 2, k_tiles, 4, 2, -1, TILE_ROWS)
+        return split.permute(0, 3, 1, 5, 2, 4).flatten(4).flatten(0, 1)
+    tiles = buffer.view(row_tiles // 4, k_tiles, 4, -1).transpose(1, 2).flatten(0, 1)
+    return torch.cat([tiles[..., :128].unflatten(-1, (32, 4)), tiles[..., 128:].unflatten(-1, (32, -1))], dim=-1)
 
 
 def pack(q: Tensor, zero_point: Tensor | None, *, num_bits: int, group_size: int, layout: str) -> Tensor:
@@ -110,21 +116,13 @@ def pack(q: Tensor, zero_point: Tensor | None, *, num_bits: int, group_size: int
         stolen = [((quads[..., 3] >> c) & 0x11111111) << 3 for c in range(3)]
         virtual = (quads[..., :3] | torch.stack(stolen, dim=-1)).flatten(-2)
     words = _store(virtual, layout)
-    if layout == "mma":
-        words = words.unflatten(0, (-1, 4)).transpose(1, 2)
-    words = torch.where(words >= 2**31, words - 2**32, words)
-    return words.to(torch.int32).flatten()
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def unpack(words: Tensor, *, out_features: int, in_features: int, num_bits: int, layout: str) -> Tensor:
     """Words of a runtime layout to codes, uint8, [out_features, in_features]."""
     rows, columns = padded_shape(out_features, in_features)
-    long = words.long() & 0xFFFFFFFF
-    if layout == "mma":
-        tiles = long.view(rows // 64, columns // 128, 4, -1).transpose(1, 2).flatten(0, 1)
-    else:
-        tiles = long.view(rows // 16, columns // 128, -1)
-    virtual = _load(tiles, layout)
+    virtual = _load(words.long() & 0xFFFFFFFF, layout, rows // TILE_ROWS, columns // TILE_K)
     if num_bits == 3:
         first, second, third = virtual.unflatten(-1, (-1, 3)).unbind(-1)
         fourth = (first >> 3 & 0x11111111) | (second >> 2 & 0x22222222) | (third >> 1 & 0x44444444)
@@ -156,7 +154,7 @@ def pack_groups(per_group: Tensor, layout: str) -> Tensor:
 
     Args:
         per_group: [out_features, num_groups].
-        layout: "mma" (64 rows side by side) or "cpu" (16).
+        layout: "mma" (64 rows side by side) or "cpu" (32).
 
     Returns:
         Same dtype, [padded rows / R, num_groups, R].

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operator `hadamard`: randomized Hadamard rotation along the last dimension, with its inverse; orthogonal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discquant.ops import _registry as registry
+from discquant.ops.hadamard_tables import factor, hadamard_matrix
+from discquant.ops.reference import hadamard as reference
+
+_OP = "hadamard"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Longest power-of-two run that the Triton kernel keeps in registers.
+_MAX_RUN = 32768
+
+
+def _matrix(size: int, device: torch.device) -> Tensor:
+    factors = factor(size)
+    assert factors is not None
+    matrix = hadamard_matrix(factors[0])
+    assert matrix is not None
+    return matrix.to(device)
+
+
+def _fake(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _launch(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    flips = None if signs is None else signs.contiguous()
+    out: Tensor = registry.triton_module("hadamard").hadamard_fwd(flat, flips, _matrix(x.shape[-1], x.device), inverse)
+    return out.reshape(x.shape)
+
+
+_op = registry.define("hadamard(Tensor x, Tensor? signs, bool inverse) -> Tensor", _fake, _launch)
+
+
+class HadamardFunction(torch.autograd.Function):
+    """The rotation is orthogonal: its gradient is the inverse rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
+        """Rotate."""
+        ctx.save_for_backward(signs)
+        ctx.inverse = inverse
+        out: Tensor = _op(x, signs, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Rotate the other way."""
+        (signs,) = ctx.saved_tensors
+        return (_op(grads[0], signs, not ctx.inverse) if ctx.needs_input_grad[0] else None, None, None)
+
+
+def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, impl: str = "auto") -> Tensor:
+    """y = H (signs * x) / sqrt(n) along the last dimension; the inverse is signs * (H^T y) / sqrt(n).
+
+    Args:
+        x: Floating, [..., n]; n = K * 2^m with K from `hadamard_tables` (1, 12, 20, 28, 36, 52, 92, 108, 172, ...).
+        signs: +1 or -1 each, int8 or floating, [n]; stored with what was rotated. None is all +1.
+        inverse: Undo the rotation by the same signs.
+        impl: "auto" | "reference" | "triton".
+
+    Returns:
+        Rotated tensor, same shape and dtype, contiguous; norms along the last dimension are kept.
+
+    Raises:
+        TypeError: An argument is not a Tensor.
+        ValueError: Shape, dtype or device of an argument is wrong, or no matrix of size n is known.
+        NotImplementedError: impl="cpp", or a power-of-two part above 32768 with impl="triton".
+        RuntimeError: The requested impl cannot run here.
+
+    Note:
+        Deterministic. Differentiable in x. Computed in float32 (float64 for float64), rounded once at the end.
+
+    Source:
+        Randomized Hadamard transform; matrices by Sylvester, Paley and Williamson.
+    """
+    registry.require_tensors(_OP, x=x, signs=signs)
+    registry.require_dtype(_OP, "x", x, _DTYPES)
+    registry.require(x.dim() >= 1, _OP, "x", "have at least dimensions", 1, x.dim())
+    factors = factor(x.shape[-1])
+    registry.require(factors is not None, _OP, "x", "have a last dimension with a known matrix", "K * 2^m", x.shape)
+    if signs is not None:
+        registry.require(signs.shape == x.shape[-1:], _OP, "signs", "have shape", list(x.shape[-1:]), signs.shape)
+        registry.require_dtype(_OP, "signs", signs, (torch.int8, *_DTYPES))
+        registry.require_device(_OP, x, signs=signs)
+    assert factors is not None
+    unsupported = f"a power-of-two part of {factors[1]}" if factors[1] > _MAX_RUN else None
+    if registry.choose(_OP, impl, x.device, triton=unsupported) == "reference":
+        return reference.hadamard(x, signs, _matrix(x.shape[-1], x.device), inverse).contiguous()
+    out: Tensor = HadamardFunction.apply(x, signs, inverse)
+    return out
