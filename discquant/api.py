@@ -15,6 +15,7 @@ from discquant.calibration import Windows, load_windows
 from discquant.config import QuantizeConfig
 from discquant.errors import ConfigError, MissingModelError
 from discquant.formats.codes import QuantizedLinear
+from discquant.formats.source import open_source, read_config
 from discquant.grids import Grid
 from discquant.run.directory import RunDirectory, load_run_model
 from discquant.run.summary import quantized_layers
@@ -142,7 +143,7 @@ def quantize_module(
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a quantized model: an exported directory, or a run directory (then its original must still be there).
+    """Load an exported model, a run directory (its exported model, else its original with the codes), or an original.
 
     Args:
         path: Directory.
@@ -160,10 +161,16 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     folder = Path(path)
     if RunDirectory.is_run(folder):
         exported = served_directory(folder)
-        return load_run_model(folder, dtype) if exported is None else load_quantized(exported, dtype)
+        if exported is None:
+            return load_run_model(folder, dtype)
+        folder = exported
     if not (folder / "config.json").is_file():
         raise MissingModelError(f"load: {folder} is neither a model nor a run directory")
-    return load_quantized(folder, dtype)
+    if not read_config(folder).get("quantization_config"):
+        original: nn.Module = open_source(folder, dtype=dtype).model
+        return original
+    quantized: nn.Module = load_quantized(folder, dtype)
+    return quantized
 
 
 def served_directory(run: Path) -> Path | None:

@@ -41,9 +41,13 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Run directory; the model lands in OUT/<format>.")],
     method: Annotated[str, typer.Option(help="rtn, greedy, gptq or discquant.")] = "discquant",
     bits: Annotated[int, typer.Option(help="Bits per code, 2 to 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns per scale: 32, 64, 128, or -1 for the whole row.")] = 64,
+    group_size: Annotated[
+        int, typer.Option(help="Columns per scale: 32, 64, 128, or -1 for the whole row.")
+    ] = 64,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid (3-bit engines need it).")] = True,
-    grid: Annotated[str, typer.Option(help="absmax, or search for the scale of least squared error.")] = "search",
+    grid: Annotated[
+        str, typer.Option(help="absmax, or search for the scale of least squared error.")
+    ] = "search",
     dataset: Annotated[
         str,
         typer.Option(
@@ -63,7 +67,9 @@ def quantize(
     optimizer: Annotated[str | None, typer.Option(help="adamw, momentum, lion or sgd.")] = None,
     loss: Annotated[str | None, typer.Option(help="kl, or the paper's variants ce and mse.")] = None,
     start: Annotated[str | None, typer.Option(help="Where frac starts: ref, gptq or random.")] = None,
-    state: Annotated[str | None, typer.Option(help="Solver state: fp32, or u8 (3.5-4.5 bytes per weight).")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Solver state: fp32, or u8 (3.5-4.5 bytes per weight).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and rounding noise.")] = 0,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Modules to leave alone (name, last part, or glob); repeatable.")
@@ -71,15 +77,22 @@ def quantize(
     format_name: Annotated[
         str, typer.Option("--format", help="compressed-tensors, or none (codes stay in the run directory).")
     ] = "compressed-tensors",
-    baselines: Annotated[str, typer.Option(help="Methods to measure beside it, comma separated, or none.")] = "rtn,gptq",
+    baselines: Annotated[
+        str, typer.Option(help="Methods to measure beside it, comma separated, or none.")
+    ] = "rtn,gptq",
     gptq_samples: Annotated[int, typer.Option(help="Windows for GPTQ and greedy.")] = 256,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 16,
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Continue a run that is there (same command, same bytes).")
+        bool,
+        typer.Option("--resume/--no-resume", help="Continue a run that is there (same command, same bytes)."),
     ] = True,
     threads: Annotated[int | None, typer.Option(help="CPU threads; part of what fixes the bytes.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run Python code that comes with the model.")] = False,
-    allow_pickle: Annotated[bool, typer.Option(help="Read .bin weights with torch's restricted loader.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run Python code that comes with the model.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="Read .bin weights with torch's restricted loader.")
+    ] = False,
 ) -> None:
     """Quantize MODEL into the run directory OUT.
 
@@ -89,8 +102,14 @@ def quantize(
 
     grid_config = GridConfig(bits, group_size, sym, grid)  # type: ignore[arg-type]
     given = {
-        "iters": iters, "batch_size": batch_size, "micro_batch": micro_batch, "lr": lr, "optimizer": optimizer,
-        "loss": loss, "start": start, "state": state,
+        "iters": iters,
+        "batch_size": batch_size,
+        "micro_batch": micro_batch,
+        "lr": lr,
+        "optimizer": optimizer,
+        "loss": loss,
+        "start": start,
+        "state": state,
     }
     chosen: tuple[Method, ...] = ()
     if baselines != "none":
@@ -116,7 +135,12 @@ def quantize(
     with ProgressBar() as bar:
         events = Events(phase=bar.phase, step=bar.step, message=bar.message)
         pipeline = Pipeline(
-            model, out, config, resume=resume, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+            model,
+            out,
+            config,
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
             events=events,
         )
         try:
@@ -135,7 +159,9 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     for column in ("method", "KL to original", "top-1 agreement", "perplexity ratio"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, found in summary["methods"].items():
-        table.add_row(name, f"{found['kl_mean']:.5f}", f"{found['top1']:.4f}", f"{found['perplexity_ratio']:.4f}")
+        table.add_row(
+            name, f"{found['kl_mean']:.5f}", f"{found['top1']:.4f}", f"{found['perplexity_ratio']:.4f}"
+        )
     console = Console()
     console.print(table)
     sizes = summary["sizes"]
@@ -145,12 +171,17 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
 @app.command()
 def evaluate(
     original: Annotated[str, typer.Argument(help="Folder of the original model.")],
-    candidates: Annotated[list[str], typer.Argument(help="Checkpoints or run directories to compare with it.")],
-    dataset: Annotated[str, typer.Option(help="Text to measure on; see `discquant quantize --help`.")] = "self",
+    candidates: Annotated[
+        list[str], typer.Argument(help="Checkpoints or run directories to compare with it.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="Text to measure on; see `discquant quantize --help`.")
+    ] = "self",
     nsamples: Annotated[int, typer.Option(help="Windows.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     exact_match: Annotated[
-        int | None, typer.Option(help="Also answer this many held-out arithmetic problems (bundled generator).")
+        int | None,
+        typer.Option(help="Also answer this many held-out arithmetic problems (bundled generator)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the text.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
@@ -160,7 +191,13 @@ def evaluate(
     from discquant.evaluation.evaluate import print_table, write_json
 
     rows = run_evaluation(
-        original, candidates, dataset, nsamples=nsamples, seqlen=seqlen, exact_match_problems=exact_match, seed=seed
+        original,
+        candidates,
+        dataset,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        exact_match_problems=exact_match,
+        seed=seed,
     )
     print_table(rows)
     if json_file is not None:
@@ -169,7 +206,9 @@ def evaluate(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="Exported model, run directory, or an ordinary model folder.")],
+    model: Annotated[
+        Path, typer.Argument(help="Exported model, run directory, or an ordinary model folder.")
+    ],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,

@@ -229,7 +229,9 @@ class QuantizeConfig:
             ValueError: A field is out of range.
         """
         _check("method", f"one of {get_args(Method)}", self.method in get_args(Method), self.method)
-        _check("format", f"one of {get_args(OutputFormat)}", self.format in get_args(OutputFormat), self.format)
+        _check(
+            "format", f"one of {get_args(OutputFormat)}", self.format in get_args(OutputFormat), self.format
+        )
         _check("gptq_samples", "at least 1", self.gptq_samples >= 1, self.gptq_samples)
         _check("gptq_damp", "above 0", self.gptq_damp > 0, self.gptq_damp)
         _check("seed", "in [0, 2^31)", 0 <= self.seed < 2**31, self.seed)

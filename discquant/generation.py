@@ -44,7 +44,8 @@ def stream(path: Path, prompt: str, *, max_new_tokens: int, temperature: float, 
 
     if temperature < 0 or max_new_tokens < 1:
         raise ValueError(
-            f"generate: temperature must be at least 0 and max_new_tokens at least 1, got {temperature}, {max_new_tokens}"
+            "generate: temperature must be at least 0 and max_new_tokens at least 1, "
+            f"got {temperature} and {max_new_tokens}"
         )
     model: Any = load(path)
     tokenizer = load_tokenizer(_tokenizer_folder(Path(path)))
@@ -54,7 +55,9 @@ def stream(path: Path, prompt: str, *, max_new_tokens: int, temperature: float, 
     if ids.numel() == 0:
         raise ValueError("generate: the prompt is empty")
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    options: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
     begin = time.perf_counter()
     output = model.generate(
         ids,

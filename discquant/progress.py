@@ -6,7 +6,15 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from discquant.solver.solver import StepRecord
 
@@ -24,7 +32,9 @@ class ProgressBar:
             TextColumn("solve"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("KL {task.fields[loss]:.4f}  rounded {task.fields[rounded]:.1%}  moved {task.fields[moved]:.1%}"),
+            TextColumn(
+                "KL {task.fields[loss]:.4f}  rounded {task.fields[rounded]:.1%}  moved {task.fields[moved]:.1%}"
+            ),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
@@ -59,8 +69,8 @@ class ProgressBar:
                     f"moved {record.moved:.1%}"
                 )
             return
-        fields = {"loss": record.loss, "rounded": 1 - record.fractional, "moved": record.moved}
+        loss, rounded, moved = record.loss, 1 - record.fractional, record.moved
         if self._task is None:
-            self._task = self._bar.add_task("solve", total=total, **fields)
+            self._task = self._bar.add_task("solve", total=total, loss=loss, rounded=rounded, moved=moved)
             self._bar.start()
-        self._bar.update(self._task, completed=record.step, **fields)
+        self._bar.update(self._task, completed=record.step, loss=loss, rounded=rounded, moved=moved)

@@ -26,7 +26,12 @@ class TinyViT(nn.Module):
 
 def tiny_cnn() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10)
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(784, 10),
     )
 
 
@@ -44,7 +49,8 @@ def _check_module(build: object) -> None:
                 parameter.mul_(3)
     # Smooth, like photographs: on white noise gradients have full rank, and no rounding beats nearest there.
     images, held = (
-        nn.functional.interpolate(torch.randn(count, 3, 4, 4), size=16, mode="bilinear") for count in (256, 64)
+        nn.functional.interpolate(torch.randn(count, 3, 4, 4), size=16, mode="bilinear")
+        for count in (256, 64)
     )
     solver = SolverConfig(iters=64, batch_size=64, micro_batch=32, warmup=4)
     found = {}
@@ -83,7 +89,9 @@ def test_language_model_in_memory() -> None:
         grid=GridConfig(4, 32), solver=SolverConfig(iters=6, batch_size=4, micro_batch=2, warmup=2)
     )
     steps: list[int] = []
-    result = discquant.quantize(model, config=config, calibration=ids, on_step=lambda record: steps.append(record.step))
+    result = discquant.quantize(
+        model, config=config, calibration=ids, on_step=lambda record: steps.append(record.step)
+    )
     assert steps == [1, 2, 3, 4, 5, 6]
     layers = list(result.layers())
     assert len(layers) == 14
@@ -97,7 +105,8 @@ def test_quantize_from_the_models_own_samples() -> None:
 
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, bos_token_id=1
+            vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+            bos_token_id=1,
         )
     ).eval()  # fmt: skip
     config = QuantizeConfig(

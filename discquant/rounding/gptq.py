@@ -22,6 +22,7 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
         )
         factor, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if int(failed) == 0:
                 return upper
@@ -68,7 +69,11 @@ def gptq(
     hessian = hessian.double().clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
+    order = (
+        torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        if act_order
+        else torch.arange(columns)
+    )
     order = order.to(weight.device)
     factor = _inverse_factor(hessian[order][:, order], damp)
     step = expand_groups(grid.scale.double(), grid.group_size, columns)[:, order]

@@ -9,7 +9,9 @@ from torch import Tensor
 from discquant.grids import Grid
 
 
-def greedy(weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01, max_passes: float = 1.0) -> Tensor:
+def greedy(
+    weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01, max_passes: float = 1.0
+) -> Tensor:
     """Start from nearest; in each row flip, again and again, the code whose change lowers the loss most.
 
     loss(row) = e H e^T with e = w - dequant(q); flipping coordinate j by d changes it by

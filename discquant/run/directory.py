@@ -81,7 +81,9 @@ class RunDirectory:
         loaded: dict[str, Any] = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         return loaded
 
-    def start_or_continue(self, record: Mapping[str, Any], identity: Mapping[str, Any], *, resume: bool) -> bool:
+    def start_or_continue(
+        self, record: Mapping[str, Any], identity: Mapping[str, Any], *, resume: bool
+    ) -> bool:
         """Record a new run, or check that the one there is the same.
 
         Args:
@@ -101,7 +103,9 @@ class RunDirectory:
             if not self.is_run(self.path):
                 raise OutputExistsError(f"quantize: {self.path} is not empty and holds no run of discquant")
             if not resume:
-                raise OutputExistsError(f"quantize: {self.path} already holds a run; choose another OUT or --resume")
+                raise OutputExistsError(
+                    f"quantize: {self.path} already holds a run; choose another OUT or --resume"
+                )
             found = self.config()["identity"]
             changed = _differences(found, plain)
             if changed:
@@ -111,7 +115,9 @@ class RunDirectory:
                 )
             return True
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / CONFIG, json.dumps({MARKER: 1, **record, "identity": plain}, indent=2) + "\n")
+        write_atomic(
+            self.path / CONFIG, json.dumps({MARKER: 1, **record, "identity": plain}, indent=2) + "\n"
+        )
         return False
 
     def truncate_metrics(self, step: int) -> None:
@@ -163,7 +169,9 @@ class RunDirectory:
         """
         path = self.path / CODES
         if not path.exists():
-            raise MissingModelError(f"run: {self.path} has no final codes yet; repeat its command to finish it")
+            raise MissingModelError(
+                f"run: {self.path} has no final codes yet; repeat its command to finish it"
+            )
         with safe_open(path, framework="pt") as handle:
             header = json.loads(handle.metadata()["layers"])
             names = set(handle.keys())
@@ -215,7 +223,9 @@ def apply_layers(
         assert isinstance(weight, Tensor)
         value = layer.dequantize(served).to(weight.dtype)
         if value.numel() != weight.numel():
-            raise CheckpointError(f"run: {layer.name} has {list(weight.shape)} in the model, {list(value.shape)} in codes")
+            raise CheckpointError(
+                f"run: {layer.name} has {list(weight.shape)} in the model, {list(value.shape)} in codes"
+            )
         weight.copy_(value.view(weight.shape))
     return model
 

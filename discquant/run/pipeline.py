@@ -93,8 +93,12 @@ def check_ignore(chain_model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
         if pattern == "lm_head":  # ignored by default; not every model calls its head so
             continue
         if not any(pattern in (name, name.rpartition(".")[2]) or fnmatch(name, pattern) for name in names):
-            known = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
-            raise ConfigError(f"quantize: no module matches --ignore {pattern!r}; last names here: {', '.join(known)}")
+            known = sorted(
+                {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
+            )
+            raise ConfigError(
+                f"quantize: no module matches --ignore {pattern!r}; last names here: {', '.join(known)}"
+            )
 
 
 class Pipeline:
@@ -158,8 +162,10 @@ class Pipeline:
             with self._phase("export"):
                 self._export(source, codes, grids, plan)
         with self._phase("evaluate"):
-            baselines = {
-                name: codes if name == self.config.method else self._layerwise(chain, grids, rows, name, source)
+            baselines: dict[str, dict[str, Tensor]] = {
+                name: codes
+                if name == self.config.method
+                else self._layerwise(chain, grids, rows, name, source)
                 for name in self.config.baselines
             }
             summary = summarize_run(self.directory, source, chain, grids, codes, baselines, held, solve)
@@ -220,7 +226,9 @@ class Pipeline:
         if path.exists():
             with safe_open(path, framework="pt") as handle:
                 described = handle.metadata()["source"]
-                return Windows.make(handle.get_tensor("input_ids"), handle.get_tensor("mask").bool(), described)
+                return Windows.make(
+                    handle.get_tensor("input_ids"), handle.get_tensor("mask").bool(), described
+                )
         data = self.config.data
         windows = load_windows(
             data.dataset,
@@ -259,11 +267,15 @@ class Pipeline:
         fresh = not any(folder.glob("step-*.safetensors"))
         solve = Solve(chain, grids, rows, self.config, served=served_dtype(source.config), fresh=fresh)
         if not fresh and load_checkpoint(folder, solve) == 0:
-            raise ResumeError(f"quantize: no checkpoint in {folder} can be read; remove that folder to start again")
+            raise ResumeError(
+                f"quantize: no checkpoint in {folder} can be read; remove that folder to start again"
+            )
         if solve.solver.step_number:
             self.events.say(f"continuing after step {solve.solver.step_number}")
         self.directory.truncate_metrics(solve.solver.step_number)
-        sample = TokenRows(chain, held.input_ids[:VALIDATION_ROWS], held.mask[:VALIDATION_ROWS], VALIDATION_ROWS)
+        sample = TokenRows(
+            chain, held.input_ids[:VALIDATION_ROWS], held.mask[:VALIDATION_ROWS], VALIDATION_ROWS
+        )
         watched = sample.batches(range(len(sample)))
         if fresh:
             self._save_start(solve)
@@ -328,7 +340,9 @@ def _file_digest(dataset: str) -> str | None:
     """Hash a local calibration file, so that a changed one is noticed on resuming."""
     import hashlib
 
-    path = Path(dataset.partition(".safetensors:")[0] + ".safetensors" if ".safetensors:" in dataset else dataset)
+    path = Path(
+        dataset.partition(".safetensors:")[0] + ".safetensors" if ".safetensors:" in dataset else dataset
+    )
     if not path.is_file():
         return None
     return hashlib.sha256(path.read_bytes()).hexdigest()

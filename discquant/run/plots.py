@@ -113,7 +113,7 @@ def draw_kl(
         if rounded or others:
             axes.set_yscale("log")
             # A run that starts at the original's weights begins with a KL of next to nothing: not worth the decades.
-            floor = min(rounded) / 20 if rounded else 0.0
+            floor = min(rounded) / 8 if rounded else 0.0
             low, high = max(floor, min(rounded + others)), max(rounded + others)
             axes.set_ylim(low / 1.3, high * 1.3)
             _log(axes.yaxis, low, high)

@@ -59,7 +59,9 @@ def bits_per_weight(layers: Iterator[QuantizedLinear]) -> float:
     return bits / max(1, weights)
 
 
-def _layer_table(chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def _layer_table(
+    chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
     table = []
     for refs in chain.weights:
         for ref in refs:
@@ -114,7 +116,11 @@ def summarize_run(
         measured[name] = compare_models(source.model, {name: candidate}, held)[name].to_dict()
         del candidate
     exported = directory.path / config["format"]
-    packed = sum(file.stat().st_size for file in exported.glob("*.safetensors")) if config["format"] != "none" else None
+    packed = (
+        sum(file.stat().st_size for file in exported.glob("*.safetensors"))
+        if config["format"] != "none"
+        else None
+    )
     summary: dict[str, Any] = {
         "method": method,
         "methods": measured,

@@ -85,6 +85,12 @@ def _first(output: Any) -> Tensor:
     return hidden
 
 
+def _called(model: nn.Module, method: str) -> Any:
+    """Return what an argument-free method of the model gives, None where it has no such method."""
+    found = getattr(model, method, None)
+    return found() if callable(found) else None
+
+
 def _selected(name: str, ignore: Sequence[str]) -> bool:
     parts = name.split(".")
     return not any(pattern in (name, parts[-1]) or fnmatch(name, pattern) for pattern in ignore)
@@ -92,7 +98,7 @@ def _selected(name: str, ignore: Sequence[str]) -> bool:
 
 def quantizable_modules(root: nn.Module, prefix: str, ignore: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """Return (qualified name, module) of the linear and convolution layers below `root` that are not ignored."""
-    found = []
+    found: list[tuple[str, nn.Module]] = []
     for name, module in root.named_modules():
         qualified = ".".join(part for part in (prefix, name) if part)
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and _selected(qualified, ignore):
@@ -123,7 +129,9 @@ class Chain:
         for ref in (ref for refs in self.weights for ref in refs):
             other = seen.setdefault(id(ref.parameter), ref.name)
             if other != ref.name:
-                raise NotImplementedError(f"Chain: {ref.name} and {other} share one weight; ignore one of them")
+                raise NotImplementedError(
+                    f"Chain: {ref.name} and {other} share one weight; ignore one of them"
+                )
         if not seen:
             raise ValueError("Chain: the model has no linear layer left to quantize")
 
@@ -172,33 +180,40 @@ class DecoderChain(Chain):
             parameter.requires_grad_(False)
         self._decoder = self._find_decoder(model)
         self.blocks, self.block_names = self._find_blocks(model, self._decoder)
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        output = _called(model, "get_output_embeddings")
         if not isinstance(output, nn.Linear):
             raise NotImplementedError("DecoderChain: the model has no linear output head")
         config: Any = getattr(model.config, "text_config", model.config)
         self.head = Head(
             output.weight.detach(),
             None if output.bias is None else output.bias.detach(),
-            float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
+            float(getattr(config, "logit_scale", None) or 1.0)
+            / float(getattr(config, "logits_scaling", None) or 1.0),
             getattr(config, "final_logit_softcapping", None),
         )
         self._collect(ignore)
 
     @staticmethod
     def _find_decoder(model: nn.Module) -> nn.Module:
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        decoder = _called(model, "get_decoder")
         if decoder is None or decoder is model:
-            decoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
+            decoder = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
         if not isinstance(decoder, nn.Module):
             raise NotImplementedError("DecoderChain: the model has no decoder (get_decoder)")
         return decoder
 
     @staticmethod
     def _find_blocks(model: nn.Module, decoder: nn.Module) -> tuple[list[nn.Module], list[str]]:
-        lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) > 0]
+        lists: list[nn.ModuleList] = [
+            m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) > 0
+        ]
         if not lists:
             raise NotImplementedError("DecoderChain: the decoder has no list of blocks")
-        blocks = list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+
+        def size(candidate: nn.ModuleList) -> int:
+            return sum(parameter.numel() for parameter in candidate.parameters())
+
+        blocks = list(max(lists, key=size))
         names = {id(module): name for name, module in model.named_modules()}
         return blocks, [names[id(block)] for block in blocks]
 

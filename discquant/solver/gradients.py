@@ -24,7 +24,9 @@ BlockSink = Callable[[int, dict[str, Tensor]], None]
 class _Forward:
     """The student's forward pass: boundaries always, and the blocks' graphs where `keep_graph` asks for them."""
 
-    def __init__(self, chain: Chain, student: StudentWeights, batches: Sequence[Prepared], keep_graph: bool) -> None:
+    def __init__(
+        self, chain: Chain, student: StudentWeights, batches: Sequence[Prepared], keep_graph: bool
+    ) -> None:
         self.chain, self.student, self.batches, self.keep_graph = chain, student, batches, keep_graph
         self.inputs: list[list[Tensor]] = []
         self.outputs: list[list[Tensor]] = []
@@ -124,7 +126,9 @@ def block_gradients(
     forward = _Forward(chain, student, batches, keep_graph)
     pulls: list[list[Tensor]] = []  # mse only: gradient entering at each block's output
     known = loss != "mse" and all(batch.teacher is not None for batch in batches)
-    teacher_hidden = [batch.teacher if known and batch.teacher is not None else batch.hidden for batch in batches]
+    teacher_hidden = [
+        batch.teacher if known and batch.teacher is not None else batch.hidden for batch in batches
+    ]
     student_hidden = [batch.hidden for batch in batches]
     value = 0.0
     for index in range(depth):

@@ -29,13 +29,17 @@ class _HessianHook:
     def _rows(self, x: Tensor) -> Tensor:
         if isinstance(self.module, nn.Conv2d):
             if self.module.groups != 1:
-                raise NotImplementedError("layerwise: GPTQ of a grouped convolution is not supported; use rtn")
+                raise NotImplementedError(
+                    "layerwise: GPTQ of a grouped convolution is not supported; use rtn"
+                )
             unfolded = nn.functional.unfold(
                 x, self.module.kernel_size, self.module.dilation, _padding(self.module), self.module.stride
             )
             return unfolded.transpose(1, 2).flatten(0, 1)
         if not isinstance(self.module, nn.Linear):
-            raise NotImplementedError(f"layerwise: GPTQ of {type(self.module).__name__} is not supported; use rtn")
+            raise NotImplementedError(
+                f"layerwise: GPTQ of {type(self.module).__name__} is not supported; use rtn"
+            )
         if self.mask is not None and x.shape[:-1] == self.mask.shape:
             return x[self.mask]
         return x.flatten(0, -2)
@@ -53,7 +57,9 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int]:
     if isinstance(conv.padding, str):
         if conv.padding == "valid":
             return 0, 0
-        raise NotImplementedError("layerwise: GPTQ of a convolution with padding='same' is not supported; use rtn")
+        raise NotImplementedError(
+            "layerwise: GPTQ of a convolution with padding='same' is not supported; use rtn"
+        )
     return conv.padding[0], conv.padding[1]
 
 
@@ -118,9 +124,12 @@ def layerwise_codes(
                 codes[ref.name] = gptq(matrix, hessian, grid, damp=damp)
             else:
                 codes[ref.name] = greedy(matrix, hessian, grid, damp=damp)
-            weights[ref.param_name] = ref.shaped(grid.dequantize(codes[ref.name], served)).to(ref.parameter.dtype)
+            weights[ref.param_name] = ref.shaped(grid.dequantize(codes[ref.name], served)).to(
+                ref.parameter.dtype
+            )
         hidden = [
-            chain.run_block(index, h, batch.calls[index], weights) for h, batch in zip(hidden, batches, strict=True)
+            chain.run_block(index, h, batch.calls[index], weights)
+            for h, batch in zip(hidden, batches, strict=True)
         ]
         if progress is not None:
             progress(index + 1, len(chain.weights))

@@ -52,7 +52,9 @@ def _module_kl(student: Tensor, teacher: Tensor, normalizer: float) -> HeadLoss:
     return HeadLoss(loss.item(), grad)
 
 
-def _cross_entropy(chain: Chain, features: Tensor, prepared: Prepared, normalizer: float, chunk: int) -> HeadLoss:
+def _cross_entropy(
+    chain: Chain, features: Tensor, prepared: Prepared, normalizer: float, chunk: int
+) -> HeadLoss:
     """Next-token cross entropy in chunks of tokens; gradient by `features`."""
     head = chain.head
     assert head is not None
@@ -67,8 +69,13 @@ def _cross_entropy(chain: Chain, features: Tensor, prepared: Prepared, normalize
         with torch.enable_grad():
             leaf = flat[rows].detach().requires_grad_()
             raw = torch.nn.functional.linear(leaf, head.weight.to(leaf.dtype), head.bias)
-            logits, _ = cap_logits(raw if raw.dtype == torch.float64 else raw.float(), head.logit_scale, head.softcap)
-            loss = torch.nn.functional.cross_entropy(logits, targets.reshape(-1)[rows], reduction="sum") / normalizer
+            logits, _ = cap_logits(
+                raw if raw.dtype == torch.float64 else raw.float(), head.logit_scale, head.softcap
+            )
+            loss = (
+                torch.nn.functional.cross_entropy(logits, targets.reshape(-1)[rows], reduction="sum")
+                / normalizer
+            )
         total += loss.item()
         (grad_flat[rows],) = torch.autograd.grad(loss, leaf)
     grad[:, :-1] = grad_flat.view_as(grad[:, :-1])

@@ -28,7 +28,9 @@ def mean_kl(chain: Chain, student: StudentWeights, batches: Sequence[Prepared]) 
     hidden = [batch.hidden for batch in batches]
     for index in range(len(chain.blocks)):
         weights = student(index)
-        hidden = [chain.run_block(index, h, b.calls[index], weights) for h, b in zip(hidden, batches, strict=True)]
+        hidden = [
+            chain.run_block(index, h, b.calls[index], weights) for h, b in zip(hidden, batches, strict=True)
+        ]
     total, count = 0.0, 0
     for h, batch in zip(hidden, batches, strict=True):
         teacher = batch.teacher if batch.teacher is not None else chain.teacher_output(batch)

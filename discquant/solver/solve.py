@@ -47,9 +47,7 @@ class TokenRows:
 
     def remember_teacher(self) -> None:
         """Compute the teacher's last block output of every row once, in a fixed order."""
-        parts = [
-            self.chain.teacher_output(batch) for batch in self.batches(range(len(self)))
-        ]
+        parts = [self.chain.teacher_output(batch) for batch in self.batches(range(len(self)))]
         self._teacher = torch.cat(parts)
 
     def batches(self, rows: Sequence[int]) -> list[Prepared]:
@@ -87,13 +85,19 @@ def published_gain(chain: Chain, grids: Mapping[str, Grid], rho: float) -> float
     for refs in chain.weights:
         for ref in refs:
             grid, weight = grids[ref.name], ref.matrix().float()
-            errors.append(12 * float((grid.dequantize(grid.nearest(weight), torch.float32) - weight).square().mean()))
+            errors.append(
+                12 * float((grid.dequantize(grid.nearest(weight), torch.float32) - weight).square().mean())
+            )
     delta2 = sum(errors) / len(errors)
     return rho / max(delta2, 1e-30)
 
 
 def start_positions(
-    chain: Chain, grids: Mapping[str, Grid], config: SolverConfig, codes: Mapping[str, Tensor] | None, seed: int
+    chain: Chain,
+    grids: Mapping[str, Grid],
+    config: SolverConfig,
+    codes: Mapping[str, Tensor] | None,
+    seed: int,
 ) -> Iterator[list[Tensor | None]]:
     """Yield, block by block, where `frac` starts for each weight (None is the original weight).
 
@@ -126,8 +130,14 @@ class Solve:
     """One DiscQuant solve; `advance` takes one step, so the owner decides when to checkpoint or stop."""
 
     def __init__(
-        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, config: QuantizeConfig,
-        *, served: torch.dtype | None = None, fresh: bool = True,
+        self,
+        chain: Chain,
+        grids: Mapping[str, Grid],
+        rows: TokenRows,
+        config: QuantizeConfig,
+        *,
+        served: torch.dtype | None = None,
+        fresh: bool = True,
     ) -> None:
         """Build the state and set the gain.
 
@@ -153,14 +163,20 @@ class Solve:
         states: list[list[WeightState]] = []
         wide = torch.float64 if options.compute_dtype == "float64" else torch.float32
         for refs, starts in zip(
-            chain.weights, start_positions(chain, grids, options if fresh else _from_ref(options), codes, config.seed),
+            chain.weights,
+            start_positions(chain, grids, options if fresh else _from_ref(options), codes, config.seed),
             strict=True,
         ):
             states.append(
                 [
                     WeightState(
-                        ref.name, grids[ref.name], ref.matrix(), start,
-                        state=options.state, optimizer=options.optimizer, wide=wide,
+                        ref.name,
+                        grids[ref.name],
+                        ref.matrix(),
+                        start,
+                        state=options.state,
+                        optimizer=options.optimizer,
+                        wide=wide,
                     )
                     for ref, start in zip(refs, starts, strict=True)
                 ]
@@ -175,8 +191,12 @@ class Solve:
         """Return GPTQ's codes on the first `gptq_samples` rows."""
         count = min(self.config.gptq_samples, len(self.rows))
         return layerwise_codes(
-            self.chain, grids, self.rows.batches(range(count)), "gptq",
-            damp=self.config.gptq_damp, served=self.served,
+            self.chain,
+            grids,
+            self.rows.batches(range(count)),
+            "gptq",
+            damp=self.config.gptq_damp,
+            served=self.served,
         )
 
     def _set_gain(self, grids: Mapping[str, Grid]) -> None:

@@ -155,7 +155,9 @@ class Solver:
                 saturated += counts.saturated
 
         gain = self.gain.gain
-        loss = block_gradients(self.chain, self.student, batches, take, loss=self.config.loss, keep_graph=self.keep_graph)
+        loss = block_gradients(
+            self.chain, self.student, batches, take, loss=self.config.loss, keep_graph=self.keep_graph
+        )
         self.step_number = number
         self.gain.update(saturated, live)
         total = max(1, live)
@@ -197,7 +199,9 @@ class Solver:
 
         block_gradients(self.chain, nearest, batches, sink, loss=self.config.loss)
         pooled = torch.cat(samples) if samples else torch.ones(1)
-        level = float(torch.quantile(pooled[:: max(1, pooled.numel() // 1_000_000)], 1 - self.config.saturation))
+        level = float(
+            torch.quantile(pooled[:: max(1, pooled.numel() // 1_000_000)], 1 - self.config.saturation)
+        )
         gain = self.config.grad_clamp / max(level, 1e-30)
         self.gain = GainControl(gain, self.config.saturation)
         return gain

@@ -85,7 +85,12 @@ def test_gptq_against_all_roundings() -> None:
     grid = place_grid(weight, GridConfig(4, -1))
     q_down, _ = grid.neighbours(weight)
     every = torch.tensor(list(itertools.product((0, 1), repeat=10)), dtype=torch.uint8)
-    losses = _loss(weight.expand(1024, -1), hessian, place_grid(weight.expand(1024, -1), GridConfig(4, -1)), q_down + every)
+    losses = _loss(
+        weight.expand(1024, -1),
+        hessian,
+        place_grid(weight.expand(1024, -1), GridConfig(4, -1)),
+        q_down + every,
+    )
     found = float(_loss(weight, hessian, grid, gptq(weight, hessian, grid, damp=1e-4)))
     assert found <= float(losses.median())
     rank = float((losses < found).float().mean())

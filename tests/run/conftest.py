@@ -63,6 +63,8 @@ def call(tmp_path: Path) -> Callable[..., Any]:
     """Run a command outside the checkout (whose triton_kernels/ folder must not be on the path)."""
 
     def run(arguments: list[str], timeout: float = 180) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, timeout=timeout, check=False)
+        return subprocess.run(
+            arguments, capture_output=True, text=True, cwd=tmp_path, timeout=timeout, check=False
+        )
 
     return run

@@ -28,10 +28,12 @@ SAME = ("codes.safetensors", "calibration.safetensors", "config.json", "compress
 
 def fingerprint(out: Path) -> dict[str, str]:
     """SHA-256 of every file whose bytes a run determines."""
-    files = [f for name in SAME for f in ([out / name] if (out / name).is_file() else sorted((out / name).rglob("*")))]
-    return {
-        str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()
-    }
+    files = [
+        f
+        for name in SAME
+        for f in ([out / name] if (out / name).is_file() else sorted((out / name).rglob("*")))
+    ]
+    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,19 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert (finished / "report.md").read_text(encoding="utf-8").startswith("#")
     summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
     assert set(summary["methods"]) == {"rtn", "gptq", "discquant"}
-    assert {p["name"] for p in summary["phases"]} >= {"open", "calibrate", "grid", "round", "export", "evaluate"}
+    assert {p["name"] for p in summary["phases"]} >= {
+        "open",
+        "calibrate",
+        "grid",
+        "round",
+        "export",
+        "evaluate",
+    }
     assert all(p["peak_rss_bytes"] > 1 << 20 for p in summary["phases"])
     assert summary["sizes"]["bits_per_weight"] == pytest.approx(3.5)
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["step"] for line in lines if "kind" not in line] == list(range(1, 13))
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {
         "step-0000009.safetensors",
@@ -135,9 +146,7 @@ def _duration(arguments: list[str], cwd: Path) -> float:
     return time.monotonic() - begin
 
 
-def test_killed_and_resumed_ends_in_the_same_bytes(
-    finished: Path, command: Command, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_ends_in_the_same_bytes(finished: Path, command: Command, tmp_path: Path) -> None:
     """kill -9 as soon as each of three stages has begun, then the same command: the same bytes."""
     out = tmp_path / "killed"
     for sign in ("calibration.safetensors", "checkpoints/step-0000006.safetensors", "codes.safetensors"):
@@ -154,9 +163,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(
     assert fingerprint(out) == fingerprint(finished)
 
 
-def test_sigterm_stops_cleanly_and_resumes(
-    finished: Path, command: Command, tmp_path: Path
-) -> None:
+def test_sigterm_stops_cleanly_and_resumes(finished: Path, command: Command, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     process = subprocess.Popen(
         command(out), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -202,7 +209,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     finished: Path, command: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "damaged"
-    process = subprocess.Popen(command(out), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(out), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (out / "checkpoints" / "step-0000006.safetensors").exists() and process.poll() is None:
         time.sleep(0.005)
     process.kill()
@@ -217,7 +226,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 
 @pytest.mark.parametrize(
     ("extra", "named"),
-    [(("--seed", "1"), "seed was 0, is 1"), (("--bits", "4"), "bits was 3, is 4"), (("--lr", "0.2"), "solver.lr")],
+    [
+        (("--seed", "1"), "seed was 0, is 1"),
+        (("--bits", "4"), "bits was 3, is 4"),
+        (("--lr", "0.2"), "solver.lr"),
+    ],
 )
 def test_another_configuration_is_refused(
     extra: tuple[str, ...], named: str, finished: Path, command: Command, call: Callable[..., Any]

@@ -34,7 +34,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2-softcap": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 5}),
     "gemma3-two-ropes": ("Gemma3Text", {"head_dim": 8, "sliding_window": 5}),
     "cohere-logit-scale": ("Cohere", {"logit_scale": 0.5}),
-    "granite-scaling": ("Granite", {"logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.7}),
+    "granite-scaling": (
+        "Granite",
+        {"logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.7},
+    ),
 }
 
 

@@ -20,7 +20,9 @@ from discquant.solver.chain import DecoderChain, ModuleChain
         "gemma2-softcap", "gemma3-two-ropes", "cohere-logit-scale", "granite-scaling",
     ],
 )  # fmt: skip
-def test_logits_equal_the_models(architecture: str, make_model: Callable[..., Any], token_ids: Tensor) -> None:
+def test_logits_equal_the_models(
+    architecture: str, make_model: Callable[..., Any], token_ids: Tensor
+) -> None:
     model = make_model(architecture)
     chain = DecoderChain(model)
     with torch.no_grad():
@@ -40,8 +42,12 @@ def test_ignore_by_name_part_and_pattern(make_model: Callable[..., Any]) -> None
     model = make_model("llama")
     everything = _names(DecoderChain(model))
     assert len(everything) == 3 * 7
-    assert _names(DecoderChain(model, ["down_proj"])) == [n for n in everything if not n.endswith("down_proj")]
-    assert _names(DecoderChain(model, ["model.layers.0.*"])) == [n for n in everything if ".layers.0." not in n]
+    assert _names(DecoderChain(model, ["down_proj"])) == [
+        n for n in everything if not n.endswith("down_proj")
+    ]
+    assert _names(DecoderChain(model, ["model.layers.0.*"])) == [
+        n for n in everything if ".layers.0." not in n
+    ]
     with pytest.raises(ValueError, match="no linear layer left"):
         DecoderChain(model, ["*"])
 

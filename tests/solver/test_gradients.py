@@ -39,7 +39,9 @@ def _whole_model(
     for name, weights in zip(chain.block_names, student, strict=True):
         leaves.append({key: value.clone().requires_grad_() for key, value in weights.items()})
         flat |= {f"{name}.{key}": value for key, value in leaves[-1].items()}
-    output = functional_call(model, flat, (), {"input_ids": ids, "use_cache": False, "output_hidden_states": True})
+    output = functional_call(
+        model, flat, (), {"input_ids": ids, "use_cache": False, "output_hidden_states": True}
+    )
     teacher = model(input_ids=ids, use_cache=False, output_hidden_states=True)
     if loss == "kl":
         log_p, log_q = teacher.logits.log_softmax(-1), output.logits.log_softmax(-1)
@@ -53,7 +55,9 @@ def _whole_model(
 
 @pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("loss", ["kl", "ce"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3-qk-norm", "gemma2-softcap", "phi3-fused", "granite-scaling"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen3-qk-norm", "gemma2-softcap", "phi3-fused", "granite-scaling"]
+)
 def test_equal_to_whole_model_autograd(
     architecture: str, loss: Any, keep_graph: bool, make_model: Callable[..., Any], token_ids: Tensor
 ) -> None:
@@ -67,7 +71,13 @@ def test_equal_to_whole_model_autograd(
     found: list[dict[str, Tensor]] = [{} for _ in chain.blocks]
     batches = [chain.prepare(token_ids[rows], mask[rows]) for rows in (slice(0, 2), slice(2, 4))]
     value = block_gradients(
-        chain, lambda b: student[b], batches, found.__setitem__, loss=loss, chunk_size=5, keep_graph=keep_graph
+        chain,
+        lambda b: student[b],
+        batches,
+        found.__setitem__,
+        loss=loss,
+        chunk_size=5,
+        keep_graph=keep_graph,
     )
     eps = torch.finfo(torch.float64).eps
     assert abs(value - expected_loss) <= 64 * eps * max(1.0, abs(expected_loss))
@@ -155,7 +165,9 @@ def test_never_two_blocks_gradients(
 
     def sink(index: int, grads: dict[str, Tensor]) -> None:
         gc.collect()
-        assert not any(reference() is not None for reference in alive), f"block {index}: an earlier gradient lives"
+        assert not any(reference() is not None for reference in alive), (
+            f"block {index}: an earlier gradient lives"
+        )
         alive.extend(weakref.ref(grad) for grad in grads.values())
         order.append(index)
 
@@ -214,7 +226,9 @@ def test_nothing_to_count_is_refused(make_model: Callable[..., Any], token_ids: 
         block_gradients(chain, lambda b: student[b], [batch], lambda b, g: None)
 
 
-def test_non_finite_loss_is_refused_before_any_callback(make_model: Callable[..., Any], token_ids: Tensor) -> None:
+def test_non_finite_loss_is_refused_before_any_callback(
+    make_model: Callable[..., Any], token_ids: Tensor
+) -> None:
     chain = DecoderChain(make_model("llama"))
     student = _student(chain)
     student[1]["mlp.down_proj.weight"][0, 0] = torch.nan

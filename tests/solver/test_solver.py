@@ -44,7 +44,9 @@ def _hard_kl(chain: DecoderChain, grids: Any, codes: dict[str, Tensor], rows: To
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2-bias", "phi3-fused", "gemma2-softcap"])
-def test_better_than_nearest_and_nothing_fractional(architecture: str, make_model: Callable[..., Any]) -> None:
+def test_better_than_nearest_and_nothing_fractional(
+    architecture: str, make_model: Callable[..., Any]
+) -> None:
     chain = _chain(make_model, architecture)
     rows = _rows(chain)
     config = _config()
@@ -122,7 +124,13 @@ def test_section_5_rule(make_model: Callable[..., Any]) -> None:
     rows = _rows(chain)
     kappa = 0.3
     config = _config(
-        grad_clamp=kappa, linear_until=1.0, harden_from=1.0, harden_until=1.0, lr_floor=1.0, iters=80, kl_weight=200.0
+        grad_clamp=kappa,
+        linear_until=1.0,
+        harden_from=1.0,
+        harden_until=1.0,
+        lr_floor=1.0,
+        iters=80,
+        kl_weight=200.0,
     )
     grids = lay_grids(chain, config.grid)
     run = solve(chain, grids, rows, config)

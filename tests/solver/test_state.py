@@ -41,7 +41,12 @@ def test_bytes_per_weight() -> None:
     weight = torch.randn(64, 128)
     grid = place_grid(weight, GridConfig(3, 128))
     scales = 64 * 2
-    for optimizer, small, wide in (("momentum", 3.5, 13), ("lion", 3.5, 13), ("adamw", 4.5, 17), ("sgd", 2.5, 9)):
+    for optimizer, small, wide in (
+        ("momentum", 3.5, 13),
+        ("lion", 3.5, 13),
+        ("adamw", 4.5, 17),
+        ("sgd", 2.5, 9),
+    ):
         for state, per_weight in (("u8", small), ("fp32", wide)):
             held = WeightState("w", grid, weight, None, state=state, optimizer=optimizer)  # type: ignore[arg-type]
             assert held.nbytes == weight.numel() * per_weight + scales, (optimizer, state)
@@ -64,7 +69,9 @@ def test_frac_ref_code_keeps_near_and_on_apart() -> None:
     decoded = decode_frac_ref(pack_frac_ref(values), torch.float32)
     on_grid = (decoded == 0) | (decoded == 1)
     assert on_grid.tolist() == [True, False, False, True, False, False, False, False, False, False]
-    assert (decoded - values.clamp(-0.5, 1.5)).abs().max() <= 1 / 126 + 1.01e-4  # one code and the distance to the grid point
+    assert (
+        decoded - values.clamp(-0.5, 1.5)
+    ).abs().max() <= 1 / 126 + 1.01e-4  # one code and the distance to the grid point
 
 
 def test_pack_nibbles_odd_width() -> None:

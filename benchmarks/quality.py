@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of every rounding method on the same grids: `python benchmarks/quality.py stories260k|sweep|recipe`.
+
+Writes benchmarks/results/<name>.json after every measurement and continues from it, so that it can be stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from discquant import environment
+from discquant.calibration import load_windows
+from discquant.config import GridConfig, QuantizeConfig, SolverConfig, preset
+from discquant.formats.source import open_source
+from discquant.run.directory import served_dtype
+from discquant.solver.chain import DecoderChain
+from discquant.solver.layerwise import layerwise_codes
+from discquant.solver.measure import mean_kl
+from discquant.solver.solve import Solve, TokenRows, lay_grids
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Store:
+    """Rows of one result file, keyed; a row that is there is not measured again."""
+
+    def __init__(self, name: str) -> None:
+        self.path = RESULTS / f"{name}.json"
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            self.rows = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
+
+    def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the row of `key`, measuring it first if it is missing."""
+        for row in self.rows:
+            if row["key"] == key:
+                return row
+        begin = time.perf_counter()
+        row = {"key": key, **run(), "seconds": round(time.perf_counter() - begin, 1)}
+        self.rows.append(row)
+        facts = environment.facts()
+        document = {"versions": facts["versions"], "cpu": facts["cpu"], "threads": torch.get_num_threads()}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({**document, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(row), flush=True)
+        return row
+
+
+@dataclasses.dataclass
+class Bench:
+    """A model with calibration and held-out rows."""
+
+    chain: DecoderChain
+    calibration: TokenRows
+    heldout: TokenRows
+    served: torch.dtype
+
+    def kl(self, grids: Any, codes: dict[str, torch.Tensor]) -> float:
+        """Mean KL of codes on the held-out rows."""
+
+        def weights(index: int) -> dict[str, torch.Tensor]:
+            return {
+                ref.param_name: grids[ref.name].dequantize(codes[ref.name], self.served).float()
+                for ref in self.chain.weights[index]
+            }
+
+        return mean_kl(self.chain, weights, self.heldout.batches(range(len(self.heldout))))
+
+    def layerwise(self, grid: GridConfig, method: str, samples: int, damp: float = 0.1) -> dict[str, Any]:
+        """Measure RTN, GPTQ or greedy."""
+        grids = lay_grids(self.chain, grid)
+        batches = (
+            self.calibration.batches(range(min(samples, len(self.calibration)))) if method != "rtn" else []
+        )
+        codes = layerwise_codes(self.chain, grids, batches, method, damp=damp, served=self.served)  # type: ignore[arg-type]
+        return {"method": method, **dataclasses.asdict(grid), "kl": self.kl(grids, codes), "samples": samples}
+
+    def solve(self, grid: GridConfig, solver: SolverConfig, seed: int = 0) -> dict[str, Any]:
+        """Measure DiscQuant before and after the last rounding."""
+        grids = lay_grids(self.chain, grid)
+        config = QuantizeConfig(grid=grid, solver=solver, seed=seed)
+        run = Solve(self.chain, grids, self.calibration, config, served=self.served)
+        moved = fractional = 0.0
+        while not run.done:
+            record = run.advance()
+            moved, fractional = record.moved, record.fractional
+        soft = mean_kl(self.chain, run.solver.student, self.heldout.batches(range(len(self.heldout))))
+        return {
+            "method": "discquant",
+            "preset": solver.preset,
+            "state": solver.state,
+            **dataclasses.asdict(grid),
+            "iters": solver.iters,
+            "tokens": solver.iters * solver.batch_size * int(self.calibration.input_ids.shape[1]),
+            "seed": seed,
+            "kl": self.kl(grids, run.codes()),
+            "kl_before_rounding": soft,
+            "moved": moved,
+            "fractional": fractional,
+        }
+
+
+def _bench(model: Path, calibration: torch.Tensor, heldout: torch.Tensor, masks: Any = (None, None)) -> Bench:
+    source = open_source(model, dtype=torch.float32)
+    chain = DecoderChain(source.model)
+    rows = [TokenRows(chain, ids, mask, 8) for ids, mask in zip((calibration, heldout), masks, strict=True)]
+    return Bench(chain, rows[0], rows[1], served_dtype(source.config))
+
+
+def stories260k(model: Path) -> None:
+    """The comparison of method.md section 11: 3 bits, symmetric abs-max, group 32, 256 steps of 16 x 256 tokens."""
+    tokens = load_file(model / "tokens.safetensors")
+    bench = _bench(model, tokens["calibration"].long(), tokens["heldout"].long())
+    store = Store("stories260k")
+    grid = GridConfig(3, 32, True, "absmax")
+    for method, samples in (("rtn", 0), ("gptq", 256), ("greedy", 256)):
+        for damp in (0.1, 0.01) if method == "gptq" else (0.1,):
+            store.measure(
+                f"{method} {damp}",
+                lambda m=method, s=samples, d=damp: {**bench.layerwise(grid, m, s, d), "damp": d},
+            )
+    budget = {"iters": 256, "batch_size": 16, "warmup": 32}
+    default = dataclasses.replace(preset("default", grid), **budget)
+    for seed in (0, 1, 2):
+        store.measure(f"default seed {seed}", lambda s=seed: bench.solve(grid, default, s))
+    small = dataclasses.replace(default, state="u8")
+    for seed in (0, 1, 2):
+        store.measure(f"default u8 seed {seed}", lambda s=seed: bench.solve(grid, small, s))
+    paper = dataclasses.replace(preset("paper", grid), **budget)
+    store.measure("paper", lambda: bench.solve(grid, paper))
+    search = GridConfig(3, 32, True, "search")
+    store.measure("search grid, gptq", lambda: bench.layerwise(search, "gptq", 256))
+    store.measure("search grid, default", lambda: bench.solve(search, default))
+
+
+def sweep(iters: int) -> None:
+    """The bundled model at 2, 3 and 4 bits, groups of 32, 64, 128 and whole rows: RTN, GPTQ and DiscQuant."""
+    model = ROOT / "examples" / "tiny_llama"
+    source = open_source(model, dtype=torch.float32)
+    windows = [
+        load_windows(name, source.tokenizer, nsamples=count, seqlen=256, seed=seed, model=source.model)
+        for name, count, seed in (("arithmetic", 512, 0), ("arithmetic:heldout", 64, 1))
+    ]
+    bench = _bench(model, windows[0].input_ids, windows[1].input_ids, (windows[0].mask, windows[1].mask))
+    store = Store("tiny_llama_sweep")
+    for bits in (3, 2, 4):
+        for group_size in (64, 32, 128, -1):
+            grid = GridConfig(bits, group_size, True, "search")
+            name = f"{bits} bits, group {group_size}"
+            store.measure(f"{name}, rtn", lambda g=grid: bench.layerwise(g, "rtn", 0))
+            store.measure(f"{name}, gptq", lambda g=grid: bench.layerwise(g, "gptq", 256))
+            solver = SolverConfig(iters=iters, warmup=max(1, iters // 8))
+            store.measure(f"{name}, discquant", lambda g=grid, s=solver: bench.solve(g, s))
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("stories260k", "sweep"))
+    parser.add_argument("--model", type=Path, help="folder of stories260k (shared test data)")
+    parser.add_argument("--iters", type=int, default=96, help="DiscQuant steps of the sweep")
+    parser.add_argument("--threads", type=int, default=None)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.what == "sweep":
+        sweep(arguments.iters)
+        return
+    shared = environment.variable("DISCQUANT_SHARED")
+    model = arguments.model or Path(shared or ROOT.parent / "shared") / "models" / "stories260k"
+    stories260k(model)
+
+
+if __name__ == "__main__":
+    main()

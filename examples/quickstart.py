@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize the bundled model at 3 bits, compare with RTN and GPTQ on held-out text and problems, generate text.
+
+Run by `make quickstart`; writes build/quickstart/ and prints one table. Everything is offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.evaluation.arithmetic import problems, prompt
+from discquant.evaluation.evaluate import evaluate
+from discquant.generation import stream
+from discquant.progress import ProgressBar
+from discquant.run.pipeline import Events, Pipeline
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE / "tiny_llama"
+METHODS = ("rtn", "gptq", "discquant")
+GRID = GridConfig(bits=3, group_size=64, sym=True, grid="search")
+DATA = DataConfig(dataset="arithmetic", nsamples=512, seqlen=256)
+
+
+def _run(method: str, out: Path) -> float:
+    """Quantize with one method; return the seconds it took."""
+    config = QuantizeConfig(grid=GRID, method=method, solver=SolverConfig(), data=DATA, baselines=())  # type: ignore[arg-type]
+    begin = time.perf_counter()
+    with ProgressBar() as bar:
+        Pipeline(
+            MODEL, out, config, events=Events(phase=bar.phase, step=bar.step, message=bar.message)
+        ).execute()
+    return time.perf_counter() - begin
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _print(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="Bundled model, 3 bits symmetric, groups of 64; held-out text and problems")
+    names = ("", "KL to original", "top-1", "exact answers", "bits/weight", "file MB", "seconds")
+    for index, column in enumerate(names):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['kl_mean']:.4f} ± {row['kl_stderr']:.4f}" if row["kl_mean"] else "0",
+            f"{row['top1']:.2%}",
+            f"{row['exact_match']:.1%}",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['file_bytes'] / 1e6:.2f}",
+            f"{row['seconds']:.0f}" if row["seconds"] else "",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Run everything and write quickstart.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "quickstart")
+    parser.add_argument("--problems", type=int, default=200, help="held-out problems to answer")
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows to measure on")
+    arguments = parser.parse_args()
+    console = Console()
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    seconds = {}
+    for method in METHODS:
+        console.rule(method)
+        seconds[method] = _run(method, arguments.out / method)
+    console.rule("measure")
+    exported = [arguments.out / method / "compressed-tensors" for method in METHODS]
+    found = evaluate(
+        MODEL,
+        [MODEL, *exported],
+        "arithmetic:heldout",
+        nsamples=arguments.windows,
+        seqlen=DATA.seqlen,
+        exact_match_problems=arguments.problems,
+    )
+    rows = [
+        {
+            **row,
+            "method": name,
+            "file_bytes": _file_bytes(folder),
+            "seconds": round(seconds.get(name, 0.0), 1),
+        }
+        for row, name, folder in zip(found, ("original", *METHODS), [MODEL, *exported], strict=True)
+    ]
+    for row in rows:
+        row["path"] = (
+            Path(row["path"]).name if row["method"] == "original" else f"{row['method']}/compressed-tensors"
+        )
+    (arguments.out / "quickstart.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    _print(rows, console)
+    console.rule("generate, from the 3-bit file")
+    question = prompt(problems("heldout", 1, seed=7)[0])
+    console.print(question, highlight=False)
+    stream(exported[-1], question, max_new_tokens=160, temperature=0.0, seed=0)
+    console.print(f"Runs with reports are in {arguments.out}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
