@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile kernels ahead of time, without a GPU, exactly as their launchers would: python -m discquant.triton_kernels.aot.
+"""Compile kernels without a GPU, exactly as their launchers would: python -m discquant.triton_kernels.aot.
 
 The launchers run on meta tensors while `JITFunction.run` only records; each recorded launch is then compiled for every
 target, and registers, spills, shared memory and tensor-core instructions are read from the machine code. Results
@@ -170,7 +170,9 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         limit = SHARED_LIMIT[int(row["target"][3:])]
         if row["shared_bytes"] > limit:
-            found.append(f"{row['case']} {row['target']}: {row['shared_bytes']} B shared memory, limit {limit}")
+            found.append(
+                f"{row['case']} {row['target']}: {row['shared_bytes']} B shared memory, limit {limit}"
+            )
         if row["default"] and row["spill_bytes"]:
             found.append(f"{row['case']} {row['target']}: {row['spill_bytes']} B spilled")
     return found
@@ -178,7 +180,9 @@ def problems(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Command line; the exit status is 1 if a check fails."""
-    parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU and report what they use.")
+    parser = argparse.ArgumentParser(
+        description="Compile the Triton kernels without a GPU and report what they use."
+    )
     parser.add_argument("--cache", type=Path, default=Path("build/aot"), help="where results are kept")
     parser.add_argument("--targets", default="80,90", help="compute capabilities, comma separated")
     parser.add_argument("--all", action="store_true", help="every configuration, not only the default ones")

@@ -66,13 +66,31 @@ _WEIGHTS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
 def _soft_weight_cases() -> Iterator[Case]:
     for name, default, kwargs in _WEIGHTS:
         tail = (4, kwargs.get("group", 64), torch.bfloat16)
-        yield Case(f"soft_weight/{name}", default, soft_weight.soft_weight_fwd, (*_grid(**kwargs), *tail, False, False))
+        yield Case(
+            f"soft_weight/{name}",
+            default,
+            soft_weight.soft_weight_fwd,
+            (*_grid(**kwargs), *tail, False, False),
+        )
     tail = (4, 64, torch.bfloat16)
     yield Case("soft_weight/reference", True, soft_weight.soft_weight_fwd, (*_grid(), *tail, True, False))
     yield Case("soft_weight/transpose", False, soft_weight.soft_weight_fwd, (*_grid(), *tail, False, True))
-    yield Case("soft_weight/f16", False, soft_weight.soft_weight_fwd, (*_grid(), 4, 64, torch.float16, False, False))
-    yield Case("soft_weight/f32", False, soft_weight.soft_weight_fwd, (*_grid(), 4, 64, torch.float32, False, False))
-    double = (_grid()[0], _meta(ROWS, COLS, dtype=torch.float64), *_grid()[2:], 4, 64, torch.float64, False, False)
+    yield Case(
+        "soft_weight/f16", False, soft_weight.soft_weight_fwd, (*_grid(), 4, 64, torch.float16, False, False)
+    )
+    yield Case(
+        "soft_weight/f32", False, soft_weight.soft_weight_fwd, (*_grid(), 4, 64, torch.float32, False, False)
+    )
+    double = (
+        _grid()[0],
+        _meta(ROWS, COLS, dtype=torch.float64),
+        *_grid()[2:],
+        4,
+        64,
+        torch.float64,
+        False,
+        False,
+    )
     yield Case("soft_weight/f64", False, soft_weight.soft_weight_fwd, double)
     for name, table in (("uniform", False), ("table", True)):
         q_down, _, scale, _, levels = _grid(table=table)
@@ -90,7 +108,9 @@ _STORAGE = {  # frac, frac_ref, gradient, first moment, second moment
 _MOMENTS = {"adamw": 2, "momentum": 1, "lion": 1, "sgd": 0}
 
 
-def _state(storage: str, optimizer: str, cols: int = COLS) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def _state(
+    storage: str, optimizer: str, cols: int = COLS
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     tensors = [_meta(ROWS, cols, dtype=dtype) for dtype in _STORAGE[storage]]
     first = tensors[3] if _MOMENTS[optimizer] >= 1 else None
     return tensors[0], tensors[1], tensors[2], first, tensors[4] if _MOMENTS[optimizer] == 2 else None
@@ -102,7 +122,10 @@ def _projected_step_cases() -> Iterator[Case]:
         for storage in _STORAGE:
             for group in (64, 32, 96) if (optimizer, storage) == ("momentum", "8bit") else (64,):
                 frac, ref, grad, first, second = _state(storage, optimizer)
-                default = storage in ("8bit", "8bit-f32grad") and optimizer != "sgd" or (optimizer, storage) == ("adamw", "f32")
+                default = (storage in ("8bit", "8bit-f32grad") and optimizer != "sgd") or (
+                    optimizer,
+                    storage,
+                ) == ("adamw", "f32")
                 scale = _meta(ROWS, -(-COLS // group), dtype=torch.bfloat16)
                 arguments = (frac, ref, grad, scale, first, second, group, optimizer, scalars, keys)
                 yield Case(f"projected_step/{optimizer}-{storage}-g{group}", default and group != 96,
@@ -112,7 +135,10 @@ def _projected_step_cases() -> Iterator[Case]:
             if (optimizer, tile) == ("adamw", "square"):
                 continue  # the op takes `compact` for two moments
             frac, ref, _, first, second = _state("8bit", optimizer)
-            activations = (_meta(TOKENS, ROWS, dtype=torch.bfloat16), _meta(TOKENS, COLS, dtype=torch.bfloat16))
+            activations = (
+                _meta(TOKENS, ROWS, dtype=torch.bfloat16),
+                _meta(TOKENS, COLS, dtype=torch.bfloat16),
+            )
             scale = _meta(ROWS, COLS // 64, dtype=torch.bfloat16)
             arguments = (*activations, frac, ref, scale, first, second, 64, optimizer, scalars, keys, config)
             yield Case(f"soft_linear_step/{optimizer}-{tile}", optimizer != "sgd", soft_linear.soft_linear_step,
@@ -123,7 +149,7 @@ def _soft_linear_cases() -> Iterator[Case]:
     y, x = _meta(TOKENS, ROWS, dtype=torch.bfloat16), _meta(TOKENS, COLS, dtype=torch.bfloat16)
     for tile, config in soft_linear.CONFIGS.items():
         minimum = 90 if tile == "wide" else 80
-        for name, listed, kwargs in _WEIGHTS:
+        for name, _, kwargs in _WEIGHTS:
             if "ragged" in name or (tile != "deep" and name != "u8-g64"):
                 continue
             q_down, frac, scale, zero, table = _grid(**kwargs)
@@ -168,7 +194,9 @@ def _hadamard_cases() -> Iterator[Case]:
         signs, matrix = _meta(size, dtype=torch.int8), _meta(order, order, dtype=torch.int8)
         for inverse in (False, True):
             name = f"hadamard/{size}{'-inverse' if inverse else ''}"
-            yield Case(name, size != 32768 and not inverse, hadamard.hadamard_fwd, (x, signs, matrix, inverse))
+            yield Case(
+                name, size != 32768 and not inverse, hadamard.hadamard_fwd, (x, signs, matrix, inverse)
+            )
 
 
 def cases() -> Iterator[Case]:

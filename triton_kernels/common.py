@@ -125,14 +125,18 @@ def load_grouped(
     elif MODE == SEVERAL:
         groups = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
         mask = mask_m[:, None] & (groups * GROUP < in_features)[None, :]
-        value = tl.load(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask=mask, other=0).to(ACC)
+        value = tl.load(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask=mask, other=0).to(
+            ACC
+        )
         wide = tl.broadcast_to(value[:, :, None], (BLOCK_M, BLOCK_K // GROUP, GROUP))
         return tl.reshape(wide, (BLOCK_M, BLOCK_K))
     else:
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask = mask_m[:, None] & (offs_k < in_features)[None, :]
         groups = offs_k // GROUP
-        return tl.load(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask=mask, other=0).to(ACC)
+        return tl.load(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask=mask, other=0).to(
+            ACC
+        )
 
 
 @triton.jit

@@ -30,7 +30,9 @@ def _hadamard_run_kernel(
     place = runs[:, None] * RUN + offs[None, :]
     values = tl.load(x_ptr + place, mask=mask, other=0).to(ACC)
     if HAS_SIGNS:
-        signs = tl.load(signs_ptr + (runs % runs_per_row)[:, None] * RUN + offs[None, :], mask=mask, other=0).to(ACC)
+        signs = tl.load(
+            signs_ptr + (runs % runs_per_row)[:, None] * RUN + offs[None, :], mask=mask, other=0
+        ).to(ACC)
         if SIGNS_FIRST:
             values = values * signs
     for stage in tl.static_range(STAGES):
@@ -56,7 +58,9 @@ def _hadamard_mix_kernel(
     acc = tl.zeros((PADDED, BLOCK_C), ACC)
     for k in range(ORDER):
         value = tl.load(x_ptr + (row * ORDER + k) * run + offs_c, mask=mask_c, other=0).to(ACC)
-        column = tl.load(matrix_ptr + offs_k * stride_row + k * stride_col, mask=offs_k < ORDER, other=0).to(ACC)
+        column = tl.load(matrix_ptr + offs_k * stride_row + k * stride_col, mask=offs_k < ORDER, other=0).to(
+            ACC
+        )
         acc += column[:, None] * value[None, :]
     out = out_ptr + (row * ORDER + offs_k[:, None]) * run + offs_c[None, :]
     mask = (offs_k < ORDER)[:, None] & mask_c[None, :]

@@ -54,8 +54,12 @@ def _linear_kl_fwd_kernel(
         bias = tl.zeros((BLOCK_V,), ACC)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + offs, mask=inside, other=0).to(ACC)
-        z_s, _ = _cap(tl.load(student_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP)
-        z_t, _ = _cap(tl.load(teacher_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP)
+        z_s, _ = _cap(
+            tl.load(student_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP
+        )
+        z_t, _ = _cap(
+            tl.load(teacher_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP
+        )
         z_s = tl.where(offs < vocab_size, z_s, float("-inf"))
         z_t = tl.where(offs < vocab_size, z_t, float("-inf"))
         new_s = tl.maximum(max_s, tl.max(z_s, axis=0))
@@ -75,8 +79,12 @@ def _linear_kl_fwd_kernel(
         bias = tl.zeros((BLOCK_V,), ACC)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + offs, mask=inside, other=0).to(ACC)
-        z_s, slope = _cap(tl.load(student_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP)
-        z_t, _ = _cap(tl.load(teacher_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP)
+        z_s, slope = _cap(
+            tl.load(student_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP
+        )
+        z_t, _ = _cap(
+            tl.load(teacher_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP
+        )
         log_q = z_s - lse_s
         log_p = z_t - lse_t
         p = tl.exp(log_p)

@@ -38,7 +38,18 @@ def _projected_step_kernel(
     mask = mask_m[:, None] & (offs_k < in_features)[None, :]
     grad = tl.load(grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk, mask=mask, other=0)
     step = load_grouped(
-        scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, tl.float32, BLOCK_M, BLOCK_K, MODE, GROUP
+        scale_ptr,
+        stride_sm,
+        stride_sg,
+        offs_m,
+        mask_m,
+        k0,
+        in_features,
+        tl.float32,
+        BLOCK_M,
+        BLOCK_K,
+        MODE,
+        GROUP,
     )
     index = (offs_m[:, None] * in_features + offs_k[None, :] + first_index).to(tl.uint32)
     slot = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % SLOTS

@@ -71,9 +71,22 @@ def _weight_tile(
     zero = ZERO
     if HAS_ZERO:
         zero = load_grouped(
-            zero_ptr, stride_zm, stride_zg, offs_n, mask_n, k0, in_features, ACC, BLOCK_N, BLOCK_K, MODE, GROUP
+            zero_ptr,
+            stride_zm,
+            stride_zg,
+            offs_n,
+            mask_n,
+            k0,
+            in_features,
+            ACC,
+            BLOCK_N,
+            BLOCK_K,
+            MODE,
+            GROUP,
         )
-    return interpolate(q, decode_position(code, KIND, ACC, True), step, zero, table_ptr, HAS_TABLE, LEVELS, ACC)
+    return interpolate(
+        q, decode_position(code, KIND, ACC, True), step, zero, table_ptr, HAS_TABLE, LEVELS, ACC
+    )
 
 
 @triton.jit
@@ -184,12 +197,18 @@ def _soft_linear_dfrac_kernel(
         scale_ptr, stride_sm, stride_sg, offs_n, mask_n, k0, in_features, ACC, BLOCK_M, BLOCK_N, MODE, GROUP
     )
     if HAS_TABLE:
-        index = load_codes(q_ptr, stride_qm, stride_qk, offs_n, mask_n, k0, in_features, BLOCK_N, PACKED).to(tl.int32)
+        index = load_codes(q_ptr, stride_qm, stride_qk, offs_n, mask_n, k0, in_features, BLOCK_N, PACKED).to(
+            tl.int32
+        )
         lower = tl.load(table_ptr + index).to(ACC)
         slope = slope * (tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC) - lower)
     offs_k = k0 + tl.arange(0, BLOCK_N)
     out = out_ptr + offs_n[:, None] * stride_om + offs_k[None, :] * stride_ok
-    tl.store(out, (acc * slope).to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_k < in_features)[None, :])
+    tl.store(
+        out,
+        (acc * slope).to(out_ptr.dtype.element_ty),
+        mask=mask_n[:, None] & (offs_k < in_features)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=KEYS)
@@ -246,11 +265,11 @@ def _weight_arguments(
     """Strides and constants that the forward and the dX kernel share."""
     zero = scale if zero_point is None else zero_point
     strides = [*q_down.stride(), *frac.stride(), *scale.stride(), *zero.stride()]
-    constants = dict(
-        ZERO=0.0 if table is not None else float(2 ** (num_bits - 1)), LEVELS=2**num_bits,
-        KIND=frac_kind(frac.dtype, is_reference), PACKED=q_down.shape[1] != frac.shape[1],
-        HAS_ZERO=zero_point is not None, HAS_TABLE=table is not None,
-    )  # fmt: skip
+    constants = {
+        "ZERO": 0.0 if table is not None else float(2 ** (num_bits - 1)), "LEVELS": 2**num_bits,
+        "KIND": frac_kind(frac.dtype, is_reference), "PACKED": q_down.shape[1] != frac.shape[1],
+        "HAS_ZERO": zero_point is not None, "HAS_TABLE": table is not None,
+    }  # fmt: skip
     return strides, constants
 
 

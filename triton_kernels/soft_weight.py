@@ -46,7 +46,18 @@ def _soft_weight_fwd_kernel(
     zero = ZERO
     if HAS_ZERO:
         zero = load_grouped(
-            zero_ptr, stride_zm, stride_zg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
+            zero_ptr,
+            stride_zm,
+            stride_zg,
+            offs_m,
+            mask_m,
+            k0,
+            in_features,
+            ACC,
+            BLOCK_M,
+            BLOCK_K,
+            MODE,
+            GROUP,
         )
     position = decode_position(code, KIND, ACC)
     weight = interpolate(q, position, step, zero, table_ptr, HAS_TABLE, LEVELS, ACC)
@@ -67,12 +78,16 @@ def _soft_weight_bwd_kernel(
     offs_k = k0 + tl.arange(0, BLOCK_K)
     mask_m = offs_m < out_features
     mask = mask_m[:, None] & (offs_k < in_features)[None, :]
-    grad = tl.load(grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk, mask=mask, other=0).to(ACC)
+    grad = tl.load(
+        grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk, mask=mask, other=0
+    ).to(ACC)
     slope = load_grouped(
         scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
     )
     if HAS_TABLE:
-        index = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED).to(tl.int32)
+        index = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED).to(
+            tl.int32
+        )
         lower = tl.load(table_ptr + index).to(ACC)
         slope = slope * (tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC) - lower)
     out = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok

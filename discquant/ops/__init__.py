@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from discquant.ops.hadamard import hadamard
+from discquant.ops.linear_kl import linear_kl
+from discquant.ops.projected_step import projected_step_, projected_step_deferred_
 from discquant.ops.reference.linear_kl import LinearKLResult
 from discquant.ops.reference.projected_step import (
     StepCounts,
@@ -11,9 +14,6 @@ from discquant.ops.reference.projected_step import (
     encode_frac_ref,
 )
 from discquant.ops.reference.soft_weight import decode_frac, expand_groups, unpack_nibbles
-from discquant.ops.hadamard import hadamard
-from discquant.ops.linear_kl import linear_kl
-from discquant.ops.projected_step import projected_step_, projected_step_deferred_
 from discquant.ops.soft_linear import soft_linear, soft_linear_step_
 from discquant.ops.soft_weight import soft_weight
 

@@ -58,7 +58,9 @@ def cpp_problem(device: torch.device, operator: str) -> str | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"discquant::{operator}", "CPU"):
         # The check comes first because loading is slow the first time and never needed the second.
         reason = _extension.failure()
-        if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"discquant::{operator}", "CPU"):
+        if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"discquant::{operator}", "CPU"
+        ):
             reason = f"the extension was built without {operator}; build it again"
         return reason
     return None
@@ -95,6 +97,11 @@ def choose(
     return impl
 
 
+def differentiable(function: Any, *args: Any) -> Any:
+    """function.apply(*args), which torch leaves untyped."""
+    return function.apply(*args)
+
+
 def require(condition: bool, op: str, argument: str, contract: str, expected: object, actual: object) -> None:
     """Raise ValueError in the format of all ops unless `condition` holds."""
     if not condition:
@@ -126,7 +133,9 @@ def require_grid(
 ) -> None:  # fmt: skip
     """Check the tensors that describe a grid for a weight of `shape` = [out_features, in_features]."""
     rows, cols = shape
-    require(isinstance(num_bits, int) and 2 <= num_bits <= 8, op, "num_bits", "be an integer in", "2..8", num_bits)
+    require(
+        isinstance(num_bits, int) and 2 <= num_bits <= 8, op, "num_bits", "be an integer in", "2..8", num_bits
+    )
     require(group_size == -1 or group_size > 0, op, "group_size", "be positive or", -1, group_size)
     require_dtype(op, "q_down", q_down, (torch.uint8,))
     widths = [cols, (cols + 1) // 2]
@@ -139,7 +148,14 @@ def require_grid(
     require_groups(op, scale, "scale", shape, group_size)
     require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
     if zero_point is not None:
-        require(zero_point.shape == scale.shape, op, "zero_point", "have the shape of scale", scale.shape, zero_point.shape)
+        require(
+            zero_point.shape == scale.shape,
+            op,
+            "zero_point",
+            "have the shape of scale",
+            scale.shape,
+            zero_point.shape,
+        )
     if table is not None:
         require(table.shape == (2**num_bits,), op, "table", "have shape", [2**num_bits], table.shape)
         require(zero_point is None, op, "zero_point", "with a table be", None, "a Tensor")
@@ -151,7 +167,14 @@ def require_groups(op: str, per_group: Tensor, name: str, shape: Sequence[int], 
     """Check a [out_features, num_groups] tensor."""
     rows, cols = shape
     groups = 1 if group_size == -1 else max(1, -(-cols // group_size))
-    require(per_group.shape == (rows, groups), op, name, "have shape [out_features, num_groups]", [rows, groups], per_group.shape)
+    require(
+        per_group.shape == (rows, groups),
+        op,
+        name,
+        "have shape [out_features, num_groups]",
+        [rows, groups],
+        per_group.shape,
+    )
 
 
 def _show(value: object) -> object:

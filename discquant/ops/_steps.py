@@ -61,7 +61,12 @@ def launch_arguments(
         "first_unit": moment_bound / 127, "first_inverse": 127 / moment_bound,
         "second_unit": moment_bound / 255, "second_inverse": 255 / moment_bound,
     }  # fmt: skip
-    keys = {"frac_key": frac_key, "first_key": first_key, "second_key": second_key, "first_index": first_index}
+    keys = {
+        "frac_key": frac_key,
+        "first_key": first_key,
+        "second_key": second_key,
+        "first_index": first_index,
+    }
     assert tuple(scalars) == SCALARS
     return optimizer, scalars, keys
 
@@ -71,22 +76,30 @@ def check_state(
     group_size: int, options: StepOptions,
 ) -> None:  # fmt: skip
     """Validate the state and the scalars of a step."""
-    registry.require_tensors(op, frac=frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment)
+    registry.require_tensors(
+        op, frac=frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment
+    )
     if not isinstance(options, StepOptions):
         raise TypeError(f"{op}: options must be of type = StepOptions, got {type(options).__name__}")
     registry.require(frac.dim() == 2, op, "frac", "have shape", "[out_features, in_features]", frac.shape)
     registry.require_dtype(op, "frac", frac, FRAC_DTYPES)
     registry.require_dtype(op, "frac_ref", frac_ref, FRAC_REF_DTYPES)
-    registry.require(frac_ref.shape == frac.shape, op, "frac_ref", "have the shape of frac", frac.shape, frac_ref.shape)
+    registry.require(
+        frac_ref.shape == frac.shape, op, "frac_ref", "have the shape of frac", frac.shape, frac_ref.shape
+    )
     registry.require(group_size == -1 or group_size > 0, op, "group_size", "be positive or", -1, group_size)
     registry.require_groups(op, scale, "scale", frac.shape, group_size)
     registry.require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
-    registry.require(options.optimizer in OPTIMIZERS, op, "optimizer", "be one of", OPTIMIZERS, options.optimizer)
+    registry.require(
+        options.optimizer in OPTIMIZERS, op, "optimizer", "be one of", OPTIMIZERS, options.optimizer
+    )
     registry.require(options.step >= 1, op, "step", "be at least", 1, options.step)
     registry.require(options.moment_bound > 0, op, "moment_bound", "be above", 0, options.moment_bound)
     registry.require(options.grad_clamp >= 0, op, "grad_clamp", "be at least", 0, options.grad_clamp)
     last = options.first_index + frac.numel()
-    registry.require(0 <= options.first_index and last <= 2**32, op, "first_index", "keep indices in", "[0, 2^32)", last)
+    registry.require(
+        0 <= options.first_index and last <= 2**32, op, "first_index", "keep indices in", "[0, 2^32)", last
+    )
     for name, value in zip(("lr", "kl_weight", "linear_weight", "hardening"), (
         options.lr, options.kl_weight, options.linear_weight, options.hardening,
     ), strict=True):  # fmt: skip
@@ -99,6 +112,10 @@ def check_state(
         if moment is None:
             registry.require(not needed, op, name, f"for {options.optimizer} be", "a Tensor", None)
             continue
-        registry.require(moment.shape == frac.shape, op, name, "have the shape of frac", frac.shape, moment.shape)
+        registry.require(
+            moment.shape == frac.shape, op, name, "have the shape of frac", frac.shape, moment.shape
+        )
         registry.require_dtype(op, name, moment, (torch.float64, *_FLOATS, code))
-    registry.require_device(op, frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment)
+    registry.require_device(
+        op, frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment
+    )

@@ -23,11 +23,15 @@ def check(
     registry.require(frac.dim() == 2, op, "frac", "have shape", "[out_features, in_features]", frac.shape)
     registry.require_dtype(op, "frac", frac, FRAC_DTYPES)
     if is_reference:
-        registry.require(frac.dtype != torch.uint16, op, "frac", "as frac_ref not have dtype", torch.uint16, frac.dtype)
+        registry.require(
+            frac.dtype != torch.uint16, op, "frac", "as frac_ref not have dtype", torch.uint16, frac.dtype
+        )
     registry.require_grid(op, q_down, scale, zero_point, table, frac.shape, num_bits, group_size)
     registry.require_device(op, q_down, frac=frac)
     weight_dtype = scale.dtype if dtype is None else dtype
-    registry.require(weight_dtype in WEIGHT_DTYPES, op, "dtype", "be one of", list(WEIGHT_DTYPES), weight_dtype)
+    registry.require(
+        weight_dtype in WEIGHT_DTYPES, op, "dtype", "be one of", list(WEIGHT_DTYPES), weight_dtype
+    )
     for name, tensor in (("scale", scale), ("table", table)):
         if tensor is not None and tensor.requires_grad:
             raise NotImplementedError(f"{op}: {name} must be a constant = requires_grad False, got True")
@@ -41,6 +45,13 @@ def reference_weight(
     """The reference with this op's two additions: `frac_ref` codes and a transposed result."""
     position = decode_frac_ref(frac, reference.accumulate_dtype(frac, scale)) if is_reference else frac
     weight = reference.soft_weight(
-        q_down, position, scale, zero_point, num_bits=num_bits, group_size=group_size, table=table, dtype=dtype
+        q_down,
+        position,
+        scale,
+        zero_point,
+        num_bits=num_bits,
+        group_size=group_size,
+        table=table,
+        dtype=dtype,
     )
     return weight.t().contiguous() if transpose else weight

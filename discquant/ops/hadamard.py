@@ -33,7 +33,9 @@ def _fake(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
 def _launch(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     flips = None if signs is None else signs.contiguous()
-    out: Tensor = registry.triton_module("hadamard").hadamard_fwd(flat, flips, _matrix(x.shape[-1], x.device), inverse)
+    out: Tensor = registry.triton_module("hadamard").hadamard_fwd(
+        flat, flips, _matrix(x.shape[-1], x.device), inverse
+    )
     return out.reshape(x.shape)
 
 
@@ -86,14 +88,18 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, i
     registry.require_dtype(_OP, "x", x, _DTYPES)
     registry.require(x.dim() >= 1, _OP, "x", "have at least dimensions", 1, x.dim())
     factors = factor(x.shape[-1])
-    registry.require(factors is not None, _OP, "x", "have a last dimension with a known matrix", "K * 2^m", x.shape)
+    registry.require(
+        factors is not None, _OP, "x", "have a last dimension with a known matrix", "K * 2^m", x.shape
+    )
     if signs is not None:
-        registry.require(signs.shape == x.shape[-1:], _OP, "signs", "have shape", list(x.shape[-1:]), signs.shape)
+        registry.require(
+            signs.shape == x.shape[-1:], _OP, "signs", "have shape", list(x.shape[-1:]), signs.shape
+        )
         registry.require_dtype(_OP, "signs", signs, (torch.int8, *_DTYPES))
         registry.require_device(_OP, x, signs=signs)
     assert factors is not None
     unsupported = f"a power-of-two part of {factors[1]}" if factors[1] > _MAX_RUN else None
     if registry.choose(_OP, impl, x.device, triton=unsupported) == "reference":
         return reference.hadamard(x, signs, _matrix(x.shape[-1], x.device), inverse).contiguous()
-    out: Tensor = HadamardFunction.apply(x, signs, inverse)
+    out: Tensor = registry.differentiable(HadamardFunction, x, signs, inverse)
     return out

@@ -36,7 +36,7 @@ def _quadratic_characters(p: int, degree: int) -> Tensor:
     index = torch.arange(p**degree)
     if degree == 1:
         return chi[(index[:, None] - index[None, :]) % p]
-    # Elements u + v sqrt(d), d no square: such an element is a square where its norm u^2 - d v^2 is one in the prime field.
+    # Elements u + v sqrt(d), d no square: one is a square where its norm u^2 - d v^2 is a square of the prime field.
     d = next(i for i in range(2, p) if chi[i] == -1)
     u, v = index // p, index % p
     norm = (u[:, None] - u[None, :]) ** 2 - d * (v[:, None] - v[None, :]) ** 2
@@ -80,7 +80,7 @@ def _williamson(order: int) -> Tensor | None:
 
 @functools.cache
 def hadamard_matrix(order: int) -> Tensor | None:
-    """Hadamard matrix of an order that is no power of two, int8 of +1 and -1, or None if no construction is known here."""
+    """Hadamard matrix of an order that is no power of two, int8; None if no construction is known here."""
     if order == 1:
         return torch.ones(1, 1, dtype=torch.int8)
     matrix = _paley(order) if order > 2 else None

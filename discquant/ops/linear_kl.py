@@ -83,20 +83,40 @@ def _check(
     normalizer: float | None, logit_scale: float, softcap: float | None, chunk_size: int,
 ) -> None:  # fmt: skip
     registry.require_tensors(_OP, student=student, teacher=teacher, weight=weight, bias=bias, mask=mask)
-    registry.require(student.dim() == 2, _OP, "student", "have shape", "[num_tokens, hidden_size]", student.shape)
+    registry.require(
+        student.dim() == 2, _OP, "student", "have shape", "[num_tokens, hidden_size]", student.shape
+    )
     registry.require_dtype(_OP, "student", student, _DTYPES)
     registry.require_dtype(_OP, "weight", weight, _DTYPES)
-    registry.require(teacher.shape == student.shape, _OP, "teacher", "have the shape of student", student.shape, teacher.shape)
-    registry.require(teacher.dtype == student.dtype, _OP, "teacher", "have the dtype of student", student.dtype, teacher.dtype)
+    registry.require(
+        teacher.shape == student.shape,
+        _OP,
+        "teacher",
+        "have the shape of student",
+        student.shape,
+        teacher.shape,
+    )
+    registry.require(
+        teacher.dtype == student.dtype,
+        _OP,
+        "teacher",
+        "have the dtype of student",
+        student.dtype,
+        teacher.dtype,
+    )
     registry.require(
         weight.dim() == 2 and weight.shape[1] == student.shape[1],
         _OP, "weight", "have shape [vocab_size, hidden_size]", ["vocab_size", student.shape[1]], weight.shape,
     )  # fmt: skip
     registry.require(weight.shape[0] > 0, _OP, "weight", "have vocab_size at least", 1, weight.shape[0])
     if bias is not None:
-        registry.require(bias.shape == weight.shape[:1], _OP, "bias", "have shape", list(weight.shape[:1]), bias.shape)
+        registry.require(
+            bias.shape == weight.shape[:1], _OP, "bias", "have shape", list(weight.shape[:1]), bias.shape
+        )
     if mask is not None:
-        registry.require(mask.shape == student.shape[:1], _OP, "mask", "have shape", list(student.shape[:1]), mask.shape)
+        registry.require(
+            mask.shape == student.shape[:1], _OP, "mask", "have shape", list(student.shape[:1]), mask.shape
+        )
         registry.require_dtype(_OP, "mask", mask, (torch.bool,))
     registry.require(chunk_size >= 1, _OP, "chunk_size", "be at least", 1, chunk_size)
     registry.require(normalizer is None or normalizer >= 0, _OP, "normalizer", "be at least", 0, normalizer)
@@ -161,6 +181,6 @@ def linear_kl(
     use_triton = registry.choose(_OP, impl, student.device) == "triton"
     args = (student, teacher, weight, bias, mask, normalizer, logit_scale, softcap, chunk_size, use_triton)
     if student.requires_grad and torch.is_grad_enabled():
-        return LinearKLResult(*LinearKLFunction.apply(*args))
+        return LinearKLResult(*registry.differentiable(LinearKLFunction, *args))
     with torch.no_grad():
         return LinearKLResult(*run(*args))

@@ -75,13 +75,22 @@ def _run(
     check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
     registry.require_tensors(_OP, weight_grad=weight_grad)
     registry.require_dtype(_OP, "weight_grad", weight_grad, GRADIENT_DTYPES)
-    registry.require(weight_grad.shape == frac.shape, _OP, "weight_grad", "have the shape of frac", frac.shape, weight_grad.shape)
+    registry.require(
+        weight_grad.shape == frac.shape,
+        _OP,
+        "weight_grad",
+        "have the shape of frac",
+        frac.shape,
+        weight_grad.shape,
+    )
     registry.require_device(_OP, frac, weight_grad=weight_grad)
     tensors = (frac, frac_ref, weight_grad, scale, momentum, second_moment)
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     unsupported = "float64, which only the reference computes in" if double else None
     cpp = unsupported or _cpp_problem(tensors)
-    chosen = registry.choose(_OP, impl, frac.device, triton=unsupported, cpp=cpp, cpp_operator="projected_step_cpp_")
+    chosen = registry.choose(
+        _OP, impl, frac.device, triton=unsupported, cpp=cpp, cpp_operator="projected_step_cpp_"
+    )
     if chosen == "reference":
         return reference.projected_step_(
             frac, frac_ref, weight_grad, scale, group_size=group_size, options=options,
@@ -92,11 +101,15 @@ def _run(
     first = None if options.optimizer == "sgd" else momentum
     second = second_moment if options.optimizer == "adamw" else None
     with torch.no_grad():
-        return operator(frac, frac_ref, weight_grad, scale, first, second, group_size, *flatten_options(options))
+        return operator(
+            frac, frac_ref, weight_grad, scale, first, second, group_size, *flatten_options(options)
+        )
 
 
 def _cpp_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
-    for name, tensor in zip(("frac", "frac_ref", "weight_grad", "scale", "momentum", "second_moment"), tensors, strict=True):
+    for name, tensor in zip(
+        ("frac", "frac_ref", "weight_grad", "scale", "momentum", "second_moment"), tensors, strict=True
+    ):
         if tensor is not None and tensor.dtype == torch.float16:
             return f"{name} in float16"
         if tensor is not None and not tensor.is_contiguous():

@@ -33,7 +33,7 @@ def rule(device: torch.device, stage: str, tokens: int) -> tuple[str, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         exact, family = f"sm_{major}{minor}", f"sm_{major}0"
-        # A consumer card of the same family has less shared memory: only its own measurement makes it leave the default.
+        # A consumer card of the same family has less shared memory: it keeps the default until it is measured.
         key = exact if exact in RULES else family if minor == 0 and family in RULES else "default"
     strategy, tile = next((s, t) for bound, s, t in RULES[key][stage] if tokens < bound)
     return strategy, tile
@@ -188,10 +188,21 @@ class SoftLinearFunction(torch.autograd.Function):
         dx = dfrac = dbias = None
         if ctx.needs_input_grad[0]:
             dx = _dx_op(
-                grad_output, q_down, frac, scale, zero_point, table, num_bits, group_size, is_reference, strategy
+                grad_output,
+                q_down,
+                frac,
+                scale,
+                zero_point,
+                table,
+                num_bits,
+                group_size,
+                is_reference,
+                strategy,
             )
         if ctx.needs_input_grad[2]:
-            dfrac = _dfrac_op(grad_output, x, q_down, scale, table, num_bits, group_size, frac.dtype, strategy)
+            dfrac = _dfrac_op(
+                grad_output, x, q_down, scale, table, num_bits, group_size, frac.dtype, strategy
+            )
         if ctx.needs_input_grad[6]:
             dbias = grad_output.sum(dim=0, dtype=accumulate_dtype(grad_output)).to(bias_dtype)
         return (dx, None, dfrac, None, None, None, dbias, None, None, None, None)
@@ -258,16 +269,37 @@ def soft_linear(
     registry.require_tensors(_OP, bias=bias)
     registry.require_device(_OP, q_down, x=x, bias=bias)
     if bias is not None:
-        registry.require(bias.shape == frac.shape[:1], _OP, "bias", "have shape", list(frac.shape[:1]), bias.shape)
+        registry.require(
+            bias.shape == frac.shape[:1], _OP, "bias", "have shape", list(frac.shape[:1]), bias.shape
+        )
     registry.require(strategy in STRATEGIES, _OP, "strategy", "be one of", STRATEGIES, strategy)
     if registry.choose(_OP, impl, x.device) == "reference":
         position = decode_frac_ref(frac, accumulate_dtype(frac, scale)) if is_reference else frac
         return reference.soft_linear(
-            x, q_down, position, scale, zero_point, bias, num_bits=num_bits, group_size=group_size, table=table
+            x,
+            q_down,
+            position,
+            scale,
+            zero_point,
+            bias,
+            num_bits=num_bits,
+            group_size=group_size,
+            table=table,
         )
     flat = x.reshape(-1, x.shape[-1])
-    y: Tensor = SoftLinearFunction.apply(
-        flat, q_down, frac, scale, zero_point, table, bias, num_bits, group_size, is_reference, strategy
+    y: Tensor = registry.differentiable(
+        SoftLinearFunction,
+        flat,
+        q_down,
+        frac,
+        scale,
+        zero_point,
+        table,
+        bias,
+        num_bits,
+        group_size,
+        is_reference,
+        strategy,
     )
     return y.reshape(*x.shape[:-1], frac.shape[0])
 
@@ -318,9 +350,16 @@ def soft_linear_step_(
     check_state(op, frac, frac_ref, scale, momentum, second_moment, group_size, options)
     _check_x(op, "grad_output", grad_output, frac.shape[0])
     _check_x(op, "x", x, frac.shape[1])
-    registry.require(x.dtype == grad_output.dtype, op, "x", "have the dtype of grad_output", grad_output.dtype, x.dtype)
     registry.require(
-        x.shape[:-1] == grad_output.shape[:-1], op, "x", "have the tokens of grad_output", grad_output.shape[:-1], x.shape
+        x.dtype == grad_output.dtype, op, "x", "have the dtype of grad_output", grad_output.dtype, x.dtype
+    )
+    registry.require(
+        x.shape[:-1] == grad_output.shape[:-1],
+        op,
+        "x",
+        "have the tokens of grad_output",
+        grad_output.shape[:-1],
+        x.shape,
     )
     registry.require_device(op, frac, x=x, grad_output=grad_output)
     tensors = (grad_output, x, frac, frac_ref, scale, momentum, second_moment)
@@ -337,5 +376,7 @@ def soft_linear_step_(
     first = None if options.optimizer == "sgd" else momentum
     second = second_moment if options.optimizer == "adamw" else None
     with torch.no_grad():
-        counts = _step_op(flat_y, flat_x, frac, frac_ref, scale, first, second, group_size, *flatten_options(options))
+        counts = _step_op(
+            flat_y, flat_x, frac, frac_ref, scale, first, second, group_size, *flatten_options(options)
+        )
     return StepCounts(*counts.tolist())

@@ -88,7 +88,12 @@ class SoftWeightFunction(torch.autograd.Function):
 
 
 def _cpp_problem(
-    q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, dtype: torch.dtype
+    q_down: Tensor,
+    frac: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    table: Tensor | None,
+    dtype: torch.dtype,
 ) -> str | None:
     """Say what of these arguments the C++ kernel does not cover, or None."""
     if frac.requires_grad and torch.is_grad_enabled():
@@ -162,15 +167,28 @@ def soft_weight(
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.
     """
-    weight_dtype = check(_OP, q_down, frac, scale, zero_point, table, num_bits, group_size, dtype, is_reference)
+    weight_dtype = check(
+        _OP, q_down, frac, scale, zero_point, table, num_bits, group_size, dtype, is_reference
+    )
     cpp = _cpp_problem(q_down, frac, scale, zero_point, table, weight_dtype)
     chosen = registry.choose(_OP, impl, frac.device, cpp=cpp, cpp_operator="soft_weight_cpp_")
-    args = (q_down, frac, scale, zero_point, table, num_bits, group_size, weight_dtype, is_reference, transpose)
+    args = (
+        q_down,
+        frac,
+        scale,
+        zero_point,
+        table,
+        num_bits,
+        group_size,
+        weight_dtype,
+        is_reference,
+        transpose,
+    )
     if chosen == "reference":
         return reference_weight(*args)
     out: Tensor
     if chosen == "triton":
-        out = SoftWeightFunction.apply(*args)
+        out = registry.differentiable(SoftWeightFunction, *args)
         return out
     out = _fake(*args)
     _cpp_op(out, q_down, frac, scale, zero_point, table, num_bits, group_size, is_reference, transpose)

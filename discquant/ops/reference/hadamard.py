@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def hadamard(x: Tensor, signs: Tensor | None, matrix: Tensor, inverse: bool) -> 
     values = sylvester(values.reshape(*x.shape[:-1], order, size // order))
     mix = matrix.to(compute)
     values = (mix.t() if inverse else mix) @ values
-    values = values.reshape(x.shape) * size**-0.5
+    values = values.reshape(x.shape) * (1 / math.sqrt(size))
     if flips is not None and inverse:
         values = values * flips
     return values.to(x.dtype)

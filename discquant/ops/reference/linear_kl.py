@@ -69,9 +69,7 @@ def linear_kl(
     """
     compute = accumulate_dtype(student, weight)
     num_tokens = student.shape[0]
-    counted = (
-        torch.ones(num_tokens, dtype=torch.bool, device=student.device) if mask is None else mask
-    )
+    counted = torch.ones(num_tokens, dtype=torch.bool, device=student.device) if mask is None else mask
     divisor = float(counted.sum()) if normalizer is None else float(normalizer)
     per_token = student.new_zeros(num_tokens, dtype=compute)
     grad = torch.zeros_like(student)
@@ -92,6 +90,8 @@ def linear_kl(
         per_token[rows] = torch.where(counted[rows], kl, torch.zeros_like(kl))
         d_logits = (log_q.exp() - p) * (logit_scale if slope is None else slope)
         d_hidden = (d_logits @ head) * (keep / divisor if divisor else keep).unsqueeze(1)
-        grad[rows] = torch.where(counted[rows].unsqueeze(1), d_hidden, torch.zeros_like(d_hidden)).to(grad.dtype)
+        grad[rows] = torch.where(counted[rows].unsqueeze(1), d_hidden, torch.zeros_like(d_hidden)).to(
+            grad.dtype
+        )
     loss = per_token.sum() / divisor if divisor else per_token.sum()
     return LinearKLResult(loss, per_token, grad)

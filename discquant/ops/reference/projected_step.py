@@ -171,7 +171,9 @@ def projected_step_(
     position = decode_frac(frac, compute)
     reference = decode_frac_ref(frac_ref, compute)
     live = (reference != 0) & (reference != 1)
-    raw = weight_grad.to(compute) * (expand_groups(scale.to(compute), group_size, frac.shape[1]) * options.kl_weight)
+    raw = weight_grad.to(compute) * (
+        expand_groups(scale.to(compute), group_size, frac.shape[1]) * options.kl_weight
+    )
     kl = raw.clamp(-options.grad_clamp, options.grad_clamp)
     g = kl + options.linear_weight * (1 - 2 * reference.clamp(0, 1)) + options.hardening * (1 - 2 * position)
     defined = ~raw.isnan()
