@@ -270,7 +270,12 @@ def load_windows(
             ids.shape[1],
             nsamples,
         )
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:nsamples]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    if token_file is None:
+        # The padded tail of joined text is used where it is needed, not in place of a full window. Rows of a token
+        # file are texts of their own: preferring full ones would prefer long texts.
+        order = torch.cat([order[mask[order].all(dim=1)], order[~mask[order].all(dim=1)]])
+    order = order[:nsamples]
     windows = Windows.make(ids[order], mask[order], dataset)
     logger.info("%s: %d windows of %d tokens, %d tokens used, %d left over, %d of padding", dataset, len(windows),
                 windows.seqlen, windows.tokens, int(mask.sum()) - windows.tokens,

@@ -41,8 +41,10 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
         Token ids, int64, [rows].
     """
     cumulative = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-    target = (uniform * cumulative[:, -1]).unsqueeze(1)
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    total = cumulative[:, -1]
+    # The product may round up to the total, behind which no token stands.
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
 
 
 def _rows_at_once(model: Any, seqlen: int) -> int:

@@ -51,8 +51,11 @@ class Windows:
                 "Windows: input_ids must be integers of shape [rows, seqlen], "
                 f"got {input_ids.dtype} {list(input_ids.shape)}"
             )
-        ids = input_ids.detach().to(device="cpu", dtype=torch.int64).contiguous()
-        counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.detach().cpu().contiguous()
+        ids = input_ids.detach().to(device="cpu", dtype=torch.int64, copy=True).contiguous()
+        counted = (
+            torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.detach().to("cpu", copy=True)
+        )
+        counted = counted.contiguous()
         if counted.shape != ids.shape or counted.dtype != torch.bool:
             raise ValueError(
                 f"Windows: mask must be bool of the shape of input_ids = {list(ids.shape)}, "
