@@ -43,20 +43,20 @@ IGNORED = -100
 class Settings:
     """Everything that decides what is trained; a checkpoint continues only under the same, `steps` aside."""
 
-    steps: int = 2000
-    batch: int = 32
+    steps: int = 850
+    batch: int = 16
     window: int = 256
-    warmup: int = 60
+    warmup: int = 50
     decay_share: float = 0.3  # the last share of the steps, over which the learning rate falls to zero
     lr_matrices: float = 0.02  # Muon, on the matrices of the blocks
     lr_rest: float = 0.003  # AdamW, on embedding, head and norms
     weight_decay: float = 0.05
-    text_windows: float = 0.2  # share of windows of text alone; text also fills what problems leave
+    text_windows: float = 0.08  # share of windows of text alone; text also fills what problems leave
     prompt_weight: float = 0.3  # weight in the loss of tokens that cannot be calculated, only guessed
     vocabulary: int = 1024
     hidden: int = 256
-    intermediate: int = 512
-    layers: int = 5
+    intermediate: int = 640
+    layers: int = 4
     heads: int = 8
     kv_heads: int = 4
     seed: int = 0
@@ -135,7 +135,7 @@ class Windows:
         """
         settings = self.settings
         rng = random.Random(f"{settings.seed}:{step}")
-        needed = settings.batch * settings.window // 72  # more than fit: a problem has 83 tokens on average
+        needed = settings.batch * settings.window // 90  # more than fit: a problem has 119 tokens on average
         stories = problems("train", needed, seed=1_000_000 * (settings.seed + 1) + step)
         prompts = self.tokenizer.encode_batch([prompt(story) for story in stories])
         wholes = self.tokenizer.encode_batch([document(story) for story in stories])
@@ -185,7 +185,7 @@ def exact_match(
         width = max(len(ids) for ids, _ in part)
         ids = torch.tensor([[0] * (width - len(row)) + row for row, _ in part])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row, _ in part])
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=80, do_sample=False,
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=192, do_sample=False,
                              pad_token_id=0, eos_token_id=2)  # fmt: skip
         for row, (_, story) in zip(out[:, width:].tolist(), part, strict=True):
             right += extract_answer(tokenizer.decode(row)) == story.answer

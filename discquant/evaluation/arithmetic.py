@@ -46,7 +46,8 @@ class Problem:
 
     Attributes:
         question: The story and what is asked, one line.
-        solution: One line `a op b = c` per step, then `#### answer`.
+        solution: One line per step, `a*b = c` or, worked by columns from the units on, `96+19: 6+9=15 9+1+1=11 = 115`;
+            then `#### answer`.
         answer: The number asked for, 0 to 999.
     """
 
@@ -66,8 +67,27 @@ class _Story:
     def step(self, left: int, operator: str, right: int) -> int:
         """Work `left operator right`, keep the line, return the result."""
         result = {"+": left + right, "-": left - right, "*": left * right}[operator]
-        self.steps.append(f"{left} {operator} {right} = {result}")
+        columns = "" if operator == "*" else f": {_columns(left, operator, right)}"
+        self.steps.append(f"{left}{operator}{right}{columns} = {result}")
         return result
+
+
+def _columns(left: int, operator: str, right: int) -> str:
+    """Add or subtract column by column from the units on, carry or borrow written out: `6+9=15 9+1+1=11`."""
+    columns, carry = [], 0
+    for place in range(max(len(str(left)), len(str(right)))):
+        one, two = left // 10**place % 10, right // 10**place % 10
+        more = f"{operator}1" if carry else ""
+        if operator == "+":
+            value = one + two + carry
+            carry = value // 10
+        else:
+            borrowed = one < two + carry
+            one += 10 * borrowed
+            value = one - two - carry
+            carry = int(borrowed)
+        columns.append(f"{one}{operator}{two}{more}={value}")
+    return " ".join(columns)
 
 
 def _amount(rng: random.Random) -> int:
@@ -166,7 +186,7 @@ def _shopping(rng: random.Random) -> tuple[str, list[str], int]:
     """Two kinds of goods at a price each; the total, or the change."""
     name = rng.choice(NAMES)
     one, two = rng.sample(GOODS, 2)
-    price_one, price_two = rng.randint(3, 12), rng.randint(3, 25)
+    price_one, price_two = rng.randint(3, 12), rng.randint(3, 12)
     count_one, count_two = rng.randint(2, 9), rng.randint(2, 5)
     story = _Story(
         [f"{_article(one)} costs {price_one} coins and {_article(two).lower()} {price_two}."], [], 0
