@@ -189,6 +189,7 @@ def evaluate(
     """Compare CANDIDATES with ORIGINAL: KL (mean, quantiles, max), top-1 agreement, perplexity, bits per weight."""
     from discquant.evaluation.evaluate import evaluate as run_evaluation
     from discquant.evaluation.evaluate import print_table, write_json
+    from discquant.run.directory import load_run_model
 
     rows = run_evaluation(
         original,
@@ -198,6 +199,7 @@ def evaluate(
         seqlen=seqlen,
         exact_match_problems=exact_match,
         seed=seed,
+        open_run=load_run_model,
     )
     print_table(rows)
     if json_file is not None:

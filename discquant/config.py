@@ -232,6 +232,9 @@ class QuantizeConfig:
         _check(
             "format", f"one of {get_args(OutputFormat)}", self.format in get_args(OutputFormat), self.format
         )
+        known = all(name in get_args(Method) and name != "discquant" for name in self.baselines)
+        _check("baselines", "a list of rtn, greedy, gptq", known, self.baselines)
+        _check("validation_windows", "at least 1", self.validation_windows >= 1, self.validation_windows)
         _check("gptq_samples", "at least 1", self.gptq_samples >= 1, self.gptq_samples)
         _check("gptq_damp", "above 0", self.gptq_damp > 0, self.gptq_damp)
         _check("seed", "in [0, 2^31)", 0 <= self.seed < 2**31, self.seed)

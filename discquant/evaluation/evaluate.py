@@ -123,7 +123,9 @@ def evaluate(
     for group in groups:
         models = {
             str(place): _compute(
-                open_candidate(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle),
+                open_candidate(
+                    path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, open_run=open_run
+                ),
                 dtype,
                 chosen,
             )

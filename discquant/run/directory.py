@@ -81,13 +81,10 @@ class RunDirectory:
         loaded: dict[str, Any] = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         return loaded
 
-    def start_or_continue(
-        self, record: Mapping[str, Any], identity: Mapping[str, Any], *, resume: bool
-    ) -> bool:
-        """Record a new run, or check that the one there is the same.
+    def check(self, identity: Mapping[str, Any], *, resume: bool) -> bool:
+        """See whether this run may be made or continued here; nothing is written.
 
         Args:
-            record: What config.json holds besides the identity.
             identity: Everything that determines the result's bytes.
             resume: Whether continuing is allowed.
 
@@ -98,27 +95,29 @@ class RunDirectory:
             OutputExistsError: The directory is not empty and holds no run, or resuming is not allowed.
             ResumeError: It holds a different run; the message names what differs.
         """
-        plain = json.loads(json.dumps(identity))
-        if self.path.exists() and any(self.path.iterdir()):
-            if not self.is_run(self.path):
-                raise OutputExistsError(f"quantize: {self.path} is not empty and holds no run of discquant")
-            if not resume:
-                raise OutputExistsError(
-                    f"quantize: {self.path} already holds a run; choose another OUT or --resume"
-                )
-            found = self.config()["identity"]
-            changed = _differences(found, plain)
-            if changed:
-                raise ResumeError(
-                    f"quantize: {self.path} holds another run; different: {'; '.join(changed)}. "
-                    "Repeat the command that made it, or choose another OUT"
-                )
-            return True
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return False
+        if not self.is_run(self.path):
+            raise OutputExistsError(f"quantize: {self.path} is not empty and holds no run of discquant")
+        if not resume:
+            raise OutputExistsError(
+                f"quantize: {self.path} already holds a run; choose another OUT or --resume"
+            )
+        changed = _differences(self.config()["identity"], json.loads(json.dumps(identity)))
+        if changed:
+            raise ResumeError(
+                f"quantize: {self.path} holds another run; different: {'; '.join(changed)}. "
+                "Repeat the command that made it, or choose another OUT"
+            )
+        return True
+
+    def start(self, record: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """Make the directory and write config.json: `record` and `identity`."""
         self.path.mkdir(parents=True, exist_ok=True)
+        plain = json.loads(json.dumps(identity))
         write_atomic(
             self.path / CONFIG, json.dumps({MARKER: 1, **record, "identity": plain}, indent=2) + "\n"
         )
-        return False
 
     def truncate_metrics(self, step: int) -> None:
         """Drop metric lines after `step` (a killed run wrote them after its last checkpoint)."""

@@ -139,7 +139,8 @@ class Pipeline:
             chain = DecoderChain(source.model, self.config.ignore)
             plan = self._plan(source, chain)
             self._refuse_early(source)
-            continued = self._identify(source)
+            identity = self._identity(source)
+            continued = self.directory.check(identity, resume=self.resume)
         if continued and self.directory.complete:
             self.events.say(f"{self.directory.path} is complete already")
             return dict(json.loads((self.directory.path / "summary.json").read_text(encoding="utf-8")))
@@ -147,6 +148,9 @@ class Pipeline:
             windows = self._windows(source)
             train, held = self._split(windows)
             chain.verify(train.input_ids[:1])
+            if not continued:  # nothing has been written before all input is known to be good
+                self.directory.start({"source": str(source.path.resolve()), **self.trust}, identity)
+            self._keep_windows(windows)
         with self._phase("grid"):
             grids = lay_grids(chain, self.config.grid)
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
@@ -208,8 +212,9 @@ class Pipeline:
         if source.tokenizer is None and dataset != "self" and ".safetensors:" not in dataset:
             raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
 
-    def _identify(self, source: Source) -> bool:
-        identity = {
+    def _identity(self, source: Source) -> dict[str, Any]:
+        """Everything that determines the bytes of the result; the baselines are only measured."""
+        return {
             "config": {key: value for key, value in self.config.to_dict().items() if key != "baselines"},
             "source_digest": source.digest,
             "data_digest": _file_digest(self.config.data.dataset),
@@ -217,11 +222,9 @@ class Pipeline:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
-        record = {"source": str(source.path.resolve()), **self.trust}
-        return self.directory.start_or_continue(record, identity, resume=self.resume)
 
     def _windows(self, source: Source) -> Windows:
-        """Load the calibration windows once and keep them: a resumed run must see the same tokens."""
+        """Load the calibration windows, or those that were kept: a resumed run must see the same tokens."""
         path = self.directory.path / CALIBRATION
         if path.exists():
             with safe_open(path, framework="pt") as handle:
@@ -230,7 +233,7 @@ class Pipeline:
                     handle.get_tensor("input_ids"), handle.get_tensor("mask").bool(), described
                 )
         data = self.config.data
-        windows = load_windows(
+        return load_windows(
             data.dataset,
             source.tokenizer,
             nsamples=data.nsamples + self.config.validation_windows,
@@ -238,9 +241,12 @@ class Pipeline:
             seed=self.config.seed,
             model=source.model,
         )
-        tensors = {"input_ids": windows.input_ids.int(), "mask": windows.mask.to(torch.uint8)}
-        save_tensors_atomic(path, tensors, {"source": windows.source})
-        return windows
+
+    def _keep_windows(self, windows: Windows) -> None:
+        path = self.directory.path / CALIBRATION
+        if not path.exists():
+            tensors = {"input_ids": windows.input_ids.int(), "mask": windows.mask.to(torch.uint8)}
+            save_tensors_atomic(path, tensors, {"source": windows.source})
 
     def _split(self, windows: Windows) -> tuple[Windows, Windows]:
         held = min(self.config.validation_windows, max(1, len(windows) // 5))

@@ -204,16 +204,16 @@ class DecoderChain(Chain):
 
     @staticmethod
     def _find_blocks(model: nn.Module, decoder: nn.Module) -> tuple[list[nn.Module], list[str]]:
-        lists: list[nn.ModuleList] = [
+        lists: list[nn.Module] = [
             m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) > 0
         ]
         if not lists:
             raise NotImplementedError("DecoderChain: the decoder has no list of blocks")
 
-        def size(candidate: nn.ModuleList) -> int:
+        def size(candidate: nn.Module) -> int:
             return sum(parameter.numel() for parameter in candidate.parameters())
 
-        blocks = list(max(lists, key=size))
+        blocks = list(max(lists, key=size).children())
         names = {id(module): name for name, module in model.named_modules()}
         return blocks, [names[id(block)] for block in blocks]
 

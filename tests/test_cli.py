@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: help that helps, and one clear sentence for every bad input, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from discquant.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Call the command line in this process; return exit status, standard output and standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["discquant", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny bfloat16 Llama on disk, without tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path / "model"
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> str:
+    """Calibration token ids."""
+    save_file({"ids": torch.randint(3, 97, (12, 32)).int()}, tmp_path / "tokens.safetensors")
+    return f"{tmp_path / 'tokens.safetensors'}:ids"
+
+
+def _refused(result: tuple[int, str, str], out: Path, *words: str) -> None:
+    status, _, error = result
+    assert status == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert not out.exists() or not any(out.iterdir()), "something was written"
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "generate", "env"])
+def test_help(command: str, run: Run) -> None:
+    status, output, _ = run(command, "--help")
+    assert status == 0
+    assert "Usage" in output
+
+
+def test_env_is_json(run: Run) -> None:
+    status, output, _ = run("env")
+    assert status == 0
+    assert {"versions", "cpu", "gpus"} <= set(json.loads(output))
+
+
+def test_no_model(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _refused(run("quantize", str(tmp_path / "nothing"), str(out)), out, "no model")
+    (tmp_path / "empty").mkdir()
+    _refused(run("quantize", str(tmp_path / "empty"), str(out)), out, "config.json")
+
+
+def _truncate(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _corrupt(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+
+
+def _nan(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def _pickle(model: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def _own_code(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling.Evil"}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_truncate, ("model.safetensors",)),
+        (_corrupt, ("model.safetensors",)),
+        (_nan, ("model.layers.0.mlp.up_proj.weight",)),
+        (_pickle, ("pytorch_model.bin",)),
+        (_own_code, ("auto_map",)),
+    ],
+    ids=["truncated", "corrupt", "nan", "pickle", "own-code"],
+)
+def test_damaged_models(
+    damage: Callable[[Path], None], words: tuple[str, ...], run: Run, model: Path, tokens: str, tmp_path: Path
+) -> None:
+    damage(model)
+    out = tmp_path / "out"
+    _refused(run("quantize", str(model), str(out), "--dataset", tokens), out, *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--bits", "1"), ("bits", "2 to 8")),
+        (("--bits", "9"), ("bits", "2 to 8")),
+        (("--group-size", "33"), ("group_size", "33")),
+        (("--group-size", "40"), ("proj", "40")),
+        (("--method", "magic"), ("method", "magic")),
+        (("--format", "gguf-ish"), ("format",)),
+        (("--preset", "best"), ("preset", "best")),
+        (("--optimizer", "adam"), ("optimizer", "adam")),
+        (("--ignore", "no_such_module"), ("no_such_module", "q_proj")),
+        (("--iters", "0"), ("iters",)),
+        (("--lr", "-1"), ("lr",)),
+        (("--baselines", "rtn,best"), ("baselines", "best")),
+        (("--seed", "-1"), ("seed",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_options(
+    options: tuple[str, ...], words: tuple[str, ...], run: Run, model: Path, tokens: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    _refused(run("quantize", str(model), str(out), "--dataset", tokens, *options), out, *words)
+
+
+def test_bad_calibration(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text("a few words\n", encoding="utf-8")
+    _refused(
+        run("quantize", str(model), str(out), "--seqlen", "32", "--dataset", str(text)), out, "tokenizer"
+    )
+    _refused(
+        run("quantize", str(model), str(out), "--seqlen", "32", "--dataset", str(tmp_path / "no.txt")),
+        out,
+        "no.txt",
+    )
+    _refused(
+        run(
+            "quantize", str(model), str(out), "--seqlen", "32", "--dataset", tokens.replace(":ids", ":other")
+        ),
+        out,
+        "other",
+    )
+    save_file({"ids": torch.full((4, 32), 97).int()}, tmp_path / "big.safetensors")
+    _refused(
+        run(
+            "quantize",
+            str(model),
+            str(out),
+            "--seqlen",
+            "32",
+            "--dataset",
+            f"{tmp_path / 'big.safetensors'}:ids",
+        ),
+        out,
+        "97",
+    )
+    save_file({"ids": torch.full((1, 32), 5).int()}, tmp_path / "one.safetensors")
+    _refused(
+        run(
+            "quantize",
+            str(model),
+            str(out),
+            "--seqlen",
+            "32",
+            "--dataset",
+            f"{tmp_path / 'one.safetensors'}:ids",
+        ),
+        out,
+        "1 window",
+    )
+
+
+def test_occupied_output(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    status, _, error = run("quantize", str(model), str(out), "--dataset", tokens)
+    assert status == 2
+    assert "error: " in error
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+
+
+def test_no_disk_space(
+    run: Run, model: Path, tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    out = tmp_path / "out"
+    _refused(run("quantize", str(model), str(out), "--dataset", tokens), out, "free")
+
+
+def test_bad_candidates(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
+    status, _, error = run(
+        "evaluate", str(model), str(tmp_path / "none"), "--dataset", tokens, "--seqlen", "32"
+    )
+    assert status == 2
+    assert "none" in error
+    status, _, error = run("generate", str(tmp_path / "none"), "hello")
+    assert status == 2
+    assert "error: " in error
+
+
+def test_layerwise_methods_from_the_command_line(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
+    """RTN, greedy and GPTQ write and prove a file; evaluate reads run directories and exports alike."""
+    outs = []
+    for method in ("rtn", "greedy", "gptq"):
+        out = tmp_path / method
+        status, _, error = run(
+            "quantize", str(model), str(out), "--method", method, "--bits", "3", "--group-size", "32", "--dataset",
+            tokens, "--seqlen", "32", "--baselines", "none",
+        )  # fmt: skip
+        assert status == 0, error
+        assert (out / "compressed-tensors" / "discquant_proof.json").is_file()
+        outs.append(out)
+    report = tmp_path / "rows.json"
+    status, _output, error = run(
+        "evaluate", str(model), *map(str, outs), str(outs[0] / "compressed-tensors"), "--dataset", tokens, "--seqlen",
+        "32", "--json", str(report),
+    )  # fmt: skip
+    assert status == 0, error
+    rows: list[dict[str, Any]] = json.loads(report.read_text(encoding="utf-8"))
+    wanted = {
+        "path",
+        "kl_mean",
+        "kl_stderr",
+        "kl_median",
+        "kl_p99",
+        "kl_p999",
+        "kl_max",
+        "top1",
+        "perplexity",
+    }
+    assert all(wanted | {"bits_per_weight"} <= set(row) for row in rows)
+    assert rows[0]["kl_mean"] == rows[3]["kl_mean"] > 0
+    assert rows[0]["bits_per_weight"] == pytest.approx(3.5)
+
+
+def test_ragged_groups_live_in_the_run_directory(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
+    """A width that no format holds is refused for a format, and evaluated from the run's codes without one."""
+    refused = tmp_path / "refused"
+    _refused(
+        run("quantize", str(model), str(refused), "--dataset", tokens, "--group-size", "40"), refused, "40"
+    )
+    out = tmp_path / "out"
+    status, _, error = run(
+        "quantize", str(model), str(out), "--method", "rtn", "--group-size", "40", "--format", "none", "--dataset",
+        tokens, "--seqlen", "32",
+    )  # fmt: skip
+    assert status == 0, error
+    status, _output, error = run("evaluate", str(model), str(out), "--dataset", tokens, "--seqlen", "32")
+    assert status == 0, error
