@@ -10,13 +10,19 @@ namespace {
 
 struct Vectors256 {
   static constexpr int kRows = 8;
+  static constexpr int kSums = 4;
   using I = __m256i;
   using F = __m256;
   using Table = int;
   static I load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(uint32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  static void prefetch(const uint32_t* p) {
-    for (int line = 0; line < 4; ++line) _mm_prefetch(reinterpret_cast<const char*>(p) + 2048 + 64 * line, _MM_HINT_T0);
+  // always_inline: GCC takes a function that only prefetches for one without effect, and drops the call.
+  __attribute__((always_inline)) static void prefetch(const uint32_t* p) {
+    for (int line = 0; line < 4; ++line)
+      _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + 64 * line, _MM_HINT_T1);
+  }
+  __attribute__((always_inline)) static void prefetch_line(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
   static I set1(int32_t v) { return _mm256_set1_epi32(v); }
   static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
@@ -39,8 +45,8 @@ struct Vectors256 {
   }
   // As in the AVX-512 BW file: eight sums of two products stay below 2^15.
   static I part_begin(I) { return _mm256_setzero_si256(); }
-  static I dot(I acc, I codes, int32_t x) {
-    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(x)));
+  static I dot(I acc, I codes, I x) {
+    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x));
   }
   static I part_end(I acc, I part) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));

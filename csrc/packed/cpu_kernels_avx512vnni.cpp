@@ -10,7 +10,7 @@ namespace {
 
 struct VectorsVnni : Vectors512 {
   static I part_begin(I acc) { return acc; }
-  static I dot(I acc, I codes, int32_t x) { return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x)); }
+  static I dot(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
   static I part_end(I, I part) { return part; }
 };
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Row-tile kernels in plain C++: the fallback of every processor, and what the others are compared with bit for bit.
-#pragma GCC optimize("O2")  // -O3 makes no faster code here and takes six times as long
+#pragma GCC optimize("O1")  // higher levels take ten times as long for code that only old processors run
+#define DISCQUANT_UNROLL
 #include <cmath>
 
 // The vectors never cross a file boundary, so their calling convention does not matter.
@@ -16,6 +17,7 @@ namespace {
 // Sixteen lanes by the compiler's vector extension: it lowers them to whatever the target has, SSE2 or NEON included.
 struct VectorsScalar {
   static constexpr int kRows = 16;
+  static constexpr int kSums = 1;
   typedef int32_t I __attribute__((vector_size(64)));
   typedef uint32_t U __attribute__((vector_size(64)));
   typedef float F __attribute__((vector_size(64)));
@@ -27,6 +29,7 @@ struct VectorsScalar {
   }
   static void store(uint32_t* p, I a) { std::memcpy(p, &a, sizeof a); }
   static void prefetch(const uint32_t*) {}
+  static void prefetch_line(const void*) {}
   static I set1(int32_t v) { return I{} + v; }
   static I bit_and(I a, I b) { return a & b; }
   template <int n>
@@ -47,10 +50,8 @@ struct VectorsScalar {
     return (I)((((U)a >> 3) & 0x11111111u) | (((U)b >> 2) & 0x22222222u) | (((U)c >> 1) & 0x44444444u));
   }
   static I part_begin(I acc) { return acc; }
-  static I dot(I acc, I codes, int32_t x) {
-    int8_t bytes[4];
-    std::memcpy(bytes, &x, 4);
-    for (int j = 0; j < 4; ++j) acc += ((codes >> (8 * j)) & 255) * bytes[j];
+  static I dot(I acc, I codes, I x) {
+    for (int j = 0; j < 4; ++j) acc += ((codes >> (8 * j)) & 255) * ((I)((U)x << (24 - 8 * j)) >> 24);
     return acc;
   }
   static I part_end(I, I part) { return part; }

@@ -45,7 +45,9 @@ float load_as_float(const void* p, DType type, int64_t i) {
   return type == DType::kBFloat16 ? bfloat_to_float(bits) : half_to_float(bits);
 }
 
+// `count` may be negative: the second tile of a pair can lie past the last row.
 void store_row(const float* sums, const void* bias, DType type, int64_t first, int64_t count, void* y, int64_t at) {
+  if (count <= 0) return;
   float value[kTileRows];
   for (int64_t i = 0; i < count; ++i) value[i] = bias ? sums[i] + load_as_float(bias, type, first + i) : sums[i];
   if (type == DType::kFloat32) {
@@ -172,24 +174,25 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
     t.sum = group_sum;
   });
 
-  // A thread takes neighbouring row tiles of about 64 KiB: long enough to stream, short enough to share evenly.
-  const int64_t row_tiles = ceil_div(call.out_features, kTileRows);
-  const int64_t tile_bytes = weight.k_tiles * tile_words(call.bits) * 4;
-  int64_t chunk = 65536 / tile_bytes;
-  chunk = chunk < 1 ? 1 : chunk;
+  // A thread takes neighbouring pairs of row tiles, about 64 KiB: long enough to stream, short enough to share evenly.
+  const int64_t pairs = ceil_div(call.out_features, 2 * kTileRows);
+  const int64_t pair_bytes = 2 * weight.k_tiles * tile_words(call.bits) * 4;
+  const int64_t chunk = pair_bytes < 65536 ? 65536 / pair_bytes : 1;
   const bool small = call.out_features * k * call.tokens < 65536;
-  for_each(ceil_div(row_tiles, chunk), small ? Parallel{} : parallel, [&](int64_t c) {
-    const int64_t end = (c + 1) * chunk < row_tiles ? (c + 1) * chunk : row_tiles;
-    alignas(64) float out[kMaxTokens * kTileRows];
-    for (int64_t tile = c * chunk; tile < end; ++tile) {
-      const int64_t first = tile * kTileRows;
-      const int64_t rows = call.out_features - first < kTileRows ? call.out_features - first : kTileRows;
+  for_each(ceil_div(pairs, chunk), small ? Parallel{} : parallel, [&](int64_t c) {
+    const int64_t end = (c + 1) * chunk < pairs ? (c + 1) * chunk : pairs;
+    alignas(64) float out[2 * kMaxTokens * kTileRows];
+    for (int64_t pair = c * chunk; pair < end; ++pair) {
       for (int64_t g = 0; g < groups; ++g) {
         const CpuTokens& t = tokens[static_cast<size_t>(g)];
-        kernels->row_tile(call.bits, mode, t.tokens)(weight, t, tile, out);
-        for (int m = 0; m < t.live; ++m)
-          store_row(out + m * kTileRows, call.bias, call.x_type, first, rows, call.y,
-                    (g * kMaxTokens + m) * call.out_features + first);
+        kernels->row_pair(call.bits, mode, t.tokens)(weight, t, pair, out);
+        for (int half = 0; half < 2; ++half) {
+          const int64_t first = (2 * pair + half) * kTileRows;
+          const int64_t left = call.out_features - first;
+          for (int m = 0; m < t.live; ++m)
+            store_row(out + (half * t.tokens + m) * kTileRows, call.bias, call.x_type, first,
+                      left < kTileRows ? left : kTileRows, call.y, (g * kMaxTokens + m) * call.out_features + first);
+        }
       }
     }
   });

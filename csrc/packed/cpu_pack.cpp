@@ -21,35 +21,41 @@ void for_range(int64_t n, const Parallel& parallel, const Fn& fn) {
     parallel.run(n, body, context);
 }
 
+void code_of(Layout layout, int unit, int word, int nibble, int& row, int& k) {
+  if (layout == kLayoutMma)
+    mma_code(unit, word, nibble, row, k);
+  else
+    cpu_code(unit, word, nibble, row, k);
+}
+
 void encode_tile(const uint8_t codes[kTileRows][kTileK], Layout layout, int bits, uint32_t* tile) {
-  for (int i = 0; i < tile_words(bits); ++i) tile[i] = 0;
   for (int unit = 0; unit < tile_units(layout); ++unit) {
-    for (int word = 0; word < unit_words(layout); ++word) {
-      uint32_t value = 0;
-      for (int nibble = 0; nibble < 8; ++nibble) {
-        int row, k;
-        if (layout == kLayoutMma)
-          mma_code(unit, word, nibble, row, k);
-        else
-          cpu_code(unit, word, nibble, row, k);
-        value |= static_cast<uint32_t>(codes[row][k]) << (4 * nibble);
+    for (int quad = 0; quad < unit_words(layout) / 4; ++quad) {
+      uint32_t words[4];
+      for (int v = 0; v < 4; ++v) {
+        words[v] = 0;
+        for (int nibble = 0; nibble < 8; ++nibble) {
+          int row, k;
+          code_of(layout, unit, 4 * quad + v, nibble, row, k);
+          words[v] |= static_cast<uint32_t>(codes[row][k]) << (4 * nibble);
+        }
       }
-      store_virtual_word(tile, layout, bits, unit, word, value);
+      store_quad(tile, layout, bits, unit, quad, words);
     }
   }
 }
 
 void decode_tile(const uint32_t* tile, Layout layout, int bits, uint8_t codes[kTileRows][kTileK]) {
   for (int unit = 0; unit < tile_units(layout); ++unit) {
-    for (int word = 0; word < unit_words(layout); ++word) {
-      const uint32_t value = virtual_word(tile, layout, bits, unit, word);
-      for (int nibble = 0; nibble < 8; ++nibble) {
-        int row, k;
-        if (layout == kLayoutMma)
-          mma_code(unit, word, nibble, row, k);
-        else
-          cpu_code(unit, word, nibble, row, k);
-        codes[row][k] = static_cast<uint8_t>((value >> (4 * nibble)) & 15u);
+    for (int quad = 0; quad < unit_words(layout) / 4; ++quad) {
+      uint32_t words[4];
+      load_quad(tile, layout, bits, unit, quad, words);
+      for (int v = 0; v < 4; ++v) {
+        for (int nibble = 0; nibble < 8; ++nibble) {
+          int row, k;
+          code_of(layout, unit, 4 * quad + v, nibble, row, k);
+          codes[row][k] = static_cast<uint8_t>((words[v] >> (4 * nibble)) & 15u);
+        }
       }
     }
   }

@@ -17,7 +17,7 @@ namespace {
 
 // The four virtual words of a quad: 32 codes of each of V::kRows rows.
 template <class V, int kBits>
-__attribute__((always_inline)) inline void load_quad(const uint32_t* p, typename V::I w[4]) {
+__attribute__((always_inline)) inline void load_strip(const uint32_t* p, typename V::I w[4]) {
   w[0] = V::load(p);
   w[1] = V::load(p + kTileRows);
   w[2] = V::load(p + 2 * kTileRows);
@@ -36,75 +36,135 @@ __attribute__((always_inline)) inline typename V::F load_scale(const CpuWeight& 
   }
 }
 
-// Rows first .. first + V::kRows - 1 of a row tile, integer modes.
-template <class V, int kBits, int kPlanes, int kTokens>
-__attribute__((always_inline)) inline void integer_rows(const CpuWeight& w, const CpuTokens& x, int64_t row_tile,
-                                                        int first, float* out) {
+// Scales come one line per block, too seldom for the hardware to run ahead of them.
+template <class V>
+__attribute__((always_inline)) inline void prefetch_scale(const CpuWeight& w, int64_t at) {
+  constexpr int64_t kAhead = 8 * kPairRows;
+  const int64_t size = w.scale_type == DType::kFloat32 ? 4 : 2;
+  V::prefetch_line(static_cast<const char*>(w.scale) + (at + kAhead) * size);
+  if (w.zero_point != nullptr) V::prefetch_line(w.zero_point + at + kAhead);
+}
+
+// Sums must live in registers, so loops over them are unrolled. The scalar file leaves it out: no registers to save.
+#ifndef DISCQUANT_UNROLL
+#define DISCQUANT_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+// Integer modes. Strips of V::kRows rows; kStrips of them are taken together, so that one broadcast of the activations
+// serves all: `strip` counts from the start of a pair of row tiles (32 rows).
+template <class V, int kBits, int kPlanes, int kTokens, int kStrips>
+__attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, const CpuTokens& x, int64_t pair,
+                                                          int strip, float* out) {
   using I = typename V::I;
   using F = typename V::F;
-  // Few tokens leave the multiplier idle while it waits for its own sum: split the sum (integers, so exactly).
-  constexpr int kChains = kTokens * kPlanes <= 1 ? 4 : kTokens * kPlanes <= 2 ? 2 : 1;
+  // Few sums leave the multiplier idle while it waits for its own result: split them (integers, so exactly).
+  constexpr int kSums = kStrips * kTokens * kPlanes;
+  constexpr int kChains = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
   constexpr uint32_t kMask = kBits == 4 ? 0x0f0f0f0fu : 0x07070707u;
-  constexpr int kQuadWords = kBits == 4 ? 4 * kTileRows : 3 * kTileRows;
+  constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;  // to the same rows of the next quad
   const I mask = V::set1(static_cast<int32_t>(kMask));
   const int32_t middle = 1 << (kBits - 1);
   const int64_t quads = w.block_size / kQuadK;
-  const uint32_t* words = w.words + row_tile * w.k_tiles * tile_words(kBits) + first;
+  int64_t tile[kStrips];
+  int first[kStrips];
+  const uint32_t* words[kStrips];
+  F total[kStrips][kTokens];
+  DISCQUANT_UNROLL
+  for (int s = 0; s < kStrips; ++s) {
+    tile[s] = 2 * pair + (strip + s) * V::kRows / kTileRows;
+    first[s] = (strip + s) * V::kRows % kTileRows;
+    words[s] = w.words + tile_offset(kLayoutCpu, kBits, tile[s], 0, w.k_tiles) + first[s];
+    DISCQUANT_UNROLL
+    for (int m = 0; m < kTokens; ++m) total[s][m] = V::zero_float();
+  }
   const int32_t* plane[kPlanes];
+  DISCQUANT_UNROLL
   for (int p = 0; p < kPlanes; ++p) plane[p] = x.plane[p];
-  F total[kTokens];
-  for (int m = 0; m < kTokens; ++m) total[m] = V::zero_float();
   int64_t group = 0;
   int64_t left = w.group_size;
   for (int64_t block = 0; block < w.blocks; ++block) {
-    I acc[kPlanes][kTokens][kChains];
-    for (int p = 0; p < kPlanes; ++p)
-      for (int m = 0; m < kTokens; ++m)
-        for (int c = 0; c < kChains; ++c) acc[p][m][c] = V::set1(0);
-    for (int64_t quad = 0; quad < quads; ++quad) {
-      V::prefetch(words);
-      I word[4];
-      load_quad<V, kBits>(words, word);
-      words += kQuadWords;
-      I part[kPlanes][kTokens][kChains];
+    I acc[kStrips][kPlanes][kTokens][kChains];
+    DISCQUANT_UNROLL
+    for (int s = 0; s < kStrips; ++s)
+      DISCQUANT_UNROLL
       for (int p = 0; p < kPlanes; ++p)
+        DISCQUANT_UNROLL
         for (int m = 0; m < kTokens; ++m)
-          for (int c = 0; c < kChains; ++c) part[p][m][c] = V::part_begin(acc[p][m][c]);
-#pragma GCC unroll 4
+          DISCQUANT_UNROLL
+          for (int c = 0; c < kChains; ++c) acc[s][p][m][c] = V::set1(0);
+    for (int64_t quad = 0; quad < quads; ++quad) {
+      I word[kStrips][4];
+      I part[kStrips][kPlanes][kTokens][kChains];
+      DISCQUANT_UNROLL
+      for (int s = 0; s < kStrips; ++s) {
+        V::prefetch(words[s]);
+        load_strip<V, kBits>(words[s], word[s]);
+        words[s] += kStride;
+        DISCQUANT_UNROLL
+        for (int p = 0; p < kPlanes; ++p)
+          DISCQUANT_UNROLL
+          for (int m = 0; m < kTokens; ++m)
+            DISCQUANT_UNROLL
+            for (int c = 0; c < kChains; ++c) part[s][p][m][c] = V::part_begin(acc[s][p][m][c]);
+      }
+      DISCQUANT_UNROLL
       for (int v = 0; v < 4; ++v) {
-        const I low = V::bit_and(word[v], mask);
-        const I high = V::bit_and(V::template shift_right<4>(word[v]), mask);
-        for (int p = 0; p < kPlanes; ++p) {
-          for (int m = 0; m < kTokens; ++m) {
-            I& a = part[p][m][(2 * v) % kChains];
-            a = V::dot(a, low, plane[p][2 * v * kTokens + m]);
-            I& b = part[p][m][(2 * v + 1) % kChains];
-            b = V::dot(b, high, plane[p][(2 * v + 1) * kTokens + m]);
+        DISCQUANT_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          I codes[kStrips];
+          DISCQUANT_UNROLL
+          for (int s = 0; s < kStrips; ++s)
+            codes[s] = V::bit_and(h == 0 ? word[s][v] : V::template shift_right<4>(word[s][v]), mask);
+          DISCQUANT_UNROLL
+          for (int p = 0; p < kPlanes; ++p) {
+            DISCQUANT_UNROLL
+            for (int m = 0; m < kTokens; ++m) {
+              const I bytes = V::set1(plane[p][(2 * v + h) * kTokens + m]);
+              DISCQUANT_UNROLL
+              for (int s = 0; s < kStrips; ++s) {
+                I& a = part[s][p][m][(2 * v + h) % kChains];
+                a = V::dot(a, codes[s], bytes);
+              }
+            }
           }
         }
       }
+      DISCQUANT_UNROLL
       for (int p = 0; p < kPlanes; ++p) {
         plane[p] += 8 * kTokens;
-        for (int m = 0; m < kTokens; ++m)
-          for (int c = 0; c < kChains; ++c) acc[p][m][c] = V::part_end(acc[p][m][c], part[p][m][c]);
+        DISCQUANT_UNROLL
+        for (int s = 0; s < kStrips; ++s)
+          DISCQUANT_UNROLL
+          for (int m = 0; m < kTokens; ++m)
+            DISCQUANT_UNROLL
+            for (int c = 0; c < kChains; ++c)
+              acc[s][p][m][c] = V::part_end(acc[s][p][m][c], part[s][p][m][c]);
       }
     }
-    const int64_t at = (row_tile * w.groups + group) * kTileRows + first;
-    const F scale = load_scale<V>(w, at);
-    const I zero = w.zero_point != nullptr ? V::load_bytes(w.zero_point + at) : V::set1(middle);
-    for (int m = 0; m < kTokens; ++m) {
-      I sum[kPlanes];
-      for (int p = 0; p < kPlanes; ++p) {
-        sum[p] = acc[p][m][0];
-        for (int c = 1; c < kChains; ++c) sum[p] = V::add(sum[p], acc[p][m][c]);
+    DISCQUANT_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      const int64_t at = scale_offset(kLayoutCpu, tile[s] * kTileRows + first[s], group, w.groups);
+      prefetch_scale<V>(w, at);
+      const F scale = load_scale<V>(w, at);
+      const I zero = w.zero_point != nullptr ? V::load_bytes(w.zero_point + at) : V::set1(middle);
+      DISCQUANT_UNROLL
+      for (int m = 0; m < kTokens; ++m) {
+        I sum[kPlanes];
+        DISCQUANT_UNROLL
+        for (int p = 0; p < kPlanes; ++p) {
+          sum[p] = acc[s][p][m][0];
+          DISCQUANT_UNROLL
+          for (int c = 1; c < kChains; ++c) sum[p] = V::add(sum[p], acc[s][p][m][c]);
+        }
+        I all = sum[0];
+        if (kPlanes == 2) all = V::add(V::template shift_left<8>(sum[0]), sum[kPlanes - 1]);
+        const int32_t xsum = x.sum[block * kTokens + m];
+        // The symmetric zero point is one number, so its product is made once in scalar registers.
+        const I shift = w.zero_point != nullptr ? V::mul(zero, V::set1(xsum)) : V::set1(middle * xsum);
+        const F value = V::to_float(V::sub(all, shift));
+        const F step = V::mul_float(scale, V::set1_float(x.step[block * kTokens + m]));
+        total[s][m] = V::fma(value, step, total[s][m]);
       }
-      I all = sum[0];
-      if (kPlanes == 2) all = V::add(V::template shift_left<8>(sum[0]), sum[kPlanes - 1]);
-      const int32_t xsum = x.sum[block * kTokens + m];
-      // The symmetric zero point is one number, so its product is made once in scalar registers.
-      const I shift = w.zero_point != nullptr ? V::mul(zero, V::set1(xsum)) : V::set1(middle * xsum);
-      const F value = V::to_float(V::sub(all, shift));
-      total[m] = V::fma(value, V::mul_float(scale, V::set1_float(x.step[block * kTokens + m])), total[m]);
     }
     left -= w.block_size;
     if (left == 0) {
@@ -112,43 +172,51 @@ __attribute__((always_inline)) inline void integer_rows(const CpuWeight& w, cons
       left = w.group_size;
     }
   }
-  for (int m = 0; m < kTokens; ++m) V::store_float(out + m * kTileRows + first, total[m]);
+  DISCQUANT_UNROLL
+  for (int s = 0; s < kStrips; ++s)
+    DISCQUANT_UNROLL
+    for (int m = 0; m < kTokens; ++m)
+      V::store_float(out + ((tile[s] - 2 * pair) * kTokens + m) * kTileRows + first[s], total[s][m]);
 }
 
 // The same rows with float32 activations: products of exact (q - z) and x, scaled once per block.
 template <class V, int kBits, int kTokens>
-__attribute__((always_inline)) inline void float_rows(const CpuWeight& w, const CpuTokens& x, int64_t row_tile,
-                                                      int first, float* out) {
+__attribute__((always_inline)) inline void float_strip(const CpuWeight& w, const CpuTokens& x, int64_t row_tile,
+                                                       int first, float* out) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int kQuadWords = kBits == 4 ? 4 * kTileRows : 3 * kTileRows;
+  constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;
   const int64_t quads = w.block_size / kQuadK;
-  const uint32_t* words = w.words + row_tile * w.k_tiles * tile_words(kBits) + first;
+  const uint32_t* words = w.words + tile_offset(kLayoutCpu, kBits, row_tile, 0, w.k_tiles) + first;
   const float* values = x.values;
   const typename V::Table table = V::template code_table<kBits>();
   const F middle = V::set1_float(static_cast<float>(1 << (kBits - 1)));
   F total[kTokens];
+  DISCQUANT_UNROLL
   for (int m = 0; m < kTokens; ++m) total[m] = V::zero_float();
   int64_t group = 0;
   int64_t left = w.group_size;
   for (int64_t block = 0; block < w.blocks; ++block) {
-    const int64_t at = (row_tile * w.groups + group) * kTileRows + first;
+    const int64_t at = scale_offset(kLayoutCpu, row_tile * kTileRows + first, group, w.groups);
     const F zero = w.zero_point != nullptr ? V::to_float(V::load_bytes(w.zero_point + at)) : middle;
     F acc[kTokens][4];
+  DISCQUANT_UNROLL
     for (int m = 0; m < kTokens; ++m)
+  DISCQUANT_UNROLL
       for (int c = 0; c < 4; ++c) acc[m][c] = V::zero_float();
     for (int64_t quad = 0; quad < quads; ++quad) {
       V::prefetch(words);
       I word[4];
-      load_quad<V, kBits>(words, word);
-      words += kQuadWords;
-#pragma GCC unroll 4
+      load_strip<V, kBits>(words, word);
+      words += kStride;
+      DISCQUANT_UNROLL
       for (int v = 0; v < 4; ++v) {
-#pragma GCC unroll 8
+  DISCQUANT_UNROLL
         for (int i = 0; i < 8; ++i) {
           // k = 8v + i; its nibble is 2 * (i mod 4) + i / 4 (cpu_place).
           const I code = V::shift_right_var(word[v], 4 * (2 * (i & 3) + (i >> 2)));
           const F weight = V::sub_float(V::template code_to_float<kBits>(table, code), zero);
+  DISCQUANT_UNROLL
           for (int m = 0; m < kTokens; ++m)
             acc[m][i & 3] = V::fma(weight, V::set1_float(values[(8 * v + i) * kTokens + m]), acc[m][i & 3]);
         }
@@ -156,6 +224,7 @@ __attribute__((always_inline)) inline void float_rows(const CpuWeight& w, const 
       values += kQuadK * kTokens;
     }
     const F scale = load_scale<V>(w, at);
+  DISCQUANT_UNROLL
     for (int m = 0; m < kTokens; ++m) {
       const F sum = V::add_float(V::add_float(acc[m][0], acc[m][1]), V::add_float(acc[m][2], acc[m][3]));
       total[m] = V::fma(sum, scale, total[m]);
@@ -166,18 +235,23 @@ __attribute__((always_inline)) inline void float_rows(const CpuWeight& w, const 
       left = w.group_size;
     }
   }
+  DISCQUANT_UNROLL
   for (int m = 0; m < kTokens; ++m) V::store_float(out + m * kTileRows + first, total[m]);
 }
 
+// The sums of kStrips strips at a time must fit the registers: V::kSums vectors.
 template <class V, int kBits, int kPlanes, int kTokens>
-void integer_tile(const CpuWeight& w, const CpuTokens& x, int64_t row_tile, float* out) {
-  for (int first = 0; first < kTileRows; first += V::kRows)
-    integer_rows<V, kBits, kPlanes, kTokens>(w, x, row_tile, first, out);
+void integer_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out) {
+  constexpr int kStrips = 2 * kPlanes * kTokens <= V::kSums ? 2 : 1;
+  for (int strip = 0; strip < 2 * kTileRows / V::kRows; strip += kStrips)
+    integer_strips<V, kBits, kPlanes, kTokens, kStrips>(w, x, pair, strip, out);
 }
 
 template <class V, int kBits, int kTokens>
-void float_tile(const CpuWeight& w, const CpuTokens& x, int64_t row_tile, float* out) {
-  for (int first = 0; first < kTileRows; first += V::kRows) float_rows<V, kBits, kTokens>(w, x, row_tile, first, out);
+void float_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out) {
+  for (int row = 0; row < 2 * kTileRows; row += V::kRows)
+    float_strip<V, kBits, kTokens>(w, x, 2 * pair + row / kTileRows, row % kTileRows,
+                                   out + row / kTileRows * kTokens * kTileRows);
 }
 
 // Round half to even for |v| < 2^22 with two additions: every compiler vectorises it, and all give the same bits.
@@ -256,8 +330,8 @@ const CpuKernels* make_kernels() {
 #define DISCQUANT_TOKENS(fn, ...) \
   { fn<V, __VA_ARGS__, 1>, fn<V, __VA_ARGS__, 2>, fn<V, __VA_ARGS__, 4>, fn<V, __VA_ARGS__, 6>, fn<V, __VA_ARGS__, 8> }
   static const CpuKernels kernels = {
-      {{DISCQUANT_TOKENS(integer_tile, 4, 1), DISCQUANT_TOKENS(integer_tile, 4, 2), DISCQUANT_TOKENS(float_tile, 4)},
-       {DISCQUANT_TOKENS(integer_tile, 3, 1), DISCQUANT_TOKENS(integer_tile, 3, 2), DISCQUANT_TOKENS(float_tile, 3)}},
+      {{DISCQUANT_TOKENS(integer_pair, 4, 1), DISCQUANT_TOKENS(integer_pair, 4, 2), DISCQUANT_TOKENS(float_pair, 4)},
+       {DISCQUANT_TOKENS(integer_pair, 3, 1), DISCQUANT_TOKENS(integer_pair, 3, 2), DISCQUANT_TOKENS(float_pair, 3)}},
       quantize<V>,
       read_all<V>};
 #undef DISCQUANT_TOKENS

@@ -25,6 +25,7 @@ enum Layout : int { kLayoutDense = 0, kLayoutMma = 1, kLayoutCpu = 2 };
 constexpr int kTileRows = 16;
 constexpr int kTileK = 128;
 constexpr int kBlockRows = 64;  // rows of one contiguous kMma block, and the padding of N in both layouts
+constexpr int kPairRows = 32;   // rows of one contiguous kCpu block: two tiles, interleaved quad by quad
 constexpr int kQuadK = 32;      // codes of one row (or lane) that share the three stored words at 3 bits
 
 DISCQUANT_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -36,7 +37,7 @@ DISCQUANT_HD int64_t packed_words(int64_t n, int64_t k, int bits) {
   return padded_rows(n) / kTileRows * (padded_k(k) / kTileK) * tile_words(bits);
 }
 // Rows whose scales lie side by side: [padded_rows / group_rows][groups][group_rows].
-DISCQUANT_HD int scale_rows(Layout layout) { return layout == kLayoutMma ? kBlockRows : kTileRows; }
+DISCQUANT_HD int scale_rows(Layout layout) { return layout == kLayoutMma ? kBlockRows : kPairRows; }
 
 // ---- dense stream D_b: code i at bits i*b .. i*b+b-1 of a little-endian bit string in 32-bit words ----
 
@@ -113,55 +114,49 @@ DISCQUANT_HD TilePlace tile_place(Layout layout, int row, int k) {
 DISCQUANT_HD int tile_units(Layout layout) { return layout == kLayoutMma ? 32 : kTileRows; }
 DISCQUANT_HD int unit_words(Layout layout) { return layout == kLayoutMma ? 8 : 16; }  // virtual words of a unit
 
-// Offset in the tile of stored word i of a unit. kMma, 4 bits: two 16-byte loads per lane; 3 bits: one of 16, one of 8.
+// Stored words of a quad: at 3 bits the fourth is stolen from the others.
+DISCQUANT_HD int quad_words(int bits) { return bits == 4 ? 4 : 3; }
+
+// Offset, from the start of a tile, of stored word i of a unit. kMma, 4 bits: two 16-byte loads per lane; 3 bits: one of
+// 16 bytes, one of 8. kCpu: a quad's words of 16 rows, then the same quad of the other tile of the pair.
 DISCQUANT_HD int stored_offset(Layout layout, int bits, int unit, int i) {
-  if (layout == kLayoutCpu) return i * kTileRows + unit;
+  if (layout == kLayoutCpu) {
+    const int words = quad_words(bits);
+    return (i / words * 2 * words + i % words) * kTileRows + unit;
+  }
   if (i < 4) return unit * 4 + i;
   return bits == 4 ? 128 + unit * 4 + (i - 4) : 128 + unit * 2 + (i - 4);
 }
 
-// Virtual word `v` of a unit, rebuilt from the stored words.
-DISCQUANT_HD uint32_t virtual_word(const uint32_t* tile, Layout layout, int bits, int unit, int v) {
-  if (bits == 4) return tile[stored_offset(layout, bits, unit, v)];
-  const int base = (v >> 2) * 3;
-  if ((v & 3) < 3) return tile[stored_offset(layout, bits, unit, base + (v & 3))] & 0x77777777u;
-  return steal_word(tile[stored_offset(layout, bits, unit, base)], tile[stored_offset(layout, bits, unit, base + 1)],
-                    tile[stored_offset(layout, bits, unit, base + 2)]);
+// The four virtual words of quad `quad` of a unit, rebuilt from the stored words.
+DISCQUANT_HD void load_quad(const uint32_t* tile, Layout layout, int bits, int unit, int quad, uint32_t w[4]) {
+  const int words = quad_words(bits);
+  for (int i = 0; i < words; ++i) w[i] = tile[stored_offset(layout, bits, unit, quad * words + i)];
+  if (bits == 3) {
+    w[3] = steal_word(w[0], w[1], w[2]);
+    for (int i = 0; i < 3; ++i) w[i] &= 0x77777777u;
+  }
 }
 
-// Store virtual word `v`; at 3 bits the words of a tile must start as zero.
-DISCQUANT_HD void store_virtual_word(uint32_t* tile, Layout layout, int bits, int unit, int v, uint32_t value) {
-  if (bits == 4) {
-    tile[stored_offset(layout, bits, unit, v)] = value;
-    return;
-  }
-  const int base = (v >> 2) * 3;
-  if ((v & 3) < 3) {
-    tile[stored_offset(layout, bits, unit, base + (v & 3))] |= value;
-    return;
-  }
-  for (int c = 0; c < 3; ++c) tile[stored_offset(layout, bits, unit, base + c)] |= stolen_bits(value, c);
+DISCQUANT_HD void store_quad(uint32_t* tile, Layout layout, int bits, int unit, int quad, const uint32_t w[4]) {
+  const int words = quad_words(bits);
+  for (int i = 0; i < words; ++i)
+    tile[stored_offset(layout, bits, unit, quad * words + i)] = bits == 4 ? w[i] : w[i] | stolen_bits(w[3], i);
 }
 
+// One code, the slow way: what the specification says and the tests call.
 DISCQUANT_HD uint32_t tile_get(const uint32_t* tile, Layout layout, int bits, int row, int k) {
   const TilePlace place = tile_place(layout, row, k);
-  return (virtual_word(tile, layout, bits, place.unit, place.word) >> (4 * place.nibble)) & 0xfu;
+  uint32_t w[4];
+  load_quad(tile, layout, bits, place.unit, place.word >> 2, w);
+  return (w[place.word & 3] >> (4 * place.nibble)) & 0xfu;
 }
 
-DISCQUANT_HD void tile_or(uint32_t* tile, Layout layout, int bits, int row, int k, uint32_t code) {
-  const TilePlace place = tile_place(layout, row, k);
-  const uint32_t value = code << (4 * place.nibble);
-  if (bits == 4) {
-    tile[stored_offset(layout, bits, place.unit, place.word)] |= value;
-  } else {
-    store_virtual_word(tile, layout, bits, place.unit, place.word, value);
-  }
-}
-
-// Offset in words of tile (row_tile, k_tile). kMma keeps four row tiles of one k tile together (one bulk copy).
+// Offset in words of the first word of tile (row_tile, k_tile).
 DISCQUANT_HD int64_t tile_offset(Layout layout, int bits, int64_t row_tile, int64_t k_tile, int64_t k_tiles) {
   const int64_t words = tile_words(bits);
-  if (layout == kLayoutCpu) return (row_tile * k_tiles + k_tile) * words;
+  if (layout == kLayoutCpu)
+    return (row_tile / 2 * k_tiles + k_tile) * 2 * words + row_tile % 2 * quad_words(bits) * kTileRows;
   return ((row_tile / 4 * k_tiles + k_tile) * 4 + row_tile % 4) * words;
 }
 

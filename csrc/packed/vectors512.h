@@ -11,19 +11,32 @@
 
 #include <cstdint>
 
+#include "packed/cpu_kernel.h"
+
 namespace discquant {
 namespace packed {
 namespace {
 
 struct Vectors512 {
   static constexpr int kRows = 16;
+  static constexpr int kSums = 16;
   using I = __m512i;
   using F = __m512;
   using Table = __m512;
-  static I load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static I load(const uint32_t* p) {
+    I v = _mm512_loadu_si512(p);
+    // Keep it in a register: the compiler would rather load every word twice, once for each nibble.
+    asm("" : "+v"(v));
+    return v;
+  }
   static void store(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
-  static void prefetch(const uint32_t* p) {
-    for (int line = 0; line < 4; ++line) _mm_prefetch(reinterpret_cast<const char*>(p) + 2048 + 64 * line, _MM_HINT_T0);
+  // always_inline: GCC takes a function that only prefetches for one without effect, and drops the call.
+  __attribute__((always_inline)) static void prefetch(const uint32_t* p) {
+    for (int line = 0; line < 4; ++line)
+      _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + 64 * line, _MM_HINT_T1);
+  }
+  __attribute__((always_inline)) static void prefetch_line(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
   static I set1(int32_t v) { return _mm512_set1_epi32(v); }
   static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
