@@ -46,7 +46,7 @@ def encode(tokenizer: Any, text: str, *, bos: int | None, eos: int | None) -> li
 def _generated(name: str, split: str, wanted: int, seed: int) -> Iterator[tuple[str, str, bool]]:
     module, function = GENERATORS[name]
     generate = getattr(importlib.import_module(module), function)
-    done, count = 0, max(8, wanted // 64)
+    done, count = 0, max(8, wanted // 48)
     while True:
         texts = generate(split, count, seed)
         for text in texts[done:]:

@@ -8,10 +8,12 @@ than safetensors are refused, or, if allowed, read by torch's restricted loader,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,33 +163,51 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"the tokenizer in {folder} does not load: {reason}") from cause
 
 
+@contextlib.contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Loading without transformers' progress bar and table of defects: what matters is in our own error."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
 def _build(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: bool, pickled: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto" if dtype is None else dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=not pickled,
-            weights_only=True,
-            output_loading_info=True,
-        )
+        with _quiet_library():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if dtype is None else dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=not pickled,
+                weights_only=True,
+                # Reported below by name; the library's own error names no tensor.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (
         Exception
     ) as cause:  # transformers raises ValueError, OSError, KeyError, RuntimeError for bad folders
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise CheckpointError(f"{folder} does not load as a causal language model: {reason}") from cause
+    for name, stored, expected in sorted(found.get("mismatched_keys", ())):
+        raise CheckpointError(
+            f"{folder}: {name} has the shape {list(stored)}, and config.json makes it {list(expected)}"
+        )
     missing = sorted(found.get("missing_keys", ()))
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them"
         )
-    wrong = sorted(
-        str(entry[0] if isinstance(entry, tuple) else entry) for entry in found.get("mismatched_keys", ())
-    )
-    if wrong:
-        raise CheckpointError(f"{folder}: {wrong[0]} has not the shape that config.json gives it")
     return model.eval()
 
 
@@ -268,7 +288,7 @@ def check_output_dir(out: str | Path, resume: bool) -> Path:
         The folder as a Path.
 
     Raises:
-        OutputExistsError: It is a file; it holds something and `resume` is off; it holds something that is no run.
+        OutputExistsError: It or a parent is a file; it holds a run and `resume` is off; it holds something else.
         PermissionError: The folder cannot be made or written there.
     """
     folder = Path(out).expanduser()
@@ -285,7 +305,9 @@ def check_output_dir(out: str | Path, resume: bool) -> Path:
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
+        raise OutputExistsError(f"{parent} is a file; {folder} cannot be a folder in it")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written: no permission in {parent}")
     return folder
 

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evaluate: model folders, compressed-tensors folders and run directories in one call; rows, table, JSON, errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from discquant.errors import CalibrationError, CheckpointError, MissingModelError
+from discquant.evaluation import compare_models, evaluate
+from discquant.evaluation.candidates import bits_per_weight
+from discquant.evaluation.evaluate import short_names, table, write_json
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.codes import QuantizedLinear
+from discquant.formats.export import export_compressed_tensors
+
+REQUIRED = (
+    "path", "kl_mean", "kl_stderr", "kl_median", "kl_p99", "kl_p999", "kl_max", "top1", "perplexity",
+    "bits_per_weight",
+)  # fmt: skip
+
+
+def layers_of(path: Path) -> list[QuantizedLinear]:
+    """3-bit codes by rounding to nearest, group 32."""
+    checkpoint, found = Checkpoint(path), []
+    for name in checkpoint.tensors:
+        if name.endswith("_proj.weight"):
+            weight = checkpoint.read(name).float()
+            groups = weight.view(weight.shape[0], -1, 32)
+            scale = (groups.abs().amax(-1) / 3.5).bfloat16().float()
+            q = (groups / scale[..., None] + 4).round().clamp(0, 7).to(torch.uint8)
+            found.append(QuantizedLinear(name.removesuffix(".weight"), q.view_as(weight), scale, None, 3, 32))
+    return found
+
+
+@pytest.fixture(scope="module")
+def packed_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "model"
+    export_compressed_tensors(model_dir, out, layers_of(model_dir))
+    return out
+
+
+@pytest.fixture(scope="module")
+def run_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory as far as `evaluate` looks at one."""
+    path = tmp_path_factory.mktemp("run")
+    (path / "config.json").write_text(json.dumps({"discquant_run": 1, "source": str(model_dir)}))
+    (path / "codes.safetensors").write_bytes(b"read by open_run")
+    (path / "summary.json").write_text(json.dumps({"sizes": {"bits_per_weight": 3.5}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def open_run(model_dir: Path) -> Callable[[Path], Any]:
+    def opened(path: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        assert json.loads((path / "config.json").read_text())["source"] == str(model_dir)
+        model = AutoModelForCausalLM.from_pretrained(model_dir)
+        with torch.no_grad():
+            for layer in layers_of(model_dir):
+                model.get_submodule(layer.name).weight.copy_(layer.dequantize(torch.bfloat16))
+        return model
+
+    return opened
+
+
+def test_all_kinds_of_candidates(
+    model_dir: Path, packed_dir: Path, run_dir: Path, open_run: Callable[[Path], Any]
+) -> None:
+    seen: list[Any] = []
+    rows = evaluate(
+        model_dir, [model_dir, packed_dir, run_dir], "self", nsamples=6, seqlen=24, exact_match_problems=2,
+        max_new_tokens=4, open_run=open_run, on_windows=seen.append,
+    )  # fmt: skip
+    assert [row["path"] for row in rows] == [str(model_dir), str(packed_dir), str(run_dir)]
+    for row in rows:
+        assert set(REQUIRED) <= row.keys()
+        assert row["windows_digest"] == seen[0].digest
+        assert row["nonfinite"] == 0
+        assert 0 <= row["exact_match"] <= 1
+    same, packed, run = rows
+    assert (same["kl_mean"], same["top1"], same["bits_per_weight"]) == (0.0, 1.0, 16.0)
+    assert packed["kl_mean"] > 0
+    # The same codes from the packed file and from the run directory are the same weights, to the bit.
+    assert all(packed[key] == run[key] for key in REQUIRED[1:-1])
+    # 3 bits in whole 32-bit words per row (64 and 128 columns: exact), one 16-bit scale per 32 weights.
+    assert packed["bits_per_weight"] == 3 + 16 / 32
+    assert run["bits_per_weight"] == 3.5
+
+
+def test_equals_compare_models_in_float32(model_dir: Path, packed_dir: Path) -> None:
+    from discquant.calibration import load_windows
+    from discquant.formats.load import load_quantized
+    from discquant.formats.source import open_source
+
+    (row,) = evaluate(model_dir, [packed_dir], "self", nsamples=4, seqlen=16, seed=9)
+    original = open_source(model_dir).model.float()
+    windows = load_windows("self", None, nsamples=4, seqlen=16, seed=9, model=original)
+    expected = compare_models(original, {"a": load_quantized(packed_dir).float()}, windows)["a"].to_dict()
+    assert {key: row[key] for key in expected} == expected
+
+
+def test_one_at_a_time_gives_the_same(
+    model_dir: Path, packed_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    module = sys.modules["discquant.evaluation.evaluate"]
+    together = evaluate(model_dir, [packed_dir, model_dir], "self", nsamples=3, seqlen=16)
+    monkeypatch.setattr(module, "_fits_together", lambda original, count: False)
+    assert evaluate(model_dir, [packed_dir, model_dir], "self", nsamples=3, seqlen=16) == together
+
+
+def test_table_and_json(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    row: dict[str, Any] = dict.fromkeys(REQUIRED, 0.125) | {
+        "path": "some/where/a", "tokens": 1234, "dataset": "text.txt", "perplexity_original": 7.5, "kl_stderr": None,
+        "nonfinite": 0, "exact_match": None,
+    }  # fmt: skip
+    broken = row | {"path": "else/where/a", "kl_mean": None, "nonfinite": 3}
+    out = io.StringIO()
+    Console(file=out, width=80).print(table([row]))
+    assert "non-finite" not in out.getvalue()
+    out = io.StringIO()
+    Console(file=out, width=80).print(table([row, broken], title="Held out"))
+    shown = out.getvalue()
+    for words in (
+        "Held out",
+        "some/where/a",
+        "else/where/a",
+        "KL mean",
+        "12.50%",
+        "7.5",
+        "1,234",
+        "text.txt",
+    ):
+        assert words in shown, words
+    assert "exact answers" not in shown
+    line = next(line for line in shown.splitlines() if "non-finite" in line)
+    assert [cell.strip() for cell in line.split("│")[3:5]] == ["0", "3"]
+    write_json([row, broken], tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == [row, broken]
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json([row | {"kl_mean": math.nan}], tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == [row, broken]
+
+
+def test_short_names() -> None:
+    assert short_names(["a/x", "b/x", "c/y"]) == ["a/x", "b/x", "y"]
+    assert short_names(["a/x", "a/x", "x"]) == ["a/x (1)", "a/x (2)", "x"]
+
+
+def test_bits_of_runs_and_pickles(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"discquant_run": 1}')
+    assert bits_per_weight(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert bits_per_weight(tmp_path) is None
+
+
+def test_rejects(model_dir: Path, packed_dir: Path, run_dir: Path, tmp_path: Path) -> None:
+    def refused(kind: type[Exception], words: str, *candidates: Path, **options: Any) -> None:
+        with pytest.raises(kind) as raised:
+            evaluate(options.pop("original", model_dir), candidates, "self", nsamples=2, seqlen=8, **options)
+        assert words in str(raised.value)
+
+    refused(ValueError, "at least one candidate")
+    refused(MissingModelError, "is no model", tmp_path / "gone")
+    refused(MissingModelError, "has no config.json", tmp_path)
+    refused(CheckpointError, "quantized already", model_dir, original=packed_dir)
+    refused(ValueError, "open_run must be given", run_dir)
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    shutil.copy(run_dir / "config.json", unfinished)
+    refused(MissingModelError, "has not finished", unfinished)
+    truncated = tmp_path / "truncated"
+    shutil.copytree(packed_dir, truncated)
+    file = truncated / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    refused(CheckpointError, "truncated", truncated)
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dir, bare)
+    for left in bare.glob("tokenizer*"):
+        left.unlink()
+    refused(CalibrationError, "has no tokenizer", model_dir, original=bare, exact_match_problems=1)
