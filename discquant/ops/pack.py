@@ -121,7 +121,13 @@ def choose(
 
 
 def pack(
-    q: Tensor, zero_point: Tensor | None = None, *, num_bits: int, group_size: int, layout: Layout, impl: str = "auto"
+    q: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    num_bits: int,
+    group_size: int,
+    layout: Layout,
+    impl: str = "auto",
 ) -> Tensor:
     """Pack codes into a runtime layout, padded to 64 rows and 128 columns with the code of weight zero.
 
@@ -145,7 +151,9 @@ def pack(
     registry.require_tensors(op, q=q, zero_point=zero_point)
     check_grid(op, num_bits, group_size, layout)
     registry.require_dtype(op, "q", q, (torch.uint8,))
-    registry.require(q.dim() == 2 and q.shape[1] > 0, op, "q", "have shape", "[out_features, in_features > 0]", q.shape)
+    registry.require(
+        q.dim() == 2 and q.shape[1] > 0, op, "q", "have shape", "[out_features, in_features > 0]", q.shape
+    )
     limit = 1 << num_bits
     if q.numel():
         registry.require(int(q.max()) < limit, op, "q", "be below 2 ** num_bits", limit, int(q.max()))
@@ -225,7 +233,9 @@ def repack(
     check_words(op, words, out_features, in_features, num_bits)
     if choose(op, impl, words.device, op) == "reference":
         rows, columns = reference.padded_shape(out_features, in_features)
-        codes = reference.unpack(words, out_features=rows, in_features=columns, num_bits=num_bits, layout=layout)
+        codes = reference.unpack(
+            words, out_features=rows, in_features=columns, num_bits=num_bits, layout=layout
+        )
         return reference.pack(codes, None, num_bits=num_bits, group_size=-1, layout=new_layout)
     codes_in, codes_out = LAYOUT_CODES[layout], LAYOUT_CODES[new_layout]
     out: Tensor = _repack_op(words, out_features, in_features, num_bits, codes_in, codes_out)
@@ -254,7 +264,9 @@ def pack_dense(q: Tensor, *, num_bits: int, impl: str = "auto") -> Tensor:
     registry.require_dtype(op, "q", q, (torch.uint8,))
     registry.require(q.dim() == 2, op, "q", "have shape", "[rows, count]", q.shape)
     if q.numel():
-        registry.require(int(q.max()) < 1 << num_bits, op, "q", "be below 2 ** num_bits", 1 << num_bits, int(q.max()))
+        registry.require(
+            int(q.max()) < 1 << num_bits, op, "q", "be below 2 ** num_bits", 1 << num_bits, int(q.max())
+        )
     if choose(op, impl, q.device, op) == "reference":
         return reference.pack_dense(q, num_bits)
     out: Tensor = _pack_dense_op(q.contiguous(), num_bits)
@@ -334,5 +346,7 @@ def unpack_groups(packed: Tensor, *, out_features: int) -> Tensor:
     op = "unpack_groups"
     registry.require_tensors(op, packed=packed)
     fits = packed.dim() == 3 and packed.shape[0] * packed.shape[2] >= out_features
-    registry.require(fits, op, "packed", "have shape", f"[B, groups, R] with B * R >= {out_features}", packed.shape)
+    registry.require(
+        fits, op, "packed", "have shape", f"[B, groups, R] with B * R >= {out_features}", packed.shape
+    )
     return reference.unpack_groups(packed, out_features)

@@ -75,7 +75,9 @@ def _check_weight(
     if zero_point is not None:
         registry.require_dtype(op, "zero_point", zero_point, (torch.uint8,))
         fits = zero_point.shape == scale.shape and zero_point.is_contiguous()
-        registry.require(fits, op, "zero_point", "be contiguous with the shape of scale", expected, zero_point.shape)
+        registry.require(
+            fits, op, "zero_point", "be contiguous with the shape of scale", expected, zero_point.shape
+        )
     registry.require_device(op, words, scale=scale, zero_point=zero_point)
 
 
@@ -118,7 +120,9 @@ def dequantize_packed(
     registry.require(dtype in X_DTYPES, op, "dtype", "be one of", list(X_DTYPES), dtype)
     first, last = (0, out_features) if rows is None else rows
     inside = 0 <= first <= last <= out_features and first % 16 == 0
-    registry.require(inside, op, "rows", "be a range from a multiple of 16 within", [0, out_features], [first, last])
+    registry.require(
+        inside, op, "rows", "be a range from a multiple of 16 within", [0, out_features], [first, last]
+    )
     if choose(op, impl, words.device, op) == "reference":
         weight = reference.dequantize_packed(
             words, scale, zero_point, out_features=out_features, in_features=in_features, num_bits=num_bits,
@@ -211,7 +215,9 @@ def packed_linear(
     registry.require(mode in MODES, op, "mode", "be one of", list(MODES), mode)
     registry.require(isa is None or isa in ISAS, op, "isa", "be None or one of", list(ISAS), isa)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        raise NotImplementedError(f"{op}: x must be a constant = requires_grad False, got True (inference only)")
+        raise NotImplementedError(
+            f"{op}: x must be a constant = requires_grad False, got True (inference only)"
+        )
     chosen = choose(op, impl, x.device, op, cpp=_cpp_problem(mode, layout, x.device))
     rows = x.reshape(-1, in_features)
     if chosen == "reference":
@@ -220,7 +226,9 @@ def packed_linear(
             num_bits=num_bits, group_size=group_size, layout=layout, exact=mode == "exact",
         )  # fmt: skip
     elif mode == "exact":
-        y = _exact(rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, layout)
+        y = _exact(
+            rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, layout
+        )
     else:
         if rows.stride(1) != 1:
             rows = rows.contiguous()

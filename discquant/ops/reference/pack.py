@@ -78,10 +78,12 @@ def _store(words: Tensor, layout: str) -> Tensor:
     if layout == "cpu":
         # Pairs of row tiles alternate quad by quad: [pairs, k tiles, quads, 2, words of a quad, 16 rows].
         split = words.unflatten(3, (4, -1)).unflatten(0, (-1, 2))
-        return split.permute(0, 2, 4, 1, 5, 3).flatten()
+        out: Tensor = split.permute(0, 2, 4, 1, 5, 3).flatten()
+        return out
     tiles = torch.cat([words[..., :4].flatten(-2), words[..., 4:].flatten(-2)], dim=-1)
     # Four row tiles of a k tile lie together.
-    return tiles.unflatten(0, (-1, 4)).transpose(1, 2).flatten()
+    blocks: Tensor = tiles.unflatten(0, (-1, 4)).transpose(1, 2).flatten()
+    return blocks
 
 
 def _load(buffer: Tensor, layout: str, row_tiles: int, k_tiles: int) -> Tensor:
@@ -90,7 +92,9 @@ def _load(buffer: Tensor, layout: str, row_tiles: int, k_tiles: int) -> Tensor:
         split = buffer.view(row_tiles // 2, k_tiles, 4, 2, -1, TILE_ROWS)
         return split.permute(0, 3, 1, 5, 2, 4).flatten(4).flatten(0, 1)
     tiles = buffer.view(row_tiles // 4, k_tiles, 4, -1).transpose(1, 2).flatten(0, 1)
-    return torch.cat([tiles[..., :128].unflatten(-1, (32, 4)), tiles[..., 128:].unflatten(-1, (32, -1))], dim=-1)
+    return torch.cat(
+        [tiles[..., :128].unflatten(-1, (32, 4)), tiles[..., 128:].unflatten(-1, (32, -1))], dim=-1
+    )
 
 
 def pack(q: Tensor, zero_point: Tensor | None, *, num_bits: int, group_size: int, layout: str) -> Tensor:

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that hold weights as packed codes."""
+
+from __future__ import annotations
+
+from discquant.modules.packed_linear import PackedLinear
+from discquant.modules.packed_model import FusedProjection, PackedReport, load_packed
+
+__all__ = ["FusedProjection", "PackedLinear", "PackedReport", "load_packed"]
