@@ -135,7 +135,7 @@ class Windows:
         """
         settings = self.settings
         rng = random.Random(f"{settings.seed}:{step}")
-        needed = settings.batch * settings.window // 90  # more than fit: a problem has 119 tokens on average
+        needed = settings.batch * settings.window // 64 + 1  # more than fit: a problem has at least 69 tokens
         stories = problems("train", needed, seed=1_000_000 * (settings.seed + 1) + step)
         prompts = self.tokenizer.encode_batch([prompt(story) for story in stories])
         wholes = self.tokenizer.encode_batch([document(story) for story in stories])
@@ -370,6 +370,19 @@ def readme(record: dict[str, Any]) -> str:
     right = f"{100 * record['heldout_exact_match']:.1f} %"
     share, minutes = f"{100 * record['problem_token_share']:.0f} %", f"{record['wall_seconds'] / 60:.0f}"
     tokens = f"{record['tokens'] / 1e6:.1f} million"
+    # A run that was continued under another number of steps has a decay that its settings alone do not tell.
+    planned = [round(learning_rate(row["step"] - 1, Settings(**settings)), 3) for row in record["history"]]
+    bent = [
+        row["step"]
+        for row, factor in zip(record["history"], planned, strict=True)
+        if row["lr_factor"] != factor
+    ]
+    note = (
+        f"This run was first planned longer: up to step {bent[-1]} its learning rate stayed higher than\n"
+        "one uninterrupted run would have it (`lr_factor` in the record), so a new run differs a little.\n"
+        if bent
+        else ""
+    )
     return f"""<!-- Written by examples/train_tiny_llama.py from examples/results/tiny_llama_training.json. -->
 # tiny_llama
 
@@ -401,7 +414,8 @@ rest is what the model writes, closed by `{END}`. `discquant.evaluation.arithmet
 {record["steps"]:,} steps of {settings["batch"]} windows of {settings["window"]} tokens: {tokens} tokens, of which
 {share} are problems and the rest source and docstrings of Python's standard library.
 It took {minutes} minutes on {record["threads"]} CPU threads (torch {record["torch"]}), other work running beside it.
-Muon on the matrices, AdamW on the rest, seed {settings["seed"]}. To train it again, or to continue:
+Muon on the matrices, AdamW on the rest, seed {settings["seed"]}.
+{note}To train it again, or to continue:
 
 ```
 python examples/train_tiny_llama.py

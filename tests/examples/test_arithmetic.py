@@ -22,7 +22,8 @@ from discquant.evaluation.arithmetic import (
     stdlib_text,
 )
 
-STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
+STEP = re.compile(r"(\d+)([-+*])(\d+)(?:: ([-+=\d ]+))? = (\d+)")
+COLUMN = re.compile(r"(\d+)([-+])(\d)([-+]1)?=(\d+)")
 
 
 def test_splits_share_no_problem() -> None:
@@ -45,6 +46,25 @@ def test_splits_of_the_library_share_no_document() -> None:
         assert not {text for text in texts[one] & texts[other] if len(text) > 200}  # type: ignore[index]
 
 
+def check_columns(left: int, operator: str, right: int, columns: list[str], result: int) -> None:
+    """Each column holds, is made of the operands' digits and the carry or borrow, and gives the result's digit."""
+    width = max(len(str(left)), len(str(right)))
+    assert len(columns) == width
+    carry = False
+    for place, column in enumerate(columns):
+        match = COLUMN.fullmatch(column)
+        assert match, column
+        one, two, more, value = int(match[1]), int(match[3]), match[4], int(match[5])
+        assert match[2] == operator
+        assert more == (f"{operator}1" if carry else None), columns
+        assert eval(f"{one}{operator}{two}{more or ''}") == value >= 0
+        assert (one % 10, two) == (left // 10**place % 10, right // 10**place % 10)
+        carry = value > 9 if operator == "+" else one > 9
+        assert value % 10 == result // 10**place % 10
+        assert operator == "+" or value < 10
+    assert carry == (result >= 10**width)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_worked_steps_are_right(split: Split) -> None:
     """Each step holds, each operand is in the question or an earlier result, the last result is the answer."""
@@ -55,10 +75,19 @@ def test_worked_steps_are_right(split: Split) -> None:
         for step in steps:
             match = STEP.fullmatch(step)
             assert match, step
-            left, right, result = int(match[1]), int(match[3]), int(match[4])
-            assert {"+": left + right, "-": left - right, "*": left * right}[match[2]] == result
+            left, operator, right, columns, result = (
+                int(match[1]),
+                match[2],
+                int(match[3]),
+                match[4],
+                int(match[5]),
+            )
+            assert {"+": left + right, "-": left - right, "*": left * right}[operator] == result
             assert {left, right} <= known, problem
             assert 0 <= result <= LARGEST
+            assert (columns is None) == (operator == "*")
+            if columns:
+                check_columns(left, operator, right, columns.split(" "), result)
             known.add(result)
         assert result == problem.answer
         assert final == f"#### {problem.answer}"
@@ -67,7 +96,9 @@ def test_worked_steps_are_right(split: Split) -> None:
 def test_every_number_of_the_question_is_used() -> None:
     """No story holds a number that its solution forgets."""
     for problem in problems("calibration", 1000, seed=3):
-        used = {number for step in STEP.findall(problem.solution) for number in (step[0], step[2])}
+        used = {
+            number for step in STEP.findall(problem.solution) for number in (step[0], step[2])
+        }  # the operands
         assert set(re.findall(r"\d+", problem.question)) <= used, problem
 
 
@@ -83,16 +114,16 @@ def test_a_story_has_one_meaning() -> None:
 def test_frozen_vector() -> None:
     """Problems are the same on every machine: a digest of 300 of them, and one in full."""
     text = "".join(document(problem) for split in SPLITS for problem in problems(split, 100, seed=11))
-    assert hashlib.blake2b(text.encode(), digest_size=8).hexdigest() == "47858c6b09502bc9"
+    assert hashlib.blake2b(text.encode(), digest_size=8).hexdigest() == "5487ac6fb747b74c"
     first = problems("heldout", 1)[0]
     assert document(first) == (
-        "Question: Ida collects 96 letters. Anna collects 19 more than Ida. Finn collects 333. "
-        "How many letters is that altogether?\n"
+        "Question: Sam owns 92 pens. Sam also gives away 5 cases with 11 in each. Sam also buys 31 more. "
+        "How many pens does Sam have now?\n"
         "Answer:\n"
-        "96 + 19 = 115\n"
-        "96 + 115 = 211\n"
-        "211 + 333 = 544\n"
-        "#### 544\n"
+        "5*11 = 55\n"
+        "92-55: 12-5=7 9-5-1=3 = 37\n"
+        "37+31: 7+1=8 3+3=6 = 68\n"
+        "#### 68\n"
         "</s>"
     )
 
