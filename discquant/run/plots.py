@@ -64,6 +64,11 @@ def _log(axis: Any, low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _short(value: float) -> str:
+    """Three digits, large numbers written out."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _legend_below(axes: Any, columns: int) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns)
 
@@ -160,7 +165,7 @@ def draw_shares(path: Path, training: Sequence[dict[str, Any]]) -> bool:
             numbers = [float(line.get(key) or 0.0) for line in training]
             peak = max(numbers)
             if peak > 0:
-                schedule.plot(steps, [value / peak for value in numbers], label=f"{label}, peak {peak:,.4g}",
+                schedule.plot(steps, [value / peak for value in numbers], label=f"{label}, peak {_short(peak)}",
                               color=SERIES[(place * 2 + 1) % len(SERIES)])  # fmt: skip
         schedule.set_ylim(0, 1.04)
         _percent(schedule.yaxis)

@@ -92,10 +92,11 @@ def _methods(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     before = summary.get("kl_before_rounding")
     after = (methods.get("discquant") or {}).get("kl_mean")
     if before is not None:
-        lines += [f"Mean KL before the final rounding: {before:.4g} (on the windows watched during the run)."]
-        if after is not None and not held.get("source"):
-            lines += [f"After it: {after:.4g}."]
-        lines += [""]
+        told = f"Mean KL of DiscQuant before the final rounding: {before:.4g}"
+        # Rounding may add nothing at all; a ratio to next to nothing would say little.
+        if after is not None and before > 0:
+            told += f"; after it {after:.4g}, {after / before:.3f} times as much"
+        lines += [f"{told}.", ""]
     return lines
 
 
