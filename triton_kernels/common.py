@@ -53,6 +53,20 @@ def signed32(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
+# Triton's interpreter truncates where it stores float32 as bfloat16; compiled code rounds to nearest even.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def cast(value, DTYPE: tl.constexpr):
+    """Round to DTYPE, to nearest even also when interpreted."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return value.to(DTYPE)
+
+
 @triton.jit
 def counter_uniform(index, key):
     """Uniform float32 in [0, 1) from hash(index ^ key): bit for bit the reference's numbers."""

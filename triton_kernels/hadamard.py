@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES
+from .common import DTYPES, cast
 
 # Longest run of one program: 32768 float32 values in the registers of 16 warps.
 MAX_RUN = 32768
@@ -43,7 +43,7 @@ def _hadamard_run_kernel(
     values = values * tl.load(factor)
     if HAS_SIGNS and not SIGNS_FIRST:
         values = values * signs
-    tl.store(out_ptr + place, values.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + place, cast(values, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _hadamard_mix_kernel(
         acc += column[:, None] * value[None, :]
     out = out_ptr + (row * ORDER + offs_k[:, None]) * run + offs_c[None, :]
     mask = (offs_k < ORDER)[:, None] & mask_c[None, :]
-    tl.store(out, (acc * tl.load(factor)).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out, cast(acc * tl.load(factor), out_ptr.dtype.element_ty), mask=mask)
 
 
 def hadamard_fwd(x: Tensor, signs: Tensor | None, matrix: Tensor, inverse: bool) -> Tensor:

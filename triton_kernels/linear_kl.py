@@ -13,23 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES
+from .common import DTYPES, cast
 
 # Upper bound of the scratch: a smaller chunk is taken where `chunk_size` tokens would need more.
 SCRATCH_BYTES = 1_100_000_000
 
 
 @triton.jit
-def _cap(raw, bias, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+def _cap(raw, bias, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr):
     """Scaled and soft-capped logit and its slope by the raw one; tanh through exp, without libdevice."""
     shifted = raw + bias
     if SOFTCAP == 0.0:
-        return shifted * LOGIT_SCALE, shifted * 0.0 + LOGIT_SCALE
+        return shifted * LOGIT_SCALE, tl.full(shifted.shape, LOGIT_SCALE, shifted.dtype)
     else:
         inner = shifted * (LOGIT_SCALE / SOFTCAP)
         decay = tl.exp(-2.0 * tl.abs(inner))
         size = (1.0 - decay) / (1.0 + decay)
-        squashed = tl.where(inner < 0.0, -size, size)
+        # Near zero the difference cancels: five terms of the series, exact to the last bits below NEAR.
+        t = inner * inner
+        terms = 0.13333333333333333 + t * (-0.053968253968253968 + t * 0.021869488536155203)
+        series = inner * (1.0 + t * (-0.33333333333333333 + t * terms))
+        squashed = tl.where(tl.abs(inner) < NEAR, series, tl.where(inner < 0.0, -size, size))
         return squashed * SOFTCAP, LOGIT_SCALE * (1.0 - squashed * squashed)
 
 
@@ -37,7 +41,7 @@ def _cap(raw, bias, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 def _linear_kl_fwd_kernel(
     kl_ptr, diff_ptr, student_ptr, teacher_ptr, bias_ptr, mask_ptr,
     vocab_size, stride_z, stride_d,
-    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     ACC: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -55,10 +59,18 @@ def _linear_kl_fwd_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + offs, mask=inside, other=0).to(ACC)
         z_s, _ = _cap(
-            tl.load(student_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP
+            tl.load(student_ptr + row * stride_z + offs, mask=inside, other=0),
+            bias,
+            LOGIT_SCALE,
+            SOFTCAP,
+            NEAR,
         )
         z_t, _ = _cap(
-            tl.load(teacher_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP
+            tl.load(teacher_ptr + row * stride_z + offs, mask=inside, other=0),
+            bias,
+            LOGIT_SCALE,
+            SOFTCAP,
+            NEAR,
         )
         z_s = tl.where(offs < vocab_size, z_s, float("-inf"))
         z_t = tl.where(offs < vocab_size, z_t, float("-inf"))
@@ -68,8 +80,9 @@ def _linear_kl_fwd_kernel(
         sum_t = sum_t * tl.exp(max_t - new_t) + tl.exp(z_t - new_t)
         max_s = new_s
         max_t = new_t
-    lse_s = max_s + tl.log(tl.sum(sum_s, axis=0))
-    lse_t = max_t + tl.log(tl.sum(sum_t, axis=0))
+    # Kept apart from the maxima: their sum would round at the size of the logits.
+    log_sum_s = tl.log(tl.sum(sum_s, axis=0))
+    log_sum_t = tl.log(tl.sum(sum_t, axis=0))
 
     kl = tl.zeros((BLOCK_V,), ACC)
     for start in range(0, vocab_size, BLOCK_V):
@@ -80,18 +93,26 @@ def _linear_kl_fwd_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + offs, mask=inside, other=0).to(ACC)
         z_s, slope = _cap(
-            tl.load(student_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP
+            tl.load(student_ptr + row * stride_z + offs, mask=inside, other=0),
+            bias,
+            LOGIT_SCALE,
+            SOFTCAP,
+            NEAR,
         )
         z_t, _ = _cap(
-            tl.load(teacher_ptr + row * stride_z + offs, mask=inside, other=0), bias, LOGIT_SCALE, SOFTCAP
+            tl.load(teacher_ptr + row * stride_z + offs, mask=inside, other=0),
+            bias,
+            LOGIT_SCALE,
+            SOFTCAP,
+            NEAR,
         )
-        log_q = z_s - lse_s
-        log_p = z_t - lse_t
+        log_q = (z_s - max_s) - log_sum_s
+        log_p = (z_t - max_t) - log_sum_t
         p = tl.exp(log_p)
         # A logit of -inf has probability zero and contributes nothing; inf - inf would be NaN.
         kl += tl.where(inside & (p > 0.0), p * (log_p - log_q), 0.0)
         diff = tl.where(inside, (tl.exp(log_q) - p) * slope, 0.0)
-        tl.store(diff_ptr + row * stride_d + offs, diff.to(diff_ptr.dtype.element_ty), mask=stored)
+        tl.store(diff_ptr + row * stride_d + offs, cast(diff, diff_ptr.dtype.element_ty), mask=stored)
     tl.store(kl_ptr + row, tl.sum(kl, axis=0))
 
 
@@ -145,7 +166,7 @@ def linear_kl_fwd(
         _linear_kl_fwd_kernel[(count,)](
             per_token[part], diff, z_s, z_t, z_s if bias is None else bias, student if mask is None else mask[part],
             vocab_size, z_s.stride(0), diff.stride(0),
-            LOGIT_SCALE=float(logit_scale), SOFTCAP=float(softcap or 0.0), HAS_BIAS=bias is not None,
+            LOGIT_SCALE=float(logit_scale), SOFTCAP=float(softcap or 0.0), NEAR=0.02 if acc == torch.float64 else 0.3, HAS_BIAS=bias is not None,
             HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=8,
         )  # fmt: skip
         _matmul(hidden[:count], diff[:count], head)

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES, decode_position, frac_kind, group_mode, interpolate, load_codes, load_grouped
+from .common import (
+    DTYPES,
+    cast,
+    decode_position,
+    frac_kind,
+    group_mode,
+    interpolate,
+    load_codes,
+    load_grouped,
+)
 from .step_tile import COUNT_SLOTS, COUNTS, KEYS, OPTIMIZERS, launch_scalars, update_tile
 
 
@@ -118,7 +127,7 @@ def _soft_linear_fwd_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0).to(ACC)[None, :]
     out = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
-    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(out, cast(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -150,7 +159,7 @@ def _soft_linear_dx_kernel(
         acc = tl.dot(dy, weight.to(dy.dtype), acc, input_precision="ieee", out_dtype=ACC)
     offs_k = k0 + tl.arange(0, BLOCK_N)
     out = dx_ptr + offs_m[:, None] * stride_dm + offs_k[None, :] * stride_dk
-    tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_k < in_features)[None, :])
+    tl.store(out, cast(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_k < in_features)[None, :])
 
 
 @triton.jit
@@ -206,7 +215,7 @@ def _soft_linear_dfrac_kernel(
     out = out_ptr + offs_n[:, None] * stride_om + offs_k[None, :] * stride_ok
     tl.store(
         out,
-        (acc * slope).to(out_ptr.dtype.element_ty),
+        cast(acc * slope, out_ptr.dtype.element_ty),
         mask=mask_n[:, None] & (offs_k < in_features)[None, :],
     )
 

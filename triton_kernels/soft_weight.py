@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .common import (
     DTYPES,
+    cast,
     decode_position,
     frac_kind,
     group_mode,
@@ -62,7 +63,7 @@ def _soft_weight_fwd_kernel(
     position = decode_position(code, KIND, ACC)
     weight = interpolate(q, position, step, zero, table_ptr, HAS_TABLE, LEVELS, ACC)
     out = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok
-    tl.store(out, weight.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out, cast(weight, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _soft_weight_bwd_kernel(
         lower = tl.load(table_ptr + index).to(ACC)
         slope = slope * (tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC) - lower)
     out = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok
-    tl.store(out, (grad * slope).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out, cast(grad * slope, out_ptr.dtype.element_ty), mask=mask)
 
 
 def tile(cols: int, transpose: bool = False, block: tuple[int, int] | None = None) -> tuple[int, int]:

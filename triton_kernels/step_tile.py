@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from .common import U8, U16, counter_uniform, decode_position, divide, signed32
+from .common import U8, U16, cast, counter_uniform, decode_position, divide, signed32
 
 ADAMW = tl.constexpr(0)
 MOMENTUM = tl.constexpr(1)
@@ -89,14 +89,14 @@ def update_tile(
                 scaled = round_up_or_down(tl.sqrt_rn(second) * second_inverse, index, second_key)
                 rounded = tl.minimum(tl.maximum(scaled, 0.0), 255.0).to(tl.int32).to(tl.uint8)
             else:
-                rounded = second.to(second_ptr.dtype.element_ty)
+                rounded = cast(second, second_ptr.dtype.element_ty)
             tl.store(second_ptr + offset_v, tl.where(finite, rounded, stored_second), mask=mask)
             position = tl.where(moves, position * decay, position)
         if FIRST_INT:
             scaled = round_up_or_down(first * first_inverse, index, first_key)
             rounded_first = tl.minimum(tl.maximum(scaled, -127.0), 127.0).to(tl.int32).to(tl.int8)
         else:
-            rounded_first = first.to(first_ptr.dtype.element_ty)
+            rounded_first = cast(first, first_ptr.dtype.element_ty)
         tl.store(first_ptr + offset_m, tl.where(finite, rounded_first, stored), mask=mask)
 
     moved_to = tl.minimum(tl.maximum(position - lr * direction, 0.0), 1.0)
@@ -107,7 +107,7 @@ def update_tile(
         scaled = round_up_or_down(moved_to * 65535.0, index, frac_key)
         new_code = tl.minimum(scaled, 65535.0).to(tl.int32).to(tl.uint16)
     else:
-        new_code = moved_to.to(frac_ptr.dtype.element_ty)
+        new_code = cast(moved_to, frac_ptr.dtype.element_ty)
     new_code = tl.where(moves, new_code, code)
     tl.store(frac_ptr + offset_f, new_code, mask=mask)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FRAC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.uint16)
 FRAC_REF_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 GRADIENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# math.isfinite would break the graph of a compiled caller.
+INFINITY = float("inf")
 OPTIMIZERS = ("adamw", "momentum", "lion", "sgd")
 
 SCALAR_SCHEMA = (
@@ -103,7 +104,7 @@ def check_state(
     for name, value in zip(("lr", "kl_weight", "linear_weight", "hardening"), (
         options.lr, options.kl_weight, options.linear_weight, options.hardening,
     ), strict=True):  # fmt: skip
-        registry.require(math.isfinite(value), op, name, "be", "finite", value)
+        registry.require(abs(value) < INFINITY, op, name, "be", "finite", value)
     needs = {"adamw": (True, True), "momentum": (True, False), "lion": (True, False), "sgd": (False, False)}
     for name, moment, needed, code in (
         ("momentum", momentum, needs[options.optimizer][0], torch.int8),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -120,7 +119,7 @@ def _check(
         registry.require_dtype(_OP, "mask", mask, (torch.bool,))
     registry.require(chunk_size >= 1, _OP, "chunk_size", "be at least", 1, chunk_size)
     registry.require(normalizer is None or normalizer >= 0, _OP, "normalizer", "be at least", 0, normalizer)
-    registry.require(math.isfinite(logit_scale), _OP, "logit_scale", "be", "finite", logit_scale)
+    registry.require(abs(logit_scale) < float("inf"), _OP, "logit_scale", "be", "finite", logit_scale)
     registry.require(softcap is None or softcap > 0, _OP, "softcap", "be None or above", 0, softcap)
     registry.require_device(_OP, student, teacher=teacher, weight=weight, bias=bias, mask=mask)
     for name, tensor in (("teacher", teacher), ("weight", weight), ("bias", bias)):

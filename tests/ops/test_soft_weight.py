@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""soft_weight: the seven properties, and equality with the reference bit for bit in float32."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from discquant.ops import soft_weight
+from discquant.ops.reference import soft_weight as reference
+from discquant.ops.reference.projected_step import decode_frac_ref
+
+OP = torch.ops.discquant.soft_weight.default
+BWD = torch.ops.discquant.soft_weight_bwd.default
+CASES = {
+    "aligned": ((16, 256), {"group_size": 64}),
+    "odd": ((17, 131), {"group_size": 32, "packed": True, "zero": True}),
+    "prime-table": ((7, 61), {"group_size": 16, "table": True}),
+    "one": ((1, 1), {"group_size": -1}),
+    "empty": ((0, 8), {"group_size": -1}),
+    "no-columns": ((3, 0), {"group_size": 4}),
+    "gather": ((5, 300), {"group_size": 100, "zero": True}),
+    "row": ((3, 70), {"group_size": -1, "packed": True}),
+    "three-bits": ((4, 64), {"group_size": 32, "num_bits": 3, "zero": True}),
+    "table-packed": ((3, 40), {"group_size": 16, "table": True, "packed": True}),
+}
+
+
+def _options(case: dict[str, Any]) -> dict[str, Any]:
+    return {"num_bits": case.get("num_bits", 4), "group_size": case["group_size"]}
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpp"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("frac", [torch.float32, torch.uint8, torch.uint16, torch.bfloat16])
+def test_equals_reference(name, frac, impl, make_grid, assert_equal, device):
+    """float32 results equal the reference bit for bit, whatever the storage of frac."""
+    if impl == "cpp" and device.type != "cpu":
+        pytest.skip("cpp is for CPU tensors")
+    shape, case = CASES[name]
+    grid = make_grid(shape, frac=frac, **case)
+    args, options = grid[:4], {**_options(case), "table": grid.table}
+    assert_equal(
+        soft_weight(*args, **options, impl=impl), soft_weight(*args, **options, impl="reference"), name
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_oracle(name, dtype, make_grid, assert_close):
+    """Output and gradient against float64, for every result dtype."""
+    shape, case = CASES[name]
+    scale = torch.float64 if dtype == torch.float64 else torch.float32
+    grid = make_grid(shape, frac=scale, scale=scale, **case)
+    results = {}
+    for impl, wide in (("triton", False), ("reference", False), ("oracle", True)):
+        tensors = [t.double() if wide and t is not None and t.is_floating_point() else t for t in grid[:5]]
+        tensors[1] = tensors[1].detach().requires_grad_()
+        out = soft_weight(
+            *tensors[:4], table=tensors[4], **_options(case), dtype=torch.float64 if wide else dtype,
+            impl="reference" if wide else impl,
+        )  # fmt: skip
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view_as(out)
+        (grad,) = torch.autograd.grad((out * weight.to(out.dtype)).sum(), tensors[1])
+        results[impl] = (out.detach(), grad)
+    for i, what in enumerate(("weight", "grad")):
+        assert_close(results["triton"][i], results["oracle"][i], results["reference"][i], what)
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_gradcheck(table, transpose, make_grid):
+    grid = make_grid((5, 19), frac=torch.float64, scale=torch.float64, group_size=8, table=table)
+    # Away from frac = 1, where a table's upper level is taken as it is.
+    frac = (grid.frac * 0.9).requires_grad_()
+
+    def weight(position):
+        return soft_weight(
+            grid.q_down, position, grid.scale, table=grid.table, num_bits=4, group_size=8, transpose=transpose,
+            impl="triton",
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(weight, (frac,))
+
+
+def test_grad_subsets(make_grid):
+    """frac is the one differentiable input; without it nothing is recorded, scale and table are refused."""
+    grid = make_grid((4, 32), table=True)
+    kwargs = {"num_bits": 4, "group_size": 32, "impl": "triton"}
+    assert not soft_weight(grid.q_down, grid.frac, grid.scale, table=grid.table, **kwargs).requires_grad
+    frac = grid.frac.clone().requires_grad_()
+    assert soft_weight(grid.q_down, frac, grid.scale, table=grid.table, **kwargs).requires_grad
+    for name in ("scale", "table"):
+        tensors = {"scale": grid.scale, "table": grid.table}
+        tensors[name] = tensors[name].clone().requires_grad_()
+        with pytest.raises(NotImplementedError, match=f"soft_weight: {name} must be a constant"):
+            soft_weight(grid.q_down, frac, tensors["scale"], table=tensors["table"], **kwargs)
+
+
+@pytest.mark.parametrize("frac", [torch.float32, torch.uint8, torch.float64])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_opcheck(frac, permuted, make_grid):
+    scale = torch.float64 if frac == torch.float64 else torch.float32
+    grid = make_grid((6, 40), frac=frac, scale=scale, group_size=16, packed=not permuted, zero=True)
+    q_down, position = grid.q_down, grid.frac
+    if permuted:
+        q_down, position = (t.t().contiguous().t() for t in (q_down, position))
+    torch.library.opcheck(
+        OP, (q_down, position, grid.scale, grid.zero_point, None, 4, 16, scale, False, False)
+    )
+    gradient = torch.randn(6, 40, device=q_down.device, dtype=scale)
+    torch.library.opcheck(BWD, (gradient, q_down, grid.scale, None, 4, 16, scale))
+
+
+def test_compile(make_grid, assert_equal):
+    """One graph, also with sizes that vary."""
+
+    def weight(q_down, frac, scale):
+        return soft_weight(q_down, frac, scale, num_bits=4, group_size=16, impl="triton") * 2
+
+    compiled = torch.compile(weight, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((4, 64), (9, 48)):
+        grid = make_grid(shape, group_size=16)
+        frac = grid.frac.clone().requires_grad_()
+        out = compiled(grid.q_down, frac, grid.scale)
+        assert_equal(out.detach(), weight(grid.q_down, grid.frac, grid.scale))
+        out.sum().backward()
+        assert_equal(frac.grad, (2 * grid.scale).repeat_interleave(16, dim=1))
+
+
+def test_rejects_bad_input(make_grid):
+    grid = make_grid((4, 64), group_size=32)
+    good = {"num_bits": 4, "group_size": 32}
+    bad: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
+        (TypeError, "soft_weight: frac must be of type = Tensor, got float", (grid.q_down, 0.5, grid.scale), good),
+        (ValueError, r"soft_weight: scale must have shape \[out_features, num_groups\] = \[4, 2\], got \[4, 1\]",
+         (grid.q_down, grid.frac, grid.scale[:, :1]), good),
+        (ValueError, r"soft_weight: q_down must be .* got \[4, 63\]", (grid.q_down[:, :63], grid.frac, grid.scale), good),
+        (ValueError, "soft_weight: q_down must have a dtype", (grid.q_down.int(), grid.frac, grid.scale), good),
+        (ValueError, "soft_weight: frac must have a dtype", (grid.q_down, grid.frac.int(), grid.scale), good),
+        (ValueError, "soft_weight: num_bits must be an integer in = 2..8, got 9",
+         (grid.q_down, grid.frac, grid.scale), {**good, "num_bits": 9}),
+        (ValueError, "soft_weight: num_bits with two codes per byte be at most|soft_weight: num_bits must with two",
+         (grid.q_down[:, :32], grid.frac, grid.scale), {**good, "num_bits": 5}),
+        (ValueError, "soft_weight: group_size must be positive or = -1, got 0",
+         (grid.q_down, grid.frac, grid.scale), {**good, "group_size": 0}),
+        (ValueError, "soft_weight: zero_point must have the shape of scale",
+         (grid.q_down, grid.frac, grid.scale, grid.scale[:1]), good),
+        (ValueError, r"soft_weight: table must have shape = \[16\], got \[8\]", (grid.q_down, grid.frac, grid.scale),
+         {**good, "table": torch.zeros(8, device=grid.frac.device)}),
+        (ValueError, "soft_weight: dtype must be one of", (grid.q_down, grid.frac, grid.scale), {**good, "dtype": torch.int8}),
+        (ValueError, "soft_weight: impl must be one of", (grid.q_down, grid.frac, grid.scale), {**good, "impl": "cuda"}),
+    ]  # fmt: skip
+    for error, message, args, kwargs in bad:
+        with pytest.raises(error, match=message):
+            soft_weight(*args, **{"impl": "triton", **kwargs})
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton", "auto"])
+@pytest.mark.parametrize("table", [False, True])
+def test_end_points(impl, table, make_grid, assert_equal):
+    """frac 0 and 1 give the grid's own two neighbours exactly, in every storage of frac."""
+    grid = make_grid((5, 64), zero=not table, table=table)
+    step = grid.scale.repeat_interleave(32, dim=1)
+    for value in (0, 1):
+        codes = grid.codes.float() + value
+        if table:
+            expected = step * grid.table[codes.long()]
+        else:
+            expected = step * (codes - grid.zero_point.repeat_interleave(32, dim=1).float())
+        for dtype, top in ((torch.float32, 1), (torch.uint8, 255), (torch.uint16, 65535)):
+            frac = torch.full((5, 64), value * top, dtype=torch.int32, device=step.device).to(dtype)
+            out = soft_weight(
+                grid.q_down,
+                frac,
+                grid.scale,
+                grid.zero_point,
+                num_bits=4,
+                group_size=32,
+                table=grid.table,
+                impl=impl,
+            )
+            assert_equal(out, expected, f"{dtype} {value}")
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpp"])
+def test_reference_codes_and_transpose(impl, make_grid, assert_equal, device):
+    """The teacher's weight from uint8 codes, and the transposed write."""
+    if impl == "cpp" and device.type != "cpu":
+        pytest.skip("cpp is for CPU tensors")
+    grid = make_grid((9, 70), frac=torch.uint8, packed=True, zero=True)
+    args, kwargs = (grid.q_down, grid.frac, grid.scale, grid.zero_point), {"num_bits": 4, "group_size": 32}
+    expected = reference.soft_weight(
+        grid.q_down, decode_frac_ref(grid.frac, torch.float32), *args[2:], num_bits=4, group_size=32
+    )
+    assert_equal(soft_weight(*args, **kwargs, is_reference=True, impl=impl), expected)
+    turned = soft_weight(*args, **kwargs, is_reference=True, transpose=True, impl=impl)
+    assert turned.is_contiguous()
+    assert_equal(turned, expected.t().contiguous())
+
+
+def test_strides(make_grid, assert_equal):
+    """Transposed and sliced inputs give the same as contiguous ones."""
+    grid = make_grid((6, 64), group_size=32)
+    expected = soft_weight(grid.q_down, grid.frac, grid.scale, num_bits=4, group_size=32, impl="triton")
+    odd = [t.t().contiguous().t() for t in (grid.q_down, grid.frac, grid.scale)]
+    assert_equal(soft_weight(*odd, num_bits=4, group_size=32, impl="triton"), expected, "transposed")
+    wide = torch.rand(12, 130, device=grid.frac.device)
+    wide[::2, 2::2] = grid.frac
+    sliced = wide[::2, 2::2]
+    assert_equal(
+        soft_weight(grid.q_down, sliced, grid.scale, num_bits=4, group_size=32, impl="triton"),
+        expected,
+        "sliced",
+    )
+
+
+def test_every_group_mode(make_grid, assert_equal):
+    """Group sizes that divide the tile, are divided by it, do neither, or exceed the row."""
+    for cols, group_size in itertools.product((48, 97), (8, 16, 24, 32, 64, 1000)):
+        grid = make_grid((3, cols), group_size=group_size, zero=True)
+        options = {"num_bits": 4, "group_size": group_size}
+        assert_equal(
+            soft_weight(*grid[:4], **options, impl="triton"),
+            soft_weight(*grid[:4], **options, impl="reference"),
+            f"{cols} columns in groups of {group_size}",
+        )
+
+
+def test_deterministic(make_grid, assert_equal):
+    grid = make_grid((8, 96), frac=torch.uint8)
+    first, second = (soft_weight(*grid[:4], num_bits=4, group_size=32, impl="triton") for _ in range(2))
+    assert_equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_llama_shapes_on_gpu(dtype, make_grid, assert_close):
+    grid = make_grid((14336, 4096), frac=torch.uint8, group_size=64, packed=True, zero=True)
+    kwargs = {"num_bits": 4, "group_size": 64}
+    oracle = soft_weight(*grid[:4], **kwargs, dtype=torch.float64, impl="reference")
+    baseline = soft_weight(*grid[:4], **kwargs, dtype=dtype, impl="reference")
+    assert_close(soft_weight(*grid[:4], **kwargs, dtype=dtype, impl="triton"), oracle, baseline)
