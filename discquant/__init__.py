@@ -29,8 +29,8 @@ _HOMES = {
 __all__ = [
     "DataConfig",
     "GridConfig",
-    "Quantized",
     "QuantizeConfig",
+    "Quantized",
     "SolverConfig",
     "load",
     "preset",
