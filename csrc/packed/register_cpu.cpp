@@ -1,23 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU operators of the packed formats, registered through torch's stable ABI: one binary serves torch 2.10 and later.
-// Schemas and fakes are in discquant/ops/pack.py and packed_linear.py, which check arguments with friendlier words;
-// the checks here keep any caller of torch.ops.discquant.* from reading out of bounds.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-
+// Schemas and fakes are in discquant/ops/pack.py and packed_linear.py.
 #include "build_facts.h"
 #include "packed/cpu_linear.h"
+#include "packed/register_checks.h"
 
 namespace discquant {
 namespace packed {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 static_assert(kLayoutVersion == discquant::kLayoutVersion, "build_facts.h reports the version of layout.h");
 
@@ -28,52 +18,6 @@ Parallel torch_threads() {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
   };
   return parallel;
-}
-
-DType float_type(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "packed: ", name, " must be float32, float16 or bfloat16");
-      return DType::kFloat32;
-  }
-}
-
-void check_buffer(const Tensor& t, ScalarType type, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type && t.numel() == numel, "packed: ", name,
-                  " must be a contiguous CPU tensor of ", numel, " elements of its type, got ", t.numel());
-}
-
-void check_grid(int64_t n, int64_t k, int64_t bits, int64_t group_size, int64_t layout) {
-  constexpr int64_t kLimit = int64_t{1} << 31;
-  STD_TORCH_CHECK(bits == 3 || bits == 4, "packed: num_bits must be 3 or 4, got ", bits);
-  STD_TORCH_CHECK(n >= 0 && k > 0 && n < kLimit && k < kLimit, "packed: sizes must be in range, got ", n, " x ", k);
-  STD_TORCH_CHECK(group_size == -1 || group_size == 32 || group_size == 64 || (group_size > 0 && group_size % 128 == 0),
-                  "packed: group_size must be 32, 64, a multiple of 128 or -1, got ", group_size);
-  STD_TORCH_CHECK(layout == kLayoutMma || layout == kLayoutCpu, "packed: layout must be 1 or 2, got ", layout);
-}
-
-int64_t group_count(int64_t k, int64_t group_size) { return group_size == -1 ? 1 : ceil_div(k, group_size); }
-
-void check_weight(const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t n,
-                  int64_t k, int64_t bits, int64_t group_size, int64_t layout) {
-  check_grid(n, k, bits, group_size, layout);
-  check_buffer(words, ScalarType::Int, packed_words(n, k, static_cast<int>(bits)), "words");
-  const int64_t scales = padded_rows(n) * group_count(k, group_size);
-  float_type(scale, "scale");
-  check_buffer(scale, scale.scalar_type(), scales, "scale");
-  if (zero_point) check_buffer(*zero_point, ScalarType::Byte, scales, "zero_point");
-}
-
-const uint32_t* words_of(const Tensor& t) { return static_cast<const uint32_t*>(t.const_data_ptr()); }
-
-const uint8_t* bytes_of(const std::optional<Tensor>& t) {
-  return t ? static_cast<const uint8_t*>(t->const_data_ptr()) : nullptr;
 }
 
 Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point,
@@ -88,7 +32,7 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
   STD_TORCH_CHECK(has_isa(chosen), "packed_linear: this processor lacks the instructions of isa ", isa);
   CpuLinear call{};
   call.x_type = float_type(x, "x");
-  if (bias) check_buffer(*bias, x.scalar_type(), n, "bias");
+  if (bias) check_buffer(*bias, x, x.scalar_type(), n, "bias");
   Tensor y = torch::stable::new_empty(x, {x.size(0), n}, std::make_optional(x.scalar_type()));
   if (x.size(0) == 0 || n == 0) return y;
   call.x = x.const_data_ptr();
@@ -113,8 +57,8 @@ Tensor pack(const Tensor& codes, const std::optional<Tensor>& zero_point, int64_
   STD_TORCH_CHECK(codes.dim() == 2, "pack: codes must be [out_features, in_features]");
   const int64_t n = codes.size(0), k = codes.size(1);
   check_grid(n, k, bits, group_size, layout);
-  check_buffer(codes, ScalarType::Byte, n * k, "codes");
-  if (zero_point) check_buffer(*zero_point, ScalarType::Byte, n * group_count(k, group_size), "zero_point");
+  check_buffer(codes, codes, ScalarType::Byte, n * k, "codes");
+  if (zero_point) check_buffer(*zero_point, codes, ScalarType::Byte, n * group_count(k, group_size), "zero_point");
   Tensor words = torch::stable::new_empty(codes, {packed_words(n, k, static_cast<int>(bits))},
                                           std::make_optional(ScalarType::Int));
   const bool fits = pack_cpu(bytes_of(codes), bytes_of(zero_point), n, k, static_cast<int>(bits),
@@ -126,7 +70,7 @@ Tensor pack(const Tensor& codes, const std::optional<Tensor>& zero_point, int64_
 
 Tensor unpack(const Tensor& words, int64_t n, int64_t k, int64_t bits, int64_t layout) {
   check_grid(n, k, bits, -1, layout);
-  check_buffer(words, ScalarType::Int, packed_words(n, k, static_cast<int>(bits)), "words");
+  check_buffer(words, words, ScalarType::Int, packed_words(n, k, static_cast<int>(bits)), "words");
   Tensor codes = torch::stable::new_empty(words, {n, k}, std::make_optional(ScalarType::Byte));
   unpack_cpu(words_of(words), n, k, static_cast<int>(bits), static_cast<Layout>(layout),
              static_cast<uint8_t*>(codes.mutable_data_ptr()), torch_threads());
@@ -136,7 +80,7 @@ Tensor unpack(const Tensor& words, int64_t n, int64_t k, int64_t bits, int64_t l
 Tensor repack(const Tensor& words, int64_t n, int64_t k, int64_t bits, int64_t layout, int64_t new_layout) {
   check_grid(n, k, bits, -1, layout);
   check_grid(n, k, bits, -1, new_layout);
-  check_buffer(words, ScalarType::Int, packed_words(n, k, static_cast<int>(bits)), "words");
+  check_buffer(words, words, ScalarType::Int, packed_words(n, k, static_cast<int>(bits)), "words");
   Tensor out = torch::stable::new_empty(words, {words.numel()}, std::make_optional(ScalarType::Int));
   repack_cpu(words_of(words), static_cast<Layout>(layout), static_cast<uint32_t*>(out.mutable_data_ptr()),
              static_cast<Layout>(new_layout), n, k, static_cast<int>(bits), torch_threads());
@@ -146,7 +90,7 @@ Tensor repack(const Tensor& words, int64_t n, int64_t k, int64_t bits, int64_t l
 Tensor pack_dense(const Tensor& codes, int64_t bits) {
   STD_TORCH_CHECK(codes.dim() == 2 && bits >= 1 && bits <= 8, "pack_dense: codes must be [rows, count], 1 to 8 bits");
   const int64_t rows = codes.size(0), count = codes.size(1);
-  check_buffer(codes, ScalarType::Byte, rows * count, "codes");
+  check_buffer(codes, codes, ScalarType::Byte, rows * count, "codes");
   Tensor words = torch::stable::new_empty(codes, {rows, dense_words(count, static_cast<int>(bits))},
                                           std::make_optional(ScalarType::Int));
   const bool fits = pack_dense_cpu(bytes_of(codes), rows, count, static_cast<int>(bits),
@@ -158,7 +102,7 @@ Tensor pack_dense(const Tensor& codes, int64_t bits) {
 Tensor unpack_dense(const Tensor& words, int64_t count, int64_t bits) {
   STD_TORCH_CHECK(words.dim() == 2 && bits >= 1 && bits <= 8 && count >= 0, "unpack_dense: words must be [rows, words]");
   const int64_t rows = words.size(0);
-  check_buffer(words, ScalarType::Int, rows * dense_words(count, static_cast<int>(bits)), "words");
+  check_buffer(words, words, ScalarType::Int, rows * dense_words(count, static_cast<int>(bits)), "words");
   Tensor codes = torch::stable::new_empty(words, {rows, count}, std::make_optional(ScalarType::Byte));
   unpack_dense_cpu(words_of(words), rows, count, static_cast<int>(bits), static_cast<uint8_t*>(codes.mutable_data_ptr()),
                    torch_threads());

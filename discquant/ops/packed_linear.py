@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ _CPU_MODES = {"a8": 0, "a15": 1, "fp32": 2}
 # Instruction sets of the CPU kernels, worst first; -1 in the operator is the best that the processor has.
 ISAS = ("scalar", "avx2", "avx512", "avx512vnni")
 X_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Tokens from which a GPU dequantises and calls cuBLAS; a guess from published kernels, not measured on a GPU.
+CUBLAS_TOKENS = 129
+# Tokens of the split kernel, whose sums do not depend on the batch.
+SPLIT_TOKENS = 16
 # Rows dequantised at a time in the exact mode: the scratch stays below this many weights.
 _PANEL_WEIGHTS = 1 << 24
 
@@ -30,6 +34,31 @@ def _linear_fake(
     out_features: int, in_features: int, num_bits: int, group_size: int, mode: int, isa: int,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], out_features))
+
+
+def _mma_fake(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, workspace: Tensor,
+    out_features: int, in_features: int, num_bits: int, group_size: int, exact: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _workspace_size_fake(words: Tensor, out_features: int, in_features: int) -> int:
+    raise NotImplementedError(
+        "packed_workspace_size: words must be on a GPU, not traced: call it outside the graph"
+    )
+
+
+def _triton_fake(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
+    out_features: int, in_features: int, num_bits: int, group_size: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _triton_launch(*args: Any) -> Tensor:
+    out: Tensor = registry.triton_module("packed_linear").packed_linear_fwd(*args)
+    return out
 
 
 def _dequantize_fake(
@@ -54,6 +83,23 @@ _dequantize_op = registry.define(
     "int row_begin, int row_end, ScalarType dtype) -> Tensor",
     _dequantize_fake,
     None,
+)
+# Tensor cores: up to 16 tokens split along K through the workspace, more without.
+_mma_op = registry.define(
+    "packed_linear_mma(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor(a!) workspace, "
+    f"{_GRID}, bool exact) -> Tensor",
+    _mma_fake,
+    None,
+)
+_workspace_size_op = registry.define(
+    "packed_workspace_size(Tensor words, int out_features, int in_features) -> int",
+    _workspace_size_fake,
+    None,
+)
+_triton_op = registry.define(
+    f"packed_linear_triton(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {_GRID}) -> Tensor",
+    _triton_fake,
+    _triton_launch,
 )
 # Reads a tensor once as fast as loads go: the roof that the benchmark divides by.
 _stream_read_op = registry.define("stream_read(Tensor t) -> Tensor", _stream_read_fake, None)
@@ -84,7 +130,56 @@ def _check_weight(
 def _cpp_problem(mode: str, layout: str, device: torch.device) -> str | None:
     if device.type == "cpu" and layout != "cpu" and mode != "exact":
         return f"layout {layout!r} on the CPU: repack to 'cpu'"
+    if device.type != "cpu" and layout != "mma":
+        return f"layout {layout!r} on {device.type}: repack to 'mma'"
+    if device.type != "cpu" and mode not in ("auto", "exact"):
+        return f"mode {mode!r} on {device.type}: it is for the CPU"
     return None
+
+
+def _triton_problem(mode: str, layout: str) -> str | None:
+    if layout != "mma":
+        return f"layout {layout!r}: repack to 'mma'"
+    return None if mode in ("auto", "exact") else f"mode {mode!r}: it is for the CPU"
+
+
+# One workspace per device and stream, grown when a larger weight comes; calls on one stream follow one another.
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+def _workspace(words: Tensor, out_features: int, in_features: int) -> Tensor:
+    size: int = _workspace_size_op(words, out_features, in_features)
+    key = (words.device.index, torch.cuda.current_stream(words.device).cuda_stream)
+    kept = _workspaces.get(key)
+    if kept is None or kept.numel() < size:
+        # Zero before the first use: it begins with counters that the kernel leaves at zero.
+        kept = _workspaces[key] = torch.zeros(size, dtype=torch.int32, device=words.device)
+    return kept
+
+
+def _gpu(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
+    in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool,
+) -> Tensor:  # fmt: skip
+    """Choose among the split kernel, the tiled one and dequantise + cuBLAS."""
+    tokens = x.shape[0]
+    # The tiled kernel, and `exact`, multiply by the scale in the dtype of x: exact only if the scale has it.
+    rounded = exact or (tokens > SPLIT_TOKENS and not batch_invariant)
+    dense = tokens >= CUBLAS_TOKENS and not batch_invariant
+    if x.dtype == torch.float32 or dense or (rounded and scale.dtype != x.dtype):
+        return _exact(
+            x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, "mma"
+        )
+    columns = -(-in_features // 8) * 8
+    if columns != in_features:
+        x = torch.nn.functional.pad(x, (0, columns - in_features))
+    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous() if x.stride(0) != in_features or x.stride(1) != 1 else x.clone()
+    workspace = _workspace(words, out_features, columns)
+    grid = (out_features, columns, num_bits, group_size, exact)
+    parts = x.split(SPLIT_TOKENS) if batch_invariant else (x,)
+    ys = [_mma_op(part, words, scale, zero_point, bias, workspace, *grid) for part in parts]
+    return torch.cat(ys) if len(ys) > 1 else ys[0]
 
 
 def dequantize_packed(
@@ -168,6 +263,7 @@ def packed_linear(
     mode: Mode = "auto",
     impl: str = "auto",
     isa: str | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Multiply by a packed weight: y = x W^T + bias with W = scale * (q - zero_point).
 
@@ -186,6 +282,8 @@ def packed_linear(
             "fp32" (float32 activations); everywhere "exact" (the weight rounded to the dtype of x, then an
             ordinary matmul). "auto" on a GPU is the tensor-core kernel.
         impl: "auto" | "reference" | "triton" | "cpp".
+        batch_invariant: On a GPU use the split kernel for every number of tokens, so that a row's result does
+            not depend on its batch. The CPU modes a15, a8 and fp32 are so always.
         isa: One of ISAS to force the CPU kernels of an instruction set; None is the best there is.
 
     Returns:
@@ -218,12 +316,22 @@ def packed_linear(
         raise NotImplementedError(
             f"{op}: x must be a constant = requires_grad False, got True (inference only)"
         )
-    chosen = choose(op, impl, x.device, op, cpp=_cpp_problem(mode, layout, x.device))
+    operator = op if x.device.type == "cpu" else "packed_linear_mma"
+    cpp = _cpp_problem(mode, layout, x.device)
+    chosen = choose(op, impl, x.device, operator, cpp=cpp, triton=_triton_problem(mode, layout))
     rows = x.reshape(-1, in_features)
     if chosen == "reference":
         y = reference.packed_linear(
             rows, words, scale, zero_point, bias, out_features=out_features, in_features=in_features,
             num_bits=num_bits, group_size=group_size, layout=layout, exact=mode == "exact",
+        )  # fmt: skip
+    elif chosen == "triton":
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        y = _triton_op(rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size)
+    elif x.device.type != "cpu":
+        y = _gpu(
+            rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, mode == "exact",
+            batch_invariant,
         )  # fmt: skip
     elif mode == "exact":
         y = _exact(

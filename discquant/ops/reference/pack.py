@@ -150,7 +150,8 @@ def unpack_dense(words: Tensor, *, count: int, num_bits: int) -> Tensor:
     """Inverse of `pack_dense`: codes, uint8, [rows, count]."""
     bits = (words.long().unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
     stream = bits.flatten(1)[:, : count * num_bits].unflatten(1, (count, num_bits))
-    return (stream << torch.arange(num_bits, device=words.device)).sum(-1).to(torch.uint8)
+    codes = (stream << torch.arange(num_bits, device=words.device)).sum(-1)
+    return codes.to(torch.uint8)
 
 
 def pack_groups(per_group: Tensor, layout: str) -> Tensor:

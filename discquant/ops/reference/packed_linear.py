@@ -40,7 +40,8 @@ def dequantize_packed(
         centred = q.to(acc) - 2 ** (num_bits - 1)
     else:
         centred = q.to(acc) - packing.unpack_groups(zero_point, out_features).to(acc)[:, group]
-    return (step * centred).to(dtype)
+    weight: Tensor = step * centred
+    return weight.to(dtype)
 
 
 def packed_linear(

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// The GPU side as an engine would call it: raw device pointers and a stream, no torch header.
+#pragma once
+
+#include <cstdint>
+
+#include "packed/cpu_kernel.h"
+#include "packed/layout.h"
+
+struct CUstream_st;
+
+namespace discquant {
+namespace packed {
+
+// y[m][n] = sum_k x[m][k] * scale * (q - zero_point)[n][k] + bias[n]; kMma layout.
+struct GpuLinear {
+  const void* x;      // 16-byte aligned, rows 16-byte aligned: x_stride and in_features multiples of 8
+  int64_t x_stride;   // elements
+  DType type;         // of x, bias, y: float16 or bfloat16
+  int tokens;
+  const uint32_t* words;
+  const void* scale;  // [padded_rows / 64][groups][64]
+  DType scale_type;
+  const uint8_t* zero_point;  // same shape; null: symmetric
+  const void* bias;           // null: none
+  void* y;                    // [tokens][out_features]
+  int64_t out_features;
+  int64_t in_features;
+  int bits;
+  int group_size;        // 32, 64 or a multiple of 128; 0 is the whole row
+  uint32_t* workspace;   // workspace_words() words; the first `row blocks` are counters, zero before the first call
+  int multiprocessors;   // of the device: with N and K it alone decides how the sum is split, never the tokens
+};
+
+// How the units (64 rows x 128 k, row block by row block) are dealt to `runs` thread blocks: equal contiguous runs.
+struct Walk {
+  int64_t k_tiles, units, runs;
+  int groups, group_size;  // group_size in codes; the padded row for one group
+
+  DISCQUANT_HD int64_t begin(int64_t run) const { return units * run / runs; }
+  DISCQUANT_HD int64_t run_of(int64_t unit) const { return ((unit + 1) * runs - 1) / units; }
+  // Where a run leaves its part of a row block that it shares: it shares at most two, the one it starts inside of and
+  // the one it ends inside of.
+  DISCQUANT_HD int64_t slot(int64_t run, int64_t block) const {
+    return 2 * run + (begin(run) <= block * k_tiles ? 1 : 0);
+  }
+};
+
+int gpu_multiprocessors(int device);
+// Words of workspace for any number of tokens.
+int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, int multiprocessors);
+// Up to 16 tokens: split along K, partial sums added in a fixed order. More: one block of rows and tokens per thread
+// block. `exact` multiplies by the scale before the product, rounding each weight to `type` as a dense layer has it.
+// Returns a cudaError_t.
+int packed_linear_gpu(const GpuLinear& call, bool exact, CUstream_st* stream);
+
+struct GpuDequantize {
+  const uint32_t* words;
+  const void* scale;
+  DType scale_type;
+  const uint8_t* zero_point;
+  int64_t row_begin, row_end;  // row_begin a multiple of 16
+  int64_t k;
+  int bits;
+  int64_t group_size;
+  void* out;  // [row_end - row_begin][k]
+  DType type;
+};
+int dequantize_gpu(const GpuDequantize& call, CUstream_st* stream);
+
+// Codes [n][k] <-> words, words -> words of the other layout. Codes must fit: the caller checks.
+int pack_gpu(const uint8_t* codes, const uint8_t* zero_point, int64_t n, int64_t k, int bits, int64_t group_size,
+             Layout layout, uint32_t* words, CUstream_st* stream);
+int unpack_gpu(const uint32_t* words, int64_t n, int64_t k, int bits, Layout layout, uint8_t* codes,
+               CUstream_st* stream);
+int repack_gpu(const uint32_t* from, Layout from_layout, uint32_t* to, Layout to_layout, int64_t n, int64_t k,
+               int bits, CUstream_st* stream);
+
+}  // namespace packed
+}  // namespace discquant
