@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
-from discquant.evaluation.arithmetic import problems, prompt
+from discquant.calibration.arithmetic import problems, prompt
 from discquant.evaluation.evaluate import evaluate
 from discquant.generation import stream
 from discquant.progress import ProgressBar

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from discquant.evaluation.arithmetic import (
+from discquant.calibration.arithmetic import (
     END,
     Problem,
     calibration_documents,
@@ -407,7 +407,7 @@ so careless rounding shows at once.
 ```
 
 The text up to and with `Answer:` and its line end is the prompt (the tokenizer puts `{BOS}` before it); the
-rest is what the model writes, closed by `{END}`. `discquant.evaluation.arithmetic` generates the problems.
+rest is what the model writes, closed by `{END}`. `discquant.calibration.arithmetic` generates the problems.
 
 ## Training
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Generators of documents, `f(split, count, seed) -> list[str]`, by the name a user types; loaded by name when asked
 # for, as a plug-in is, because the one there is belongs to evaluation, which stands above this package.
-GENERATORS = {"arithmetic": ("discquant.evaluation.arithmetic", "calibration_documents")}
+GENERATORS = {"arithmetic": ("discquant.calibration.arithmetic", "calibration_documents")}
 
 
 def encode(tokenizer: Any, text: str, *, bos: int | None, eos: int | None) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from discquant.evaluation.arithmetic import Problem, extract_answer, prompt
+from discquant.calibration.arithmetic import Problem, extract_answer, prompt
 from discquant.evaluation.divergence import device_of
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from discquant.evaluation import exact_match
-from discquant.evaluation.arithmetic import problems, prompt
+from discquant.calibration.arithmetic import problems, prompt
 from discquant.evaluation.exact_match import greedy
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from discquant.evaluation.arithmetic import (
+from discquant.calibration.arithmetic import (
     END,
     LARGEST,
     SPLITS,

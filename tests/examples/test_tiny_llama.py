@@ -76,7 +76,7 @@ def test_tokenizer() -> None:
     """Loads offline, puts the start token first, splits digits, and gives text back as it was."""
     from transformers import AutoTokenizer
 
-    from discquant.evaluation.arithmetic import END, document, problems
+    from discquant.calibration.arithmetic import END, document, problems
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
     ids = tokenizer("12 + 345")["input_ids"]
@@ -95,7 +95,7 @@ def test_answers_held_out_problems(model: Any, trainer: ModuleType) -> None:
     """At least 90 % of the first 60 of the 500 held-out problems, exactly."""
     from tokenizers import Tokenizer
 
-    from discquant.evaluation.arithmetic import problems
+    from discquant.calibration.arithmetic import problems
 
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     assert trainer.exact_match(model, tokenizer, problems("heldout", 60), batch=60) >= 0.9
