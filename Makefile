@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint bench gpu clean
+.PHONY: help install quickstart test kill-resume lint bench gpu clean
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 EXTENSION := setup.py $(shell find csrc -type f 2>/dev/null)
@@ -28,6 +28,7 @@ PARALLEL = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n $(WORKERS
 help:
 	@echo "make quickstart   install, quantize the bundled model at 3 bits, compare with RTN and GPTQ, generate text"
 	@echo "make test         install, lint, and every test that this machine can run"
+	@echo "make kill-resume  kill -9 at 20 random moments, resume, compare bytes (minutes)"
 	@echo "make install      make .venv with everything in it"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        benchmarks that this machine can run"
@@ -62,6 +63,10 @@ quickstart: install
 
 test: install
 	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
+
+# Expensive proof: 20 runs killed at random moments; writes benchmarks/results/kill_resume.json.
+kill-resume: install
+	$(BIN)/pytest -m full -k twenty_random_kills tests/run
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 
 from discquant.calibration import documents, sampling
+from discquant.calibration.arithmetic import SPLITS, Split, calibration_documents
 from discquant.calibration.windows import Windows, cut, cut_rows
 from discquant.errors import CalibrationError
 
 logger = logging.getLogger(__name__)
 
-# Generators of documents, `f(split, count, seed) -> list[str]`, by the name a user types; loaded by name when asked
-# for, as a plug-in is, because the one there is belongs to evaluation, which stands above this package.
-GENERATORS = {"arithmetic": ("discquant.calibration.arithmetic", "calibration_documents")}
+# Generators of documents, `f(split, count, seed) -> list[str]`, by the name a user types.
+GENERATORS = {"arithmetic": calibration_documents}
 
 
 def encode(tokenizer: Any, text: str, *, bos: int | None, eos: int | None) -> list[int]:
@@ -43,9 +42,8 @@ def encode(tokenizer: Any, text: str, *, bos: int | None, eos: int | None) -> li
     return [*head, *ids, *tail]
 
 
-def _generated(name: str, split: str, wanted: int, seed: int) -> Iterator[tuple[str, str, bool]]:
-    module, function = GENERATORS[name]
-    generate = getattr(importlib.import_module(module), function)
+def _generated(name: str, split: Split, wanted: int, seed: int) -> Iterator[tuple[str, str, bool]]:
+    generate = GENERATORS[name]
     done, count = 0, max(8, wanted // 48)
     while True:
         texts = generate(split, count, seed)
@@ -60,12 +58,12 @@ def _texts(
     """(where, text, made by the chat template) of each document; without end for a generator."""
     name, _, split = dataset.partition(":")
     if name in GENERATORS:
-        splits = ("calibration", "heldout", "train")
-        if (split or splits[0]) not in splits:
+        chosen = next((known for known in SPLITS if known == (split or "calibration")), None)
+        if chosen is None:
             raise CalibrationError(
-                f"calibration: the splits of {name} are {', '.join(splits)}, got {split!r}"
+                f"calibration: the splits of {name} are {', '.join(SPLITS)}, got {split!r}"
             )
-        yield from _generated(name, split or splits[0], wanted, seed)
+        yield from _generated(name, chosen, wanted, seed)
         return
     for where, row in documents.rows(dataset, seed):
         text, chat = documents.render(where, row, tokenizer, text_key=text_key, chat_template=chat_template)

@@ -95,7 +95,8 @@ class RunDirectory:
             OutputExistsError: The directory is not empty and holds no run, or resuming is not allowed.
             ResumeError: It holds a different run; the message names what differs.
         """
-        if not self.path.exists() or not any(self.path.iterdir()):
+        # A run killed at its very first write leaves only a temporary file.
+        if not self.path.exists() or all(entry.name == f".{CONFIG}.tmp" for entry in self.path.iterdir()):
             return False
         if not self.is_run(self.path):
             raise OutputExistsError(f"quantize: {self.path} is not empty and holds no run of discquant")

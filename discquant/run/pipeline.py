@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -291,8 +292,12 @@ class Pipeline:
         interval = max(1, iters // VALIDATIONS)
         with _StopSignal() as stop:
             while not solve.done:
+                begin = time.perf_counter()
                 record = solve.advance()
-                self.directory.append_metrics({**asdict(record), "rss_bytes": resident_bytes()})
+                seconds = round(time.perf_counter() - begin, 4)
+                self.directory.append_metrics(
+                    {**asdict(record), "seconds": seconds, "rss_bytes": resident_bytes()}
+                )
                 if record.step % interval == 0 or solve.done:
                     self._validate(solve, watched)
                 if self.events.step is not None:

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrite the generated parts of README.md from result files: `python benchmarks/tables.py [--check]`.
+
+A part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing in it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MISSING = "_Not measured yet._"
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    align = [":--"] + ["--:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
+
+
+def quickstart() -> str:
+    """What `make quickstart` printed."""
+    rows = _load(RESULTS / "quickstart.json")
+    if rows is None:
+        return MISSING
+    names = {"original": "original (bf16)", "rtn": "RTN", "gptq": "GPTQ", "discquant": "**DiscQuant**"}
+    body = [
+        [
+            names[row["method"]],
+            f"{row['kl_mean']:.4f}" if row["kl_mean"] else "0",
+            f"{row['top1']:.1%}",
+            f"{row['exact_match']:.1%}",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['file_bytes'] / 1e6:.2f}",
+            f"{row['seconds']:.0f}" if row["seconds"] else "",
+        ]
+        for row in rows
+    ]
+    header = ["3 bits, group 64", "KL", "same top-1", "exact answers", "bits/weight", "file MB", "seconds"]
+    ratio = next(r["kl_mean"] for r in rows if r["method"] == "discquant") / next(
+        r["kl_mean"] for r in rows if r["method"] == "gptq"
+    )
+    note = (
+        f"{rows[-1]['exact_match_problems']} held-out problems, {rows[-1]['windows']} held-out windows of 256 tokens; "
+        f"DiscQuant's KL is {ratio:.2f} of GPTQ's on the same grid."
+    )
+    return f"{_table(header, body)}\n\n{note}"
+
+
+def sweep() -> str:
+    """The bundled model at 2, 3 and 4 bits."""
+    found = _load(RESULTS / "tiny_llama_sweep.json")
+    if found is None:
+        return MISSING
+    by: dict[tuple[int, int], dict[str, float]] = {}
+    for row in found["rows"]:
+        by.setdefault((row["bits"], row["group_size"]), {})[row["method"]] = row["kl"]
+    body = []
+    for (bits, group), kl in sorted(by.items(), key=lambda item: (item[0][0], item[0][1] % 10_000)):
+        if {"rtn", "gptq", "discquant"} <= kl.keys():
+            name = f"{bits} bits, {'whole row' if group == -1 else f'group {group}'}"
+            body.append(
+                [
+                    name,
+                    *(f"{kl[m]:.5f}" for m in ("rtn", "gptq", "discquant")),
+                    f"{kl['discquant'] / kl['gptq']:.2f}",
+                ]
+            )
+    steps = {row["iters"] for row in found["rows"] if row["method"] == "discquant"}
+    note = f"Mean KL to the original on held-out text, nats per token; {', '.join(map(str, sorted(steps)))} steps."
+    return f"{_table(['bundled model', 'RTN', 'GPTQ', 'DiscQuant', 'ratio to GPTQ'], body)}\n\n{note}"
+
+
+def stories() -> str:
+    """The 260 k-weight TinyStories model with the budget of the published comparison."""
+    found = _load(RESULTS / "stories260k.json")
+    if found is None:
+        return MISSING
+    rows = {row["key"]: row for row in found["rows"]}
+
+    def group(prefix: str) -> list[dict[str, Any]]:
+        return [row for key, row in rows.items() if re.fullmatch(prefix + r" seed \d", key)]
+
+    body = []
+    for key, name in (
+        ("rtn 0.1", "RTN"),
+        ("gptq 0.1", "GPTQ"),
+        ("greedy 0.1", "greedy"),
+        ("paper", "DiscQuant, `paper`"),
+    ):
+        if key in rows:
+            before = rows[key].get("kl_before_rounding")
+            body.append([name, f"{rows[key]['kl']:.4f}", f"{before:.4f}" if before is not None else ""])
+    for prefix, name in (("default", "**DiscQuant, `default`**"), ("default u8", "the same, 8-bit state")):
+        seeds = group(prefix)
+        if seeds:
+            kl = [row["kl"] for row in seeds]
+            soft = sum(row["kl_before_rounding"] for row in seeds) / len(seeds)
+            body.append(
+                [
+                    f"{name} ({len(seeds)} seeds)",
+                    f"{sum(kl) / len(kl):.4f} ({min(kl):.4f}-{max(kl):.4f})",
+                    f"{soft:.4f}",
+                ]
+            )
+    return _table(["stories260k, 3 bits, group 32, abs-max", "KL", "before rounding"], body)
+
+
+def training() -> str:
+    """What it cost to train the bundled model."""
+    found = _load(ROOT / "examples" / "results" / "tiny_llama_training.json")
+    if found is None:
+        return MISSING
+    return (
+        f"{found['weights'] / 1e6:.2f} M weights, trained on {found['tokens'] / 1e6:.2f} M tokens in "
+        f"{found['wall_seconds'] / 60:.0f} minutes on {found['threads']} busy CPU threads; answers "
+        f"{found['heldout_exact_match']:.1%} of {found['heldout_problems']} held-out problems exactly."
+    )
+
+
+def resume() -> str:
+    """Kill -9 at random moments."""
+    found = _load(RESULTS / "kill_resume.json")
+    if found is None:
+        return MISSING
+    return (
+        f"`kill -9` at {found['runs']} random moments ({found['killed_before_the_end']} before the run had ended), then "
+        f"the same command: {found['byte_identical']} of {found['runs']} ended in the same bytes."
+    )
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "sweep": sweep,
+    "stories260k": stories,
+    "training": training,
+    "resume": resume,
+}
+
+
+def render(text: str) -> str:
+    """Return the text with every generated part replaced.
+
+    Raises:
+        ValueError: A part is missing from the text.
+    """
+    for name, part in PARTS.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda m, p=part: f"{m[1]}{p()}\n{m[2]}", text)
+        if count != 1:
+            raise ValueError(f"tables: README.md must hold the part {name} once, got {count}")
+    return text
+
+
+def main() -> int:
+    """Rewrite, or with --check say whether a rewrite would change anything."""
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = render(old)
+    if "--check" in sys.argv:
+        return int(new != old)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
