@@ -253,7 +253,7 @@ def test_rejects_names_and_models(tokenizer: Any, model: Any, tmp_path: Path) ->
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("no-such-data-set", {}, "nor a data set that can be reached"),
         ("a:b:c:d", {}, "name:config:split"),
-        ("arithmetic:validation", {}, "calibration, heldout, train"),
+        ("arithmetic:validation", {}, "train, calibration, heldout"),
         ("self", {}, "no model was given"),
         ("self", {"model": model, "seqlen": 65}, "at most the model's 64 positions"),
         (str(tmp_path / "a.txt"), {"tokenizer": None}, "has no tokenizer"),
