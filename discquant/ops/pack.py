@@ -80,6 +80,8 @@ def check_words(op: str, words: Tensor, out_features: int, in_features: int, num
 
 def cpp_problem(device: torch.device, operator: str) -> str | None:
     """Say why the compiled extension cannot run `operator` on tensors of `device`, or None if it can."""
+    if torch.compiler.is_compiling():
+        return None  # loading cannot be traced; an operator that is missing says so itself
     from discquant import _extension
 
     reason = _extension.failure()

@@ -110,6 +110,8 @@ def pack(q: Tensor, zero_point: Tensor | None, *, num_bits: int, group_size: int
     Returns:
         Words, int32, one dimension.
     """
+    if q.shape[0] == 0:
+        return q.new_empty(0, dtype=torch.int32)
     codes = pad_codes(q, zero_point, num_bits, group_size)
     rows, columns = codes.shape
     tiles = codes.view(rows // 16, 16, columns // 128, 128).transpose(1, 2)  # [row tiles, k tiles, 16, 128]
@@ -125,6 +127,8 @@ def pack(q: Tensor, zero_point: Tensor | None, *, num_bits: int, group_size: int
 
 def unpack(words: Tensor, *, out_features: int, in_features: int, num_bits: int, layout: str) -> Tensor:
     """Words of a runtime layout to codes, uint8, [out_features, in_features]."""
+    if out_features == 0:
+        return words.new_empty((0, in_features), dtype=torch.uint8)
     rows, columns = padded_shape(out_features, in_features)
     virtual = _load(words.long() & 0xFFFFFFFF, layout, rows // TILE_ROWS, columns // TILE_K)
     if num_bits == 3:
@@ -141,16 +145,18 @@ def pack_dense(q: Tensor, num_bits: int) -> Tensor:
     """Each row as a dense stream D_b: code i at bits i*b .. i*b+b-1 of little-endian words, int32, [rows, words]."""
     rows, count = q.shape
     bits = (q.long().unsqueeze(-1) >> torch.arange(num_bits, device=q.device)) & 1  # [rows, count, b]
-    stream = torch.nn.functional.pad(bits.flatten(1), (0, -count * num_bits % 32))
-    words = (stream.view(rows, -1, 32) << torch.arange(32, device=q.device)).sum(-1)
+    width = -(-count * num_bits // 32)
+    stream = torch.nn.functional.pad(bits.reshape(rows, count * num_bits), (0, width * 32 - count * num_bits))
+    words = (stream.view(rows, width, 32) << torch.arange(32, device=q.device)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def unpack_dense(words: Tensor, *, count: int, num_bits: int) -> Tensor:
     """Inverse of `pack_dense`: codes, uint8, [rows, count]."""
     bits = (words.long().unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
-    stream = bits.flatten(1)[:, : count * num_bits].unflatten(1, (count, num_bits))
-    codes = (stream << torch.arange(num_bits, device=words.device)).sum(-1)
+    flat = bits.reshape(words.shape[0], words.shape[1] * 32)
+    stream: Tensor = flat[:, : count * num_bits].reshape(words.shape[0], count, num_bits)
+    codes: Tensor = (stream << torch.arange(num_bits, device=words.device)).sum(-1)
     return codes.to(torch.uint8)
 
 
@@ -168,7 +174,7 @@ def pack_groups(per_group: Tensor, layout: str) -> Tensor:
     side = SCALE_ROWS[layout]
     out = per_group.new_zeros((padded_shape(rows, 1)[0], groups))
     out[:rows] = per_group
-    return out.view(-1, side, groups).transpose(1, 2).contiguous()
+    return out.view(out.shape[0] // side, side, groups).transpose(1, 2).contiguous()
 
 
 def unpack_groups(packed: Tensor, out_features: int) -> Tensor:

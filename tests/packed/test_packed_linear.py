@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""packed_linear against float64, between instruction sets, batch sizes and threads, and against bad callers."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from discquant import _extension
+from discquant.ops import pack as packing
+from discquant.ops.packed_linear import ISAS, dequantize_packed, packed_linear
+
+CPP = pytest.mark.skipif(not _extension.available(), reason="discquant._C is not built")
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+MODES = ["a15", "a8", "fp32"]
+
+
+def isas() -> list[str]:
+    """Instruction sets that this processor has."""
+    found = _extension.load().build_facts()["cpu_features"] if _extension.available() else {}
+    wide = all(found.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
+    has = {"scalar": True, "avx2": found.get("avx2") and found.get("fma"), "avx512": wide}
+    has["avx512vnni"] = wide and found.get("avx512_vnni")
+    return [isa for isa in ISAS if has[isa]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A packed weight and what it stands for."""
+
+    q: Tensor
+    step: Tensor  # [out_features, num_groups]
+    zero: Tensor | None
+    tensors: tuple[Tensor, Tensor, Tensor | None]
+    sizes: dict[str, Any]
+
+    def weight(self) -> Tensor:
+        """float64 weight from the codes, not from the packed words."""
+        size = self.q.shape[1] if self.sizes["group_size"] == -1 else self.sizes["group_size"]
+        group = torch.arange(self.q.shape[1]) // size
+        zero = 2.0 ** (self.sizes["num_bits"] - 1) if self.zero is None else self.zero.double()[:, group]
+        return self.step.double()[:, group] * (self.q.double() - zero)
+
+
+def make(
+    n: int,
+    k: int,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype = torch.float16,
+    layout: str = "cpu",
+) -> Case:
+    groups = 1 if group == -1 else -(-k // group)
+    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    step = (torch.rand(n, groups) * 0.1 - 0.03).to(scale_dtype)  # AutoRound writes negative scales too
+    zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8)
+    words = packing.pack(q, zero, num_bits=bits, group_size=group, layout=layout)
+    packed_zero = None if zero is None else packing.pack_groups(zero, layout=layout)
+    sizes = {"out_features": n, "in_features": k, "num_bits": bits, "group_size": group, "layout": layout}
+    return Case(q, step, zero, (words, packing.pack_groups(step, layout=layout), packed_zero), sizes)
+
+
+GRIDS = list(itertools.product([3, 4], [32, 64, 128, 256, -1], [True, False]))
+
+
+@CPP
+@pytest.mark.parametrize("layout", ["cpu", "mma"])
+@pytest.mark.parametrize(("bits", "group", "symmetric"), GRIDS)
+def test_dequantize_is_bit_exact(bits: int, group: int, symmetric: bool, layout: str) -> None:
+    """One float32 product and one cast, for every pair of dtypes, from both layouts, whole and by panels."""
+    for scale_dtype, dtype in itertools.product(FLOATS, FLOATS):
+        case = make(37, 300, bits, group, symmetric, scale_dtype, layout)
+        size = 300 if group == -1 else group
+        index = torch.arange(300) // size
+        zero = 2 ** (bits - 1) if case.zero is None else case.zero.float()[:, index]
+        expected = (case.step.float()[:, index] * (case.q.float() - zero)).to(dtype)
+        for impl in ("cpp", "reference"):
+            actual = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype, impl=impl)
+            assert torch.equal(actual, expected)
+            panel = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype, impl=impl, rows=(16, 37))
+            assert torch.equal(panel, expected[16:])
+
+
+@CPP
+@pytest.mark.parametrize(("bits", "symmetric"), list(itertools.product([3, 4], [True, False])))
+def test_identity_gives_the_weight(bits: int, symmetric: bool) -> None:
+    """x = identity returns the dequantised weight bit for bit in the float32 and exact modes."""
+    case = make(50, 96, bits, 32, symmetric, torch.float32)
+    for mode in ("fp32", "exact"):
+        y = packed_linear(torch.eye(96), *case.tensors, **case.sizes, mode=mode, impl="cpp")
+        assert torch.equal(y.t(), dequantize_packed(*case.tensors, **case.sizes, dtype=torch.float32))
+
+
+def bound(mode: str, x: Tensor, weight: Tensor, case: Case) -> Tensor:
+    """Largest error that the arithmetic of a mode can make, [tokens, out_features]."""
+    k = x.shape[1]
+    size = case.sizes["group_size"]
+    block = min(128 if size == -1 else size, 128)
+    blocks = -(-k // block)
+    magnitude = x.double().abs() @ weight.abs().t()
+    # Float sums: each of at most sqrt(K) effective roundings of the running magnitude.
+    error = 2 * (k**0.5 + 4) * 2.0**-24 * magnitude
+    if mode in ("a15", "a8"):
+        levels = 32639 if mode == "a15" else 127
+        padded = torch.nn.functional.pad(x.double(), (0, blocks * block - k)).view(-1, blocks, block)
+        half_step = padded.abs().amax(-1) / levels / 2  # [tokens, blocks]
+        w = torch.nn.functional.pad(weight.abs(), (0, blocks * block - k)).view(-1, blocks, block).sum(-1)
+        error = error + 1.0001 * half_step @ w.t()
+    return error
+
+
+@CPP
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 130), (64, 128), (97, 321), (130, 1000)])
+@pytest.mark.parametrize(("bits", "group", "symmetric"), GRIDS[::3])
+def test_matches_float64(bits: int, group: int, symmetric: bool, n: int, k: int, dtype: torch.dtype) -> None:
+    case = make(n, k, bits, group, symmetric, dtype)
+    weight = case.weight()
+    for tokens in (1, 3, 8, 17):
+        x = torch.randn(tokens, k).to(dtype)
+        bias = torch.randn(n).to(dtype)
+        oracle = x.double() @ weight.t() + bias.double()
+        for mode in MODES:
+            y = packed_linear(x, *case.tensors, bias, **case.sizes, mode=mode, impl="cpp")
+            error = (y.double() - oracle).abs()
+            allowed = bound(mode, x, weight, case) + 2.0**-23 * (oracle.abs() + bias.double().abs())
+            allowed += torch.finfo(dtype).eps / 2 * (oracle.abs() + allowed)
+            assert (error <= allowed).all(), f"{mode}: {(error - allowed).max()}"
+
+
+@CPP
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("bits", "group", "symmetric"), GRIDS)
+def test_instruction_sets_agree(bits: int, group: int, symmetric: bool, mode: str) -> None:
+    """The same bits from every instruction set that the machine has."""
+    case = make(70, 400, bits, group, symmetric)
+    for tokens in (1, 2, 4, 6, 8, 11):
+        x = torch.randn(tokens, 400) * torch.logspace(-3, 3, 400)
+        first, *others = (
+            packed_linear(x, *case.tensors, **case.sizes, mode=mode, isa=isa, impl="cpp") for isa in isas()
+        )
+        for isa, other in zip(isas()[1:], others, strict=True):
+            assert torch.equal(first, other), isa
+
+
+@CPP
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_and_threads_change_nothing(mode: str) -> None:
+    """Row i of a batch equals the row alone, for any number of threads, twenty times."""
+    case = make(200, 700, 3, 64, False)
+    x = torch.randn(1000, 700, dtype=torch.bfloat16)
+    call = {**case.sizes, "mode": mode, "impl": "cpp"}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        full = packed_linear(x, *case.tensors, **call)
+        for i in (0, 1, 500, 999):
+            assert torch.equal(packed_linear(x[i], *case.tensors, **call), full[i])
+        torch.set_num_threads(3)
+        for tokens in (2, 5, 7, 9, 15, 16, 31, 33, 65, 127, 257):
+            assert torch.equal(packed_linear(x[:tokens], *case.tensors, **call), full[:tokens])
+        for _ in range(20):
+            assert torch.equal(packed_linear(x[:16], *case.tensors, **call), full[:16])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@CPP
+def test_exact_mode_is_the_dense_layer() -> None:
+    """The exact mode gives what nn.functional.linear gives on the rounded weight."""
+    case = make(90, 200, 4, 64, True)
+    for dtype in FLOATS:
+        x, bias = torch.randn(4, 200).to(dtype), torch.randn(90).to(dtype)
+        weight = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype)
+        y = packed_linear(x, *case.tensors, bias, **case.sizes, mode="exact", impl="cpp")
+        assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+
+
+@CPP
+def test_reference_agrees() -> None:
+    case = make(33, 150, 3, 32, False, layout="mma")
+    x = torch.randn(2, 3, 150, dtype=torch.float64).float()
+    reference = packed_linear(x, *case.tensors, **case.sizes, impl="reference")
+    exact = packed_linear(x, *case.tensors, **case.sizes, mode="exact", impl="cpp")
+    assert reference.shape == exact.shape == (2, 3, 33)
+    oracle = x.double() @ case.weight().t()
+    limit = 2 * (
+        (reference.double() - oracle).abs().max() + torch.finfo(torch.float32).eps * oracle.abs().max()
+    )
+    assert (exact.double() - oracle).abs().max() <= limit
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), list(itertools.product([3, 4], [True, False])))
+def test_triton_matches_float64(bits: int, symmetric: bool) -> None:
+    """The fallback over the "mma" layout, interpreted where there is no GPU."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for n, k, tokens, group in ((70, 200, 5, 64), (64, 130, 17, -1)):
+        case = make(n, k, bits, group, symmetric, torch.float32, "mma")
+        x, bias = torch.randn(tokens, k), torch.randn(n)
+        tensors = tuple(None if t is None else t.to(device) for t in case.tensors)
+        y = packed_linear(x.to(device), *tensors, bias.to(device), **case.sizes, impl="triton").cpu()
+        oracle = x.double() @ case.weight().t() + bias.double()
+        allowed = bound("fp32", x, case.weight(), case) + 2.0**-23 * (oracle.abs() + bias.double().abs())
+        # The weight is rounded to float32 first, unlike in the CPU's fp32 mode.
+        allowed += 2.0**-24 * x.double().abs() @ case.weight().abs().t()
+        assert ((y.double() - oracle).abs() <= allowed).all()
+
+
+@CPP
+@pytest.mark.parametrize("mode", MODES)
+def test_special_activations(mode: str) -> None:
+    """Zeros give zeros, tiny values no NaN, and a NaN or infinity shows in its own row only."""
+    case = make(40, 256, 4, 64, True)
+    x = torch.randn(5, 256)
+    x[0], x[1] = 0.0, 1e-38
+    x[2, 100], x[3, 7] = float("nan"), float("inf")
+    y = packed_linear(x, *case.tensors, **case.sizes, mode=mode, impl="cpp")
+    assert not y[0].any() and y[1].isfinite().all() and y[4].isfinite().all()
+    assert y[2].isnan().all() and not y[3].isfinite().any()
+
+
+@CPP
+def test_strides() -> None:
+    """Rows taken from a wider tensor, every second row, and a transposed x."""
+    case = make(20, 128, 4, 32, True)
+    wide = torch.randn(6, 300)
+    for x in (wide[:, 5:133], wide[::2, :128], torch.randn(128, 4).t(), torch.randn(1, 128).expand(3, 128)):
+        expected = packed_linear(x.contiguous(), *case.tensors, **case.sizes, impl="cpp")
+        assert torch.equal(packed_linear(x, *case.tensors, **case.sizes, impl="cpp"), expected)
+
+
+@CPP
+def test_empty() -> None:
+    case = make(20, 128, 4, 32, True)
+    assert packed_linear(torch.zeros(0, 128), *case.tensors, **case.sizes).shape == (0, 20)
+    nothing = make(0, 64, 3, 32, True)
+    assert packed_linear(torch.zeros(2, 64), *nothing.tensors, **nothing.sizes).shape == (2, 0)
+
+
+@CPP
+def test_many_threads_at_once() -> None:
+    """Eight Python threads share a weight and torch's thread pool; each gets its own answer every time."""
+    case = make(300, 512, 3, 128, False)
+    xs = [torch.randn(1 + i, 512) for i in range(8)]
+    expected = [packed_linear(x, *case.tensors, **case.sizes) for x in xs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(25):
+            if not torch.equal(packed_linear(xs[i], *case.tensors, **case.sizes), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@CPP
+def test_opcheck() -> None:
+    case = make(20, 100, 3, 32, False)
+    words, scale, zero = case.tensors
+    op = torch.ops.discquant.packed_linear.default
+    for x in (torch.randn(3, 100), torch.randn(3, 120, dtype=torch.bfloat16)[:, :100]):
+        torch.library.opcheck(op, (x, words, scale, zero, None, 20, 100, 3, 32, 1, -1))
+    dequantize = torch.ops.discquant.dequantize_packed.default
+    torch.library.opcheck(dequantize, (words, scale, zero, 20, 100, 3, 32, 2, 16, 20, torch.bfloat16))
+
+
+@CPP
+def test_compile() -> None:
+    case = make(20, 100, 4, 32, True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def run(x: Tensor) -> Tensor:
+        return packed_linear(x, *case.tensors, **case.sizes, impl="cpp") * 2
+
+    for tokens in (2, 5):
+        x = torch.randn(tokens, 100)
+        assert torch.equal(run(x), packed_linear(x, *case.tensors, **case.sizes) * 2)
+
+
+def bad_calls() -> list[Any]:
+    case = make(20, 100, 4, 32, True)
+    words, scale, _ = case.tensors
+    x = torch.zeros(2, 100)
+    good = {"x": x, "words": words, "scale": scale, **case.sizes}
+    zero = torch.zeros(scale.shape, dtype=torch.uint8)
+    changes = [
+        ({"x": [1.0]}, TypeError, "x must be of type = Tensor, got list"),
+        ({"scale": 1.0}, TypeError, "scale must be of type = Tensor, got float"),
+        (
+            {"x": torch.zeros(2, 99)},
+            ValueError,
+            r"x must have shape \[..., in_features\] = \['...', 100\], got \[2, 99\]",
+        ),
+        ({"x": x.double()}, ValueError, "x must have a dtype of"),
+        ({"x": x.to("meta")}, ValueError, "x must be on the device = cpu, got meta"),
+        ({"words": words[:-1]}, ValueError, r"words must have shape = \[1024\], got \[1023\]"),
+        ({"words": torch.cat([words, words])}, ValueError, r"words must have shape = \[1024\], got \[2048\]"),
+        ({"words": words.float()}, ValueError, "words must have a dtype of"),
+        ({"words": torch.stack([words, words], 1)[:, 0]}, ValueError, "words must have stride"),
+        ({"scale": scale[..., :-1]}, ValueError, "scale must have shape"),
+        ({"scale": scale.double()}, ValueError, "scale must have a dtype of"),
+        (
+            {"scale": scale.transpose(1, 2).contiguous().transpose(1, 2)},
+            ValueError,
+            "scale must be = contiguous",
+        ),
+        ({"zero_point": zero[:, :1]}, ValueError, "zero_point must be contiguous with the shape of scale"),
+        ({"zero_point": zero.int()}, ValueError, "zero_point must have a dtype of"),
+        ({"bias": torch.zeros(19)}, ValueError, "bias must be contiguous with shape"),
+        ({"bias": torch.zeros(20).half()}, ValueError, "bias must have the dtype of x"),
+        ({"num_bits": 2}, ValueError, "num_bits must be one of"),
+        ({"group_size": 16}, ValueError, "group_size must be 32"),
+        ({"group_size": 0}, ValueError, "group_size must be 32"),
+        ({"group_size": 64}, ValueError, "scale must have shape"),
+        ({"layout": "dense"}, ValueError, "layout must be one of"),
+        ({"in_features": 0}, ValueError, "in_features must be at least = 1, got 0"),
+        ({"out_features": -1}, ValueError, "out_features must be at least = 0, got -1"),
+        ({"mode": "int8"}, ValueError, "mode must be one of"),
+        ({"isa": "neon"}, ValueError, "isa must be None or one of"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of"),
+        ({"x": x.clone().requires_grad_()}, NotImplementedError, "inference only"),
+        (
+            {"layout": "mma", "scale": scale.view(1, 4, 64), "impl": "cpp"},
+            NotImplementedError,
+            "repack to 'cpu'",
+        ),
+        ({"impl": "triton"}, NotImplementedError, "repack to 'mma'"),
+    ]
+    return [
+        pytest.param(good | change, error, text, id=f"{next(iter(change))}-{i}")
+        for i, (change, error, text) in enumerate(changes)
+    ]
+
+
+@CPP
+@pytest.mark.parametrize(("call", "error", "message"), bad_calls() if _extension.available() else [])
+def test_rejects_bad_input(call: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"packed_linear: .*{message}"):
+        packed_linear(**call)
+
+
+@CPP
+def test_operator_checks_for_itself() -> None:
+    """A caller that goes round the public function gets an error, not a read past the end."""
+    words, scale, _ = make(20, 100, 4, 32, True).tensors
+    x, op = torch.zeros(2, 100), torch.ops.discquant.packed_linear
+    for args in (
+        (x, words[:-1], scale, None, None, 20, 100, 4, 32, 1, -1),
+        (x, words, scale[:, :1], None, None, 20, 100, 4, 32, 1, -1),
+        (x, words, scale, torch.zeros(1, dtype=torch.uint8), None, 20, 100, 4, 32, 1, -1),
+        (x, words, scale, None, torch.zeros(3), 20, 100, 4, 32, 1, -1),
+        (x.t().contiguous().t(), words, scale, None, None, 20, 100, 4, 32, 1, -1),
+        (x[:, :64], words, scale, None, None, 20, 100, 4, 32, 1, -1),
+        (x, words, scale, None, None, 20, 100, 4, 32, 5, -1),
+        (x, words, scale, None, None, 20, 100, 4, 32, 1, 9),
+        (x, words, scale, None, None, 20, 100, 4, 0, 1, -1),
+        (x.int(), words, scale, None, None, 20, 100, 4, 32, 1, -1),
+    ):
+        with pytest.raises(RuntimeError):
+            op(*args)
