@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel compiles for sm_80 and sm_90 in the configurations that the dispatch chooses, without spills.
+
+A fresh process compiles: this one has the interpreter switched on. Results are kept in build/aot by content hash.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+
+KERNELS = {
+    "soft_weight_fwd_kernel", "soft_weight_bwd_kernel", "projected_step_kernel", "soft_linear_fwd_kernel",
+    "soft_linear_dx_kernel", "soft_linear_dfrac_kernel", "soft_linear_step_kernel", "linear_kl_fwd_kernel",
+    "hadamard_run_kernel", "hadamard_mix_kernel",
+}  # fmt: skip
+
+
+def _compile(repo_root, tmp_path, *options):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
+    table = tmp_path / "report.csv"
+    done = subprocess.run(
+        [sys.executable, "-m", "discquant.triton_kernels.aot", "--cache", str(repo_root / "build" / "aot"),
+         "--csv", str(table), *options],
+        env=environment, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    with table.open() as file:
+        return list(csv.DictReader(file))
+
+
+def _check(rows):
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert 0 < int(row["registers"]) <= 255, row
+        if row["default"] == "1":
+            assert int(row["spill_bytes"]) == 0, row
+        matmul = row["kernel"].startswith("soft_linear") and "f32" not in row["case"]
+        expected = {"sm_80": ("mma",), "sm_90": ("wgmma",)}[row["target"]] if matmul else ("",)
+        assert row["tensor_core"] in expected or "f32" in row["case"], row
+
+
+def test_default_configurations(repo_root, tmp_path):
+    """What presets and tables choose: compiles, fits, spills nothing, uses the tensor cores of its target."""
+    _check(_compile(repo_root, tmp_path))
+
+
+@pytest.mark.full
+def test_every_configuration(repo_root, tmp_path):
+    """All cases, also those no table chooses yet."""
+    _check(_compile(repo_root, tmp_path, "--all"))
