@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native code outside Python: sanitizers on the CPU side, nvcc for every architecture on the GPU side.
+
+Products are kept under build/ by content, so that only a change of the sources compiles again.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ARCHS = ["80", "86", "89", "90a"]
+NVCC = shutil.which("nvcc")
+NEEDS_NVCC = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: CUDA sources are not compiled")
+
+
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="the sanitizer target is for x86-64"
+)
+@pytest.mark.skipif(
+    not (shutil.which("make") and shutil.which("c++")), reason="make or a C++ compiler is missing"
+)
+@pytest.mark.slow
+def test_sanitizers(repo_root: Path) -> None:
+    """Index maps, magic numbers, the split of the GPU walk, and every CPU kernel, under ASan and UBSan."""
+    done = subprocess.run(
+        ["make", "-C", "csrc/packed", "sanitize"], cwd=repo_root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "\nok\n" in done.stdout
+
+
+def cubin(repo_root: Path, source: str, arch: str) -> tuple[Path, str]:
+    """Compile one file for one architecture, or take the kept result; returns the cubin and what ptxas said."""
+    assert NVCC is not None
+    digest = hashlib.sha256(subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout)
+    headers = sorted((repo_root / "csrc/packed").glob("*.h")) + sorted(
+        (repo_root / "csrc/packed").glob("*.cuh")
+    )
+    for path in [*headers, repo_root / source]:
+        digest.update(path.read_bytes())
+    folder = repo_root / "build" / "nvcc"
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"{Path(source).stem}_{arch}_{digest.hexdigest()[:16]}.cubin"
+    log = out.with_suffix(".log")
+    if not (out.exists() and log.exists()):
+        for old in folder.glob(f"{Path(source).stem}_{arch}_*"):
+            old.unlink(missing_ok=True)
+        done = subprocess.run(
+            [
+                NVCC, "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-I{repo_root / 'csrc'}",
+                f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-cubin", source, "-o", str(out),
+            ],
+            cwd=repo_root, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        log.write_text(done.stdout + done.stderr)
+    return out, log.read_text()
+
+
+@NEEDS_NVCC
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_without_spills(repo_root: Path, arch: str) -> None:
+    _, log = cubin(repo_root, "csrc/packed/gpu_linear.cu", arch)
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    assert (
+        len(registers) == 20
+    )  # two types x two widths x (two decode tiles x exact or not, one prefill tile)
+    assert not any(spills)
+    # Three thread blocks of 128 threads per multiprocessor.
+    assert max(registers) <= 65536 // (3 * 128)
+    _, log = cubin(repo_root, "csrc/packed/gpu_pack.cu", arch)
+    assert len(re.findall(r"Used \d+ registers", log)) == 4
+    assert not any(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+
+
+def disassemble(path: Path) -> str:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        pytest.skip("cuobjdump comes with Triton, which is not installed")
+    tool = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([str(tool), "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+
+
+@NEEDS_NVCC
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_operations_per_32_weights(repo_root: Path, arch: str) -> None:
+    """What 32 weights cost in integer and half instructions: the counts of kernels.md section 1, and no more."""
+    sass = disassemble(cubin(repo_root, "tests/packed/dequant_count.cu", arch)[0])
+    counts: dict[str, int] = {}
+    for part in sass.split("Function : ")[1:]:
+        operations = re.findall(r"^\s*/\*[0-9a-f]{4}\*/\s+(?:@!?P\d\s+)?([A-Z0-9]+)", part, re.MULTILINE)
+        kinds = collections.Counter(operations)
+        assert not kinds["I2F"] and not kinds["I2FP"]
+        counts[part.split()[0]] = sum(
+            kinds[name] for name in ("LOP3", "SHF", "PRMT", "HADD2", "HFMA2", "HMUL2")
+        )
+    assert counts == {"half_4": 36, "half_3": 42, "bfloat_4": 44, "bfloat_3": 42}
+
+
+@NEEDS_NVCC
+@pytest.mark.slow
+def test_tensor_core_loop(repo_root: Path) -> None:
+    """The compiled kernel really uses mma, ldmatrix and asynchronous copies, and no atomics on data."""
+    sass = disassemble(cubin(repo_root, "csrc/packed/gpu_linear.cu", "80")[0])
+    for name in ("HMMA.16816.F32", "LDSM.16", "LDGSTS"):
+        assert name in sass, name
+    assert not re.search(r"\bRED\.|ATOM[A-Z]*\.[A-Z.]*F(16|32)", sass)
