@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_kl: loss and gradient behind a frozen head; time against its bare matmuls, peak memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import DEVICE, GPU, measure, package, require_close
+from torch import Tensor
+
+from discquant.ops import linear_kl
+
+# tokens, hidden, vocabulary
+SHAPES = [(4096, 4096, 128256), (16384, 4096, 128256), (8192, 8192, 128256), (8192, 3584, 151936)] if GPU else [(64, 64, 1000)]
+PROVIDERS = ["reference", "full-softmax", "full-softmax-compiled", "triton", "liger-jsd", "cut-cross-entropy"]
+DTYPE = torch.bfloat16 if GPU else torch.float32
+
+
+def _full(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's way: both logits whole, log-softmax in float32, autograd."""
+    leaf = student.detach().requires_grad_()
+    log_q = (leaf @ weight.t()).float().log_softmax(-1)
+    log_p = (teacher @ weight.t()).float().log_softmax(-1)
+    loss = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), grad
+
+
+def _bare(student: Tensor, teacher: Tensor, weight: Tensor, chunk: int = 768) -> None:
+    for start in range(0, student.shape[0], chunk):
+        logits = student[start : start + chunk] @ weight.t()
+        _ = teacher[start : start + chunk] @ weight.t()
+        _ = logits @ weight
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_linear_kl(benchmark, provider, shape):
+    tokens, hidden, vocab = shape
+    student, noise = torch.randn(2, tokens, hidden, device=DEVICE, dtype=DTYPE)
+    teacher = student + 0.1 * noise
+    weight = torch.randn(vocab, hidden, device=DEVICE, dtype=DTYPE) * hidden**-0.5
+    if provider.startswith("full") and tokens * vocab > 2**31:
+        pytest.skip("tokens x vocabulary in float32 several times over does not fit")
+    gate = None
+    if provider in ("reference", "triton"):
+        body = lambda: linear_kl(student, teacher, weight, impl=provider)  # noqa: E731
+
+        def gate():
+            part = slice(0, 256)
+            args = (student[part], teacher[part], weight)
+            actual, baseline = (linear_kl(*args, impl=impl) for impl in (provider, "reference"))
+            oracle = linear_kl(*(t.double() for t in args), chunk_size=64, impl="reference")
+            for name in ("loss", "per_token", "grad_student"):
+                require_close(getattr(actual, name), getattr(oracle, name), getattr(baseline, name))
+
+    elif provider.startswith("full"):
+        function = torch.compile(_full) if provider.endswith("compiled") else _full
+        body = lambda: function(student, teacher, weight)  # noqa: E731
+    elif provider == "liger-jsd":
+        liger = package("liger_kernel.transformers.fused_linear_jsd")
+        if liger is None or not GPU:
+            pytest.skip("liger-kernel is not installed here")
+        # Another divergence (JSD with beta 0 is the forward KL) whose kernel also computes the head's gradient.
+        jsd = liger.LigerFusedLinearJSD(jsd_beta=0.0)
+        leaf, head = student.detach().requires_grad_(), weight.detach().requires_grad_()
+        body = lambda: jsd(leaf, head, teacher, weight).backward()  # noqa: E731
+    else:
+        cce = package("cut_cross_entropy")
+        if cce is None or not GPU:
+            pytest.skip("cut-cross-entropy is not installed here")
+        # One-hot targets only: a lower bound for anything that makes logits on the fly.
+        leaf, target = student.detach().requires_grad_(), torch.randint(0, vocab, (tokens,), device=DEVICE)
+        body = lambda: cce.linear_cross_entropy(leaf, weight, target).backward()  # noqa: E731
+    measure(
+        benchmark, body, op="linear_kl", provider=provider, mode="loss+grad", shape=f"{tokens}x{hidden}x{vocab}",
+        dtype=str(DTYPE)[6:], gate=gate, flops=6.0 * tokens * hidden * vocab,
+        bare=lambda: _bare(student, teacher, weight),
+    )  # fmt: skip
