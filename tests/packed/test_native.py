@@ -102,9 +102,9 @@ def test_operations_per_32_weights(repo_root: Path, arch: str) -> None:
         operations = re.findall(r"^\s*/\*[0-9a-f]{4}\*/\s+(?:@!?P\d\s+)?([A-Z0-9]+)", part, re.MULTILINE)
         kinds = collections.Counter(operations)
         assert not kinds["I2F"] and not kinds["I2FP"]
-        counts[part.split()[0]] = sum(
-            kinds[name] for name in ("LOP3", "SHF", "PRMT", "HADD2", "HFMA2", "HMUL2")
-        )
+        # Before sm_90 ptxas builds the pair of bfloat16 ones by PRMT, several times over: constants, not per weight.
+        assert kinds["PRMT"] <= (0 if arch == "90a" else 11)
+        counts[part.split()[0]] = sum(kinds[name] for name in ("LOP3", "SHF", "HADD2", "HFMA2", "HMUL2"))
     assert counts == {"half_4": 36, "half_3": 42, "bfloat_4": 44, "bfloat_3": 42}
 
 
