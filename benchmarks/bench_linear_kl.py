@@ -11,7 +11,11 @@ from torch import Tensor
 from discquant.ops import linear_kl
 
 # tokens, hidden, vocabulary
-SHAPES = [(4096, 4096, 128256), (16384, 4096, 128256), (8192, 8192, 128256), (8192, 3584, 151936)] if GPU else [(64, 64, 1000)]
+SHAPES = (
+    [(4096, 4096, 128256), (16384, 4096, 128256), (8192, 8192, 128256), (8192, 3584, 151936)]
+    if GPU
+    else [(64, 64, 1000)]
+)
 PROVIDERS = ["reference", "full-softmax", "full-softmax-compiled", "triton", "liger-jsd", "cut-cross-entropy"]
 DTYPE = torch.bfloat16 if GPU else torch.float32
 

@@ -27,8 +27,9 @@ def test_projected_step(benchmark, provider, optimizer, shape):
 
     def step(codes, impl):
         return projected_step_deferred_(
-            codes, ref, grad, scale, group_size=64, options=options, momentum=first.clone() if codes is not frac else first,
-            second_moment=second.clone() if codes is not frac else second, impl=impl,
+            codes, ref, grad, scale, group_size=64, options=options, impl=impl,
+            momentum=first if codes is frac else first.clone(),
+            second_moment=second if codes is frac else second.clone(),
         )  # fmt: skip
 
     def gate():
@@ -64,6 +65,6 @@ def test_peers(benchmark, provider, shape):
     parameter.grad = torch.randn(rows, cols, device=DEVICE).bfloat16()
     optimizer = _peers()[provider]([parameter])
     measure(
-        benchmark, optimizer.step, op="projected_step", provider=provider, mode="adamw" if "adamw" in provider else "lion",
-        shape=f"{rows}x{cols}", dtype="bf16",
+        benchmark, optimizer.step, op="projected_step", provider=provider,
+        mode="adamw" if "adamw" in provider else "lion", shape=f"{rows}x{cols}", dtype="bf16",
     )  # fmt: skip

@@ -69,7 +69,9 @@ def test_soft_linear(benchmark, provider, stage, shape, tokens):
     else:
         ops = torch.ops.discquant
         body = {
-            "forward": lambda: ops.soft_linear_fwd(x, q, frac, scale, None, None, None, 4, 64, False, strategy),
+            "forward": lambda: ops.soft_linear_fwd(
+                x, q, frac, scale, None, None, None, 4, 64, False, strategy
+            ),
             "dx": lambda: ops.soft_linear_dx(dy, q, frac, scale, None, None, 4, 64, False, strategy),
             "dfrac": lambda: ops.soft_linear_dfrac(dy, x, q, scale, None, 4, 64, accumulate, strategy),
         }[stage]

@@ -8,7 +8,7 @@ and nothing is recorded.
 from __future__ import annotations
 
 import csv
-import datetime
+import datetime as dt
 import functools
 import importlib
 import importlib.metadata
@@ -39,7 +39,9 @@ def machine() -> dict[str, str]:
 
     def output(*command: str) -> str:
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return ""
 
@@ -51,12 +53,14 @@ def machine() -> dict[str, str]:
 
     cpu = output("sh", "-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if GPU else f"cpu {cpu.strip()} threads {torch.get_num_threads()}",
+        "device": torch.cuda.get_device_name()
+        if GPU
+        else f"cpu {cpu.strip()} threads {torch.get_num_threads()}",
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if GPU else "",
         "torch": torch.__version__,
         "triton": version("triton"),
         "commit": output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"),
-        "date": datetime.date.today().isoformat(),
+        "date": dt.date.today().isoformat(),
     }
 
 
@@ -141,7 +145,8 @@ def measure(
     """
     if gate is not None:
         gate()
-    if benchmark.disabled or os.environ.get("TRITON_INTERPRET") == "1" and provider.startswith("triton"):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and provider.startswith("triton")
+    if benchmark.disabled or interpreted:
         benchmark.pedantic(body, rounds=1, iterations=1)
         return
     if GPU:

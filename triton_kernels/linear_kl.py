@@ -41,7 +41,8 @@ def _cap(raw, bias, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.c
 def _linear_kl_fwd_kernel(
     kl_ptr, diff_ptr, student_ptr, teacher_ptr, bias_ptr, mask_ptr,
     vocab_size, stride_z, stride_d,
-    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     ACC: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -166,7 +167,8 @@ def linear_kl_fwd(
         _linear_kl_fwd_kernel[(count,)](
             per_token[part], diff, z_s, z_t, z_s if bias is None else bias, student if mask is None else mask[part],
             vocab_size, z_s.stride(0), diff.stride(0),
-            LOGIT_SCALE=float(logit_scale), SOFTCAP=float(softcap or 0.0), NEAR=0.02 if acc == torch.float64 else 0.3, HAS_BIAS=bias is not None,
+            LOGIT_SCALE=float(logit_scale), SOFTCAP=float(softcap or 0.0),
+            NEAR=0.02 if acc == torch.float64 else 0.3, HAS_BIAS=bias is not None,
             HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=8,
         )  # fmt: skip
         _matmul(hidden[:count], diff[:count], head)

@@ -140,19 +140,49 @@ def test_rejects_bad_input(make_problem):
     good = (student, teacher, weight)
     bad: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
         (TypeError, "linear_kl: weight must be of type = Tensor, got int", (student, teacher, 3), {}),
-        (ValueError, r"linear_kl: student must have shape = \[num_tokens, hidden_size\], got \[8\]", (student[:, 0], teacher, weight), {}),
-        (ValueError, r"linear_kl: teacher must have the shape of student = \[8, 16\], got \[7, 16\]", (student, teacher[1:], weight), {}),
-        (ValueError, "linear_kl: teacher must have the dtype of student", (student, teacher.float(), weight), {}),
-        (ValueError, r"linear_kl: weight must have shape \[vocab_size, hidden_size\]", (student, teacher, weight[:, 1:]), {}),
-        (ValueError, r"linear_kl: mask must have shape = \[8\], got \[7\]", good, {"mask": torch.ones(7, dtype=torch.bool)}),
-        (ValueError, "linear_kl: mask must have a dtype of", good, {"mask": torch.ones(8, device=student.device)}),
+        (
+            ValueError,
+            r"linear_kl: student must have shape = \[num_tokens, hidden_size\], got \[8\]",
+            (student[:, 0], teacher, weight),
+            {},
+        ),
+        (
+            ValueError,
+            r"linear_kl: teacher must have the shape of student = \[8, 16\], got \[7, 16\]",
+            (student, teacher[1:], weight),
+            {},
+        ),
+        (
+            ValueError,
+            "linear_kl: teacher must have the dtype of student",
+            (student, teacher.float(), weight),
+            {},
+        ),
+        (
+            ValueError,
+            r"linear_kl: weight must have shape \[vocab_size, hidden_size\]",
+            (student, teacher, weight[:, 1:]),
+            {},
+        ),
+        (
+            ValueError,
+            r"linear_kl: mask must have shape = \[8\], got \[7\]",
+            good,
+            {"mask": torch.ones(7, dtype=torch.bool)},
+        ),
+        (
+            ValueError,
+            "linear_kl: mask must have a dtype of",
+            good,
+            {"mask": torch.ones(8, device=student.device)},
+        ),
         (ValueError, r"linear_kl: bias must have shape = \[256\], got \[1\]", good, {"bias": torch.ones(1)}),
         (ValueError, "linear_kl: softcap must be None or above = 0, got 0.0", good, {"softcap": 0.0}),
         (ValueError, "linear_kl: chunk_size must be at least = 1, got 0", good, {"chunk_size": 0}),
         (ValueError, "linear_kl: normalizer must be at least = 0, got -1", good, {"normalizer": -1}),
         (ValueError, "linear_kl: logit_scale must be = finite, got inf", good, {"logit_scale": float("inf")}),
         (NotImplementedError, "linear_kl: impl must cover these arguments = cpp", good, {"impl": "cpp"}),
-    ]  # fmt: skip
+    ]
     for error, message, args, kwargs in bad:
         with pytest.raises(error, match=message):
             linear_kl(*args, **{"impl": "triton", **kwargs})

@@ -105,7 +105,7 @@ def test_matches_oracle(optimizer, make_state, assert_close):
 
 
 def test_formula_by_hand(device):
-    """One coordinate per case, numbers worked out by hand (momentum with b1 = 0: one clamped, linear, projected step)."""
+    """One coordinate per case, worked out by hand: momentum with b1 = 0, clamped, linear, projected."""
     frac = torch.tensor([[0.5, 0.5, 0.02, 0.4, 1.0, 0.3]], dtype=torch.float64, device=device)
     frac_ref = torch.tensor([[0.25, 0.75, 0.25, 0.25, 1.0, 1.5]], dtype=torch.float64, device=device)
     grad = torch.tensor([[0.001, -0.1, 0.0, 0.0, 5.0, 0.0]], dtype=torch.float64, device=device)
@@ -240,7 +240,7 @@ def test_strides(impl, make_state, assert_equal, device):
     expected, counts = _step(state, 64, options, impl="reference")
     turned = {name: tensor.t().contiguous().t() for name, tensor in state.items()}
     if impl == "cpp":
-        with pytest.raises(NotImplementedError, match="projected_step_: .* got a non-contiguous frac"):
+        with pytest.raises(NotImplementedError, match=r"projected_step_: .* got a non-contiguous frac"):
             _step(turned, 64, options, impl="cpp")
         impl = "auto"
     actual, turned_counts = _step(turned, 64, options, impl=impl)
@@ -303,23 +303,55 @@ def test_rejects_bad_input(make_state):
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (TypeError, "projected_step_: frac must be of type = Tensor, got list", {"frac": [1.0]}),
         (TypeError, "projected_step_: options must be of type = StepOptions, got dict", {"options": {}}),
-        (ValueError, r"projected_step_: frac_ref must have the shape of frac = \[4, 64\], got \[4, 63\]",
-         {"frac_ref": state["frac_ref"][:, :63]}),
-        (ValueError, r"projected_step_: scale must have shape .* = \[4, 2\], got \[4, 1\]", {"scale": state["scale"][:, :1]}),
-        (ValueError, "projected_step_: weight_grad must have the shape of frac", {"weight_grad": state["weight_grad"][1:]}),
+        (
+            ValueError,
+            r"projected_step_: frac_ref must have the shape of frac = \[4, 64\], got \[4, 63\]",
+            {"frac_ref": state["frac_ref"][:, :63]},
+        ),
+        (
+            ValueError,
+            r"projected_step_: scale must have shape .* = \[4, 2\], got \[4, 1\]",
+            {"scale": state["scale"][:, :1]},
+        ),
+        (
+            ValueError,
+            "projected_step_: weight_grad must have the shape of frac",
+            {"weight_grad": state["weight_grad"][1:]},
+        ),
         (ValueError, "projected_step_: weight_grad must have a dtype of", {"weight_grad": state["frac"]}),
         (ValueError, "projected_step_: frac must have a dtype of", {"frac": state["frac"].int()}),
         (ValueError, "projected_step_: momentum must for adamw be = a Tensor, got None", {"momentum": None}),
-        (ValueError, "projected_step_: second_moment must have a dtype of", {"second_moment": state["momentum"]}),
-        (ValueError, "projected_step_: optimizer must be one of",
-         {"options": dataclasses.replace(OPTIONS, optimizer="adagrad")}),  # type: ignore[arg-type]
-        (ValueError, "projected_step_: lr must be = finite, got nan", {"options": dataclasses.replace(OPTIONS, lr=float("nan"))}),
-        (ValueError, "projected_step_: step must be at least = 1, got 0", {"options": dataclasses.replace(OPTIONS, step=0)}),
-        (ValueError, "projected_step_: first_index must keep indices in",
-         {"options": dataclasses.replace(OPTIONS, first_index=2**32 - 1)}),
-        (NotImplementedError, "projected_step_: impl must cover these arguments = triton, got float64",
-         {"weight_grad": state["weight_grad"].double()}),
-    ]  # fmt: skip
+        (
+            ValueError,
+            "projected_step_: second_moment must have a dtype of",
+            {"second_moment": state["momentum"]},
+        ),
+        (
+            ValueError,
+            "projected_step_: optimizer must be one of",
+            {"options": dataclasses.replace(OPTIONS, optimizer="adagrad")},
+        ),  # type: ignore[arg-type]
+        (
+            ValueError,
+            "projected_step_: lr must be = finite, got nan",
+            {"options": dataclasses.replace(OPTIONS, lr=float("nan"))},
+        ),
+        (
+            ValueError,
+            "projected_step_: step must be at least = 1, got 0",
+            {"options": dataclasses.replace(OPTIONS, step=0)},
+        ),
+        (
+            ValueError,
+            "projected_step_: first_index must keep indices in",
+            {"options": dataclasses.replace(OPTIONS, first_index=2**32 - 1)},
+        ),
+        (
+            NotImplementedError,
+            "projected_step_: impl must cover these arguments = triton, got float64",
+            {"weight_grad": state["weight_grad"].double()},
+        ),
+    ]
     for error, message, change in bad:
         with pytest.raises(error, match=message):
             projected_step_(**{**good, **change})

@@ -135,25 +135,74 @@ def test_rejects_bad_input(make_grid):
     grid = make_grid((4, 64), group_size=32)
     good = {"num_bits": 4, "group_size": 32}
     bad: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
-        (TypeError, "soft_weight: frac must be of type = Tensor, got float", (grid.q_down, 0.5, grid.scale), good),
-        (ValueError, r"soft_weight: scale must have shape \[out_features, num_groups\] = \[4, 2\], got \[4, 1\]",
-         (grid.q_down, grid.frac, grid.scale[:, :1]), good),
-        (ValueError, r"soft_weight: q_down must be .* got \[4, 63\]", (grid.q_down[:, :63], grid.frac, grid.scale), good),
-        (ValueError, "soft_weight: q_down must have a dtype", (grid.q_down.int(), grid.frac, grid.scale), good),
+        (
+            TypeError,
+            "soft_weight: frac must be of type = Tensor, got float",
+            (grid.q_down, 0.5, grid.scale),
+            good,
+        ),
+        (
+            ValueError,
+            r"soft_weight: scale must have shape \[out_features, num_groups\] = \[4, 2\], got \[4, 1\]",
+            (grid.q_down, grid.frac, grid.scale[:, :1]),
+            good,
+        ),
+        (
+            ValueError,
+            r"soft_weight: q_down must be .* got \[4, 63\]",
+            (grid.q_down[:, :63], grid.frac, grid.scale),
+            good,
+        ),
+        (
+            ValueError,
+            "soft_weight: q_down must have a dtype",
+            (grid.q_down.int(), grid.frac, grid.scale),
+            good,
+        ),
         (ValueError, "soft_weight: frac must have a dtype", (grid.q_down, grid.frac.int(), grid.scale), good),
-        (ValueError, "soft_weight: num_bits must be an integer in = 2..8, got 9",
-         (grid.q_down, grid.frac, grid.scale), {**good, "num_bits": 9}),
-        (ValueError, "soft_weight: num_bits with two codes per byte be at most|soft_weight: num_bits must with two",
-         (grid.q_down[:, :32], grid.frac, grid.scale), {**good, "num_bits": 5}),
-        (ValueError, "soft_weight: group_size must be positive or = -1, got 0",
-         (grid.q_down, grid.frac, grid.scale), {**good, "group_size": 0}),
-        (ValueError, "soft_weight: zero_point must have the shape of scale",
-         (grid.q_down, grid.frac, grid.scale, grid.scale[:1]), good),
-        (ValueError, r"soft_weight: table must have shape = \[16\], got \[8\]", (grid.q_down, grid.frac, grid.scale),
-         {**good, "table": torch.zeros(8, device=grid.frac.device)}),
-        (ValueError, "soft_weight: dtype must be one of", (grid.q_down, grid.frac, grid.scale), {**good, "dtype": torch.int8}),
-        (ValueError, "soft_weight: impl must be one of", (grid.q_down, grid.frac, grid.scale), {**good, "impl": "cuda"}),
-    ]  # fmt: skip
+        (
+            ValueError,
+            "soft_weight: num_bits must be an integer in = 2..8, got 9",
+            (grid.q_down, grid.frac, grid.scale),
+            {**good, "num_bits": 9},
+        ),
+        (
+            ValueError,
+            "soft_weight: num_bits with two codes per byte be at most|soft_weight: num_bits must with two",
+            (grid.q_down[:, :32], grid.frac, grid.scale),
+            {**good, "num_bits": 5},
+        ),
+        (
+            ValueError,
+            "soft_weight: group_size must be positive or = -1, got 0",
+            (grid.q_down, grid.frac, grid.scale),
+            {**good, "group_size": 0},
+        ),
+        (
+            ValueError,
+            "soft_weight: zero_point must have the shape of scale",
+            (grid.q_down, grid.frac, grid.scale, grid.scale[:1]),
+            good,
+        ),
+        (
+            ValueError,
+            r"soft_weight: table must have shape = \[16\], got \[8\]",
+            (grid.q_down, grid.frac, grid.scale),
+            {**good, "table": torch.zeros(8, device=grid.frac.device)},
+        ),
+        (
+            ValueError,
+            "soft_weight: dtype must be one of",
+            (grid.q_down, grid.frac, grid.scale),
+            {**good, "dtype": torch.int8},
+        ),
+        (
+            ValueError,
+            "soft_weight: impl must be one of",
+            (grid.q_down, grid.frac, grid.scale),
+            {**good, "impl": "cuda"},
+        ),
+    ]
     for error, message, args, kwargs in bad:
         with pytest.raises(error, match=message):
             soft_weight(*args, **{"impl": "triton", **kwargs})
