@@ -147,7 +147,7 @@ def report(cache: Path, targets: list[int], everything: bool, only: str = "") ->
         launches = {launch.digest(0): launch for launch in record(case.launcher, *case.arguments)}
         for launch in launches.values():
             for capability in targets:
-                if case.minimum > capability:
+                if case.targets and capability not in case.targets:
                     continue
                 entry = cache / f"{launch.digest(capability)}.json"
                 if entry.exists():

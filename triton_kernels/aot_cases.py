@@ -20,13 +20,13 @@ ROWS, COLS, TOKENS, VOCAB = 14336, 4096, 8192, 128256
 
 
 class Case(NamedTuple):
-    """One launcher call on meta tensors; `minimum` is the first compute capability it is meant for."""
+    """One launcher call on meta tensors; `targets` are the compute capabilities it is meant for, empty for all."""
 
     name: str
     default: bool
     launcher: Callable[..., Any]
     arguments: tuple[Any, ...]
-    minimum: int = 80
+    targets: tuple[int, ...] = ()
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -145,23 +145,28 @@ def _projected_step_cases() -> Iterator[Case]:
                        arguments)  # fmt: skip
 
 
+# Tiles that soft_linear_table chooses, and for which capability; look-up tables always take `compact`.
+_CHOSEN = {"compact": (), "square": (80,), "deep": (90,)}
+
+
 def _soft_linear_cases() -> Iterator[Case]:
     y, x = _meta(TOKENS, ROWS, dtype=torch.bfloat16), _meta(TOKENS, COLS, dtype=torch.bfloat16)
     for tile, config in soft_linear.CONFIGS.items():
-        minimum = 90 if tile == "wide" else 80
+        targets = _CHOSEN.get(tile, (90,))
         for name, _, kwargs in _WEIGHTS:
-            if "ragged" in name or (tile != "deep" and name != "u8-g64"):
+            if ("table" in name) != (tile == "compact") and name != "u8-g64":
                 continue
             q_down, frac, scale, zero, table = _grid(**kwargs)
-            group = kwargs.get("group", 64)
-            default = name == "u8-g64" and tile != "wide"
+            group, cols = kwargs.get("group", 64), kwargs.get("cols", COLS)
+            default = tile in _CHOSEN and name in ("u8-g64", "u8-g32-zero", "u8-g128-zero", "u8-g64-table")
+            inner = _meta(TOKENS, cols, dtype=torch.bfloat16)
             yield Case(f"soft_linear_fwd/{name}-{tile}", default, soft_linear.soft_linear_fwd,
-                       (x, q_down, frac, scale, zero, table, None, 4, group, False, config), minimum)  # fmt: skip
+                       (inner, q_down, frac, scale, zero, table, None, 4, group, False, config), targets)  # fmt: skip
             yield Case(f"soft_linear_dx/{name}-{tile}", default, soft_linear.soft_linear_dx,
-                       (y, q_down, frac, scale, zero, table, 4, group, False, config), minimum)  # fmt: skip
+                       (y, q_down, frac, scale, zero, table, 4, group, False, config), targets)  # fmt: skip
         q_down, _, scale, _, _ = _grid()
         yield Case(f"soft_linear_dfrac/g64-{tile}", tile in ("compact", "deep"), soft_linear.soft_linear_dfrac,
-                   (y, x, q_down, scale, None, 4, 64, torch.float32, config), minimum)  # fmt: skip
+                   (y, x, q_down, scale, None, 4, 64, torch.float32, config), targets)  # fmt: skip
     deep, weight = soft_linear.CONFIGS["deep"], _grid()
     bias = _meta(ROWS, dtype=torch.bfloat16)
     yield Case("soft_linear_fwd/reference-bias-deep", False, soft_linear.soft_linear_fwd,

@@ -149,6 +149,6 @@ def soft_weight_bwd(
         *out.stride(), *grad_weight.stride(), *q_down.stride(), *scale.stride(),
         LEVELS=2**num_bits, PACKED=q_down.shape[1] != cols, HAS_TABLE=table is not None,
         MODE=mode, GROUP=group, ACC=DTYPES[acc], BLOCK_M=block_m, BLOCK_K=block_k,
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return out

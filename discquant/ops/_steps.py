@@ -24,7 +24,7 @@ OPTIMIZERS = ("adamw", "momentum", "lion", "sgd")
 SCALAR_SCHEMA = (
     "str optimizer, float lr, float beta1, float beta2, float eps, float weight_decay, float kl_weight, "
     "float grad_clamp, float linear_weight, float hardening, int step, float moment_bound, "
-    "int frac_key, int first_key, int second_key, int first_index"
+    "int seed, int tensor_id, int first_index"
 )
 # Derived scalars of a launch, in the order in which every kernel takes them.
 SCALARS = (
@@ -36,24 +36,20 @@ KEYS = ("frac_key", "first_key", "second_key", "first_index")
 
 
 def flatten_options(options: StepOptions) -> tuple[Any, ...]:
-    """Scalars of `options` in the order of the operator's schema, noise keys derived."""
-    keys = [
-        stream_key(options.seed, options.step, options.tensor_id, stream)
-        for stream in (reference.FRAC_STREAM, reference.MOMENT_STREAM, reference.SECOND_STREAM)
-    ]
+    """Scalars of `options` in the order of the operator's schema."""
     return (
         options.optimizer, options.lr, *options.betas, options.eps, options.weight_decay, options.kl_weight,
         options.grad_clamp, options.linear_weight, options.hardening, options.step, options.moment_bound,
-        *keys, options.first_index,
+        options.seed, options.tensor_id, options.first_index,
     )  # fmt: skip
 
 
 def launch_arguments(
     optimizer: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, kl_weight: float,
     grad_clamp: float, linear_weight: float, hardening: float, step: int, moment_bound: float,
-    frac_key: int, first_key: int, second_key: int, first_index: int,
+    seed: int, tensor_id: int, first_index: int,
 ) -> tuple[str, dict[str, float], dict[str, int]]:  # fmt: skip
-    """Derived scalars of a Triton launch, each rounded to float32 once, where the reference rounds it."""
+    """Derived scalars and noise keys of a launch; runs in the launcher, where a compiled caller does not trace it."""
     scalars = {
         "lr": lr, "beta1": beta1, "one_minus_beta1": 1 - beta1, "beta2": beta2, "one_minus_beta2": 1 - beta2,
         "eps": eps, "decay": 1 - lr * weight_decay, "kl_weight": kl_weight, "grad_clamp": grad_clamp,
@@ -62,12 +58,10 @@ def launch_arguments(
         "first_unit": moment_bound / 127, "first_inverse": 127 / moment_bound,
         "second_unit": moment_bound / 255, "second_inverse": 255 / moment_bound,
     }  # fmt: skip
-    keys = {
-        "frac_key": frac_key,
-        "first_key": first_key,
-        "second_key": second_key,
-        "first_index": first_index,
-    }
+    streams = (reference.FRAC_STREAM, reference.MOMENT_STREAM, reference.SECOND_STREAM)
+    keys = dict(
+        zip(KEYS, (*(stream_key(seed, step, tensor_id, s) for s in streams), first_index), strict=True)
+    )
     assert tuple(scalars) == SCALARS
     return optimizer, scalars, keys
 

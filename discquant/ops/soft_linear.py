@@ -39,9 +39,16 @@ def rule(device: torch.device, stage: str, tokens: int) -> tuple[str, str]:
     return strategy, tile
 
 
-def _resolve(device: torch.device, stage: str, tokens: int, strategy: str) -> tuple[str, Any]:
+def _resolve(x: Tensor, stage: str, strategy: str, table: Tensor | None = None) -> tuple[str, Any]:
+    """Strategy and launch configuration for x of [num_tokens, ...]."""
     kernels = registry.triton_module("soft_linear")
-    chosen, tile = rule(device, stage, tokens)
+    chosen, tile = rule(x.device, stage, x.shape[0])
+    if x.is_cuda and x.dtype in (torch.float32, torch.float64) and stage != "step":
+        # Without tensor cores the fused kernels spill; cuBLAS has exact float32 and float64.
+        chosen, tile = "materialise", "compact"
+    if table is not None:
+        # Reading a table level by level needs the shared memory of a larger tile (seen ahead of time on sm_80).
+        tile = "compact"
     configs = kernels.STEP_CONFIGS if stage == "step" else kernels.CONFIGS
     return chosen if strategy == "auto" else strategy, configs[tile]
 
@@ -54,7 +61,7 @@ def _fwd_launch(
     x: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
     bias: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(x.device, "forward", x.shape[0], strategy)
+    strategy, config = _resolve(x, "forward", strategy, table)
     weight = (q_down, frac, scale, zero_point, table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_fwd(
@@ -75,7 +82,7 @@ def _dx_launch(
     grad_output: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None,
     table: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(grad_output.device, "dx", grad_output.shape[0], strategy)
+    strategy, config = _resolve(grad_output, "dx", strategy, table)
     weight = (q_down, frac, scale, zero_point, table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_dx(
@@ -99,7 +106,7 @@ def _dfrac_launch(
     grad_output: Tensor, x: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
     num_bits: int, group_size: int, dtype: torch.dtype, strategy: str,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(x.device, "dfrac", x.shape[0], strategy)
+    strategy, config = _resolve(x, "dfrac", strategy, table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_dfrac(
             grad_output, x, q_down, scale, table, num_bits, group_size, dtype, config
@@ -126,7 +133,7 @@ def _step_launch(
     grad_output: Tensor, x: Tensor, frac: Tensor, frac_ref: Tensor, scale: Tensor, momentum: Tensor | None,
     second_moment: Tensor | None, group_size: int, *options: Any,
 ) -> Tensor:  # fmt: skip
-    _, config = _resolve(x.device, "step", x.shape[0], "fused")
+    _, config = _resolve(x, "step", "fused")
     if options[0] == "adamw":
         # Two moments do not fit the registers beside a large accumulator.
         config = registry.triton_module("soft_linear").STEP_CONFIGS["compact"]
@@ -254,7 +261,8 @@ def soft_linear(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: A gradient of scale or table is asked for, or impl="cpp".
+        NotImplementedError: A gradient of scale or table is asked for, impl="cpp", or float64 is to be fused
+            on CUDA (Triton has no such matmul there).
         RuntimeError: The requested impl cannot run here.
 
     Note:
@@ -286,6 +294,8 @@ def soft_linear(
             group_size=group_size,
             table=table,
         )
+    if strategy == "fused" and x.is_cuda and x.dtype == torch.float64:
+        raise NotImplementedError(f"{_OP}: strategy must for float64 on CUDA be = 'materialise', got 'fused'")
     flat = x.reshape(-1, x.shape[-1])
     y: Tensor = registry.differentiable(
         SoftLinearFunction,

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from discquant.ops.reference.counter_rng import counter_uniform, stream_key
-from discquant.ops.reference.soft_weight import FRAC_DENOMINATOR, accumulate_dtype, decode_frac, expand_groups
+from discquant.ops.reference.soft_weight import (
+    FRAC_DENOMINATOR,
+    accumulate_dtype,
+    decode_frac,
+    exact_quotient,
+    expand_groups,
+)
 
 Optimizer = Literal["adamw", "momentum", "lion", "sgd"]
 
@@ -59,7 +65,7 @@ class StepCounts(NamedTuple):
 def decode_frac_ref(frac_ref: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `frac_ref` as floating numbers; uint8 code u is (u - 63) / 126."""
     if frac_ref.dtype == torch.uint8:
-        return (frac_ref.to(dtype) - FRAC_REF_ZERO) / FRAC_REF_RANGE
+        return exact_quotient(frac_ref.to(dtype) - FRAC_REF_ZERO, FRAC_REF_RANGE)
     return frac_ref.to(dtype)
 
 
@@ -195,8 +201,8 @@ def projected_step_(
         if options.optimizer == "adamw":
             assert second_moment is not None
             v = b2 * _load_moment(second_moment, options.moment_bound, compute) + (1 - b2) * g * g
-            m_hat = m / (1 - b1**options.step)
-            direction = m_hat / (_root(v / (1 - b2**options.step)) + options.eps)
+            m_hat = exact_quotient(m, 1 - b1**options.step)
+            direction = m_hat / (_root(exact_quotient(v, 1 - b2**options.step)) + options.eps)
             _store_moment(second_moment, v, defined, options)
             position = torch.where(moves, position * (1 - options.lr * options.weight_decay), position)
         _store_moment(momentum, m, defined, options)

@@ -16,12 +16,17 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def exact_quotient(value: Tensor, divisor: float) -> Tensor:
+    """value / divisor, correctly rounded: on CUDA torch multiplies by the reciprocal of a Python number."""
+    return value / torch.full((), divisor, dtype=value.dtype, device=value.device)
+
+
 def decode_frac(frac: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `frac` as a floating tensor in [0, 1]; integer codes are divided by their denominator."""
     denominator = FRAC_DENOMINATOR.get(frac.dtype)
     if denominator is None:
         return frac.to(dtype)
-    return frac.to(dtype) / denominator
+    return exact_quotient(frac.to(dtype), denominator)
 
 
 def unpack_nibbles(q_packed: Tensor, in_features: int) -> Tensor:
