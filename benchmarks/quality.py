@@ -149,7 +149,7 @@ def sweep(iters: int) -> None:
     source = open_source(model, dtype=torch.float32)
     windows = [
         load_windows(name, source.tokenizer, nsamples=count, seqlen=256, seed=seed, model=source.model)
-        for name, count, seed in (("arithmetic", 512, 0), ("arithmetic:heldout", 64, 1))
+        for name, count, seed in (("arithmetic", 2048, 0), ("arithmetic:heldout", 64, 1))
     ]
     bench = _bench(model, windows[0].input_ids, windows[1].input_ids, (windows[0].mask, windows[1].mask))
     store = Store("tiny_llama_sweep")

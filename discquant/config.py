@@ -70,7 +70,8 @@ class SolverConfig:
         betas: Moment decays.
         weight_decay: AdamW decay on `frac`; 0 but for the published recipe.
         loss: `kl`, or the paper's variants `ce` (next-token) and `mse` (block outputs).
-        start: `random` uniform, `ref` (the original weight), `gptq` (GPTQ's choice where it is a neighbour).
+        start: `random` uniform; `ref`, the original weight; `gptq`, half-way from it to the neighbour on the side of
+            GPTQ's code, which the linear term then prefers instead of the nearest.
         grad_clamp: kappa, the element-wise clamp of the KL gradient.
         kl_weight: rho, the gain on the KL gradient; None sets it from the gradients themselves.
         saturation: Share of coordinates whose KL gradient reaches the clamp when kl_weight is None.
@@ -89,19 +90,19 @@ class SolverConfig:
     iters: int = 256
     batch_size: int = 16
     micro_batch: int = 8
-    lr: float = 0.1
-    lr_floor: float = 0.1
-    warmup: int = 32
+    lr: float = 0.03
+    lr_floor: float = 1.0
+    warmup: int = 16
     optimizer: OptimizerName = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     loss: LossName = "kl"
-    start: Start = "ref"
+    start: Start = "gptq"
     grad_clamp: float = 1.0
     kl_weight: float | None = None
-    saturation: float = 0.6
-    linear_until: float = 0.3
-    harden_from: float = 0.3
+    saturation: float = 0.8
+    linear_until: float = 0.15
+    harden_from: float = 0.15
     harden_soft: float = 1.4
     harden_until: float = 0.85
     harden_final: float = 13.4

@@ -40,6 +40,7 @@ from discquant.solver.solver import StepRecord
 VALIDATIONS = 16  # per run
 VALIDATION_ROWS = 8
 CALIBRATION = "calibration.safetensors"
+START_CODES = "start_codes.safetensors"
 
 
 class RunStoppedError(RuntimeError):
@@ -167,12 +168,12 @@ class Pipeline:
             with self._phase("export"):
                 self._export(source, codes, grids, plan)
         with self._phase("evaluate"):
-            baselines: dict[str, dict[str, Tensor]] = {
-                name: codes
-                if name == self.config.method
-                else self._layerwise(chain, grids, rows, name, source)
-                for name in self.config.baselines
-            }
+            baselines: dict[str, dict[str, Tensor]] = {}
+            for name in self.config.baselines:
+                known = solve.start_codes if solve is not None and name == "gptq" else None
+                if name == self.config.method:
+                    known = codes
+                baselines[name] = dict(known) if known else self._layerwise(chain, grids, rows, name, source)
             summary = summarize_run(self.directory, source, chain, grids, codes, baselines, held, solve)
         summary["phases"] = self.phases.records
         self.directory.write_summary(summary)
@@ -272,7 +273,18 @@ class Pipeline:
     ) -> Solve:
         folder = self.directory.path / "checkpoints"
         fresh = not any(folder.glob("step-*.safetensors"))
-        solve = Solve(chain, grids, rows, self.config, served=served_dtype(source.config), fresh=fresh)
+        start = self._start_codes()
+        solve = Solve(
+            chain,
+            grids,
+            rows,
+            self.config,
+            served=served_dtype(source.config),
+            fresh=fresh,
+            start_codes=start,
+        )
+        if solve.start_codes is not None and start is None:
+            save_tensors_atomic(self.directory.path / START_CODES, solve.start_codes, {})
         if not fresh and load_checkpoint(folder, solve) == 0:
             raise ResumeError(
                 f"quantize: no checkpoint in {folder} can be read; remove that folder to start again"
@@ -310,6 +322,14 @@ class Pipeline:
                         "the same command continues"
                     )
         return solve
+
+    def _start_codes(self) -> dict[str, Tensor] | None:
+        """Return the codes that an interrupted run started from, None where there are none."""
+        path = self.directory.path / START_CODES
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
 
     def _save_start(self, solve: Solve) -> None:
         """Keep the histogram of `frac` at the start for the report."""

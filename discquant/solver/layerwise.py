@@ -20,8 +20,9 @@ Progress = Callable[[int, int], None]
 class _HessianHook:
     """Accumulate X^T X of a module's input over counted positions; float64 sums of float32 products."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, strict: bool) -> None:
         self.module = module
+        self.strict = strict
         self.hessian: Tensor | None = None
         self.mask: Tensor | None = None
         self._handle = module.register_forward_pre_hook(self._see)
@@ -45,7 +46,12 @@ class _HessianHook:
         return x.flatten(0, -2)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = self._rows(args[0].detach()).float()
+        try:
+            rows = self._rows(args[0].detach()).float()
+        except NotImplementedError:
+            if self.strict:
+                raise
+            return
         product = (rows.T @ rows).double()
         self.hessian = product if self.hessian is None else self.hessian + product
 
@@ -81,6 +87,7 @@ def layerwise_codes(
     *,
     damp: float = 0.01,
     served: torch.dtype = torch.float32,
+    strict: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Round block after block, each on the outputs of the rounded blocks before it.
@@ -92,6 +99,7 @@ def layerwise_codes(
         method: `rtn`, `gptq` or `greedy`.
         damp: Hessian damping.
         served: Dtype to which served weights are rounded.
+        strict: Refuse layer kinds whose inputs cannot be gathered; otherwise they are rounded to nearest.
         progress: Called with (blocks done, blocks).
 
     Returns:
@@ -105,7 +113,7 @@ def layerwise_codes(
     hidden = [batch.hidden for batch in batches]
     codes: dict[str, Tensor] = {}
     for index, refs in enumerate(chain.weights):
-        hooks = {name: _HessianHook(module) for name, module in _modules(chain, refs).items()}
+        hooks = {name: _HessianHook(module, strict) for name, module in _modules(chain, refs).items()}
         try:
             for h, batch in zip(hidden, batches, strict=True):
                 for hook in hooks.values():

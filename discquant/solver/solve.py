@@ -101,8 +101,8 @@ def start_positions(
 ) -> Iterator[list[Tensor | None]]:
     """Yield, block by block, where `frac` starts for each weight (None is the original weight).
 
-    random: uniform in [0, 1), seeded.  gptq: half-way between the original weight and the neighbour on the
-    side of GPTQ's code.
+    random: uniform in [0, 1), seeded.  gptq: half-way between the original position (cut to [0, 1]) and
+    the neighbour on the side of GPTQ's code.
     """
     generator = torch.Generator().manual_seed(seed + 17)
     for refs in chain.weights:
@@ -138,6 +138,7 @@ class Solve:
         *,
         served: torch.dtype | None = None,
         fresh: bool = True,
+        start_codes: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Build the state and set the gain.
 
@@ -148,6 +149,7 @@ class Solve:
             config: The run's configuration.
             served: See `Solver`.
             fresh: False when a checkpoint will overwrite state and gain.
+            start_codes: GPTQ's codes if they are known already.
         """
         self.chain, self.rows, self.config = chain, rows, config
         self.served = served or torch.float32
@@ -157,14 +159,15 @@ class Solve:
             hidden = chain.head.weight.shape[1] if chain.head is not None else 0
             if 0 < len(rows) * rows.input_ids.shape[1] * hidden * 4 <= KEEP_TEACHER_BYTES:
                 rows.remember_teacher()
-        codes = None
-        if fresh and options.start == "gptq":
-            codes = self.gptq_codes(grids)
+        # Where the solve started from; also the GPTQ baseline. A resumed run brings those of its beginning.
+        self.start_codes = start_codes
+        if options.start == "gptq" and start_codes is None:
+            self.start_codes = self.gptq_codes(grids)
         states: list[list[WeightState]] = []
         wide = torch.float64 if options.compute_dtype == "float64" else torch.float32
         for refs, starts in zip(
             chain.weights,
-            start_positions(chain, grids, options if fresh else _from_ref(options), codes, config.seed),
+            start_positions(chain, grids, options, self.start_codes, config.seed),
             strict=True,
         ):
             states.append(
@@ -174,6 +177,7 @@ class Solve:
                         grids[ref.name],
                         ref.matrix(),
                         start,
+                        anchored=options.start == "gptq",
                         state=options.state,
                         optimizer=options.optimizer,
                         wide=wide,
@@ -197,6 +201,7 @@ class Solve:
             "gptq",
             damp=self.config.gptq_damp,
             served=self.served,
+            strict=False,
         )
 
     def _set_gain(self, grids: Mapping[str, Grid]) -> None:
@@ -224,12 +229,6 @@ class Solve:
     def codes(self) -> dict[str, Tensor]:
         """Return the rounded codes by module name."""
         return {state.name: state.codes() for block in self.solver.states for state in block}
-
-
-def _from_ref(options: SolverConfig) -> SolverConfig:
-    import dataclasses
-
-    return dataclasses.replace(options, start="ref")
 
 
 def solve(

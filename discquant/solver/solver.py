@@ -19,7 +19,10 @@ from discquant.solver.state import WeightState
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step reports; shares are of the coordinates that may move."""
+    """What one step reports; shares are of the coordinates that may move.
+
+    `moved` is the share on the other side of 1/2 than the anchor: off nearest, or off GPTQ's code when started there.
+    """
 
     step: int
     loss: float
@@ -124,7 +127,7 @@ class Solver:
             for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
                 counts = projected_step_(
                     state.frac,
-                    state.frac_ref,
+                    state.anchor,
                     grads.pop(ref.param_name).flatten(1),
                     state.grid.scale,
                     group_size=state.grid.group_size,

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-weight state of the solver: lower code, `frac_ref`, `frac`, moments; float32 or the 8-bit layout."""
+"""Per-weight state of the solver: lower code, `anchor`, `frac`, moments; float32 or the 8-bit layout.
+
+`anchor` is the position that the linear term prefers, in the format of `frac_ref`: usually `frac_ref` itself.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,8 @@ def pack_frac_ref(frac_ref: Tensor) -> Tensor:
 class WeightState:
     """State of one weight matrix [out_features, in_features].
 
-    float32: 1 B code + 4 B each for frac_ref, frac and the moments. u8: code (two per byte up to 4 bits),
-    frac_ref u8, frac u8 with stochastic rounding, momentum int8, root of the second moment u8
+    float32: 1 B code + 4 B each for anchor, frac and the moments. u8: code (two per byte up to 4 bits),
+    anchor u8, frac u8 with stochastic rounding, momentum int8, root of the second moment u8
     (memory.md section 2).
     """
 
@@ -51,11 +54,23 @@ class WeightState:
         weight: Tensor,
         start: Tensor | None,
         *,
+        anchored: bool = False,
         state: StateFormat,
         optimizer: OptimizerName,
         wide: torch.dtype = torch.float32,
     ) -> None:
-        """Find the neighbours of `weight` and start from `start` (floating, same shape; None is the weight)."""
+        """Find the neighbours of `weight` and start from `start`.
+
+        Args:
+            name: Module name.
+            grid: Grid of this weight.
+            weight: Original weight, floating, [out_features, in_features].
+            start: Where `frac` starts, floating, same shape, cut to [0, 1]; None is the weight's own position.
+            anchored: The linear term prefers `start` instead of the weight's own position.
+            state: Width.
+            optimizer: Decides which moments exist.
+            wide: Dtype of the wide state.
+        """
         q_down, frac_ref = grid.neighbours(weight)
         self.name = name
         self.grid = grid
@@ -63,13 +78,17 @@ class WeightState:
         self.state: StateFormat = state
         self.optimizer: OptimizerName = optimizer
         live = (frac_ref != 0) & (frac_ref != 1)
-        begin = frac_ref.clamp(0, 1)
-        if start is not None:
-            begin = torch.where(live, start.to(begin.dtype).clamp(0, 1), begin)
+        begin = frac_ref if start is None else torch.where(live, start.to(frac_ref.dtype), frac_ref)
+        anchor = frac_ref
+        if anchored:
+            # Exactly 0 and 1 mean "on the grid": one that lands there by chance is moved off it.
+            outward = torch.where(begin == 0, begin - 1e-6, torch.where(begin == 1, begin + 1e-6, begin))
+            anchor = torch.where(live, outward, frac_ref)
+        begin = begin.clamp(0, 1)
         self.num_live = int(live.sum())
         small = state == "u8"
         self.q_down = pack_nibbles(q_down) if small and grid.num_bits <= 4 else q_down
-        self.frac_ref = pack_frac_ref(frac_ref) if small else frac_ref.to(wide)
+        self.anchor = pack_frac_ref(anchor) if small else anchor.to(wide)
         self.frac = torch.empty(self.shape, dtype=torch.uint8 if small else wide, device=weight.device)
         store_frac_(self.frac, begin, StepOptions(step=0))
         self.momentum: Tensor | None = None
@@ -87,7 +106,7 @@ class WeightState:
 
     def live(self) -> Tensor:
         """Return which coordinates may move, bool."""
-        reference = decode_frac_ref(self.frac_ref, torch.float32)
+        reference = decode_frac_ref(self.anchor, torch.float32)
         return (reference != 0) & (reference != 1)
 
     def position(self) -> Tensor:
@@ -120,7 +139,7 @@ class WeightState:
         return self.grid.dequantize(self.codes(), dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what a checkpoint must hold to continue (codes and frac_ref are recomputed)."""
+        """Yield what a checkpoint must hold to continue (codes and anchor are recomputed)."""
         yield "frac", self.frac
         if self.momentum is not None:
             yield "momentum", self.momentum
@@ -130,7 +149,7 @@ class WeightState:
     @property
     def nbytes(self) -> int:
         """Bytes of this state, grid parameters included."""
-        held = [self.q_down, self.frac_ref, *(t for _, t in self.tensors()), self.grid.scale]
+        held = [self.q_down, self.anchor, *(t for _, t in self.tensors()), self.grid.scale]
         if self.grid.zero_point is not None:
             held.append(self.grid.zero_point)
         return sum(t.numel() * t.element_size() for t in held)
