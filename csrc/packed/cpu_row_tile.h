@@ -60,6 +60,8 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
   // Few sums leave the multiplier idle while it waits for its own result: split them (integers, so exactly).
   constexpr int kSums = kStrips * kTokens * kPlanes;
   constexpr int kChains = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
+  // One token of 8 bits at 4 bits reads as fast as plain loads do, and faster without: 0.92 against 0.83 of the roof.
+  constexpr bool kPrefetch = !(kBits == 4 && kPlanes == 1 && kTokens == 1);
   constexpr uint32_t kMask = kBits == 4 ? 0x0f0f0f0fu : 0x07070707u;
   constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;  // to the same rows of the next quad
   const I mask = V::set1(static_cast<int32_t>(kMask));
@@ -97,7 +99,7 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
       I part[kStrips][kPlanes][kTokens][kChains];
       DISCQUANT_UNROLL
       for (int s = 0; s < kStrips; ++s) {
-        V::prefetch(words[s]);
+        if (kPrefetch) V::prefetch(words[s]);
         load_strip<V, kBits>(words[s], word[s]);
         words[s] += kStride;
         DISCQUANT_UNROLL
