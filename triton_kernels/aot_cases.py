@@ -145,8 +145,8 @@ def _projected_step_cases() -> Iterator[Case]:
                        arguments)  # fmt: skip
 
 
-# Tiles that soft_linear_table chooses, and for which capability; look-up tables always take `compact`.
-_CHOSEN = {"compact": (), "square": (80,), "deep": (90,)}
+# Tiles that soft_linear_table chooses, and for which capability; look-up tables take `compact`, odd widths `ragged`.
+_CHOSEN = {"compact": (), "ragged": (), "square": (80,), "deep": (90,)}
 
 
 def _soft_linear_cases() -> Iterator[Case]:
@@ -154,11 +154,23 @@ def _soft_linear_cases() -> Iterator[Case]:
     for tile, config in soft_linear.CONFIGS.items():
         targets = _CHOSEN.get(tile, (90,))
         for name, _, kwargs in _WEIGHTS:
-            if ("table" in name) != (tile == "compact") and name != "u8-g64":
+            wanted = {"u8-g64-table": "compact", "u8-ragged": "ragged"}.get(name)
+            if tile != wanted and (wanted is not None or tile in ("compact", "ragged")) and name != "u8-g64":
                 continue
             q_down, frac, scale, zero, table = _grid(**kwargs)
             group, cols = kwargs.get("group", 64), kwargs.get("cols", COLS)
-            default = tile in _CHOSEN and name in ("u8-g64", "u8-g32-zero", "u8-g128-zero", "u8-g64-table")
+            default = (
+                tile in _CHOSEN
+                and (name != "u8-g64" or tile != "ragged")
+                and name
+                in (
+                    "u8-g64",
+                    "u8-g32-zero",
+                    "u8-g128-zero",
+                    "u8-g64-table",
+                    "u8-ragged",
+                )
+            )
             inner = _meta(TOKENS, cols, dtype=torch.bfloat16)
             yield Case(f"soft_linear_fwd/{name}-{tile}", default, soft_linear.soft_linear_fwd,
                        (inner, q_down, frac, scale, zero, table, None, 4, group, False, config), targets)  # fmt: skip

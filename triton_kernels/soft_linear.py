@@ -42,6 +42,7 @@ class Config(NamedTuple):
 # Safest first; `compact` runs anywhere, the others want the shared memory of a data-centre GPU.
 CONFIGS = {
     "compact": Config(64, 64, 32, 4, 2),
+    "ragged": Config(64, 64, 32, 8, 2),  # for rows at odd addresses, whose loads take more registers
     "square": Config(128, 128, 32, 8, 3),
     "deep": Config(128, 128, 64, 8, 3),
     "wide": Config(128, 256, 64, 8, 3),

@@ -39,15 +39,20 @@ def rule(device: torch.device, stage: str, tokens: int) -> tuple[str, str]:
     return strategy, tile
 
 
-def _resolve(x: Tensor, stage: str, strategy: str, table: Tensor | None = None) -> tuple[str, Any]:
+def _resolve(
+    x: Tensor, stage: str, strategy: str, in_features: int, table: Tensor | None = None
+) -> tuple[str, Any]:
     """Strategy and launch configuration for x of [num_tokens, ...]."""
     kernels = registry.triton_module("soft_linear")
     chosen, tile = rule(x.device, stage, x.shape[0])
     if x.is_cuda and x.dtype in (torch.float32, torch.float64) and stage != "step":
         # Without tensor cores the fused kernels spill; cuBLAS has exact float32 and float64.
         chosen, tile = "materialise", "compact"
-    if table is not None:
-        # Reading a table level by level needs the shared memory of a larger tile (seen ahead of time on sm_80).
+    if in_features % 16 and stage != "step":
+        # Seen ahead of time: rows that start at odd addresses spill in the other tiles.
+        tile = "ragged"
+    elif table is not None:
+        # Seen ahead of time: a table read level by level overflows the shared memory of a larger tile on sm_80.
         tile = "compact"
     configs = kernels.STEP_CONFIGS if stage == "step" else kernels.CONFIGS
     return chosen if strategy == "auto" else strategy, configs[tile]
@@ -61,7 +66,7 @@ def _fwd_launch(
     x: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
     bias: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(x, "forward", strategy, table)
+    strategy, config = _resolve(x, "forward", strategy, frac.shape[1], table)
     weight = (q_down, frac, scale, zero_point, table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_fwd(
@@ -82,7 +87,7 @@ def _dx_launch(
     grad_output: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None,
     table: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(grad_output, "dx", strategy, table)
+    strategy, config = _resolve(grad_output, "dx", strategy, frac.shape[1], table)
     weight = (q_down, frac, scale, zero_point, table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_dx(
@@ -106,7 +111,7 @@ def _dfrac_launch(
     grad_output: Tensor, x: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
     num_bits: int, group_size: int, dtype: torch.dtype, strategy: str,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(x, "dfrac", strategy, table)
+    strategy, config = _resolve(x, "dfrac", strategy, x.shape[1], table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_dfrac(
             grad_output, x, q_down, scale, table, num_bits, group_size, dtype, config
@@ -133,7 +138,7 @@ def _step_launch(
     grad_output: Tensor, x: Tensor, frac: Tensor, frac_ref: Tensor, scale: Tensor, momentum: Tensor | None,
     second_moment: Tensor | None, group_size: int, *options: Any,
 ) -> Tensor:  # fmt: skip
-    _, config = _resolve(x, "step", "fused")
+    _, config = _resolve(x, "step", "fused", x.shape[1])
     if options[0] == "adamw":
         # Two moments do not fit the registers beside a large accumulator.
         config = registry.triton_module("soft_linear").STEP_CONFIGS["compact"]
