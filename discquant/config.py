@@ -63,8 +63,9 @@ class SolverConfig:
         iters: Optimizer steps.
         batch_size: Token windows per step.
         micro_batch: Windows per forward; part of the configuration because it fixes the order of sums.
-        lr: Peak learning rate on `frac`, per step.
-        lr_floor: The learning rate never falls below this share of its peak (after warm-up).
+        lr: Peak learning rate on `frac`, per step; None sets it from the damage at the start (`schedule.resolve`).
+        lr_floor: The learning rate never falls below this share of its peak (after warm-up); None sets it so
+            that a coordinate can still reach its vertex.
         warmup: Linear warm-up steps.
         optimizer: Update rule of `projected_step_`.
         betas: Moment decays.
@@ -90,8 +91,8 @@ class SolverConfig:
     iters: int = 256
     batch_size: int = 16
     micro_batch: int = 8
-    lr: float = 0.03
-    lr_floor: float = 1.0
+    lr: float | None = None
+    lr_floor: float | None = None
     warmup: int = 16
     optimizer: OptimizerName = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -119,8 +120,9 @@ class SolverConfig:
         _check("iters", "at least 1", self.iters >= 1, self.iters)
         _check("batch_size", "at least 1", self.batch_size >= 1, self.batch_size)
         _check("micro_batch", "at least 1", self.micro_batch >= 1, self.micro_batch)
-        _check("lr", "above 0", self.lr > 0, self.lr)
-        _check("lr_floor", "in [0, 1]", 0 <= self.lr_floor <= 1, self.lr_floor)
+        _check("lr", "above 0 or None", self.lr is None or self.lr > 0, self.lr)
+        floor = self.lr_floor
+        _check("lr_floor", "in [0, 1] or None", floor is None or 0 <= floor <= 1, floor)
         _check("warmup", "at least 0", self.warmup >= 0, self.warmup)
         _check("grad_clamp", "above 0", self.grad_clamp > 0, self.grad_clamp)
         _check("kl_weight", "above 0 or None", self.kl_weight is None or self.kl_weight > 0, self.kl_weight)

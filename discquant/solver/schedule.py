@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,35 @@ class StepSettings:
     snap: float
 
 
+LR_PER_ROOT_KL = 0.18
+LR_HIGHEST = 0.1
+TRAVEL = 2.0
+
+
+def resolve(config: SolverConfig, start_kl: float) -> SolverConfig:
+    """Set `lr` and `lr_floor` where they are None.
+
+    lr = 0.18 sqrt(KL of the starting vertex), within [2 / iters, 0.1]: coordinates that are still undecided jitter by
+    about lr per step, which costs KL in proportion to lr^2, and that must stay below the damage to be removed.
+    The floor is a tenth of the peak, or what lets a coordinate travel twice the unit interval in the run.
+
+    Args:
+        config: Options.
+        start_kl: Mean KL in nats of the codes that the solve starts from.
+
+    Returns:
+        Options with both set.
+    """
+    lowest = TRAVEL / config.iters
+    lr = config.lr
+    if lr is None:
+        lr = min(LR_HIGHEST, max(lowest, LR_PER_ROOT_KL * math.sqrt(max(start_kl, 0.0))))
+    floor = config.lr_floor
+    if floor is None:
+        floor = min(1.0, max(0.1, lowest / lr))
+    return dataclasses.replace(config, lr=lr, lr_floor=floor)
+
+
 def settings(config: SolverConfig, step: int) -> StepSettings:
     """Return the scalars of step `step` (1-based).
 
@@ -26,7 +56,12 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     linear_weight: 1 until `linear_until` of the run, then 0.
     hardening: 0 until `harden_from`, linear to `harden_soft` at `harden_until`, linear to `harden_final`.
     snap: coordinates this near to a vertex are set to it: 0 until `snap_from`, linear to 1/2 at the last step.
+
+    Raises:
+        ValueError: `lr` or `lr_floor` is not set yet (`resolve` sets them).
     """
+    if config.lr is None or config.lr_floor is None:
+        raise ValueError("settings: lr and lr_floor must be set, got None; see resolve")
     done = (step - 1) / config.iters
     warm = min(1.0, step / config.warmup) if config.warmup else 1.0
     span = max(1, config.iters - config.warmup)

@@ -12,14 +12,16 @@ from torch import Tensor
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.grids import Grid, place_grid
 from discquant.solver.chain import Chain, Prepared
-from discquant.solver.layerwise import layerwise_codes
-from discquant.solver.schedule import GainControl
+from discquant.solver.layerwise import layerwise_codes, rtn_codes
+from discquant.solver.measure import mean_kl
+from discquant.solver.schedule import GainControl, resolve
 from discquant.solver.solver import Solver, StepRecord, row_order
 from discquant.solver.state import WeightState
 
 # Placement policy: what may be kept instead of recomputed. Neither changes a bit of the result.
 KEEP_GRAPH_BYTES = 3 << 30
 KEEP_TEACHER_BYTES = 1 << 30
+START_KL_ROWS = 32
 
 OnStep = Callable[[Solver, StepRecord], None]
 
@@ -163,6 +165,8 @@ class Solve:
         self.start_codes = start_codes
         if options.start == "gptq" and start_codes is None:
             self.start_codes = self.gptq_codes(grids)
+        if options.lr is None or options.lr_floor is None:
+            options = resolve(options, self._start_kl(grids))
         states: list[list[WeightState]] = []
         wide = torch.float64 if options.compute_dtype == "float64" else torch.float32
         for refs, starts in zip(
@@ -203,6 +207,19 @@ class Solve:
             served=self.served,
             strict=False,
         )
+
+    def _start_kl(self, grids: Mapping[str, Grid]) -> float:
+        """Return the mean KL of the starting codes (nearest, unless it starts from GPTQ's) on the first rows."""
+        codes = self.start_codes or rtn_codes(self.chain, grids)
+        dtype = getattr(torch, self.config.solver.compute_dtype)
+
+        def served(index: int) -> dict[str, Tensor]:
+            return {
+                ref.param_name: ref.shaped(grids[ref.name].dequantize(codes[ref.name], self.served).to(dtype))
+                for ref in self.chain.weights[index]
+            }
+
+        return mean_kl(self.chain, served, self.rows.batches(range(min(START_KL_ROWS, len(self.rows)))))
 
     def _set_gain(self, grids: Mapping[str, Grid]) -> None:
         options = self.config.solver

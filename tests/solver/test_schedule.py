@@ -8,7 +8,7 @@ import math
 import pytest
 
 from discquant.config import GridConfig, SolverConfig, preset
-from discquant.solver.schedule import GainControl, moment_bound, settings
+from discquant.solver.schedule import GainControl, moment_bound, resolve, settings
 
 
 def test_paper_preset_is_the_published_recipe() -> None:
@@ -26,7 +26,8 @@ def test_paper_preset_is_the_published_recipe() -> None:
 
 
 def test_default_preset_shape() -> None:
-    config = preset("default", GridConfig(3, 64))
+    config = resolve(preset("default", GridConfig(3, 64)), 0.02)
+    assert config.lr == pytest.approx(0.18 * math.sqrt(0.02))
     every = [settings(config, step) for step in range(1, config.iters + 1)]
     assert max(s.lr for s in every) == pytest.approx(config.lr, rel=1e-3)
     assert all(s.lr >= config.lr * config.lr_floor * 0.999 for s in every[config.warmup :])
@@ -41,12 +42,25 @@ def test_default_preset_shape() -> None:
 
 @pytest.mark.parametrize("iters", [1, 2, 7, 60, 256])
 def test_everything_is_snapped_by_the_last_step(iters: int) -> None:
-    config = SolverConfig(iters=iters)
+    config = resolve(SolverConfig(iters=iters), 0.1)
     snap = [settings(config, step).snap for step in range(1, iters + 1)]
     assert snap == sorted(snap)
     assert snap[-1] == 0.5
     assert all(value < 0.5 for value in snap[:-1])
     assert sum(value > 0 for value in snap) <= max(1, round(0.06 * iters) + 1)
+
+
+def test_learning_rate_follows_the_damage() -> None:
+    """Within [2 / iters, 0.1]; what is given stays; the schedule refuses what is not set."""
+    config = SolverConfig(iters=200)
+    assert resolve(config, 10.0).lr == 0.1
+    assert resolve(config, 0.0).lr == pytest.approx(0.01)
+    assert resolve(config, 0.0).lr_floor == 1.0
+    assert resolve(config, 10.0).lr_floor == pytest.approx(0.1)
+    given = resolve(SolverConfig(iters=200, lr=0.07, lr_floor=0.5), 10.0)
+    assert (given.lr, given.lr_floor) == (0.07, 0.5)
+    with pytest.raises(ValueError, match="resolve"):
+        settings(config, 1)
 
 
 def test_gain_moves_towards_its_target_and_stays_in_range() -> None:

@@ -124,6 +124,8 @@ def test_section_5_rule(make_model: Callable[..., Any]) -> None:
     rows = _rows(chain)
     kappa = 0.3
     config = _config(
+        start="ref",
+        lr=0.1,
         grad_clamp=kappa,
         linear_until=1.0,
         harden_from=1.0,
