@@ -6,11 +6,12 @@ Every stage leaves its result in the run directory; the same command again conti
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,26 @@ class Events:
 
 
 class _StopSignal:
-    """Turns SIGTERM and SIGINT into a flag, so that a step is finished and a checkpoint written first."""
+    """Turns SIGTERM and SIGINT into RunStoppedError; within `deferred` into a flag, so that a step can be finished."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self._defer = False
         self._previous: dict[int, Any] = {}
 
     def _catch(self, number: int, frame: object) -> None:
         self.caught = number
+        if not self._defer:
+            raise RunStoppedError(f"stopped by {signal.Signals(number).name}; the same command continues")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note signals; the caller looks at `caught`."""
+        self._defer = True
+        try:
+            yield
+        finally:
+            self._defer = False
 
     def __enter__(self) -> _StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -123,6 +136,7 @@ class Pipeline:
         self.trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         self.events = events or Events()
         self.phases = Phases()
+        self._stop = _StopSignal()
 
     def execute(self) -> dict[str, Any]:
         """Run to the end.
@@ -134,6 +148,10 @@ class Pipeline:
             UserError: Bad input, found before any long work.
             RunStoppedError: A signal arrived; the same command continues.
         """
+        with self._stop:
+            return self._execute()
+
+    def _execute(self) -> dict[str, Any]:
         check_output_dir(self.directory.path, self.resume)
         with self._phase("open"):
             source = open_source(self.model_path, dtype=self._compute_dtype(), **self.trust)
@@ -302,7 +320,8 @@ class Pipeline:
             save_checkpoint(folder, solve)
         iters = self.config.solver.iters
         interval = max(1, iters // VALIDATIONS)
-        with _StopSignal() as stop:
+        stop = self._stop
+        with stop.deferred():
             while not solve.done:
                 begin = time.perf_counter()
                 record = solve.advance()

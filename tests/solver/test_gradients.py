@@ -122,7 +122,7 @@ def test_mse_equals_autograd(make_model: Callable[..., Any], token_ids: Tensor) 
     value.backward()
     found: list[dict[str, Tensor]] = [{} for _ in chain.blocks]
     got = block_gradients(chain, lambda b: student[b], [batch], found.__setitem__, loss="mse")
-    assert got == pytest.approx(float(value), rel=1e-12)
+    assert got == pytest.approx(value.item(), rel=1e-12)
     for block, reference in zip(found, leaves, strict=True):
         for name, leaf in reference.items():
             assert (block[name] - leaf.grad).abs().max() <= 1e-12 * leaf.grad.abs().max()
@@ -213,7 +213,7 @@ def test_plain_module_equals_autograd() -> None:
     got = block_gradients(
         chain, lambda b: student[b], [chain.prepare(x[:4]), chain.prepare(x[4:])], found.__setitem__
     )
-    assert got == pytest.approx(float(value), rel=1e-12)
+    assert got == pytest.approx(value.item(), rel=1e-12)
     for name, leaf in leaves.items():
         assert (found[0][name] - leaf.grad).abs().max() <= 1e-12 * leaf.grad.abs().max()
 
