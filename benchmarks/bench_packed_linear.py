@@ -3,7 +3,8 @@
 
 Providers take turns, one call each on weights that left the caches, so that other load on the machine meets all alike;
 the plain read of the same bytes takes its turn too. One row per provider: benchmarks/results/packed_linear_cpu.csv.
-DISCQUANT_BENCH_THREADS (1), DISCQUANT_BENCH_SHAPES (all) and DISCQUANT_BENCH_ROUNDS (40) narrow a run.
+DISCQUANT_BENCH_THREADS (1), DISCQUANT_BENCH_SHAPES (all) and DISCQUANT_BENCH_ROUNDS (40) narrow a run. One thread is
+timed by the caller's CPU time, several by the clock.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ CHOSEN = os.environ.get("DISCQUANT_BENCH_SHAPES", ",".join(SHAPES)).split(",")
 THREADS = int(os.environ.get("DISCQUANT_BENCH_THREADS", "1"))
 ROUNDS = int(os.environ.get("DISCQUANT_BENCH_ROUNDS", "40"))
 GROUP = 128
+# With one thread all providers run in the caller, so its own CPU time leaves out what other processes took.
+CLOCK = time.thread_time if THREADS == 1 else time.perf_counter
 COLD_BYTES = 96 * 2**20  # three times the last-level cache of the machines in use
 FIELDS = (
     "op", "provider", "shape", "n", "k", "tokens", "bits", "group", "threads", "ms_p10", "ms_p25", "ms_p50", "gb_s",
@@ -53,9 +56,9 @@ class Provider:
 
     def turn(self, i: int) -> None:
         call = self.calls[i % len(self.calls)]
-        start = time.perf_counter()
+        start = CLOCK()
         call()
-        self.times.append((time.perf_counter() - start) * 1e3)
+        self.times.append((CLOCK() - start) * 1e3)
 
     def quantile(self, share: float) -> float:
         return sorted(self.times)[int(len(self.times) * share)]
