@@ -74,15 +74,14 @@ lint: install
 	$(BIN)/mypy --strict discquant
 
 bench: install
-	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+	$(BIN)/pytest benchmarks -o addopts=--import-mode=importlib --benchmark-only $(PYTEST_ARGS)
 
 # Compiles for the GPU that is here, so that the build takes seconds instead of minutes.
 gpu: $(STAMPS)/.dependencies
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make gpu: no CUDA device is visible to $(PYTHON)" >&2; exit 1; }
 	@rm -f $(STAMPS)/.extension
 	DISCQUANT_BUILD=cuda TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}.{minor}" + "a" * (major >= 9))')" $(MAKE) install
-	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
-	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+	$(PYTHON) benchmarks/run_gpu.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMPS)/.extension
