@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test kill-resume lint bench gpu clean
+.PHONY: help install quickstart test kill-resume sanitize lint bench gpu clean
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 EXTENSION := setup.py $(shell find csrc -type f 2>/dev/null)
@@ -67,6 +67,10 @@ test: install
 # Expensive proof: 20 runs killed at random moments; writes benchmarks/results/kill_resume.json.
 kill-resume: install
 	$(BIN)/pytest -m full -k twenty_random_kills tests/run
+
+# The CPU kernels of csrc/packed under the address and undefined-behaviour sanitizers.
+sanitize: install
+	$(MAKE) -C csrc/packed sanitize
 
 lint: install
 	$(BIN)/ruff check .

@@ -133,8 +133,8 @@ def resume() -> str:
     if found is None:
         return MISSING
     return (
-        f"`kill -9` at {found['runs']} random moments ({found['killed_before_the_end']} before the run had ended), then "
-        f"the same command: {found['byte_identical']} of {found['runs']} ended in the same bytes."
+        f"`kill -9` at {found['runs']} random moments ({found['killed_before_the_end']} before the run had ended), "
+        f"then the same command: {found['byte_identical']} of {found['runs']} ended in the same bytes."
     )
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.calibration.arithmetic import problems, prompt
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.evaluation.evaluate import evaluate
 from discquant.generation import stream
 from discquant.progress import ProgressBar

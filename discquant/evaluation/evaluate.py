@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from discquant.calibration import Windows, load_windows
-from discquant.errors import CalibrationError
 from discquant.calibration.arithmetic import problems
+from discquant.errors import CalibrationError
 from discquant.evaluation.candidates import bits_per_weight, check_candidate, open_candidate
 from discquant.evaluation.divergence import compare_models
 from discquant.evaluation.exact_match import exact_match

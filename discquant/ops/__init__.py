@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from discquant.ops.hadamard import hadamard
 from discquant.ops.linear_kl import linear_kl
+from discquant.ops.pack import pack, repack, unpack
+from discquant.ops.packed_linear import dequantize_packed, packed_linear
 from discquant.ops.projected_step import projected_step_, projected_step_deferred_
 from discquant.ops.reference.linear_kl import LinearKLResult
 from discquant.ops.reference.projected_step import (
@@ -23,14 +25,19 @@ __all__ = [
     "StepOptions",
     "decode_frac",
     "decode_frac_ref",
+    "dequantize_packed",
     "encode_frac_ref",
     "expand_groups",
     "hadamard",
     "linear_kl",
+    "pack",
+    "packed_linear",
     "projected_step_",
     "projected_step_deferred_",
+    "repack",
     "soft_linear",
     "soft_linear_step_",
     "soft_weight",
+    "unpack",
     "unpack_nibbles",
 ]

@@ -41,8 +41,8 @@ def save_checkpoint(folder: Path, run: Solve) -> Path:
     return path
 
 
-def load_checkpoint(folder: Path, run: Solve) -> int:
-    """Restore the newest readable checkpoint into `run`; return its step, 0 if there is none.
+def load_checkpoint(folder: Path, run: Solve) -> int | None:
+    """Restore the newest readable checkpoint into `run`; return its step, None if none can be read.
 
     A checkpoint that cannot be read (a damaged disk: writing is atomic) is passed over with a warning.
     """
@@ -64,4 +64,4 @@ def load_checkpoint(folder: Path, run: Solve) -> int:
         solver.gain.initial = float.fromhex(facts["initial"])
         run.skip_rows(facts["step"])
         return int(facts["step"])
-    return 0
+    return None

@@ -303,7 +303,7 @@ class Pipeline:
         )
         if solve.start_codes is not None and start is None:
             save_tensors_atomic(self.directory.path / START_CODES, solve.start_codes, {})
-        if not fresh and load_checkpoint(folder, solve) == 0:
+        if not fresh and load_checkpoint(folder, solve) is None:
             raise ResumeError(
                 f"quantize: no checkpoint in {folder} can be read; remove that folder to start again"
             )

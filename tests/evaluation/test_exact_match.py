@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from discquant.evaluation import exact_match
 from discquant.calibration.arithmetic import problems, prompt
+from discquant.evaluation import exact_match
 from discquant.evaluation.exact_match import greedy
 
 

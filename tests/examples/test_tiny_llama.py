@@ -120,7 +120,7 @@ def test_training_never_sees_another_split(trainer: ModuleType) -> None:
     """A batch of the training holds problems, all of them of the train split by their hash."""
     from tokenizers import Tokenizer
 
-    from discquant.evaluation import arithmetic
+    from discquant.calibration import arithmetic
 
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     windows = trainer.Windows(tokenizer, trainer.Settings())

@@ -425,6 +425,8 @@ def test_load_refuses(damaged: Path, llama_dir: Path, tmp_path: Path) -> None:
 # Atomicity.
 
 KILLED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 import sys, time
 from pathlib import Path
 import torch
