@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+# Modules of the names of their functions: importing them registers their operators.
+from discquant.ops import pack, packed_linear
 from discquant.ops.hadamard import hadamard
 from discquant.ops.linear_kl import linear_kl
-from discquant.ops.pack import pack, repack, unpack
-from discquant.ops.packed_linear import dequantize_packed, packed_linear
 from discquant.ops.projected_step import projected_step_, projected_step_deferred_
 from discquant.ops.reference.linear_kl import LinearKLResult
 from discquant.ops.reference.projected_step import (
@@ -25,7 +25,6 @@ __all__ = [
     "StepOptions",
     "decode_frac",
     "decode_frac_ref",
-    "dequantize_packed",
     "encode_frac_ref",
     "expand_groups",
     "hadamard",
@@ -34,10 +33,8 @@ __all__ = [
     "packed_linear",
     "projected_step_",
     "projected_step_deferred_",
-    "repack",
     "soft_linear",
     "soft_linear_step_",
     "soft_weight",
-    "unpack",
     "unpack_nibbles",
 ]
