@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "quickstart")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems to answer")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows to measure on")
+    parser.add_argument("--record", action="store_true", help="also write benchmarks/results/quickstart.json")
     arguments = parser.parse_args()
     console = Console()
     shutil.rmtree(arguments.out, ignore_errors=True)
@@ -99,7 +100,12 @@ def main() -> None:
         row["path"] = (
             Path(row["path"]).name if row["method"] == "original" else f"{row['method']}/compressed-tensors"
         )
-    (arguments.out / "quickstart.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(rows, indent=2) + "\n"
+    (arguments.out / "quickstart.json").write_text(text, encoding="utf-8")
+    if arguments.record:
+        target = HERE.parent / "benchmarks" / "results" / "quickstart.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
     _print(rows, console)
     console.rule("generate, from the 3-bit file")
     question = prompt(problems("heldout", 1, seed=7)[0])
