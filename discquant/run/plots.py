@@ -132,7 +132,7 @@ def draw_kl(
 
 
 def draw_shares(path: Path, training: Sequence[dict[str, Any]]) -> bool:
-    """Share of coordinates still fractional, moved off nearest and at the gradient clamp over steps; and the schedule.
+    """Share of coordinates fractional, off the starting choice and at the clamp over steps; the schedule.
 
     Args:
         path: PNG to write.
@@ -146,7 +146,7 @@ def draw_shares(path: Path, training: Sequence[dict[str, Any]]) -> bool:
         for key, label, colour in (
             ("fractional", "still fractional", COLOURS["discquant"]),
             ("saturated", "gradient at the clamp", "#E69F00"),
-            ("moved", "off nearest", COLOURS["gptq"]),
+            ("moved", "off the starting choice", COLOURS["gptq"]),
         ):
             values = [line.get(key) for line in training]
             if any(value is not None for value in values):

@@ -191,7 +191,7 @@ def _course(steps: list[dict[str, Any]]) -> list[str]:
     if last.get("fractional") is not None:
         told += f"; after the last {last['fractional']:.3%} of the coordinates that may move were still fractional"
     if last.get("moved") is not None:
-        told += f" and {last['moved']:.2%} off nearest"
+        told += f" and {last['moved']:.2%} off the starting choice (nearest, or GPTQ)"
     return [f"{told}.", ""]
 
 
@@ -224,7 +224,7 @@ def _draw(
     }
     captions = {
         "kl": "KL before and after rounding over the steps, beside the other methods",
-        "steps": "share of coordinates still fractional, at the clamp and off nearest over the steps; schedule",
+        "steps": "share of coordinates fractional, at the clamp and off the starting choice; schedule",
         "frac": "histogram of frac at the start and at the end",
         "moved": "share of weights off nearest per layer",
         "phases": "time and peak memory per phase",
