@@ -43,7 +43,7 @@ IGNORED = -100
 class Settings:
     """Everything that decides what is trained; a checkpoint continues only under the same, `steps` aside."""
 
-    steps: int = 850
+    steps: int = 2000
     batch: int = 16
     window: int = 256
     warmup: int = 50
@@ -135,7 +135,7 @@ class Windows:
         """
         settings = self.settings
         rng = random.Random(f"{settings.seed}:{step}")
-        needed = settings.batch * settings.window // 64 + 1  # more than fit: a problem has at least 69 tokens
+        needed = settings.batch * settings.window // 48 + 1  # more than fit: a problem has at least 55 tokens
         stories = problems("train", needed, seed=1_000_000 * (settings.seed + 1) + step)
         prompts = self.tokenizer.encode_batch([prompt(story) for story in stories])
         wholes = self.tokenizer.encode_batch([document(story) for story in stories])

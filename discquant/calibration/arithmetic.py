@@ -46,7 +46,7 @@ class Problem:
 
     Attributes:
         question: The story and what is asked, one line.
-        solution: One line per step, `a*b = c` or, worked by columns from the units on, `96+19: 6+9=15 9+1+1=11 = 115`;
+        solution: One line per step, `a*b = c` or, with the value of each column from the units on, `96+19: 15 11 = 115`;
             then `#### answer`.
         answer: The number asked for, 0 to 999.
     """
@@ -73,21 +73,22 @@ class _Story:
 
 
 def _columns(left: int, operator: str, right: int) -> str:
-    """Add or subtract column by column from the units on, carry or borrow written out: `6+9=15 9+1+1=11`."""
-    columns, carry = [], 0
+    """The value of each column from the units on: `15 11` for 96+19, carry added; `6 9 0` for 115-19, borrow taken.
+
+    The digits and the carry that make a value are left for the model to keep in mind.
+    """
+    values, carry = [], 0
     for place in range(max(len(str(left)), len(str(right)))):
         one, two = left // 10**place % 10, right // 10**place % 10
-        more = f"{operator}1" if carry else ""
         if operator == "+":
             value = one + two + carry
             carry = value // 10
         else:
-            borrowed = one < two + carry
-            one += 10 * borrowed
             value = one - two - carry
-            carry = int(borrowed)
-        columns.append(f"{one}{operator}{two}{more}={value}")
-    return " ".join(columns)
+            carry = int(value < 0)
+            value += 10 * carry
+        values.append(str(value))
+    return " ".join(values)
 
 
 def _amount(rng: random.Random) -> int:
@@ -147,17 +148,17 @@ def _then(story: _Story, rng: random.Random) -> str:
 
 
 def _running_total(rng: random.Random) -> tuple[str, list[str], int]:
-    """Someone has things, and two or three events change how many."""
+    """Someone has things, and three to five events change how many."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     start = _amount(rng)
     story = _Story([f"{name} {rng.choice(('has', 'starts with', 'owns'))} {start} {thing}."], [], start)
-    for _ in range(rng.randint(2, 3)):
+    for _ in range(rng.randint(3, 5)):
         events: list[Callable[[_Story, random.Random, str], None]] = [_gain]
         if story.total > 20:
             events.append(_loss)
-        if len(story.steps) < 3:  # a bundle takes two steps, and a problem has at most four
+        if len(story.steps) < 5:  # a bundle takes two steps, and a problem has at most six
             events.append(_bundle)
-        if len(story.steps) < 4:
+        if len(story.steps) < 6:
             rng.choice(events)(story, rng, thing)
     story.sentences.append(f"How many {thing} does {name} have {rng.choice(('now', 'in the end', 'left'))}?")
     return " ".join(story.sentences), story.steps, story.total

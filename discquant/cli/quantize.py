@@ -1,27 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: quantize, evaluate, generate, env."""
+"""`discquant quantize`: a model folder into a run directory and the formats that engines serve."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from discquant.cli.app import app
 from discquant.config import DataConfig, GridConfig, Method, QuantizeConfig, SolverConfig, preset
-from discquant.errors import UserError
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Round a transformer's weights to 2-8 bits with the least KL divergence to the original.",
-)
 
 STOPPED = 143  # 128 + SIGTERM
 
@@ -166,81 +155,3 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     console.print(table)
     sizes = summary["sizes"]
     console.print(f"{sizes['bits_per_weight']:.3f} bits per quantized weight; report: {out / 'report.md'}")
-
-
-@app.command()
-def evaluate(
-    original: Annotated[str, typer.Argument(help="Folder of the original model.")],
-    candidates: Annotated[
-        list[str], typer.Argument(help="Checkpoints or run directories to compare with it.")
-    ],
-    dataset: Annotated[
-        str, typer.Option(help="Text to measure on; see `discquant quantize --help`.")
-    ] = "self",
-    nsamples: Annotated[int, typer.Option(help="Windows.")] = 64,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    exact_match: Annotated[
-        int | None,
-        typer.Option(help="Also answer this many held-out arithmetic problems (bundled generator)."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the text.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
-) -> None:
-    """Compare CANDIDATES with ORIGINAL: KL (mean, quantiles, max), top-1 agreement, perplexity, bits per weight."""
-    from discquant.evaluation.evaluate import evaluate as run_evaluation
-    from discquant.evaluation.evaluate import print_table, write_json
-    from discquant.run.directory import load_run_model
-
-    rows = run_evaluation(
-        original,
-        candidates,
-        dataset,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        exact_match_problems=exact_match,
-        seed=seed,
-        open_run=load_run_model,
-    )
-    print_table(rows)
-    if json_file is not None:
-        write_json(rows, json_file)
-
-
-@app.command()
-def generate(
-    model: Annotated[
-        Path, typer.Argument(help="Exported model, run directory, or an ordinary model folder.")
-    ],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed when sampling.")] = 0,
-) -> None:
-    """Continue PROMPT, streaming, and print tokens per second."""
-    from discquant.generation import stream
-
-    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-
-
-@app.command()
-def env() -> None:
-    """Print what this machine has and which kernels will be used, as JSON (paste it into bug reports)."""
-    from discquant.environment import facts
-
-    typer.echo(json.dumps(facts(), indent=2))
-
-
-def main() -> None:
-    """Run the command line; a user's error is one sentence and exit status 2, without a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        app()
-    except (UserError, ValueError, NotImplementedError, OSError) as error:
-        # Bad input of every kind carries one of these classes; set DISCQUANT_TRACEBACK=1 to see where.
-        from discquant.environment import variable
-
-        if variable("DISCQUANT_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

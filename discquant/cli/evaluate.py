@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`discquant evaluate`: candidates against the original on held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from discquant.cli.app import app
+
+
+@app.command()
+def evaluate(
+    original: Annotated[str, typer.Argument(help="Folder of the original model.")],
+    candidates: Annotated[
+        list[str], typer.Argument(help="Checkpoints or run directories to compare with it.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="Text to measure on; see `discquant quantize --help`.")
+    ] = "self",
+    nsamples: Annotated[int, typer.Option(help="Windows.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    exact_match: Annotated[
+        int | None,
+        typer.Option(help="Also answer this many held-out arithmetic problems (bundled generator)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the text.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
+) -> None:
+    """Compare CANDIDATES with ORIGINAL: KL (mean, quantiles, max), top-1 agreement, perplexity, bits per weight."""
+    from discquant.evaluation.evaluate import evaluate as run_evaluation
+    from discquant.evaluation.evaluate import print_table, write_json
+    from discquant.run.directory import load_run_model
+
+    rows = run_evaluation(
+        original,
+        candidates,
+        dataset,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        exact_match_problems=exact_match,
+        seed=seed,
+        open_run=load_run_model,
+    )
+    print_table(rows)
+    if json_file is not None:
+        write_json(rows, json_file)

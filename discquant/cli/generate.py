@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`discquant generate`: stream text from a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from discquant.cli.app import app
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        Path, typer.Argument(help="Exported model, run directory, or an ordinary model folder.")
+    ],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed when sampling.")] = 0,
+) -> None:
+    """Continue PROMPT, streaming, and print tokens per second."""
+    from discquant.generation import stream
+
+    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
