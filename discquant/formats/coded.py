@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every format reads and writes: codes of one layer with the grid of its file, and the facts `inspect` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from discquant.config import GridConfig
+from discquant.errors import UnrepresentableError
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.codes import QuantizedLinear
+from discquant.grids import Grid, UniformGrid
+
+DEFAULT_SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class CodedLayer:
+    """Codes of one linear layer on the grid of its file.
+
+    Attributes:
+        name: Module path as transformers names it, without `.weight`.
+        q: Codes, uint8, [out_features, in_features], in the rows and columns of the original weight whatever the file
+            does with them.
+        grid: The file's grid; its `dequantize` computes what the format's engine computes.
+
+    Raises:
+        TypeError: q is not a Tensor, or grid is no Grid.
+        ValueError: q is not a uint8 matrix; the message names the module.
+    """
+
+    name: str
+    q: Tensor
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if not isinstance(self.q, Tensor):
+            raise TypeError(f"{self.name}: q must be a Tensor, got {type(self.q).__name__}")
+        if not isinstance(self.grid, Grid):
+            raise TypeError(f"{self.name}: grid must be a Grid, got {type(self.grid).__name__}")
+        if self.q.dtype != torch.uint8 or self.q.dim() != 2:
+            raise ValueError(
+                f"{self.name}: q must be uint8 of 2 dimensions, got {self.q.dtype} of shape {list(self.q.shape)}"
+            )
+
+    @classmethod
+    def of(cls, layer: QuantizedLinear) -> CodedLayer:
+        """The same layer, its scale and zero point as a uniform grid."""
+        grid = UniformGrid(layer.num_bits, layer.group_size, layer.symmetric, layer.scale, layer.zero_point)
+        return cls(layer.name, layer.q, grid)
+
+    def linear(self) -> QuantizedLinear:
+        """The same layer for a format of uniform grids.
+
+        Raises:
+            UnrepresentableError: The grid is not uniform.
+        """
+        grid = self.grid
+        if not isinstance(grid, UniformGrid) or grid.table is not None:
+            raise UnrepresentableError(
+                f"{self.name}: this format holds uniform grids only, got {type(grid).__name__}"
+            )
+        return QuantizedLinear(self.name, self.q, grid.scale, grid.zero_point, grid.num_bits, grid.group_size)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The served weight, rounded once to `dtype`, [out_features, in_features]."""
+        return self.grid.dequantize(self.q, dtype)
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One row of `inspect`, known from headers and configuration alone.
+
+    Attributes:
+        name: Module path as transformers names it.
+        shape: (out_features, in_features).
+        kind: What the codes are, e.g. `int4`, `nvfp4`, `Q4_K`.
+        num_bits: Width of a code.
+        group_size: Columns per scale; -1 is the whole row.
+        symmetric: Whether zero is the same code everywhere by definition.
+        stored_bytes: Everything the file keeps for this layer's weight.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kind: str
+    num_bits: int
+    group_size: int
+    symmetric: bool
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file is.
+
+    Attributes:
+        format: Name in the registry.
+        layers: Its quantized layers in file order.
+        untouched_bytes: Bytes of all other tensors.
+        file_bytes: Bytes of all weight files.
+        notes: What a user should know, one sentence each (act-order, an old layout, ...).
+    """
+
+    format: str
+    layers: tuple[LayerFacts, ...]
+    untouched_bytes: int
+    file_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+class Format(Protocol):
+    """One checkpoint format. Paths are folders, or single files where the format is one file."""
+
+    name: str
+
+    def detects(self, path: Path) -> bool:
+        """Whether `path` is of this format; cheap, and False (never an error) for anything else."""
+        ...
+
+    def describe(self, path: Path) -> Description:
+        """What the file is, from headers and configuration.
+
+        Raises:
+            CheckpointError, MissingModelError, NotImplementedError: It cannot be read.
+        """
+        ...
+
+    def read(self, path: Path) -> Iterator[CodedLayer]:
+        """Every quantized layer, one at a time, in file order.
+
+        Raises:
+            CheckpointError, MissingModelError: The file is damaged.
+            NotImplementedError: It uses a part of the format that is not read.
+            UnrepresentableError: Its grid is one that discquant has no codes for.
+        """
+        ...
+
+    def check(self, shape: tuple[int, int], grid: GridConfig, name: str = "layer") -> None:
+        """Refuse before any work what `write` could not hold.
+
+        Args:
+            shape: (out_features, in_features).
+            grid: Which grid the weight will be put on.
+            name: Module path, for the message.
+
+        Raises:
+            UnrepresentableError: The format has no place for this grid or shape.
+        """
+        ...
+
+    def write(
+        self,
+        source: Checkpoint,
+        out: Path,
+        layers: Iterable[CodedLayer],
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        ignore: Iterable[str] = ("lm_head",),
+        prove_from: Callable[[], Iterable[CodedLayer]] | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> dict[str, Any]:
+        """Write the model: `layers` replace their weights, everything else is taken over byte for byte.
+
+        Streamed, one layer in memory at a time; `out` appears under its name only when it is complete and, with
+        prove_from (the layers a second time), proven by a decoder that shares no code with the packer.
+
+        Returns:
+            The manifest, which also lies beside the model.
+
+        Raises:
+            UnrepresentableError: A layer fits neither the source nor the format.
+            OutputExistsError, DiskSpaceError, ProofError, CheckpointError: See `formats.export`.
+        """
+        ...
+
+    def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write the same file with other codes: `codes` by module path, uint8, [out_features, in_features].
+
+        Only code bytes change; the returned manifest holds the byte diff that proves it.
+
+        Raises:
+            UnrepresentableError: A name is no quantized layer of the file, or a code or shape does not fit.
+            OutputExistsError, ProofError, CheckpointError: As for `write`.
+        """
+        ...

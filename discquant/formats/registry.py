@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every checkpoint format by name, and the one that a path is of. Modules are imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from discquant.errors import CheckpointError, ConfigError, MissingModelError
+from discquant.formats.coded import Format
+
+# Name on the command line -> module and the object in it that implements `coded.Format`.
+_HOMES = {
+    "compressed-tensors": "discquant.formats.compressed_tensors_format:FORMAT",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every format's name."""
+    return tuple(_HOMES)
+
+
+def by_name(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        ConfigError: There is none; the message lists those there are.
+    """
+    home = _HOMES.get(name)
+    if home is None:
+        raise ConfigError(f"format: there is no format {name!r}; known: {', '.join(_HOMES)}")
+    module, _, attribute = home.partition(":")
+    found: Format = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def find(path: str | Path) -> Format:
+    """The format that a folder or file is of.
+
+    Raises:
+        MissingModelError: There is nothing at that path.
+        CheckpointError: It is of no format that is read.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise MissingModelError(f"{place} is no model: there is nothing there")
+    for name in _HOMES:
+        found = by_name(name)
+        if found.detects(place):
+            return found
+    raise CheckpointError(f"{place} is in no quantized format that is read; these are: {', '.join(_HOMES)}")
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Format names of a comma-separated option, each once, in order.
+
+    Raises:
+        ConfigError: One is unknown, or none is given.
+    """
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not chosen:
+        raise ConfigError(f"format: name at least one of {', '.join(_HOMES)}")
+    for name in chosen:
+        if name not in _HOMES:
+            raise ConfigError(f"format: there is no format {name!r}; known: {', '.join(_HOMES)}")
+    return chosen
