@@ -21,7 +21,10 @@ LAYERS = {
     "cli": 5, "__main__": 6,
     "_C": 1, "triton_kernels": 1,
 }  # fmt: skip
-LAZY = ("triton", "transformers", "datasets", "matplotlib", "discquant._C", "discquant.triton_kernels")
+LAZY = (
+    "triton", "transformers", "datasets", "matplotlib", "gguf", "onnx", "onnxruntime", "discquant._C",
+    "discquant.triton_kernels",
+)  # fmt: skip
 
 
 def imports(path: Path, package: str) -> list[tuple[str, int, bool]]:
