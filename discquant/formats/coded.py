@@ -156,6 +156,14 @@ class Format(Protocol):
         """
         ...
 
+    def check_grid(self, name: str, grid: Grid) -> None:
+        """Refuse, once grids are laid and before any rounding, a grid whose scales or zero points have no place.
+
+        Raises:
+            UnrepresentableError: The message names the module and what would fit.
+        """
+        ...
+
     def write(
         self,
         source: Checkpoint,

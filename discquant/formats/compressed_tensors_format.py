@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from discquant.config import GridConfig
@@ -16,6 +17,7 @@ from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description
 from discquant.formats.compressed_tensors import Scheme, check_representable
 from discquant.formats.export import export_compressed_tensors
 from discquant.formats.load import read_layers
+from discquant.grids import Grid
 
 
 class CompressedTensors:
@@ -43,6 +45,10 @@ class CompressedTensors:
         """Refuse widths outside 2..8 and shorter last groups."""
         size = -1 if grid.group_size > shape[1] else grid.group_size
         check_representable(name, shape, Scheme(grid.bits, size, grid.sym))
+
+    def check_grid(self, name: str, grid: Grid) -> None:
+        """Refuse grids that are not uniform."""
+        CodedLayer(name, torch.zeros(grid.scale.shape[0], 0, dtype=torch.uint8), grid)
 
     def write(
         self,
