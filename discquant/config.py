@@ -9,12 +9,24 @@ from typing import Any, Literal, get_args
 
 Method = Literal["rtn", "greedy", "gptq", "discquant"]
 GridSearch = Literal["absmax", "search"]
+GridKind = Literal["uniform", "nf4", "mxfp4", "nvfp4", "q4_0", "q4_1", "q4_k", "q3_k"]
 OptimizerName = Literal["adamw", "momentum", "lion", "sgd"]
 StateFormat = Literal["fp32", "u8"]
 PresetName = Literal["default", "paper"]
 LossName = Literal["kl", "ce", "mse"]
 Start = Literal["random", "ref", "gptq"]
 OutputFormat = Literal["compressed-tensors", "none"]
+
+# (bits, group_size, sym) that each of the formats' own grids fixes.
+GRID_KINDS: dict[str, tuple[int, int, bool]] = {
+    "nf4": (4, 64, True),
+    "mxfp4": (4, 32, True),
+    "nvfp4": (4, 16, True),
+    "q4_0": (4, 32, True),
+    "q4_1": (4, 32, False),
+    "q4_k": (4, 32, False),
+    "q3_k": (3, 16, True),
+}
 
 GROUP_SIZES_HINT = "-1 (whole row) or a positive multiple of 8, usually 32, 64 or 128"
 
@@ -33,12 +45,15 @@ class GridConfig:
         group_size: Columns that share a scale; -1 is the whole row.
         sym: Symmetric grid (zero point fixed at 2^(bits-1)).
         grid: `absmax` covers the largest weight of the group; `search` picks the scale of least squared error.
+        kind: `uniform`, or a format's own grid: look-up tables (nf4, mxfp4, nvfp4) and GGUF block types (q4_0, q4_1,
+            q4_k, q3_k); these fix bits, group size and symmetry (`of_kind` fills them in).
     """
 
     bits: int = 4
     group_size: int = 64
     sym: bool = True
     grid: GridSearch = "search"
+    kind: GridKind = "uniform"
 
     def __post_init__(self) -> None:
         """Validate.
@@ -52,6 +67,17 @@ class GridConfig:
         )
         _check("group_size", GROUP_SIZES_HINT, ok, self.group_size)
         _check("grid", f"one of {get_args(GridSearch)}", self.grid in get_args(GridSearch), self.grid)
+        _check("kind", f"one of {get_args(GridKind)}", self.kind in get_args(GridKind), self.kind)
+        if self.kind != "uniform":
+            fixed = GRID_KINDS[self.kind]
+            given = (self.bits, self.group_size, self.sym)
+            _check(f"(bits, group_size, sym) of kind {self.kind}", f"{fixed}", given == fixed, given)
+
+    @classmethod
+    def of_kind(cls, kind: GridKind, bits: int = 4, group_size: int = 64, sym: bool = True) -> GridConfig:
+        """Return the grid of a kind: `bits`, `group_size` and `sym` as given for uniform, else what the kind fixes."""
+        fixed = GRID_KINDS.get(kind, (bits, group_size, sym))
+        return cls(*fixed, kind=kind)
 
 
 @dataclass(frozen=True)

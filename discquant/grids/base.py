@@ -42,6 +42,18 @@ class Grid(ABC):
     def neighbours(self, weight: Tensor) -> Neighbours:
         """Return the two-neighbour representation of `weight`."""
 
+    def gap(self, q_down: Tensor) -> tuple[Tensor, int]:
+        """Return Delta = d weight / d frac of each coordinate, and how many columns share an entry of it.
+
+        Args:
+            q_down: Lower codes, uint8, [out_features, in_features].
+
+        Returns:
+            Gap in weight units, floating, [out_features, num_groups] with its group size; grids whose gaps differ
+            from code to code return [out_features, in_features] in float32 with group size 1.
+        """
+        return self.scale, self.group_size
+
     def soft_weight(self, q_down: Tensor, frac: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weight `frac` of the way between its neighbours; see `ops.soft_weight`."""
         from discquant.ops import soft_weight

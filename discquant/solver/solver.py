@@ -125,12 +125,13 @@ class Solver:
             nonlocal live, fractional, moved, saturated
             self._checked(index, grads)
             for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
+                gap, group_size = state.grid.gap(state.codes_down())
                 counts = projected_step_(
                     state.frac,
                     state.anchor,
                     grads.pop(ref.param_name).flatten(1),
-                    state.grid.scale,
-                    group_size=state.grid.group_size,
+                    gap,
+                    group_size=group_size,
                     options=StepOptions(
                         optimizer=self.config.optimizer,
                         lr=now.lr,
@@ -189,8 +190,8 @@ class Solver:
         def sink(index: int, grads: dict[str, Tensor]) -> None:
             for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
                 grad = grads.pop(ref.param_name).flatten(1).float()
-                step = expand_groups(state.grid.scale.float(), state.grid.group_size, grad.shape[1])
-                flat = (grad * step).abs()[state.live()]
+                gap, group_size = state.grid.gap(state.codes_down())
+                flat = (grad * expand_groups(gap.float(), group_size, grad.shape[1])).abs()[state.live()]
                 samples.append(flat[:: max(1, flat.numel() // 65536)].clone())
 
         def nearest(index: int) -> dict[str, Tensor]:
