@@ -84,8 +84,13 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
 
 
 def moment_bound(config: SolverConfig) -> float:
-    """Return the largest magnitude that a gradient with all its terms can have: the scale of 8-bit moments."""
-    return config.grad_clamp + 1.0 + max(config.harden_soft, config.harden_final)
+    """Return the largest magnitude that a gradient with all its terms can have: the scale of 8-bit moments.
+
+    The linear term and hardening add up only where they overlap in time; int8 moments are as fine as this is small.
+    """
+    hardest = max(config.harden_soft, config.harden_final) if config.harden_from < 1.0 else 0.0
+    together = 1.0 + hardest if config.linear_until > config.harden_from else max(1.0, hardest)
+    return config.grad_clamp + together
 
 
 class GainControl:

@@ -22,8 +22,7 @@ from discquant.calibration.arithmetic import (
     stdlib_text,
 )
 
-STEP = re.compile(r"(\d+)([-+*])(\d+)(?:: ([-+=\d ]+))? = (\d+)")
-COLUMN = re.compile(r"(\d+)([-+])(\d)([-+]1)?=(\d+)")
+STEP = re.compile(r"(\d+)([-+*])(\d+)(?:: ([\d ]+))? = (\d+)")
 
 
 def test_splits_share_no_problem() -> None:
@@ -47,22 +46,19 @@ def test_splits_of_the_library_share_no_document() -> None:
 
 
 def check_columns(left: int, operator: str, right: int, columns: list[str], result: int) -> None:
-    """Each column holds, is made of the operands' digits and the carry or borrow, and gives the result's digit."""
-    width = max(len(str(left)), len(str(right)))
-    assert len(columns) == width
-    carry = False
-    for place, column in enumerate(columns):
-        match = COLUMN.fullmatch(column)
-        assert match, column
-        one, two, more, value = int(match[1]), int(match[3]), match[4], int(match[5])
-        assert match[2] == operator
-        assert more == (f"{operator}1" if carry else None), columns
-        assert eval(f"{one}{operator}{two}{more or ''}") == value >= 0
-        assert (one % 10, two) == (left // 10**place % 10, right // 10**place % 10)
-        carry = value > 9 if operator == "+" else one > 9
+    """Each column's last digit is the result's, and the columns, weighted by place, make up the result."""
+    assert len(columns) == max(len(str(left)), len(str(right)))
+    values = [int(column) for column in columns]
+    for place, value in enumerate(values):
         assert value % 10 == result // 10**place % 10
-        assert operator == "+" or value < 10
-    assert carry == (result >= 10**width)
+        pair = sum(number // 10**place % 10 * (1 if operator == "+" else -1) for number in (right,))
+        pair += left // 10**place % 10
+        # The rest is the carry or borrow, of which there is one from the column before at most.
+        assert (value - pair) in ((0, 1) if operator == "+" else (0, -1, 10, 9))
+    assert all(value < 20 if operator == "+" else value < 10 for value in values)
+    digits = "".join(str(value % 10) for value in reversed(values))
+    carried = "1" if operator == "+" and values[-1] > 9 else ""
+    assert int(carried + digits) == result
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -70,7 +66,7 @@ def test_worked_steps_are_right(split: Split) -> None:
     """Each step holds, each operand is in the question or an earlier result, the last result is the answer."""
     for problem in problems(split, 2000, seed=7):
         *steps, final = problem.solution.split("\n")
-        assert 2 <= len(steps) <= 4
+        assert 2 <= len(steps) <= 6
         known = {int(number) for number in re.findall(r"\d+", problem.question)}
         for step in steps:
             match = STEP.fullmatch(step)
@@ -114,16 +110,14 @@ def test_a_story_has_one_meaning() -> None:
 def test_frozen_vector() -> None:
     """Problems are the same on every machine: a digest of 300 of them, and one in full."""
     text = "".join(document(problem) for split in SPLITS for problem in problems(split, 100, seed=11))
-    assert hashlib.blake2b(text.encode(), digest_size=8).hexdigest() == "5487ac6fb747b74c"
+    assert hashlib.blake2b(text.encode(), digest_size=8).hexdigest() == "b41b31224bde4b93"
     first = problems("heldout", 1)[0]
     assert document(first) == (
-        "Question: Sam owns 92 pens. Sam also gives away 5 cases with 11 in each. Sam also buys 31 more. "
-        "How many pens does Sam have now?\n"
+        "Question: A shop has 5 cases with 8 nuts each and 68 loose nuts. How many nuts are there now?\n"
         "Answer:\n"
-        "5*11 = 55\n"
-        "92-55: 12-5=7 9-5-1=3 = 37\n"
-        "37+31: 7+1=8 3+3=6 = 68\n"
-        "#### 68\n"
+        "5*8 = 40\n"
+        "40+68: 8 10 = 108\n"
+        "#### 108\n"
         "</s>"
     )
 
