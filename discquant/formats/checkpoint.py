@@ -16,6 +16,7 @@ from discquant.errors import CheckpointError, MissingModelError, NonFiniteError
 from discquant.formats.safetensors_file import TensorInfo, read_bytes, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 100_000_000  # a tokenizer's or an index's largest is a few tens of MB
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -49,7 +50,7 @@ class Checkpoint:
             names = sorted(set(self._weight_map().values()))
             # An index is data from elsewhere: it must not lead out of the directory.
             for name in names:
-                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                if Path(name).name != name or not name.endswith(".safetensors") or len(name) > 200:
                     raise CheckpointError(
                         f"{index}: {name!r} is no name of a safetensors file in this directory"
                     )
@@ -72,8 +73,8 @@ class Checkpoint:
 
     def _weight_map(self) -> dict[str, str]:
         table = read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(table, dict) or not table:
-            raise CheckpointError(f"{self.path / INDEX}: weight_map must be a non-empty object")
+        if not isinstance(table, dict) or not table or not all(type(file) is str for file in table.values()):
+            raise CheckpointError(f"{self.path / INDEX}: weight_map must be a non-empty object of file names")
         return table
 
     def _check_index(self) -> None:
@@ -151,8 +152,10 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: The file is no JSON object.
     """
     try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {file.stat().st_size} bytes")
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise CheckpointError(f"{file}: not valid JSON: {cause}") from cause
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: must hold a JSON object, got {type(value).__name__}")

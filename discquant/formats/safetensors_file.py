@@ -28,11 +28,14 @@ DTYPE_BITS = {
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I32": torch.int32, "F32": torch.float32, "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64, "F64": torch.float64,
+    "I64": torch.int64,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # The limit of the reference implementation; a larger number is a corrupt file, not a large model.
 MAX_HEADER_BYTES = 100_000_000
+# More dimensions, or a longer one, than any tensor has: torch would fail on them in ways that name no file.
+MAX_RANK, MAX_DIMENSION = 16, 1 << 48
 _CHUNK = 16 << 20
 
 
@@ -78,9 +81,11 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise CheckpointError(f"{file}: corrupt header: {cause}") from cause
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file}: corrupt header: __metadata__ must be an object")
     tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items()]
     tensors.sort(key=lambda info: (info.start, info.stop))
     end = 8 + length
@@ -152,6 +157,9 @@ def _tensor(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         sound = all(type(number) is int and number >= 0 for number in (*shape, start, stop)) and start <= stop
+        sound = sound and len(shape) <= MAX_RANK and all(number <= MAX_DIMENSION for number in shape)
+        name.encode()  # half a surrogate pair cannot be written again
+        sound = sound and isinstance(dtype, str)
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
