@@ -5,12 +5,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test kill-resume sanitize lint bench gpu clean
+.PHONY: help install quickstart test kill-resume sanitize lint bench gpu interop clean
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 EXTENSION := setup.py $(shell find csrc -type f 2>/dev/null)
 WORKERS ?= 2
 PYTEST_ARGS ?=
+INTEROP_ARGS ?=
 
 ifdef DISCQUANT_PYTHON
 PYTHON := $(DISCQUANT_PYTHON)
@@ -32,6 +33,7 @@ help:
 	@echo "make install      make .venv with everything in it"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        benchmarks that this machine can run"
+	@echo "make interop      real tools, each in its own environment under .venvs, read our files; refine theirs (hours)"
 	@echo "make gpu          on a machine with a GPU: build for it, then all tests and benchmarks"
 	@echo "make clean        remove build products (not .venv)"
 
@@ -86,6 +88,11 @@ gpu: $(STAMPS)/.dependencies
 	@rm -f $(STAMPS)/.extension
 	DISCQUANT_BUILD=cuda TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}.{minor}" + "a" * (major >= 9))')" $(MAKE) install
 	$(PYTHON) benchmarks/run_gpu.py
+
+# One environment per tool under .venvs/ (about 12 GB; llama.cpp is compiled); finished rows are kept. Writes docs/interop.md.
+# INTEROP_ARGS: --only 'gguf*' ..., --again, --list, --build [TOOL ...], --produce.
+interop: install
+	$(PYTHON) tests/interop $(INTEROP_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMPS)/.extension

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the consumers get: models rounded by the solver on each grid, exported to each format, with what is expected.
+
+A case is one model on one grid. Its codes come from a short run of the solver: not the nearest ones, so that a reader
+that rounds again is caught.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from discquant.calibration import load_windows
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer
+from discquant.run.directory import RunDirectory
+from discquant.run.pipeline import Pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+STORIES = ROOT.parent / "shared" / "models" / "stories260k"
+MODELS = {"tiny_llama": ROOT / "examples" / "tiny_llama", "stories260k": STORIES}
+DATASETS = {"tiny_llama": ("arithmetic", "arithmetic:heldout")}
+DATASETS["stories260k"] = tuple(
+    f"{STORIES / 'tokens.safetensors'}:{key}" for key in ("calibration", "heldout")
+)
+WINDOWS, SEQLEN = 8, 128  # of held-out text that every consumer runs
+CALIBRATION_WINDOWS = 64  # for the solver and for the tools that quantize
+SOLVER = SolverConfig(iters=6, batch_size=4, micro_batch=4, warmup=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a grid.
+
+    Attributes:
+        name: Short, e.g. `int3`.
+        model: Key of MODELS.
+        grid: The grid.
+        ignore: Modules left alone, beside the head.
+    """
+
+    name: str
+    model: str
+    grid: GridConfig
+    ignore: tuple[str, ...] = ()
+
+
+# K-quants have blocks of 256 columns; the bundled model's down_proj has 640.
+NO_DOWN = ("down_proj",)
+CASES = {
+    case.name: case
+    for case in (
+        Case("int3", "tiny_llama", GridConfig(3, 64)),
+        Case("int4", "tiny_llama", GridConfig(4, 64)),
+        Case("int4_asym", "tiny_llama", GridConfig(4, 64, sym=False)),
+        Case("int3_asym", "tiny_llama", GridConfig(3, 64, sym=False)),
+        Case("nvfp4", "tiny_llama", GridConfig.of_kind("nvfp4")),
+        Case("mxfp4", "tiny_llama", GridConfig.of_kind("mxfp4")),
+        Case("q4_0", "tiny_llama", GridConfig.of_kind("q4_0")),
+        Case("q4_1", "tiny_llama", GridConfig.of_kind("q4_1")),
+        Case("q4_k", "tiny_llama", GridConfig.of_kind("q4_k"), NO_DOWN),
+        Case("q3_k", "tiny_llama", GridConfig.of_kind("q3_k"), NO_DOWN),
+        # Rows of 172 columns divide into no group of 32 or 64: whole rows, or that layer left alone.
+        Case("stories_int3", "stories260k", GridConfig(3, -1)),
+        Case("stories_int4", "stories260k", GridConfig(4, -1)),
+        Case("stories_q4_0", "stories260k", GridConfig.of_kind("q4_0"), NO_DOWN),
+    )
+}
+
+
+def file_digest(*paths: Path) -> str:
+    """SHA-256 over files and the files of folders, names included."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for entry in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if entry.is_file() and "__pycache__" not in entry.parts:
+                digest.update(entry.relative_to(path.parent).as_posix().encode())
+                digest.update(hashlib.sha256(entry.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+class Workshop:
+    """Makes and keeps what the rows need, below one folder; everything is made again when its inputs change."""
+
+    def __init__(self, folder: Path) -> None:
+        """Bind to a folder."""
+        self.folder = folder
+
+    @cached_property
+    def rounding_digest(self) -> str:
+        """Of the code that chooses codes."""
+        package = ROOT / "discquant"
+        return file_digest(*(package / part for part in ("grids", "rounding", "solver", "run", "config.py")))
+
+    @cached_property
+    def format_digest(self) -> str:
+        """Of the code that writes files."""
+        return file_digest(ROOT / "discquant" / "formats", ROOT / "discquant" / "grids")
+
+    def kept(self, place: Path, key: str, make: Callable[[Path], Any]) -> Path:
+        """Return `place`, made by `make(place)` unless it was made under the same key."""
+        stamp = place.with_name(f"{place.name}.key")
+        if place.exists() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
+            return place
+        stamp.unlink(missing_ok=True)
+        if place.is_dir():
+            shutil.rmtree(place)
+        place.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        make(place)
+        stamp.write_text(key, encoding="utf-8")
+        return place
+
+    def tokens(self, model: str, part: str) -> Path:
+        """Token ids: `heldout` for consumers, `calibration` for producers, `judge` (more held-out text) for KL."""
+        count, length = {
+            "heldout": (WINDOWS, SEQLEN),
+            "calibration": (CALIBRATION_WINDOWS, SEQLEN),
+            "judge": (48, 256),
+        }[part]
+
+        def make(place: Path) -> None:
+            dataset = DATASETS[model][0 if part == "calibration" else 1]
+            tokenizer = None
+            if model == "tiny_llama":
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(MODELS[model])
+            seed = {"heldout": 11, "calibration": 12, "judge": 13}[part]
+            windows = load_windows(dataset, tokenizer, nsamples=count, seqlen=length, seed=seed)
+            save_file({"input_ids": windows.input_ids.long().contiguous()}, place)
+
+        key = f"{file_digest(MODELS[model])} {part} {count} {length}"
+        return self.kept(self.folder / "tokens" / f"{model}.{part}.safetensors", key, make)
+
+    def read_tokens(self, model: str, part: str) -> Tensor:
+        """The ids, int64, [windows, tokens]."""
+        return load_file(self.tokens(model, part))["input_ids"]
+
+    def solved(self, case: Case) -> list[CodedLayer]:
+        """Codes that the solver chose for a case."""
+        model = MODELS[case.model]
+        config = QuantizeConfig(
+            grid=case.grid,
+            solver=SOLVER,
+            data=DataConfig(DATASETS[case.model][0], CALIBRATION_WINDOWS, SEQLEN),
+            format="none",
+            ignore=("lm_head", *case.ignore),
+            gptq_samples=16,
+            baselines=(),
+            validation_windows=4,
+        )
+        key = f"{file_digest(model)} {self.rounding_digest} {json.dumps(config.to_dict(), sort_keys=True)}"
+        place = self.kept(
+            self.folder / "solved" / case.name, key, lambda out: Pipeline(str(model), out, config).execute()
+        )
+        return [
+            layer if isinstance(layer, CodedLayer) else CodedLayer.of(layer)
+            for layer in RunDirectory(place).layers()
+        ]
+
+    def exported(self, case: Case, format_name: str) -> Path:
+        """The case in a format, written by the registry's own writer, with its proof."""
+        layers = self.solved(case)
+        run = self.folder / "solved" / case.name
+
+        def make(place: Path) -> None:
+            registry.by_name(format_name).write(
+                Checkpoint(MODELS[case.model]),
+                place,
+                layers,
+                recipe={"case": case.name, **SOLVER.__dict__},
+                ignore=("lm_head", *case.ignore),
+                prove_from=lambda: layers,
+            )
+
+        suffix = ".gguf" if format_name == "gguf" else ""
+        key = f"{file_digest(run / 'codes.safetensors')} {self.format_digest}"
+        return self.kept(self.folder / "exported" / f"{case.name}.{format_name}{suffix}", key, make)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of the table: which tool reads which case in which format, and which tool makes which file for refine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A tool reads what discquant wrote.
+
+    Attributes:
+        tool: Name of its environment.
+        script: In tools/, without `.py`.
+        case: Key of cases.CASES.
+        format: Name in the registry of formats.
+        arithmetic: What the tool computes in, a key of compare's baselines; None where it only decodes.
+        logprobs: It gives log-probabilities, and not those of the last position.
+        extra: More entries of the request.
+        limit: Seconds.
+    """
+
+    tool: str
+    script: str
+    case: str
+    format: str
+    arithmetic: str | None = "float32"
+    logprobs: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    limit: float = 900
+
+    @property
+    def name(self) -> str:
+        """Unique, sortable."""
+        return f"{self.script.removeprefix('consume_')} {self.format} {self.case}"
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A tool makes a file, discquant refines it, the tool decodes both.
+
+    Attributes:
+        tool: Name of the environment that makes it.
+        script: In tools/.
+        label: What it makes, e.g. `GPTQ 3 bit g64`.
+        format: What the registry should take the file for.
+        decoder: (tool, script) that decodes before and after.
+        bits: Of the codes; decides the bar.
+        request: For the script.
+        suffix: Of the file; empty for a folder.
+        limit: Seconds for each of making, refining, decoding.
+    """
+
+    tool: str
+    script: str
+    label: str
+    format: str
+    decoder: tuple[str, str]
+    bits: int
+    request: Mapping[str, Any]
+    suffix: str = ""
+    limit: float = 1800
+
+    @property
+    def name(self) -> str:
+        """Unique, sortable, usable as a file name."""
+        return f"refine {self.tool} {self.label}"
+
+    @property
+    def bar(self) -> float:
+        """Largest allowed share of the file's own KL."""
+        return 0.5 if self.bits == 3 else 0.7
+
+
+def _llama_cpp(case: str, arithmetic: str) -> Consumer:
+    return Consumer("llamacpp", "consume_llamacpp", case, "gguf", arithmetic)
+
+
+SHORT, LONG = "int8 activations, blocks of 32", "int8 activations, blocks of 256"
+CONSUMERS = (
+    *(
+        Consumer("transformers", "consume_transformers", case, "compressed-tensors")
+        for case in ("int3", "int4", "int4_asym", "nvfp4", "mxfp4", "stories_int3", "stories_int4")
+    ),
+    *(
+        Consumer("gptqmodel", "consume_gptqmodel", case, format_name)
+        for format_name in ("gptq", "gptq-v2")
+        for case in ("int3", "int4")
+    ),
+    Consumer("gptqmodel", "consume_gptqmodel", "int4_asym", "awq"),
+    *(Consumer("autoround", "consume_autoround", case, "autoround") for case in ("int3", "int4")),
+    *(
+        Consumer("llamacpp", "consume_gguf", case, "gguf", None)
+        for case in ("q4_0", "q4_1", "q4_k", "q3_k", "stories_q4_0")
+    ),
+    _llama_cpp("q4_0", SHORT),
+    _llama_cpp("q4_1", SHORT),
+    _llama_cpp("q4_k", LONG),
+    _llama_cpp("q3_k", LONG),
+    _llama_cpp("stories_q4_0", SHORT),
+    *(Consumer("mlx", "consume_mlx", case, "mlx") for case in ("int3", "int4")),
+    *(Consumer("onnxruntime", "consume_onnxruntime", case, "onnx") for case in ("int4", "int4_asym")),
+    *(
+        Consumer("vllm", "consume_vllm", "int4", format_name, "bfloat16", logprobs=True, limit=1800)
+        for format_name in ("compressed-tensors", "gptq", "autoround")
+    ),
+    *(
+        Consumer("transformers", "consume_lm_eval", case, "compressed-tensors", None, limit=1800)
+        for case in ("int3", "int4")
+    ),
+)
+
+_GPTQ = ("gptqmodel", "consume_gptqmodel")
+_AUTO = ("autoround", "consume_autoround")
+_COMPRESSED = ("transformers", "consume_transformers")
+_GGUF = ("llamacpp", "consume_gguf")
+
+
+def _gguf(quantizer: str, kind: str, bits: int) -> Producer:
+    tool = "gguf package" if quantizer == "gguf" else "llama.cpp"
+    request = {"quantizer": quantizer, "type": kind}
+    return Producer("llamacpp", "produce_gguf", f"{kind} by {tool}", "gguf", _GGUF, bits, request, ".gguf")
+
+
+PRODUCERS = (
+    *(
+        Producer(
+            tool, script, f"{label} {bits} bit g64", kind, decoder, bits, {"bits": bits, "group_size": 64}
+        )
+        for tool, script, label, kind, decoder in (
+            ("gptqmodel", "produce_gptqmodel", "GPTQ", "gptq", _GPTQ),
+            ("autoround", "produce_autoround", "AutoRound", "autoround", _AUTO),
+            ("llmcompressor", "produce_llmcompressor", "GPTQ", "compressed-tensors", _COMPRESSED),
+        )
+        for bits in (3, 4)
+    ),
+    _gguf("gguf", "Q4_0", 4),
+    _gguf("llama.cpp", "Q4_0", 4),
+    _gguf("llama.cpp", "Q4_K_S", 4),
+    _gguf("llama.cpp", "Q3_K_S", 3),
+)
