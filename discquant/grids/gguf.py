@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grids that GGUF block types dictate: scales are chosen, quantized as the file stores them, and only then rounded on.
+
+Q4_0 and Q3_K have a signed scale and levels around zero; Q4_1 and Q4_K a scale and a minimum. The K types keep their
+scales as small integers times one float16 per 256 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from discquant.errors import UnrepresentableError
+from discquant.grids.affine import AffineGrid
+from discquant.grids.base import Grid
+from discquant.grids.uniform import UniformGrid
+
+MIN_HALF = (
+    2.0**-24
+)  # the smallest float16 above zero: no scale of ours is zero, so every code keeps its meaning
+MAX_HALF = 65504.0
+SUPER = 256
+SUPER_KINDS = ("q4_k", "q3_k")
+# What a row that is no multiple of 256 takes instead: the 32-column type with the same kind of levels, 4 bits wide.
+FALLBACK = {"q4_k": "q4_1", "q3_k": "q4_0"}
+SCALE_LEVELS = 63
+# Weights that are taken at a time: the scratch of a candidate then stays in the cache (twice as fast as 2^22).
+_CHUNK = 1 << 17
+_STRETCH = torch.linspace(-0.9, 0.9, 9).tolist()
+_RATIOS = torch.linspace(0.7, 1.05, 8).tolist()
+
+
+def gguf_kind(kind: str, in_features: int, name: str = "layer") -> str:
+    """The block type that a row of this length gets.
+
+    Args:
+        kind: Wanted type: q4_0, q4_1, q4_k or q3_k.
+        in_features: Length of a row.
+        name: Module path, for the message.
+
+    Returns:
+        `kind`, or for a K type whose rows are no multiple of 256 its fallback: Q4_K -> Q4_1, Q3_K -> Q4_0.
+
+    Raises:
+        UnrepresentableError: The row is no multiple of 32 either.
+    """
+    if in_features % 32:
+        raise UnrepresentableError(
+            f"{name}: {kind.upper()} packs rows in blocks of 32, and {in_features} columns are no multiple of it; "
+            "leave the module unquantized with ignore, or write a format without blocks"
+        )
+    return FALLBACK[kind] if kind in SUPER_KINDS and in_features % SUPER else kind
+
+
+def place_gguf(weight: Tensor, kind: str, *, search: bool = True) -> Grid:
+    """Lay the grid of a GGUF type, or of its fallback, on a weight matrix.
+
+    Args:
+        weight: Floating, finite, [out_features, in_features].
+        kind: q4_0, q4_1, q4_k or q3_k.
+        search: Look for the scale of least squared error; else cover the largest weight.
+
+    Returns:
+        The grid, its scales exactly those that the file will hold.
+
+    Raises:
+        UnrepresentableError: See `gguf_kind`.
+        ValueError: The weight is not a finite matrix, or too large for float16 scales.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"place_gguf: weight must have 2 dimensions, got shape {list(weight.shape)}")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("place_gguf: weight must be finite, got NaN or Inf")
+    if weight.numel() and float(weight.abs().max()) > MAX_HALF:
+        raise ValueError(f"place_gguf: weight must be at most {MAX_HALF} in magnitude")
+    place = {"q4_0": place_q4_0, "q4_1": place_q4_1, "q4_k": place_q4_k, "q3_k": place_q3_k}
+    with torch.no_grad():
+        return place[gguf_kind(kind, weight.shape[1])](weight, search=search)
+
+
+def place_q4_0(weight: Tensor, *, search: bool = True) -> UniformGrid:
+    """Q4_0: d (q - 8), one signed float16 d per 32 columns. Arguments and errors as `place_gguf`."""
+    scale = _by_rows(weight, 32, lambda values: _half(_symmetric(values, -8, search)))
+    return UniformGrid(4, 32, True, scale.half())
+
+
+def place_q4_1(weight: Tensor, *, search: bool = True) -> AffineGrid:
+    """Q4_1: d q + m, float16 d and m per 32 columns. Arguments and errors as `place_gguf`."""
+
+    def fit(values: Tensor) -> Tensor:
+        found = _affine(values, search, below_zero=False)
+        return torch.stack((found.scale, found.minimum), dim=-1)
+
+    both = _by_rows(weight, 32, fit)
+    return AffineGrid(4, 32, both[..., 0].half(), both[..., 1].half())
+
+
+def place_q4_k(weight: Tensor, *, search: bool = True) -> AffineGrid:
+    """Q4_K: d sc q - dmin mn, sc and mn 6-bit per 32 columns, d and dmin float16 per 256.
+
+    Arguments and errors as `place_gguf`; in_features must be a multiple of 256.
+    """
+
+    def fit(values: Tensor) -> Tensor:
+        """[rows, blocks, 8, 32] -> [rows, blocks, 8, 2]: d sc and -dmin mn."""
+        found = _affine(values, search, below_zero=True)
+        steps, depths = found.scale, -found.minimum
+        d = _half(steps.amax(dim=-1, keepdim=True) / SCALE_LEVELS)
+        dmin = (depths.amax(dim=-1, keepdim=True) / SCALE_LEVELS).half().float()
+        sc = torch.round(steps / d).clamp_(1, SCALE_LEVELS)
+        mn = torch.nan_to_num(torch.round(depths / dmin), nan=0.0, posinf=0.0).clamp_(0, SCALE_LEVELS)
+
+        def build(step: int, depth: int) -> tuple[Tensor, Tensor]:
+            return (
+                d * (sc + step).clamp_(1, SCALE_LEVELS),
+                dmin * (mn + depth).clamp_(0, SCALE_LEVELS),
+            )
+
+        moves = [(step, depth) for step in (0, -1, 1) for depth in (0, -1, 1)] if search else [(0, 0)]
+        candidates = ((scale, -depth) for scale, depth in (build(*move) for move in moves))
+        best = _best(values, candidates)
+        return torch.stack((best.scale, best.minimum), dim=-1)
+
+    both = _by_rows(weight, 32, fit, SUPER)
+    return AffineGrid(4, 32, both[..., 0].contiguous(), both[..., 1].contiguous())
+
+
+def place_q3_k(weight: Tensor, *, search: bool = True) -> UniformGrid:
+    """Q3_K: d sc (q - 4), sc in -32..31 per 16 columns, float16 d per 256.
+
+    Arguments and errors as `place_gguf`; in_features must be a multiple of 256.
+    """
+
+    def fit(values: Tensor) -> Tensor:
+        """[rows, blocks, 16, 16] -> [rows, blocks, 16]: d sc."""
+        steps = _symmetric(values, -4, search)
+        d = _half(_peak(steps).unsqueeze(-1) / -32)
+        sc = torch.round(steps / d).clamp_(-32, 31)
+
+        def build(move: int) -> Tensor:
+            # sc = 0 would make all eight levels equal; 0 is on the grid of any other sc too.
+            moved = (sc + move).clamp_(-32, 31)
+            return d * torch.where(moved == 0, sc.sign() + (sc == 0), moved)
+
+        moves = (0, -1, 1, -2, 2) if search else (0,)
+        zero = torch.zeros((), device=values.device)
+        return _best(values, ((build(move), zero) for move in moves), low=-4, high=3).scale
+
+    return UniformGrid(3, 16, True, _by_rows(weight, 16, fit, SUPER))
+
+
+class _Fit(NamedTuple):
+    """Parameters per group: value = scale * level + minimum."""
+
+    scale: Tensor
+    minimum: Tensor
+
+
+def _by_rows(weight: Tensor, group: int, fit: Callable[[Tensor], Tensor], block: int = 0) -> Tensor:
+    """`fit` on a few rows at a time: [rows, groups, group] or [rows, blocks, groups, group] -> [rows, groups, ...]."""
+    rows, columns = weight.shape
+    step = max(1, _CHUNK // max(1, columns))
+    shape = (columns // block, block // group, group) if block else (columns // group, group)
+    found = []
+    for start in range(0, rows, step):
+        values = weight[start : start + step].detach().float()
+        found.append(fit(values.reshape(len(values), *shape)))
+    joined = torch.cat(found) if found else fit(weight.detach().float().reshape(0, *shape))
+    return joined.flatten(1, 2) if block else joined
+
+
+def _half(scale: Tensor) -> Tensor:
+    """The nearest float16 that is not zero, in float32."""
+    rounded = scale.half().float()
+    return torch.where(rounded == 0, torch.where(scale < 0, -MIN_HALF, MIN_HALF), rounded)
+
+
+def _peak(values: Tensor) -> Tensor:
+    """The value of largest magnitude along the last axis, with its sign."""
+    return values.gather(-1, values.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def _error(values: Tensor, fit: _Fit, low: int, high: int) -> Tensor:
+    """Squared error per group of rounding to the nearest level."""
+    scale, minimum = fit.scale.unsqueeze(-1), fit.minimum.unsqueeze(-1)
+    levels = torch.round((values - minimum) / scale).clamp_(low, high)
+    return (levels.mul_(scale).add_(minimum) - values).square_().sum(dim=-1)
+
+
+def _best(values: Tensor, candidates: Iterator[tuple[Tensor, Tensor]], low: int = 0, high: int = 15) -> _Fit:
+    """The candidate (scale, minimum) of least squared error, group by group; the first of equals."""
+    best: _Fit | None = None
+    least = torch.empty(())
+    for candidate in candidates:
+        fit = _Fit(*candidate)
+        error = _error(values, fit, low, high)
+        if best is None:
+            best, least = fit, error
+            continue
+        better = error < least
+        best = _Fit(
+            torch.where(better, fit.scale, best.scale), torch.where(better, fit.minimum, best.minimum)
+        )
+        least = torch.where(better, error, least)
+    assert best is not None
+    return best
+
+
+def _symmetric(values: Tensor, low: int, search: bool) -> Tensor:
+    """Signed float16 scale per group for levels low .. -low - 1, the end at `low` laid on the largest weight.
+
+    The search moves that end, tries the other sign, and refits the scale to the codes it gave by least squares.
+    """
+    peak = _peak(values)
+
+    def candidates() -> Iterator[tuple[Tensor, Tensor]]:
+        zero = torch.zeros((), device=values.device)
+        yield _half(peak / low), zero
+        for sign in (1.0, -1.0) if search else ():
+            for stretch in _STRETCH:
+                inverse = torch.where(peak == 0, 0.0, sign * (low + stretch) / peak).unsqueeze(-1)
+                levels = torch.round(values * inverse).clamp_(low, -low - 1)
+                power = levels.square().sum(dim=-1)
+                yield _half(torch.where(power == 0, 0.0, (values * levels).sum(dim=-1) / power)), zero
+
+    return _best(values, candidates(), low, -low - 1).scale
+
+
+def _affine(values: Tensor, search: bool, *, below_zero: bool) -> _Fit:
+    """Scale above 0 and minimum per group for levels 0 .. 15; with `below_zero` the minimum is 0 or less.
+
+    The search narrows the range from both sides and refits scale and minimum to the codes it gave by least squares.
+    """
+    bottom, top = values.amin(dim=-1), values.amax(dim=-1)
+    if below_zero:
+        bottom, top = bottom.clamp(max=0), top.clamp(min=0)
+    span = top - bottom
+
+    def stored(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+        scale = _half(scale.clamp(min=0))
+        return scale, (minimum.clamp(max=0) if below_zero else minimum).half().float()
+
+    def candidates() -> Iterator[tuple[Tensor, Tensor]]:
+        yield stored(span / 15, bottom)
+        for ratio in _RATIOS if search else ():
+            for shift in (0.0, 0.5, 1.0):
+                scale = (span * (ratio / 15)).clamp(min=MIN_HALF)
+                minimum = bottom + span * ((1 - ratio) * shift)
+                levels = torch.round((values - minimum.unsqueeze(-1)) / scale.unsqueeze(-1)).clamp_(0, 15)
+                yield stored(*_least_squares(values, levels, below_zero))
+
+    return _best(values, candidates())
+
+
+def _least_squares(values: Tensor, levels: Tensor, below_zero: bool) -> tuple[Tensor, Tensor]:
+    """Scale and minimum that fit `values` best at fixed levels."""
+    mean_level, mean_value = levels.mean(dim=-1), values.mean(dim=-1)
+    spread = (levels - mean_level.unsqueeze(-1)).square().mean(dim=-1)
+    joint = (values * levels).mean(dim=-1) - mean_level * mean_value
+    scale = torch.where(spread == 0, 0.0, joint / spread)
+    minimum = mean_value - scale * mean_level
+    if not below_zero:
+        return scale, minimum
+    power = levels.square().mean(dim=-1)
+    through_zero = torch.where(power == 0, 0.0, (values * levels).mean(dim=-1) / power)
+    above = minimum > 0
+    return torch.where(above, through_zero, scale), torch.where(above, 0.0, minimum)
