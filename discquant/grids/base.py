@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from discquant.ops import decode_frac, unpack_nibbles
 
 
 class Neighbours(NamedTuple):
     """Lower code and position of a weight between its neighbours.
 
     Attributes:
-        q_down: Lower code, uint8, 0 .. 2^b - 2, [out_features, in_features].
+        q_down: Lower code, uint8, 0 .. 2^b - 2, [out_features, in_features]. Where a scale is negative, code
+            q_down + 1 stands for the smaller weight.
         frac_ref: Position that reproduces the weight, float32, unitless; outside [0, 1] where the grid
             clips; exactly 0 or 1 where the weight lies on the grid (such a coordinate has one neighbour
-            only, itself, and never moves).
+            only, itself, and never moves). A group whose levels are all equal counts as on the grid.
     """
 
     q_down: Tensor
@@ -25,22 +29,41 @@ class Neighbours(NamedTuple):
 
 
 class Grid(ABC):
-    """A grid laid on one weight matrix [out_features, in_features]."""
+    """A grid laid on one weight matrix [out_features, in_features].
+
+    Attributes:
+        num_bits: Code width.
+        group_size: Columns that share a scale, -1 for the row.
+        symmetric: Whether weight zero is the same code everywhere by definition.
+        scale: Grid step in weight units (what multiplies the table on look-up grids), floating,
+            [out_features, num_groups].
+        zero_point: Code of weight zero on asymmetric uniform grids, uint8, same shape.
+        table: Levels of a look-up grid, ascending, [2 ** num_bits].
+    """
 
     num_bits: int
     group_size: int
     symmetric: bool
     scale: Tensor
-    zero_point: Tensor | None
+    zero_point: Tensor | None = None
     table: Tensor | None = None
 
     @abstractmethod
     def dequantize(self, q: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the served weight of codes `q`, rounded once to `dtype`."""
+        """Return the served weight of codes `q`: computed as the format's engine does, rounded once to `dtype`."""
 
     @abstractmethod
     def neighbours(self, weight: Tensor) -> Neighbours:
         """Return the two-neighbour representation of `weight`."""
+
+    @abstractmethod
+    def columns(self, order: Tensor) -> Columns:
+        """Return what rounds single columns, for GPTQ; column j there is column order[j] of the weight."""
+
+    @property
+    def max_code(self) -> int:
+        """Highest code, 2^b - 1."""
+        return int(2**self.num_bits - 1)
 
     def gap(self, q_down: Tensor) -> tuple[Tensor, int]:
         """Return Delta = d weight / d frac of each coordinate, and how many columns share an entry of it.
@@ -55,21 +78,66 @@ class Grid(ABC):
         return self.scale, self.group_size
 
     def soft_weight(self, q_down: Tensor, frac: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the weight `frac` of the way between its neighbours; see `ops.soft_weight`."""
-        from discquant.ops import soft_weight
+        """Return the weight `frac` of the way between its neighbours; at 0 and 1 it is what `dequantize` gives.
 
-        return soft_weight(
-            q_down,
-            frac,
-            self.scale,
-            self.zero_point,
-            num_bits=self.num_bits,
-            group_size=self.group_size,
-            table=self.table,
-            dtype=dtype,
-        )
+        Args:
+            q_down: Lower codes, uint8, [out_features, in_features], or two per byte, low nibble first.
+            frac: Position, floating or fixed point (see `ops.soft_weight`), [out_features, in_features].
+            dtype: Result dtype.
+
+        Returns:
+            Weight, [out_features, in_features].
+        """
+        if q_down.shape[1] != frac.shape[1]:
+            q_down = unpack_nibbles(q_down, frac.shape[1])
+        compute = torch.float64 if frac.dtype == torch.float64 else torch.float32
+        position = decode_frac(frac, compute)
+        lower = self.dequantize(q_down, torch.float32).to(compute)
+        upper = self.dequantize(q_down + 1, torch.float32).to(compute)
+        return torch.where(position == 1, upper, lower + position * (upper - lower)).to(dtype)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Round to nearest: uint8 codes; ties go down, as in the published method."""
         q_down, frac_ref = self.neighbours(weight)
         return q_down + (frac_ref > 0.5).to(torch.uint8)
+
+    def on_grid_exactly(self, weight: Tensor, found: Neighbours) -> Neighbours:
+        """Set `frac_ref` to exactly 0 or 1 where a neighbour is the weight, whatever rounding made of the quotient."""
+        side = (found.frac_ref > 0.5).to(torch.uint8)
+        equal = self.dequantize(found.q_down + side, torch.float32) == weight.float()
+        return Neighbours(found.q_down, torch.where(equal, side.float(), found.frac_ref))
+
+
+class Columns(ABC):
+    """Rounds single columns of a weight to the nearest level, in float64."""
+
+    @abstractmethod
+    def nearest(self, j: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Round column `j`.
+
+        Args:
+            j: Column, in the order given to `Grid.columns`.
+            values: float64, [out_features].
+
+        Returns:
+            Codes and the weights they stand for, float64, [out_features].
+        """
+
+
+@dataclass(frozen=True)
+class LinearColumns(Columns):
+    """weight = step * (q - zero) + minimum; all float64, [out_features, in_features]."""
+
+    step: Tensor
+    zero: Tensor
+    minimum: Tensor | None
+    max_code: int
+
+    def nearest(self, j: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Columns`."""
+        step, zero = self.step[:, j], self.zero[:, j]
+        centred = values if self.minimum is None else values - self.minimum[:, j]
+        # A step of 0 gives every code the same weight; dividing by 1 keeps the code finite.
+        q = torch.round(centred / torch.where(step == 0, 1.0, step) + zero).clamp_(0, self.max_code)
+        weight = step * (q - zero)
+        return q, weight if self.minimum is None else weight + self.minimum[:, j]

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from discquant.config import GridConfig
+from discquant.grids.base import Grid
+from discquant.grids.gguf import place_gguf
+from discquant.grids.place_table import place_table
 from discquant.grids.uniform import UniformGrid
 
 # A bfloat16 number of at least 2^-17 is also exact in float16, so every format sees the same grid.
@@ -96,7 +99,29 @@ def _asymmetric(grouped: _Grouped, bits: int, search: bool) -> tuple[Tensor, Ten
     return best, best_zero
 
 
-def place_grid(weight: Tensor, config: GridConfig) -> UniformGrid:
+def place_grid(weight: Tensor, config: GridConfig) -> Grid:
+    """Lay a grid of the configured kind on a weight matrix.
+
+    Args:
+        weight: Floating, [out_features, in_features].
+        config: Kind, bits, group size, symmetry, scale rule.
+
+    Returns:
+        The grid, its scales exactly those that a file will hold.
+
+    Raises:
+        ValueError: The weight is not a finite matrix, or too large for the scales.
+        UnrepresentableError: The rows do not fill the blocks of the kind.
+    """
+    search = config.grid == "search"
+    if config.kind == "uniform":
+        return place_uniform(weight, config)
+    if config.kind in ("nf4", "mxfp4", "nvfp4"):
+        return place_table(weight, config.kind, search=search)
+    return place_gguf(weight, config.kind, search=search)
+
+
+def place_uniform(weight: Tensor, config: GridConfig) -> UniformGrid:
     """Lay a uniform grid on a weight matrix.
 
     absmax, symmetric: scale = 2 max|w| / (2^b - 1), levels -2^(b-1) .. 2^(b-1) - 1 times the scale. The

@@ -8,20 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discquant.grids.base import Grid, Neighbours
-from discquant.ops import expand_groups
+from discquant.grids.base import Columns, Grid, LinearColumns, Neighbours
+from discquant.ops import expand_groups, soft_weight
+
+# Times a code difference below 2^8 these are exact in float32, so quotients of grid points are exact too.
+_SHORT = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UniformGrid(Grid):
-    """Uniform grid of one weight matrix.
+    """Uniform grid of one weight matrix: ours, or the one inside a GPTQ, AWQ, compressed-tensors, Q4_0 or Q3_K file.
 
     Attributes:
         num_bits: Code width b, 2 to 8.
         group_size: Columns per scale, -1 for the row; the last group may be short.
         symmetric: True means the zero point is 2^(b-1) and `zero_point` is None.
-        scale: Grid step in weight units, [out_features, num_groups], in the dtype the file stores.
+        scale: Grid step in weight units, [out_features, num_groups], in the dtype the file stores; may be negative
+            (Q4_0, Q3_K), and zero where a group has one level only.
         zero_point: Code of weight zero, uint8, [out_features, num_groups], or None.
+        g_idx: Group of each column, integer, [in_features], where groups are not contiguous (act-order); or None.
     """
 
     num_bits: int
@@ -30,44 +35,90 @@ class UniformGrid(Grid):
     scale: Tensor
     zero_point: Tensor | None = None
     table: Tensor | None = None
+    g_idx: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Validate.
 
         Raises:
-            ValueError: Scales are not finite and positive, or the zero point disagrees with `symmetric`.
+            ValueError: Scales are not finite, the zero point disagrees with `symmetric`, or g_idx names a group
+                that is not there.
         """
-        if not bool(torch.isfinite(self.scale).all()) or not bool((self.scale > 0).all()):
-            raise ValueError("UniformGrid: scale must be finite and above 0")
+        if not bool(torch.isfinite(self.scale).all()):
+            raise ValueError("UniformGrid: scale must be finite, got NaN or Inf")
         if self.symmetric != (self.zero_point is None):
             raise ValueError("UniformGrid: zero_point must be None exactly when the grid is symmetric")
+        if self.table is not None:
+            raise ValueError("UniformGrid: table must be None; a look-up grid is a TableGrid")
+        if self.g_idx is not None:
+            groups = self.scale.shape[1]
+            if self.g_idx.dim() != 1 or not bool(((self.g_idx >= 0) & (self.g_idx < groups)).all()):
+                raise ValueError(f"UniformGrid: g_idx must be a vector of groups = 0 .. {groups - 1}")
 
-    @property
-    def max_code(self) -> int:
-        """Highest code, 2^b - 1."""
-        return int(2**self.num_bits - 1)
+    def _spread(self, per_group: Tensor, in_features: int) -> Tensor:
+        """One value per column, [out_features, in_features]."""
+        if self.g_idx is not None:
+            return per_group[:, self.g_idx.long()]
+        return expand_groups(per_group, self.group_size, in_features)
 
     def _zero(self, in_features: int) -> Tensor | float:
         if self.zero_point is None:
             return 2.0 ** (self.num_bits - 1)
-        return expand_groups(self.zero_point.float(), self.group_size, in_features)
+        return self._spread(self.zero_point.float(), in_features)
 
     def position(self, weight: Tensor) -> Tensor:
         """Return the real-valued code of each weight, weight / scale + zero_point, float32.
 
         Computed in float32 whatever the weight's dtype: in bfloat16 one weight in thirty lands on the grid
-        by rounding alone (method.md section 4).
+        by rounding alone (method.md section 4). Where the scale is 0 it is the zero point.
         """
-        step = expand_groups(self.scale.float(), self.group_size, weight.shape[1])
+        scale = self.scale.float()
+        step = self._spread(torch.where(scale == 0, torch.inf, scale), weight.shape[1])
         return weight.float() / step + self._zero(weight.shape[1])
 
     def neighbours(self, weight: Tensor) -> Neighbours:
         """Return lower codes and positions; a weight beyond the ends lies between the two outermost levels."""
         position = self.position(weight)
         q_down = position.floor().clamp(0, self.max_code - 1)
-        return Neighbours(q_down.to(torch.uint8), position - q_down)
+        found = Neighbours(q_down.to(torch.uint8), position - q_down)
+        if self.scale.dtype not in _SHORT:
+            found = self.on_grid_exactly(weight, found)
+        if bool((self.scale == 0).any()):
+            level = self._spread(self.scale, weight.shape[1]) == 0
+            found = Neighbours(found.q_down, torch.where(level, 0.0, found.frac_ref))
+        return found
 
     def dequantize(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """Return scale * (q - zero_point): a float32 product, rounded once to `dtype`."""
-        step = expand_groups(self.scale.float(), self.group_size, q.shape[1])
+        step = self._spread(self.scale.float(), q.shape[1])
         return (step * (q.float() - self._zero(q.shape[1]))).to(dtype)
+
+    def gap(self, q_down: Tensor) -> tuple[Tensor, int]:
+        """See `Grid.gap`; with g_idx, one entry per column."""
+        if self.g_idx is None:
+            return self.scale, self.group_size
+        return self._spread(self.scale.float(), q_down.shape[1]).contiguous(), 1
+
+    def soft_weight(self, q_down: Tensor, frac: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Grid.soft_weight`; through the op `soft_weight` wherever that gives the served bits at the ends."""
+        scale, zero, group_size = self.scale, self.zero_point, self.group_size
+        if frac.dtype == torch.float64 and scale.dtype not in _SHORT:
+            return super().soft_weight(q_down, frac, dtype)
+        if self.g_idx is not None:
+            scale = self._spread(scale, frac.shape[1]).contiguous()
+            zero = None if zero is None else self._spread(zero, frac.shape[1]).contiguous()
+            group_size = 1
+        elif scale.dtype == torch.float16:
+            scale = scale.float()  # exact, and a dtype that every kernel covers
+        return soft_weight(
+            q_down, frac, scale, zero, num_bits=self.num_bits, group_size=group_size, dtype=dtype
+        )
+
+    def columns(self, order: Tensor) -> Columns:
+        """See `Grid.columns`."""
+        step = self._spread(self.scale.double(), len(order))[:, order]
+        if self.zero_point is None:
+            zero = torch.full_like(step, 2.0 ** (self.num_bits - 1))
+        else:
+            zero = self._spread(self.zero_point.double(), len(order))[:, order]
+        return LinearColumns(step, zero, None, self.max_code)

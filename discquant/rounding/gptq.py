@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from discquant.grids import Grid
-from discquant.ops import expand_groups
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
@@ -46,7 +45,7 @@ def gptq(
     Args:
         weight: Floating, [out_features, in_features].
         hessian: X^T X (any positive multiple), floating, [in_features, in_features].
-        grid: Uniform grid of this weight.
+        grid: Grid of this weight.
         damp: Share of the mean diagonal added to it.
         act_order: Solve columns of large diagonal first.
         block_size: Columns whose updates are applied together.
@@ -76,20 +75,15 @@ def gptq(
     )
     order = order.to(weight.device)
     factor = _inverse_factor(hessian[order][:, order], damp)
-    step = expand_groups(grid.scale.double(), grid.group_size, columns)[:, order]
-    if grid.zero_point is None:
-        zero = torch.full_like(step, 2.0 ** (grid.num_bits - 1))
-    else:
-        zero = expand_groups(grid.zero_point.double(), grid.group_size, columns)[:, order]
-    max_code = 2**grid.num_bits - 1
+    levels = grid.columns(order)
     work = weight.double()[:, order].clone()
     q = torch.empty_like(work)
     for begin in range(0, columns, block_size):
         end = min(begin + block_size, columns)
         errors = torch.zeros(rows, end - begin, dtype=torch.float64, device=weight.device)
         for j in range(begin, end):
-            q[:, j] = torch.round(work[:, j] / step[:, j] + zero[:, j]).clamp_(0, max_code)
-            error = (work[:, j] - step[:, j] * (q[:, j] - zero[:, j])) / factor[j, j]
+            q[:, j], served = levels.nearest(j, work[:, j])
+            error = (work[:, j] - served) / factor[j, j]
             work[:, j + 1 : end] -= error.unsqueeze(1) * factor[j, j + 1 : end]
             errors[:, j - begin] = error
         work[:, end:] -= errors @ factor[begin:end, end:]

@@ -194,7 +194,7 @@ def test_rejects_bad_input() -> None:
     with pytest.raises(ValueError, match="magnitude"):
         place_grid(torch.full((1, 8), 1e6), GridConfig())
     with pytest.raises(ValueError, match="scale"):
-        UniformGrid(4, -1, True, torch.zeros(1, 1))
+        UniformGrid(4, -1, True, torch.full((1, 1), torch.inf))
     with pytest.raises(ValueError, match="zero_point"):
         UniformGrid(4, -1, False, torch.ones(1, 1))
     for bad in ({"bits": 1}, {"bits": 9}, {"group_size": 0}, {"group_size": 33}, {"grid": "best"}):
