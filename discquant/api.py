@@ -23,6 +23,7 @@ from discquant.solver.chain import Chain, DecoderChain, ModuleChain
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.solve import TokenRows, lay_grids, solve
 from discquant.solver.solver import Solver, StepRecord
+from discquant.solver.usage import unseen_experts
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Quantized:
         grids: Grid of each module.
         served: Dtype to which served weights are rounded.
         records: Record of every step (empty for layer-wise methods).
+        unseen: Expert matrices that no calibration token reached; they are rounded to nearest.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Quantized:
     grids: Mapping[str, Grid]
     served: torch.dtype
     records: tuple[StepRecord, ...]
+    unseen: frozenset[str] = frozenset()
 
     def layers(self) -> Iterator[QuantizedLinear]:
         """Yield codes with their grids, as `discquant.formats` takes them."""
@@ -65,7 +68,7 @@ def _run(
     if config.method != "discquant":
         batches = rows.batches(range(min(config.gptq_samples, len(rows))))
         codes = layerwise_codes(chain, grids, batches, config.method, damp=config.gptq_damp, served=served)
-        return Quantized(chain.model, codes, grids, served, ())
+        return Quantized(chain.model, codes, grids, served, (), unseen_experts(chain, batches))
     records: list[StepRecord] = []
 
     def note(solver: Solver, record: StepRecord) -> None:
@@ -74,7 +77,7 @@ def _run(
             on_step(record)
 
     finished = solve(chain, grids, rows, config, note, served=served)
-    return Quantized(chain.model, finished.codes(), grids, served, tuple(records))
+    return Quantized(chain.model, finished.codes(), grids, served, tuple(records), finished.unseen)
 
 
 def quantize(

@@ -214,19 +214,25 @@ def apply_layers(
     Raises:
         CheckpointError: A layer does not exist in the model or has another shape.
     """
+    from discquant.solver.experts import expert_refs
+
+    # Experts are fused in memory and separate in the checkpoint, whose names the layers bear.
+    experts = {ref.name: ref for ref in expert_refs(model, model, "", lambda name: True, strict=False)}
     for layer in layers:
-        try:
-            module = model.get_submodule(layer.name)
-        except AttributeError as error:
-            raise CheckpointError(f"run: the model has no module {layer.name}") from error
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        if layer.name in experts:
+            ref = experts[layer.name]
+            weight = ref.view(ref.parameter)
+        else:
+            try:
+                weight = model.get_submodule(layer.name).weight  # type: ignore[assignment]
+            except AttributeError as error:
+                raise CheckpointError(f"run: the model has no module {layer.name}") from error
         value = layer.dequantize(served).to(weight.dtype)
         if value.numel() != weight.numel():
             raise CheckpointError(
                 f"run: {layer.name} has {list(weight.shape)} in the model, {list(value.shape)} in codes"
             )
-        weight.copy_(value.view(weight.shape))
+        weight.copy_(value.reshape(weight.shape))
     return model
 
 

@@ -166,6 +166,9 @@ def _layers(summary: dict[str, Any]) -> list[str]:
     ]
     share = moved / max(1, weights)
     head = f"{moved:,} of {weights:,} weights ({share:.2%}) are rounded away from their nearest grid point."
+    unseen = summary.get("experts_unseen") or []
+    if unseen:
+        head += f" {len(unseen)} expert matrices saw no calibration token and stay at nearest: `{unseen[0]}`, for one."
     return [
         "## Layers",
         "",

@@ -138,6 +138,8 @@ def summarize_run(
         summary["frac_histogram"] = {"edges": edges, "start": start, "end": frac_histogram(solve)}
         summary["state_bytes_per_weight"] = _state_bytes(solve)
         summary["kl_before_rounding"] = _soft_kl(solve, held)
+        if solve.unseen:
+            summary["experts_unseen"] = sorted(solve.unseen)
     return summary
 
 

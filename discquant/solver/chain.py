@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from discquant.solver.experts import expert_refs, settle_kernel
+from discquant.solver.weight_ref import WeightRef as WeightRef
+
 
 class BlockCall(NamedTuple):
     """Arguments a block gets besides its input; they do not depend on the hidden state."""
@@ -47,23 +50,6 @@ class Head:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
-
-
-@dataclass(frozen=True)
-class WeightRef:
-    """One weight to quantize: `param_name` within its block, `name` of its module within the model."""
-
-    name: str
-    param_name: str
-    parameter: nn.Parameter
-
-    def matrix(self) -> Tensor:
-        """Return the weight as [out_features, in_features]; a convolution kernel is flattened per output."""
-        return self.parameter.detach().flatten(1)
-
-    def shaped(self, matrix: Tensor) -> Tensor:
-        """Return a matrix in the shape of the parameter."""
-        return matrix.view(self.parameter.shape)
 
 
 @contextlib.contextmanager
@@ -116,6 +102,7 @@ class Chain:
     head: Head | None
 
     def _collect(self, ignore: Sequence[str]) -> None:
+        settle_kernel(self.model)
         self.weights = []
         for prefix, block in zip(self.block_names, self.blocks, strict=True):
             refs = []
@@ -124,10 +111,11 @@ class Chain:
                 param_name = f"{local}.weight" if local else "weight"
                 assert isinstance(module.weight, nn.Parameter)
                 refs.append(WeightRef(name, param_name, module.weight))
+            refs += expert_refs(self.model, block, prefix, lambda name: _selected(name, ignore))
             self.weights.append(refs)
-        seen: dict[int, str] = {}
+        seen: dict[tuple[object, ...], str] = {}
         for ref in (ref for refs in self.weights for ref in refs):
-            other = seen.setdefault(id(ref.parameter), ref.name)
+            other = seen.setdefault((id(ref.parameter), ref.part), ref.name)
             if other != ref.name:
                 raise NotImplementedError(
                     f"Chain: {ref.name} and {other} share one weight; ignore one of them"

@@ -13,6 +13,8 @@ from discquant.config import Method
 from discquant.grids import Grid
 from discquant.rounding import gptq, greedy
 from discquant.solver.chain import Chain, Prepared, WeightRef
+from discquant.solver.experts import RoutedInputs
+from discquant.solver.weight_ref import assemble
 
 Progress = Callable[[int, int], None]
 
@@ -55,7 +57,12 @@ class _HessianHook:
         product = (rows.T @ rows).double()
         self.hessian = product if self.hessian is None else self.hessian + product
 
+    def gathered(self, ref: WeightRef) -> Tensor | None:
+        """Return X^T X of a weight's inputs, None where no token came."""
+        return self.hessian
+
     def remove(self) -> None:
+        """Stop watching."""
         self._handle.remove()
 
 
@@ -69,8 +76,21 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int]:
     return conv.padding[0], conv.padding[1]
 
 
-def _modules(chain: Chain, refs: Sequence[WeightRef]) -> dict[str, nn.Module]:
-    return {ref.name: chain.model.get_submodule(ref.name) if ref.name else chain.model for ref in refs}
+def _watch(chain: Chain, refs: Sequence[WeightRef], strict: bool) -> dict[str, _HessianHook | RoutedInputs]:
+    """Hook every layer of a block, by the name of its weight; the matrices of one experts module share a hook."""
+    hooks: dict[str, _HessianHook | RoutedInputs] = {}
+    routed: dict[str, RoutedInputs] = {}
+    for ref in refs:
+        if ref.part is None:
+            module = chain.model.get_submodule(ref.name) if ref.name else chain.model
+            hooks[ref.name] = _HessianHook(module, strict)
+            continue
+        owner = ref.part.owner
+        if owner not in routed:
+            members = [other for other in refs if other.part is not None and other.part.owner == owner]
+            routed[owner] = RoutedInputs(chain.model.get_submodule(owner), members, hessians=True)
+        hooks[ref.name] = routed[owner]
+    return hooks
 
 
 def rtn_codes(chain: Chain, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
@@ -113,7 +133,7 @@ def layerwise_codes(
     hidden = [batch.hidden for batch in batches]
     codes: dict[str, Tensor] = {}
     for index, refs in enumerate(chain.weights):
-        hooks = {name: _HessianHook(module, strict) for name, module in _modules(chain, refs).items()}
+        hooks = _watch(chain, refs, strict)
         try:
             for h, batch in zip(hidden, batches, strict=True):
                 for hook in hooks.values():
@@ -122,9 +142,8 @@ def layerwise_codes(
         finally:
             for hook in hooks.values():
                 hook.remove()
-        weights: dict[str, Tensor] = {}
         for ref in refs:
-            hessian, grid = hooks[ref.name].hessian, grids[ref.name]
+            hessian, grid = hooks[ref.name].gathered(ref), grids[ref.name]
             matrix = ref.matrix()
             if hessian is None:  # never reached by a token: nothing to learn from
                 codes[ref.name] = grid.nearest(matrix)
@@ -132,9 +151,10 @@ def layerwise_codes(
                 codes[ref.name] = gptq(matrix, hessian, grid, damp=damp)
             else:
                 codes[ref.name] = greedy(matrix, hessian, grid, damp=damp)
-            weights[ref.param_name] = ref.shaped(grid.dequantize(codes[ref.name], served)).to(
-                ref.parameter.dtype
-            )
+        products = (
+            grids[ref.name].dequantize(codes[ref.name], served).to(ref.parameter.dtype) for ref in refs
+        )
+        weights = assemble(refs, products)
         hidden = [
             chain.run_block(index, h, batch.calls[index], weights)
             for h, batch in zip(hidden, batches, strict=True)

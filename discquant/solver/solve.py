@@ -17,6 +17,8 @@ from discquant.solver.measure import mean_kl
 from discquant.solver.schedule import GainControl, resolve
 from discquant.solver.solver import Solver, StepRecord, row_order
 from discquant.solver.state import WeightState
+from discquant.solver.usage import unseen_experts
+from discquant.solver.weight_ref import assemble
 
 # Placement policy: what may be kept instead of recomputed. Neither changes a bit of the result.
 KEEP_GRAPH_BYTES = 3 << 30
@@ -51,6 +53,11 @@ class TokenRows:
         """Compute the teacher's last block output of every row once, in a fixed order."""
         parts = [self.chain.teacher_output(batch) for batch in self.batches(range(len(self)))]
         self._teacher = torch.cat(parts)
+
+    def stream(self) -> Iterator[Prepared]:
+        """Yield micro-batches of all rows, made one at a time."""
+        for begin in range(0, len(self), self.micro_batch):
+            yield from self.batches(range(begin, min(begin + self.micro_batch, len(self))))
 
     def batches(self, rows: Sequence[int]) -> list[Prepared]:
         """Return micro-batches of the given rows, in order."""
@@ -124,7 +131,11 @@ def start_positions(
 
 def activation_bytes(chain: Chain, tokens: int) -> int:
     """Estimate what autograd keeps for all blocks: three float32 copies of every linear output."""
-    outputs = sum(ref.parameter.shape[0] for refs in chain.weights for ref in refs)
+    outputs = sum(
+        ref.parameter.shape[0] if ref.part is None else ref.part.end - ref.part.begin
+        for refs in chain.weights
+        for ref in refs
+    )
     return outputs * tokens * 4 * 3
 
 
@@ -161,6 +172,7 @@ class Solve:
             hidden = chain.head.weight.shape[1] if chain.head is not None else 0
             if 0 < len(rows) * rows.input_ids.shape[1] * hidden * 4 <= KEEP_TEACHER_BYTES:
                 rows.remember_teacher()
+        self.unseen = unseen_experts(chain, rows.stream())
         # Where the solve started from; also the GPTQ baseline. A resumed run brings those of its beginning.
         self.start_codes = start_codes
         if options.start == "gptq" and start_codes is None:
@@ -182,6 +194,7 @@ class Solve:
                         ref.matrix(),
                         start,
                         anchored=options.start == "gptq",
+                        frozen=ref.name in self.unseen,
                         state=options.state,
                         optimizer=options.optimizer,
                         wide=wide,
@@ -214,10 +227,10 @@ class Solve:
         dtype = getattr(torch, self.config.solver.compute_dtype)
 
         def served(index: int) -> dict[str, Tensor]:
-            return {
-                ref.param_name: ref.shaped(grids[ref.name].dequantize(codes[ref.name], self.served).to(dtype))
-                for ref in self.chain.weights[index]
-            }
+            refs = self.chain.weights[index]
+            return assemble(
+                refs, (grids[r.name].dequantize(codes[r.name], self.served).to(dtype) for r in refs)
+            )
 
         return mean_kl(self.chain, served, self.rows.batches(range(min(START_KL_ROWS, len(self.rows)))))
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from discquant.solver.chain import Chain, Prepared
 from discquant.solver.gradients import block_gradients
 from discquant.solver.schedule import GainControl, moment_bound, settings
 from discquant.solver.state import WeightState
+from discquant.solver.weight_ref import assemble, first_not_finite, take_matrices
 
 
 @dataclass(frozen=True)
@@ -88,26 +89,20 @@ class Solver:
     def student(self, index: int) -> dict[str, Tensor]:
         """Return the interpolated weights of a block by parameter name."""
         refs = self.chain.weights[index]
-        return {
-            ref.param_name: ref.shaped(state.soft_weight(self.served).to(self.dtype))
-            for ref, state in zip(refs, self.states[index], strict=True)
-        }
+        return assemble(refs, (state.soft_weight(self.served).to(self.dtype) for state in self.states[index]))
 
     def rounded(self, index: int) -> dict[str, Tensor]:
         """Return the weights of a block with `frac` rounded."""
         refs = self.chain.weights[index]
-        return {
-            ref.param_name: ref.shaped(state.hard_weight(self.served).to(self.dtype))
-            for ref, state in zip(refs, self.states[index], strict=True)
-        }
+        return assemble(refs, (state.hard_weight(self.served).to(self.dtype) for state in self.states[index]))
 
-    def _checked(self, index: int, grads: Mapping[str, Tensor]) -> None:
-        for ref in self.chain.weights[index]:
-            if not bool(torch.isfinite(grads[ref.param_name]).all()):
-                raise NonFiniteGradientError(
-                    f"solver: the gradient of {ref.name} must be finite, got NaN or Inf at step "
-                    f"{self.step_number + 1}; its state is unchanged"
-                )
+    def _checked(self, index: int, grads: dict[str, Tensor]) -> None:
+        name = first_not_finite(self.chain.weights[index], grads)
+        if name is not None:
+            raise NonFiniteGradientError(
+                f"solver: the gradient of {name} must be finite, got NaN or Inf at step "
+                f"{self.step_number + 1}; its state is unchanged"
+            )
 
     def step(self, batches: Sequence[Prepared]) -> StepRecord:
         """Take one step on the mean loss over `batches`.
@@ -124,12 +119,13 @@ class Solver:
         def take(index: int, grads: dict[str, Tensor]) -> None:
             nonlocal live, fractional, moved, saturated
             self._checked(index, grads)
-            for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
+            refs = self.chain.weights[index]
+            for grad, state in zip(take_matrices(refs, grads), self.states[index], strict=True):
                 gap, group_size = state.grid.gap(state.codes_down())
                 counts = projected_step_(
                     state.frac,
                     state.anchor,
-                    grads.pop(ref.param_name).flatten(1),
+                    grad,
                     gap,
                     group_size=group_size,
                     options=StepOptions(
@@ -188,18 +184,21 @@ class Solver:
         samples: list[Tensor] = []
 
         def sink(index: int, grads: dict[str, Tensor]) -> None:
-            for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
-                grad = grads.pop(ref.param_name).flatten(1).float()
+            refs = self.chain.weights[index]
+            for matrix, state in zip(take_matrices(refs, grads), self.states[index], strict=True):
+                grad = matrix.float()
                 gap, group_size = state.grid.gap(state.codes_down())
                 flat = (grad * expand_groups(gap.float(), group_size, grad.shape[1])).abs()[state.live()]
                 samples.append(flat[:: max(1, flat.numel() // 65536)].clone())
 
         def nearest(index: int) -> dict[str, Tensor]:
-            weights = {}
-            for ref, state in zip(self.chain.weights[index], self.states[index], strict=True):
-                q = state.grid.nearest(ref.matrix())
-                weights[ref.param_name] = ref.shaped(state.grid.dequantize(q, self.served).to(self.dtype))
-            return weights
+            refs = self.chain.weights[index]
+            grids = [state.grid for state in self.states[index]]
+            served = (
+                grid.dequantize(grid.nearest(ref.matrix()), self.served).to(self.dtype)
+                for ref, grid in zip(refs, grids, strict=True)
+            )
+            return assemble(refs, served)
 
         block_gradients(self.chain, nearest, batches, sink, loss=self.config.loss)
         pooled = torch.cat(samples) if samples else torch.ones(1)

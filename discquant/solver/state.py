@@ -55,6 +55,7 @@ class WeightState:
         start: Tensor | None,
         *,
         anchored: bool = False,
+        frozen: bool = False,
         state: StateFormat,
         optimizer: OptimizerName,
         wide: torch.dtype = torch.float32,
@@ -67,11 +68,14 @@ class WeightState:
             weight: Original weight, floating, [out_features, in_features].
             start: Where `frac` starts, floating, same shape, cut to [0, 1]; None is the weight's own position.
             anchored: The linear term prefers `start` instead of the weight's own position.
+            frozen: Every coordinate stays at nearest (an expert that no token reaches).
             state: Width.
             optimizer: Decides which moments exist.
             wide: Dtype of the wide state.
         """
         q_down, frac_ref = grid.neighbours(weight)
+        if frozen:  # as if every weight lay on the grid, at its nearest point
+            frac_ref = (frac_ref > 0.5).to(frac_ref.dtype)
         self.name = name
         self.grid = grid
         self.shape = tuple(weight.shape)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture-of-experts blocks: fused [experts, rows, columns] parameters as matrices under their checkpoint names.
+
+`transformers` joins the per-expert matrices of a checkpoint when it loads it. Its own conversion tells where each went;
+the router is no linear layer of a known kind and stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discquant.solver.weight_ref import Part, WeightRef
+
+_FUSED = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def _fused_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Yield (module name, module, parameter name, parameter) of every fused expert weight below `root`."""
+    for name, module in root.named_modules():
+        for key in _FUSED:
+            parameter = module._parameters.get(key)
+            if parameter is not None and parameter.dim() == 3:
+                yield name, module, key, parameter
+
+
+def _checkpoint_parts(model: nn.Module, name: str, shape: torch.Size, transposed: bool) -> dict[str, Part]:
+    """Return where each checkpoint tensor of a fused parameter lies in it, by the checkpoint's name.
+
+    The library's reverse conversion is applied to numbered rows: what comes out as one tensor names its rows.
+    A checkpoint that holds the parameter fused as well gives one matrix per expert, under `<name>.<expert>`.
+    """
+    owner = name.rpartition(".")[0]
+    experts, rows = shape[0], shape[2] if transposed else shape[1]
+    key = name.rpartition(".")[2]
+    fused = {f"{owner}.{e}.{key}": Part(owner, e, 0, rows, transposed) for e in range(experts)}
+    if transposed or not hasattr(model, "config"):
+        return fused
+    from transformers.core_model_loading import revert_weight_conversion
+
+    numbers = torch.arange(experts * rows).view(experts, rows, 1)
+    found: dict[str, Part] = {}
+    for stored, tensor in revert_weight_conversion(model, {name: numbers}).items():
+        flat = tensor.flatten()
+        begin, count = int(flat[0]), flat.numel()
+        whole = count > rows or not stored.endswith(".weight")
+        if whole or not torch.equal(flat, torch.arange(begin, begin + count)):
+            return fused
+        at = begin % rows
+        found[stored.removesuffix(".weight")] = Part(owner, begin // rows, at, at + count, False)
+    return found
+
+
+def settle_kernel(model: nn.Module) -> None:
+    """Let a float64 model loop over its experts: the library's grouped product takes at most float32."""
+    first = next(model.parameters(), None)
+    choose = getattr(model, "set_experts_implementation", None)
+    wide = first is not None and first.dtype == torch.float64
+    if choose is not None and wide and next(_fused_parameters(model), None) is not None:
+        choose("eager")
+
+
+def expert_refs(
+    model: nn.Module,
+    root: nn.Module,
+    prefix: str,
+    selected: Callable[[str], bool],
+    *,
+    strict: bool = True,
+) -> list[WeightRef]:
+    """Return the matrices of all fused experts below `root`.
+
+    Args:
+        model: The whole model; knows how its checkpoint is laid out.
+        root: A block of it.
+        prefix: The block's name in the model, "" for the model itself.
+        selected: Whether a module of this name is to be quantized; asked for the checkpoint's name and the fused one.
+        strict: Refuse experts whose orientation is not declared; otherwise they are passed over.
+
+    Returns:
+        Refs in the order of experts.
+
+    Raises:
+        NotImplementedError: Fused experts whose orientation is not declared.
+    """
+    refs: list[WeightRef] = []
+    for local, module, key, parameter in _fused_parameters(root):
+        owner = ".".join(part for part in (prefix, local) if part)
+        name = f"{owner}.{key}"
+        if not (selected(owner) and selected(name)):
+            continue
+        transposed = getattr(module, "is_transposed", None)
+        if not isinstance(transposed, bool) and not strict:
+            continue
+        if not isinstance(transposed, bool):
+            raise NotImplementedError(
+                f"Chain: {name} fuses experts in a way that {type(module).__name__} does not declare; "
+                f"leave it alone with --ignore {owner.rpartition('.')[2]}"
+            )
+        param_name = f"{local}.{key}" if local else key
+        parts = _checkpoint_parts(model, name, parameter.shape, transposed)
+        ordered = sorted(parts.items(), key=lambda item: (item[1].expert, item[1].begin))
+        refs += [WeightRef(found, param_name, parameter, part) for found, part in ordered if selected(found)]
+    return refs
+
+
+class RoutedInputs:
+    """Watches one experts module: tokens per expert, and X^T X of what each expert's matrices really get."""
+
+    def __init__(self, module: nn.Module, refs: Sequence[WeightRef], *, hessians: bool) -> None:
+        """Start watching.
+
+        Args:
+            module: The experts module, called with (hidden_states, top_k_index, top_k_weights).
+            refs: Its matrices.
+            hessians: Also gather X^T X, rows weighted by the router's weight, which scales the expert's output.
+        """
+        self.module: Any = module
+        self.mask: Tensor | None = None
+        self.tokens: dict[int, int] = {}
+        self._sums: dict[tuple[int, bool], Tensor] = {}
+        self._hessians = hessians
+        self._inner = any(ref.param_name.endswith("down_proj") for ref in refs)
+        self._handle = module.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def gathered(self, ref: WeightRef) -> Tensor | None:
+        """Return X^T X of a matrix's inputs, float64, [in_features, in_features]; None where no token came."""
+        assert ref.part is not None
+        return self._sums.get((ref.part.expert, ref.param_name.endswith("down_proj")))
+
+    def _project(self, key: str, expert: int, rows: Tensor) -> Tensor:
+        weight = getattr(self.module, key)[expert].detach()
+        bias = getattr(self.module, f"{key}_bias")[expert].detach() if self.module.has_bias else None
+        return nn.functional.linear(rows, weight.T if self.module.is_transposed else weight, bias)
+
+    def _inside(self, expert: int, rows: Tensor) -> Tensor:
+        """Return what the expert's down projection gets, in the model's own activation."""
+        if self.module.has_gate:
+            gated: Tensor = self.module._apply_gate(self._project("gate_up_proj", expert, rows))
+            return gated
+        plain: Tensor = self.module.act_fn(self._project("up_proj", expert, rows))
+        return plain
+
+    def _add(self, expert: int, inner: bool, rows: Tensor) -> None:
+        wide = rows.float()
+        product = (wide.T @ wide).double()
+        key = (expert, inner)
+        self._sums[key] = self._sums[key].add_(product) if key in self._sums else product
+
+    @torch.no_grad()
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = [*args, *kwargs.values()]
+        hidden, chosen, weights = values[0].flatten(0, -2), values[1], values[2]
+        counted = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        if self.mask is not None and self.mask.numel() == hidden.shape[0]:
+            counted = self.mask.flatten().to(hidden.device)
+        chosen = torch.where(counted.unsqueeze(1), chosen, torch.full_like(chosen, -1))
+        for expert in chosen.unique().tolist():
+            if expert < 0 or expert >= self.module.num_experts:
+                continue
+            token, place = torch.where(chosen == expert)
+            self.tokens[expert] = self.tokens.get(expert, 0) + token.numel()
+            if not self._hessians:
+                continue
+            rows, strength = hidden[token], weights[token, place].unsqueeze(1)
+            self._add(expert, False, rows * strength)
+            if self._inner:
+                self._add(expert, True, self._inside(expert, rows) * strength)
+
+    def remove(self) -> None:
+        """Stop watching."""
+        self._handle.remove()

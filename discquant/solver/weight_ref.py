@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One weight matrix to quantize: a whole parameter, or one expert's rows of a fused three-dimensional one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Part(NamedTuple):
+    """Where a matrix lies in a fused parameter: rows `begin` to `end` of expert `expert`.
+
+    `owner` is the module that holds the parameter; `transposed` says that it stores [in_features, out_features].
+    """
+
+    owner: str
+    expert: int
+    begin: int
+    end: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """One weight to quantize: `param_name` within its block, `name` of its module in the checkpoint.
+
+    An ordinary layer is named in the model as in its checkpoint. Several matrices may share one fused parameter; each
+    then has a `part`.
+    """
+
+    name: str
+    param_name: str
+    parameter: nn.Parameter
+    part: Part | None = None
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return this weight's matrix within a tensor of the parameter's shape, [out_features, in_features].
+
+        A view wherever the layout allows one; the kernel of a convolution is flattened per output.
+        """
+        if self.part is None:
+            return tensor.flatten(1)
+        matrix = tensor[self.part.expert]
+        return (matrix.T if self.part.transposed else matrix)[self.part.begin : self.part.end]
+
+    def matrix(self) -> Tensor:
+        """Return the weight as a contiguous [out_features, in_features]."""
+        return self.view(self.parameter.detach()).contiguous()
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        """Return a matrix in the shape of the parameter; only for a parameter that is one matrix."""
+        return matrix.view(self.parameter.shape)
+
+
+def assemble(refs: Sequence[WeightRef], matrices: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Join matrices to parameters, as blocks take them.
+
+    Args:
+        refs: Weights of one block.
+        matrices: Their values in the same order, floating, [out_features, in_features].
+
+    Returns:
+        Value by parameter name; what no ref covers of a fused parameter keeps its own value.
+    """
+    whole: dict[str, Tensor] = {}
+    for ref, matrix in zip(refs, matrices, strict=True):
+        if ref.part is None:
+            whole[ref.param_name] = ref.shaped(matrix)
+            continue
+        if ref.param_name not in whole:
+            own = ref.parameter.detach()
+            whole[ref.param_name] = own.to(device=matrix.device, dtype=matrix.dtype, copy=True)
+        ref.view(whole[ref.param_name]).copy_(matrix)
+    return whole
+
+
+def take_matrices(refs: Sequence[WeightRef], values: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Yield each ref's contiguous matrix of `values`, dropping a parameter's value after its last matrix."""
+    last = {ref.param_name: place for place, ref in enumerate(refs)}
+    for place, ref in enumerate(refs):
+        whole = values.pop(ref.param_name) if last[ref.param_name] == place else values[ref.param_name]
+        yield ref.view(whole).contiguous()
+
+
+def first_not_finite(refs: Sequence[WeightRef], values: dict[str, Tensor]) -> str | None:
+    """Return the name of the first ref whose value holds NaN or Inf, None where all are finite."""
+    bad = {name for name, value in values.items() if not bool(torch.isfinite(value).all())}
+    for ref in refs:
+        if ref.param_name in bad and not bool(torch.isfinite(ref.view(values[ref.param_name])).all()):
+            return ref.name
+    return None

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture-of-experts blocks: fused expert parameters are exact, named as in the checkpoint, quantized end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from discquant.api import quantize
+from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.solver.chain import DecoderChain
+from discquant.solver.experts import RoutedInputs
+from discquant.solver.gradients import block_gradients
+from discquant.solver.layerwise import layerwise_codes
+from discquant.solver.solve import TokenRows, lay_grids
+from discquant.solver.weight_ref import assemble, take_matrices
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4, "intermediate_size": 24},
+    "Qwen3Moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "intermediate_size": 48,
+        "mlp_only_layers": [0],
+    },
+    "GptOss": {
+        "num_local_experts": 4,
+        "intermediate_size": 24,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+}
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Any:
+    """Return a random model whose router decides sharply."""
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **FAMILIES[family], **changed})
+    torch.manual_seed(5)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.normal_(std=0.12)
+            elif "bias" in name:
+                parameter.normal_(std=0.05)
+    return model
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """Return token ids, [4, 12]."""
+    return torch.randint(3, 61, (4, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_matrices_cover_the_fused_parameters(family: str) -> None:
+    """Every entry of a fused parameter belongs to exactly one matrix; putting them together gives it back."""
+    chain = DecoderChain(build(family))
+    for refs in chain.weights:
+        whole = assemble(refs, (torch.full(ref.matrix().shape, float(n + 1)) for n, ref in enumerate(refs)))
+        for name, value in whole.items():
+            members = [n for n, ref in enumerate(refs) if ref.param_name == name]
+            numbers, counts = value.unique(return_counts=True)
+            assert numbers.tolist() == [float(n + 1) for n in members]
+            assert counts.tolist() == [refs[n].matrix().numel() for n in members]
+        again = assemble(refs, take_matrices(refs, {ref.param_name: ref.parameter.detach() for ref in refs}))
+        for ref in refs:
+            assert torch.equal(again[ref.param_name], ref.parameter)
+    routers = [
+        ref.name
+        for refs in chain.weights
+        for ref in refs
+        if "router" in ref.name or ref.name.endswith(".gate")
+    ]
+    assert not routers
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_names_are_the_checkpoints(family: str, tmp_path: Path) -> None:
+    """Names and values of the matrices are those of the per-expert tensors that a checkpoint holds."""
+    from safetensors.torch import load_file
+
+    model = build(family)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for reopened in (model, type(model).from_pretrained(tmp_path)):
+        refs = [ref for block in DecoderChain(reopened).weights for ref in block]
+        for ref in refs:
+            assert torch.equal(ref.matrix(), stored[f"{ref.name}.weight"]), ref.name
+        assert sum(".experts." in ref.name for ref in refs) == sum(".experts." in name for name in stored) > 0
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_gradients_equal_autograd(family: str, keep_graph: bool, ids: Tensor) -> None:
+    """Block by block = whole model, for every expert's matrix, also those that a micro-batch does not reach."""
+    model = build(family, torch.float64)
+    chain = DecoderChain(
+        model
+    )  # also lets the float64 experts run, which the library's grouped product cannot
+    generator = torch.Generator().manual_seed(11)
+    student = [
+        {
+            name: value * (1 + 0.2 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+            for name, value in {ref.param_name: ref.parameter.detach() for ref in refs}.items()
+        }
+        for refs in chain.weights
+    ]
+    leaves = [{key: value.clone().requires_grad_() for key, value in block.items()} for block in student]
+    flat = {
+        f"{prefix}.{key}": value
+        for prefix, block in zip(chain.block_names, leaves, strict=True)
+        for key, value in block.items()
+    }
+    log_p = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    log_q = functional_call(model, flat, (), {"input_ids": ids, "use_cache": False}).logits.log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    expected.backward()
+
+    found: dict[tuple[int, str], Tensor] = {}
+    batches = TokenRows(chain, ids, None, 1).batches(range(4))
+    value = block_gradients(
+        chain,
+        lambda index: student[index],
+        batches,
+        lambda index, grads: found.update({(index, name): grad for name, grad in grads.items()}),
+        keep_graph=keep_graph,
+    )
+    assert abs(value - expected.item()) <= 64 * torch.finfo(torch.float64).eps * max(1.0, expected.item())
+    for index, block in enumerate(leaves):
+        for name, leaf in block.items():
+            wanted = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            limit = 1e4 * torch.finfo(torch.float64).eps * float(wanted.abs().max())
+            assert float((found[index, name] - wanted).abs().max()) <= limit, name
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_hessian_is_that_of_the_routed_tokens(family: str, ids: Tensor) -> None:
+    """X^T X of both projections against a loop over tokens that asks the experts module itself."""
+    model = build(family, torch.float64)
+    chain = DecoderChain(model)
+    index = len(chain.blocks) - 1
+    refs = [ref for ref in chain.weights[index] if ref.part is not None]
+    assert refs[0].part is not None
+    module = model.get_submodule(refs[0].part.owner)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    spy = module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    watch = RoutedInputs(module, refs, hessians=True)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, -3:] = False
+    watch.mask = mask
+    (batch,) = TokenRows(chain, ids, mask, 4).batches(range(4))
+    chain.teacher_output(batch)
+    spy.remove()
+    watch.remove()
+    hidden, chosen, weights = (value.detach() for value in seen[0])
+    hidden = hidden.flatten(0, -2)
+    for ref in refs:
+        assert ref.part is not None
+        want = torch.zeros(ref.matrix().shape[1], ref.matrix().shape[1], dtype=torch.float64)
+        count = 0
+        for token in mask.flatten().nonzero().flatten().tolist():
+            for place in range(chosen.shape[1]):
+                if int(chosen[token, place]) != ref.part.expert:
+                    continue
+                count += 1
+                row = hidden[token]
+                if ref.param_name.endswith("down_proj"):
+                    gate_up = module.gate_up_proj[ref.part.expert].detach()
+                    pre = row @ (gate_up if module.is_transposed else gate_up.T)
+                    if module.has_bias:
+                        pre = pre + module.gate_up_proj_bias[ref.part.expert].detach()
+                    row = module._apply_gate(pre)
+                scaled = (row * weights[token, place]).float().double()
+                want += torch.outer(scaled, scaled)
+        assert watch.tokens.get(ref.part.expert, 0) == count
+        found = watch.gathered(ref)
+        if count == 0:
+            assert found is None
+            continue
+        assert found is not None
+        limit = 64 * torch.finfo(torch.float32).eps * float(want.abs().max())
+        assert float((found - want).abs().max()) <= limit, ref.name
+
+
+@pytest.mark.parametrize("method", ["rtn", "greedy", "gptq", "discquant"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_method_rounds_experts(family: str, method: str, ids: Tensor) -> None:
+    """Codes of every expert's matrix; applied, the model's experts hold exactly what the codes say."""
+    model = build(family)
+    config = QuantizeConfig(
+        grid=GridConfig(bits=4, group_size=8),
+        method=method,  # type: ignore[arg-type]
+        solver=SolverConfig(iters=2, batch_size=2, micro_batch=2, warmup=1),
+        gptq_samples=2,
+    )
+    done = quantize(model, config=config, calibration=ids)
+    refs = {ref.name: ref for block in DecoderChain(model).weights for ref in block}
+    assert refs.keys() == done.codes.keys()
+    done.apply()
+    for name, ref in refs.items():
+        assert torch.equal(ref.matrix(), done.grids[name].dequantize(done.codes[name], done.served)), name
+
+
+@pytest.mark.parametrize("start", ["gptq", "random"])
+def test_unseen_experts_stay_at_nearest(start: str, ids: Tensor) -> None:
+    """An expert that no token reaches is rounded to nearest whatever the start, and is named."""
+    model = build("Mixtral", num_local_experts=16, num_experts_per_tok=1)
+    ids = ids[:1].repeat(4, 1)  # 12 different tokens: 16 experts cannot all be reached
+    config = QuantizeConfig(
+        grid=GridConfig(bits=3, group_size=8),
+        solver=SolverConfig(iters=3, batch_size=2, micro_batch=2, warmup=1, start=start),  # type: ignore[arg-type]
+        gptq_samples=2,
+    )
+    chain = DecoderChain(model)
+    experts = {ref.name: ref for refs in chain.weights for ref in refs if ref.part is not None}
+    chosen = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(
+            lambda _, args, out: chosen.append(set(out[2].flatten().tolist()))
+        )
+    model(input_ids=ids[:1], use_cache=False)
+    unseen = {
+        name
+        for name, ref in experts.items()
+        if ref.part is not None and ref.part.expert not in chosen[int(name.split(".")[2])]
+    }
+    assert len(unseen) >= 2 * 3 * 4
+    done = quantize(model, config=config, calibration=ids)
+    assert set(done.unseen) == unseen
+    for name in unseen:
+        assert torch.equal(done.codes[name], done.grids[name].nearest(experts[name].matrix())), name
+
+
+def test_layerwise_leaves_unseen_experts_at_nearest(ids: Tensor) -> None:
+    """GPTQ of an expert without tokens is rounding to nearest."""
+    model = build("Mixtral", num_local_experts=16, num_experts_per_tok=1)
+    chain = DecoderChain(model)
+    grids = lay_grids(chain, GridConfig(bits=3, group_size=8))
+    batches = TokenRows(chain, ids[:1, :8], None, 1).batches([0])
+    codes = layerwise_codes(chain, grids, batches, "gptq")
+    refs = [ref for block in chain.weights for ref in block if ref.part is not None]
+    same = [torch.equal(codes[ref.name], grids[ref.name].nearest(ref.matrix())) for ref in refs]
+    assert sum(same) >= 2 * 3 * 8, "8 tokens reach at most 8 of 16 experts"
+    assert not all(same)
+
+
+def test_experts_can_be_ignored() -> None:
+    """A pattern leaves single experts, or all of them, alone; what is left is still whole."""
+    model = build("Qwen3Moe")
+    some = DecoderChain(model, ["lm_head", "*.experts.0.*"])
+    names = [ref.name for block in some.weights for ref in block]
+    assert not any(".experts.0." in name for name in names) and any(".experts.1." in name for name in names)
+    refs = some.weights[1]
+    own = assemble(refs, (ref.matrix() for ref in refs))
+    for ref in refs:
+        assert torch.equal(own[ref.param_name], ref.parameter)
+    none = DecoderChain(model, ["lm_head", "experts"])
+    assert not any(".experts." in ref.name for block in none.weights for ref in block)
+
+
+def test_undeclared_orientation_is_refused() -> None:
+    """Fused experts that do not say how they are stored are not guessed at."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 4, 8))
+
+    from discquant.solver.experts import expert_refs
+
+    root = torch.nn.Module()
+    root.experts = Experts()
+    with pytest.raises(NotImplementedError, match=r"block\.experts\.gate_up_proj .* --ignore experts"):
+        expert_refs(root, root, "block", lambda name: True)
+    assert expert_refs(root, root, "block", lambda name: not name.endswith("experts")) == []
