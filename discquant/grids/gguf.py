@@ -109,9 +109,9 @@ def place_q4_k(weight: Tensor, *, search: bool = True) -> AffineGrid:
         found = _affine(values, search, below_zero=True)
         steps, depths = found.scale, -found.minimum
         d = _half(steps.amax(dim=-1, keepdim=True) / SCALE_LEVELS)
-        dmin = (depths.amax(dim=-1, keepdim=True) / SCALE_LEVELS).half().float()
+        dmin = _half(depths.amax(dim=-1, keepdim=True) / SCALE_LEVELS)
         sc = torch.round(steps / d).clamp_(1, SCALE_LEVELS)
-        mn = torch.nan_to_num(torch.round(depths / dmin), nan=0.0, posinf=0.0).clamp_(0, SCALE_LEVELS)
+        mn = torch.round(depths / dmin).clamp_(0, SCALE_LEVELS)
 
         def build(step: int, depth: int) -> tuple[Tensor, Tensor]:
             return (
