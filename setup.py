@@ -189,6 +189,7 @@ def main() -> None:
         # The top-level folder must not be importable as `triton_kernels`: that name belongs to Triton's own project.
         packages=[*find_packages(include=["discquant", "discquant.*"]), "discquant.triton_kernels"],
         package_dir={"discquant.triton_kernels": "triton_kernels"},
+        package_data={"discquant.ops": ["*.json"]},
         ext_modules=[] if build == "none" else [extension],
         cmdclass={"build_ext": NinjaBuild},
     )

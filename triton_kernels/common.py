@@ -154,6 +154,24 @@ def load_grouped(
 
 
 @triton.jit
+def load_slope(
+    scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """d weight / d frac of a tile in ACC: scale, times T[q + 1] - T[q] with a table."""
+    slope = load_grouped(
+        scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
+    )
+    if HAS_TABLE:
+        codes = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED)
+        index = codes.to(tl.int32)
+        lower = tl.load(table_ptr + index).to(ACC)
+        slope = slope * (tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC) - lower)
+    return slope
+
+
+@triton.jit
 def interpolate(
     q, position, step, zero, table_ptr, HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr
 ):

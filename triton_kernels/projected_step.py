@@ -14,21 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import frac_kind, group_mode, load_grouped
+from .common import frac_kind, group_mode, load_slope
 from .step_tile import COUNT_SLOTS, COUNTS, KEYS, OPTIMIZERS, launch_scalars, update_tile
 
 
 @triton.jit(do_not_specialize=KEYS)
 def _projected_step_kernel(
-    frac_ptr, ref_ptr, grad_ptr, scale_ptr, first_ptr, second_ptr, counts_ptr,
+    frac_ptr, ref_ptr, grad_ptr, scale_ptr, first_ptr, second_ptr, q_ptr, table_ptr, counts_ptr,
     out_features, in_features,
     stride_fm, stride_fk, stride_rm, stride_rk, stride_gm, stride_gk, stride_sm, stride_sg,
-    stride_mm, stride_mk, stride_vm, stride_vk,
+    stride_mm, stride_mk, stride_vm, stride_vk, stride_qm, stride_qk,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
     frac_key, first_key, second_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     k0 = tl.program_id(0).to(tl.int64) * BLOCK_K
@@ -37,24 +38,14 @@ def _projected_step_kernel(
     mask_m = offs_m < out_features
     mask = mask_m[:, None] & (offs_k < in_features)[None, :]
     grad = tl.load(grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk, mask=mask, other=0)
-    step = load_grouped(
-        scale_ptr,
-        stride_sm,
-        stride_sg,
-        offs_m,
-        mask_m,
-        k0,
-        in_features,
-        tl.float32,
-        BLOCK_M,
-        BLOCK_K,
-        MODE,
-        GROUP,
-    )
+    slope = load_slope(
+        scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
+        tl.float32, BLOCK_M, BLOCK_K, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
+    )  # fmt: skip
     index = (offs_m[:, None] * in_features + offs_k[None, :] + first_index).to(tl.uint32)
     slot = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % SLOTS
     update_tile(
-        grad.to(tl.float32), step, mask, index,
+        grad.to(tl.float32), slope, mask, index,
         offs_m[:, None] * stride_fm + offs_k[None, :] * stride_fk,
         offs_m[:, None] * stride_rm + offs_k[None, :] * stride_rk,
         offs_m[:, None] * stride_mm + offs_k[None, :] * stride_mk,
@@ -69,10 +60,13 @@ def _projected_step_kernel(
 
 def projected_step_fwd(
     frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor, momentum: Tensor | None,
-    second_moment: Tensor | None, group_size: int, optimizer: str,
+    second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, group_size: int, optimizer: str,
     scalars: Mapping[str, float], keys: Mapping[str, int], block: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch one step in place; return int64 counts [5]: live, fractional, moved, saturated, nan."""
+    """Launch one step in place; return int64 counts [5]: live, fractional, moved, saturated, nan.
+
+    With a table (and then `q_down`) the chain-rule factor is scale * (table[q + 1] - table[q]), else scale.
+    """
     rows, cols = frac.shape
     if frac.numel() == 0:
         return frac.new_zeros(COUNTS, dtype=torch.int64)
@@ -81,14 +75,17 @@ def projected_step_fwd(
     mode, group = group_mode(group_size, cols, block_k)
     first = frac if momentum is None else momentum
     second = frac if second_moment is None else second_moment
+    codes = frac if q_down is None else q_down
     _projected_step_kernel[(triton.cdiv(cols, block_k), triton.cdiv(rows, block_m))](
-        frac, frac_ref, weight_grad, scale, first, second, counts,
+        frac, frac_ref, weight_grad, scale, first, second, codes, scale if table is None else table, counts,
         rows, cols,
         *frac.stride(), *frac_ref.stride(), *weight_grad.stride(), *scale.stride(), *first.stride(), *second.stride(),
+        *codes.stride(),
         *launch_scalars(scalars, keys),
         OPTIMIZER=OPTIMIZERS[optimizer], FRAC_KIND=frac_kind(frac.dtype, False),
         REF_KIND=frac_kind(frac_ref.dtype, True),
         FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8, MODE=mode, GROUP=group,
+        HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
         SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return counts.sum(dim=0)

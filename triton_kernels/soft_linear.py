@@ -25,6 +25,7 @@ from .common import (
     interpolate,
     load_codes,
     load_grouped,
+    load_slope,
 )
 from .step_tile import COUNT_SLOTS, COUNTS, KEYS, OPTIMIZERS, launch_scalars, update_tile
 
@@ -203,15 +204,10 @@ def _soft_linear_dfrac_kernel(
         dy_ptr, x_ptr, offs_n, mask_n, k0, num_tokens, in_features, stride_ym, stride_yn, stride_xm, stride_xk,
         ACC, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    slope = load_grouped(
-        scale_ptr, stride_sm, stride_sg, offs_n, mask_n, k0, in_features, ACC, BLOCK_M, BLOCK_N, MODE, GROUP
-    )
-    if HAS_TABLE:
-        index = load_codes(q_ptr, stride_qm, stride_qk, offs_n, mask_n, k0, in_features, BLOCK_N, PACKED).to(
-            tl.int32
-        )
-        lower = tl.load(table_ptr + index).to(ACC)
-        slope = slope * (tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC) - lower)
+    slope = load_slope(
+        scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_n, mask_n, k0, in_features,
+        ACC, BLOCK_M, BLOCK_N, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
+    )  # fmt: skip
     offs_k = k0 + tl.arange(0, BLOCK_N)
     out = out_ptr + offs_n[:, None] * stride_om + offs_k[None, :] * stride_ok
     tl.store(
@@ -223,15 +219,17 @@ def _soft_linear_dfrac_kernel(
 
 @triton.jit(do_not_specialize=KEYS)
 def _soft_linear_step_kernel(
-    frac_ptr, ref_ptr, dy_ptr, x_ptr, scale_ptr, first_ptr, second_ptr, counts_ptr,
+    frac_ptr, ref_ptr, dy_ptr, x_ptr, scale_ptr, first_ptr, second_ptr, q_ptr, table_ptr, counts_ptr,
     num_tokens, out_features, in_features,
     stride_ym, stride_yn, stride_xm, stride_xk,
     stride_fm, stride_fk, stride_rm, stride_rk, stride_sm, stride_sg, stride_mm, stride_mk, stride_vm, stride_vk,
+    stride_qm, stride_qk,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
     frac_key, first_key, second_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile_n, tile_k = _tile_of(tl.cdiv(out_features, BLOCK_M), tl.cdiv(in_features, BLOCK_N))
@@ -249,12 +247,12 @@ def _soft_linear_step_kernel(
         for quarter in tl.static_range(2):
             first_k = k0 + (half * 2 + quarter) * (BLOCK_N // 4)
             offs_k = first_k + tl.arange(0, BLOCK_N // 4)
-            step = load_grouped(
-                scale_ptr, stride_sm, stride_sg, offs_n, mask_n, first_k, in_features, tl.float32,
-                BLOCK_M, BLOCK_N // 4, MODE, GROUP,
+            slope = load_slope(
+                scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_n, mask_n, first_k,
+                in_features, tl.float32, BLOCK_M, BLOCK_N // 4, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
             )  # fmt: skip
             update_tile(
-                quarters[quarter], step, mask_n[:, None] & (offs_k < in_features)[None, :],
+                quarters[quarter], slope, mask_n[:, None] & (offs_k < in_features)[None, :],
                 (offs_n[:, None] * in_features + offs_k[None, :] + first_index).to(tl.uint32),
                 offs_n[:, None] * stride_fm + offs_k[None, :] * stride_fk,
                 offs_n[:, None] * stride_rm + offs_k[None, :] * stride_rk,
@@ -353,10 +351,10 @@ def soft_linear_dfrac(
 
 def soft_linear_step(
     grad_output: Tensor, x: Tensor, frac: Tensor, frac_ref: Tensor, scale: Tensor, momentum: Tensor | None,
-    second_moment: Tensor | None, group_size: int, optimizer: str, scalars: Mapping[str, float],
-    keys: Mapping[str, int], config: Config,
+    second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, group_size: int, optimizer: str,
+    scalars: Mapping[str, float], keys: Mapping[str, int], config: Config,
 ) -> Tensor:  # fmt: skip
-    """Launch the step on the gradient dY^T x, in place; return int64 counts [5] as projected_step_fwd."""
+    """Launch the step on the gradient dY^T x, in place; return int64 counts [5]; see projected_step_fwd."""
     tokens, (rows, cols) = x.shape[0], frac.shape
     if frac.numel() == 0:
         return frac.new_zeros(COUNTS, dtype=torch.int64)
@@ -364,14 +362,16 @@ def soft_linear_step(
     mode, group = group_mode(group_size, cols, config.block_n // 4)
     first = frac if momentum is None else momentum
     second = frac if second_moment is None else second_moment
+    codes = frac if q_down is None else q_down
     _soft_linear_step_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),)](
-        frac, frac_ref, grad_output, x, scale, first, second, counts,
+        frac, frac_ref, grad_output, x, scale, first, second, codes, scale if table is None else table, counts,
         tokens, rows, cols, *grad_output.stride(), *x.stride(),
-        *frac.stride(), *frac_ref.stride(), *scale.stride(), *first.stride(), *second.stride(),
+        *frac.stride(), *frac_ref.stride(), *scale.stride(), *first.stride(), *second.stride(), *codes.stride(),
         *launch_scalars(scalars, keys),
         OPTIMIZER=OPTIMIZERS[optimizer], FRAC_KIND=frac_kind(frac.dtype, False),
         REF_KIND=frac_kind(frac_ref.dtype, True),
         FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8, MODE=mode, GROUP=group,
+        HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
         SLOTS=COUNT_SLOTS, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
     )  # fmt: skip

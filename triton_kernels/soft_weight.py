@@ -22,6 +22,7 @@ from .common import (
     interpolate,
     load_codes,
     load_grouped,
+    load_slope,
 )
 
 
@@ -82,15 +83,10 @@ def _soft_weight_bwd_kernel(
     grad = tl.load(
         grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk, mask=mask, other=0
     ).to(ACC)
-    slope = load_grouped(
-        scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
-    )
-    if HAS_TABLE:
-        index = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED).to(
-            tl.int32
-        )
-        lower = tl.load(table_ptr + index).to(ACC)
-        slope = slope * (tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC) - lower)
+    slope = load_slope(
+        scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
+        ACC, BLOCK_M, BLOCK_K, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
+    )  # fmt: skip
     out = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok
     tl.store(out, cast(grad * slope, out_ptr.dtype.element_ty), mask=mask)
 

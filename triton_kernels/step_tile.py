@@ -40,7 +40,7 @@ def round_up_or_down(value, index, key):
 
 @triton.jit
 def update_tile(
-    grad, step, mask, index, offset_f, offset_r, offset_m, offset_v,
+    grad, slope, mask, index, offset_f, offset_r, offset_m, offset_v,
     frac_ptr, ref_ptr, first_ptr, second_ptr, counts_ptr, slot,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
@@ -48,13 +48,13 @@ def update_tile(
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile given its weight gradient; `index` is the element's uint32 index in the unsharded tensor."""
+    """Update one tile given its weight gradient and d weight / d frac; `index` counts in the unsharded tensor."""
     code = tl.load(frac_ptr + offset_f, mask=mask, other=0)
     position = decode_position(code, FRAC_KIND, tl.float32)
     # Masked elements read as code 0 of frac_ref: they are excluded by `mask` below, not by their value.
     reference = decode_position(tl.load(ref_ptr + offset_r, mask=mask, other=0), REF_KIND, tl.float32)
     live = mask & (reference != 0.0) & (reference != 1.0)
-    raw = grad * (step * kl_weight)
+    raw = grad * (slope * kl_weight)
     finite = raw == raw
     moves = live & finite
     kl = tl.minimum(tl.maximum(raw, -grad_clamp), grad_clamp)

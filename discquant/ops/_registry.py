@@ -132,19 +132,11 @@ def require_grid(
     shape: Sequence[int], num_bits: int, group_size: int,
 ) -> None:  # fmt: skip
     """Check the tensors that describe a grid for a weight of `shape` = [out_features, in_features]."""
-    rows, cols = shape
     require(
         isinstance(num_bits, int) and 2 <= num_bits <= 8, op, "num_bits", "be an integer in", "2..8", num_bits
     )
     require(group_size == -1 or group_size > 0, op, "group_size", "be positive or", -1, group_size)
-    require_dtype(op, "q_down", q_down, (torch.uint8,))
-    widths = [cols, (cols + 1) // 2]
-    require(
-        q_down.dim() == 2 and q_down.shape[0] == rows and q_down.shape[1] in widths,
-        op, "q_down", "be [out_features, in_features] or two codes per byte", [rows, widths], q_down.shape,
-    )  # fmt: skip
-    if q_down.shape[1] != cols:
-        require(num_bits <= 4, op, "num_bits", "with two codes per byte be at most", 4, num_bits)
+    require_codes(op, q_down, shape, num_bits)
     require_groups(op, scale, "scale", shape, group_size)
     require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
     if zero_point is not None:
@@ -161,6 +153,19 @@ def require_grid(
         require(zero_point is None, op, "zero_point", "with a table be", None, "a Tensor")
         require(table.is_floating_point(), op, "table", "have a dtype that is", "floating", table.dtype)
     require_device(op, q_down, scale=scale, zero_point=zero_point, table=table)
+
+
+def require_codes(op: str, q_down: Tensor, shape: Sequence[int], num_bits: int) -> None:
+    """Check codes, one or two per byte, for a weight of `shape`."""
+    rows, cols = shape
+    require_dtype(op, "q_down", q_down, (torch.uint8,))
+    widths = [cols, (cols + 1) // 2]
+    require(
+        q_down.dim() == 2 and q_down.shape[0] == rows and q_down.shape[1] in widths,
+        op, "q_down", "be [out_features, in_features] or two codes per byte", [rows, widths], q_down.shape,
+    )  # fmt: skip
+    if q_down.shape[1] != cols:
+        require(num_bits <= 4, op, "num_bits", "with two codes per byte be at most", 4, num_bits)
 
 
 def require_groups(op: str, per_group: Tensor, name: str, shape: Sequence[int], group_size: int) -> None:

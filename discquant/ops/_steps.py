@@ -12,6 +12,7 @@ from discquant.ops import _registry as registry
 from discquant.ops.reference import projected_step as reference
 from discquant.ops.reference.counter_rng import stream_key
 from discquant.ops.reference.projected_step import StepOptions
+from discquant.ops.reference.soft_weight import accumulate_dtype, slope
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FRAC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.uint16)
@@ -114,3 +115,28 @@ def check_state(
     registry.require_device(
         op, frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment
     )
+
+
+def check_table(op: str, frac: Tensor, q_down: Tensor | None, table: Tensor | None) -> None:
+    """Validate the codes and levels of a look-up grid; without a table the codes are not read."""
+    registry.require_tensors(op, q_down=q_down, table=table)
+    if table is None:
+        return
+    sizes = [2**bits for bits in range(2, 9)]
+    registry.require(
+        table.dim() == 1 and table.shape[0] in sizes, op, "table", "have a length of", sizes, table.shape
+    )
+    registry.require(table.is_floating_point(), op, "table", "have a dtype that is", "floating", table.dtype)
+    if q_down is None:
+        raise ValueError(f"{op}: q_down must with a table be = a Tensor, got None")
+    registry.require_codes(op, q_down, frac.shape, table.shape[0].bit_length() - 1)
+    registry.require_device(op, frac, q_down=q_down, table=table)
+
+
+def table_scale(
+    scale: Tensor, group_size: int, frac: Tensor, q_down: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, int]:
+    """Return d weight / d frac and its group size: the scale itself, or one value per coordinate with a table."""
+    if table is None or q_down is None:
+        return scale, group_size
+    return slope(q_down, scale, table, group_size, frac.shape[1], accumulate_dtype(frac, scale, table)), 1

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +16,10 @@ from discquant.ops._steps import (
     SCALAR_SCHEMA,
     SCALARS,
     check_state,
+    check_table,
     flatten_options,
     launch_arguments,
+    table_scale,
 )
 from discquant.ops.reference import projected_step as reference
 from discquant.ops.reference.projected_step import StepCounts, StepOptions
@@ -26,7 +27,7 @@ from discquant.ops.reference.projected_step import StepCounts, StepOptions
 _OP = "projected_step_"
 _SCHEMA = (
     "(Tensor(a!) frac, Tensor frac_ref, Tensor weight_grad, Tensor scale, Tensor(b!)? momentum, "
-    f"Tensor(c!)? second_moment, int group_size, {SCALAR_SCHEMA}) -> Tensor"
+    f"Tensor(c!)? second_moment, Tensor? q_down, Tensor? table, int group_size, {SCALAR_SCHEMA}) -> Tensor"
 )
 
 
@@ -36,11 +37,12 @@ def _fake(frac: Tensor, *args: Any) -> Tensor:
 
 def _launch(
     frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor, momentum: Tensor | None,
-    second_moment: Tensor | None, group_size: int, *options: Any,
+    second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, group_size: int, *options: Any,
 ) -> Tensor:  # fmt: skip
     counts: Tensor = registry.triton_module("projected_step").projected_step_fwd(
-        frac, frac_ref, weight_grad, scale, momentum, second_moment, group_size, *launch_arguments(*options)
-    )
+        frac, frac_ref, weight_grad, scale, momentum, second_moment, q_down, table, group_size,
+        *launch_arguments(*options),
+    )  # fmt: skip
     return counts
 
 
@@ -69,41 +71,45 @@ def _cpp_launch(
 
 
 def _run(
-    frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor, group_size: int, options: StepOptions,
-    momentum: Tensor | None, second_moment: Tensor | None, impl: str,
+    frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor | None, group_size: int, options: StepOptions,
+    momentum: Tensor | None, second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, impl: str,
 ) -> Tensor | StepCounts:  # fmt: skip
+    registry.require_tensors(_OP, frac=frac, scale=scale, table=table)
+    if scale is None:
+        registry.require(table is None, _OP, "table", "without scale be", None, "a Tensor")
+        # The gradient is by frac already: the factor 1 for every row.
+        scale, group_size = frac.new_ones((frac.shape[0], 1), dtype=torch.float32), -1
     check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
     registry.require_tensors(_OP, weight_grad=weight_grad)
     registry.require_dtype(_OP, "weight_grad", weight_grad, GRADIENT_DTYPES)
-    registry.require(
-        weight_grad.shape == frac.shape,
-        _OP,
-        "weight_grad",
-        "have the shape of frac",
-        frac.shape,
-        weight_grad.shape,
-    )
+    shape = weight_grad.shape
+    registry.require(shape == frac.shape, _OP, "weight_grad", "have the shape of frac", frac.shape, shape)
     registry.require_device(_OP, frac, weight_grad=weight_grad)
+    check_table(_OP, frac, q_down, table)
     tensors = (frac, frac_ref, weight_grad, scale, momentum, second_moment)
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    double = any(t is not None and t.dtype == torch.float64 for t in (*tensors, table))
     unsupported = "float64, which only the reference computes in" if double else None
     cpp = unsupported or _cpp_problem(tensors)
     chosen = registry.choose(
         _OP, impl, frac.device, triton=unsupported, cpp=cpp, cpp_operator="projected_step_cpp_"
     )
+    if chosen != "triton":
+        scale, group_size = table_scale(scale, group_size, frac, q_down, table)
     if chosen == "reference":
         return reference.projected_step_(
             frac, frac_ref, weight_grad, scale, group_size=group_size, options=options,
             momentum=momentum, second_moment=second_moment,
         )  # fmt: skip
-    operator: Callable[..., Tensor] = _triton_op if chosen == "triton" else _cpp_launch
     # An optimizer without a moment must not mark one as changed.
     first = None if options.optimizer == "sgd" else momentum
     second = second_moment if options.optimizer == "adamw" else None
+    state = (frac, frac_ref, weight_grad, scale, first, second)
+    scalars = flatten_options(options)
     with torch.no_grad():
-        return operator(
-            frac, frac_ref, weight_grad, scale, first, second, group_size, *flatten_options(options)
-        )
+        if chosen == "cpp":
+            return _cpp_launch(*state, group_size, *scalars)
+        counts: Tensor = _triton_op(*state, None if table is None else q_down, table, group_size, *scalars)
+        return counts
 
 
 def _cpp_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -121,17 +127,20 @@ def projected_step_(
     frac: Tensor,
     frac_ref: Tensor,
     weight_grad: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     *,
     group_size: int,
     options: StepOptions,
     momentum: Tensor | None = None,
     second_moment: Tensor | None = None,
+    q_down: Tensor | None = None,
+    table: Tensor | None = None,
     impl: str = "auto",
 ) -> StepCounts:
     """Take one projected step in place.
 
-    kl = clamp(kl_weight * weight_grad * scale, -grad_clamp, grad_clamp)
+    kl = clamp(kl_weight * weight_grad * Delta, -grad_clamp, grad_clamp)
+    Delta = d weight / d frac = scale, times T[q_down + 1] - T[q_down] on a look-up grid
     g = kl + linear_weight * (1 - 2 clamp(frac_ref, 0, 1)) + hardening * (1 - 2 frac)
     adamw:    m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; frac *= 1 - lr * weight_decay;
               d = (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
@@ -145,13 +154,16 @@ def projected_step_(
         frac: Place between the neighbours, float64/32/bfloat16 or uint8/uint16 fixed point,
             [out_features, in_features]; changed in place.
         frac_ref: Place that reproduces the original weight, floating or uint8 code (u - 63) / 126, same shape.
-        weight_grad: Gradient of the loss by the weight, floating, same shape.
-        scale: Grid step, the chain-rule factor d weight / d frac, floating, [out_features, num_groups].
+        weight_grad: Gradient of the loss by the weight, floating, same shape; by `frac` where scale is None.
+        scale: Grid step in weight units, floating, [out_features, num_groups]; None where the gradient is by `frac`
+            already (`soft_linear_dfrac`), so that Delta = 1.
         group_size: Columns per group, -1 for the row.
         options: Scalars; `moment_bound` is the fixed scale of 8-bit moments, `first_index` the index of
             element 0 in the unsharded tensor.
         momentum: First moment, floating or int8, same shape (adamw, momentum, lion); changed in place.
         second_moment: Second moment, floating, or uint8 holding its root (adamw); changed in place.
+        q_down: Lower grid code, uint8, one or two per byte; needed with a table, else not read.
+        table: Levels of a look-up grid in ascending order, floating, [2 ** num_bits]; None is uniform.
         impl: "auto" | "reference" | "triton" | "cpp".
 
     Returns:
@@ -170,7 +182,9 @@ def projected_step_(
     Source:
         DiscQuant, arXiv 2501.06417, update rule; 8-bit layout and hardening are this project's.
     """
-    counts = _run(frac, frac_ref, weight_grad, scale, group_size, options, momentum, second_moment, impl)
+    counts = _run(
+        frac, frac_ref, weight_grad, scale, group_size, options, momentum, second_moment, q_down, table, impl
+    )
     return counts if isinstance(counts, StepCounts) else StepCounts(*counts.tolist())
 
 
@@ -178,12 +192,14 @@ def projected_step_deferred_(
     frac: Tensor,
     frac_ref: Tensor,
     weight_grad: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     *,
     group_size: int,
     options: StepOptions,
     momentum: Tensor | None = None,
     second_moment: Tensor | None = None,
+    q_down: Tensor | None = None,
+    table: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """`projected_step_` without waiting for the device: the same step, arguments and errors.
@@ -191,5 +207,7 @@ def projected_step_deferred_(
     Returns:
         int64, [5], on the device of `frac`: live, fractional, moved, saturated, nan.
     """
-    counts = _run(frac, frac_ref, weight_grad, scale, group_size, options, momentum, second_moment, impl)
+    counts = _run(
+        frac, frac_ref, weight_grad, scale, group_size, options, momentum, second_moment, q_down, table, impl
+    )
     return torch.tensor(counts, device=frac.device) if isinstance(counts, StepCounts) else counts

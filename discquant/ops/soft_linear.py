@@ -2,7 +2,8 @@
 """Operator `soft_linear`: a linear layer on an interpolated weight, with gradients of x, frac and bias.
 
 Two strategies behind one op: *fused* makes the weight tile by tile inside the matmul; *materialise* writes it once
-and calls cuBLAS. `soft_linear_table` chooses, from measurements.
+and calls cuBLAS. `soft_linear_table` chooses, from measurements. The gradients are ops of their own, for engines
+that keep no autograd graph of a weight.
 """
 
 from __future__ import annotations
@@ -13,166 +14,13 @@ import torch
 from torch import Tensor
 
 from discquant.ops import _registry as registry
-from discquant.ops._steps import SCALAR_SCHEMA, check_state, flatten_options, launch_arguments
-from discquant.ops._weights import check
-from discquant.ops.reference import projected_step as step_reference
+from discquant.ops._soft_linear import STRATEGIES, X_DTYPES, chosen, dfrac_op, dx_op, fwd_op
+from discquant.ops._weights import check, reference_weight
 from discquant.ops.reference import soft_linear as reference
-from discquant.ops.reference.projected_step import StepCounts, StepOptions, decode_frac_ref
+from discquant.ops.reference.projected_step import decode_frac_ref
 from discquant.ops.reference.soft_weight import accumulate_dtype
-from discquant.ops.soft_linear_table import RULES
 
 _OP = "soft_linear"
-X_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-STRATEGIES = ("auto", "fused", "materialise")
-_WEIGHT = "Tensor q_down, Tensor frac, Tensor scale, Tensor? zero_point, Tensor? table"
-
-
-def rule(device: torch.device, stage: str, tokens: int) -> tuple[str, str]:
-    """Strategy and tile for this device, stage ("forward", "dx", "dfrac", "step") and number of tokens."""
-    key = "default"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        exact, family = f"sm_{major}{minor}", f"sm_{major}0"
-        # A consumer card of the same family has less shared memory: it keeps the default until it is measured.
-        key = exact if exact in RULES else family if minor == 0 and family in RULES else "default"
-    strategy, tile = next((s, t) for bound, s, t in RULES[key][stage] if tokens < bound)
-    return strategy, tile
-
-
-def _resolve(
-    x: Tensor, stage: str, strategy: str, in_features: int, table: Tensor | None = None
-) -> tuple[str, Any]:
-    """Strategy and launch configuration for x of [num_tokens, ...]."""
-    kernels = registry.triton_module("soft_linear")
-    chosen, tile = rule(x.device, stage, x.shape[0])
-    if x.is_cuda and x.dtype in (torch.float32, torch.float64) and stage != "step":
-        # Without tensor cores the fused kernels spill; cuBLAS has exact float32 and float64.
-        chosen, tile = "materialise", "compact"
-    if in_features % 16 and stage != "step":
-        # Seen ahead of time: rows that start at odd addresses spill in the other tiles.
-        tile = "ragged"
-    elif table is not None:
-        # Seen ahead of time: a table read level by level overflows the shared memory of a larger tile on sm_80.
-        tile = "compact"
-    configs = kernels.STEP_CONFIGS if stage == "step" else kernels.CONFIGS
-    return chosen if strategy == "auto" else strategy, configs[tile]
-
-
-def _fwd_fake(x: Tensor, q_down: Tensor, frac: Tensor, *args: Any) -> Tensor:
-    return x.new_empty((x.shape[0], frac.shape[0]))
-
-
-def _fwd_launch(
-    x: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
-    bias: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
-) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(x, "forward", strategy, frac.shape[1], table)
-    weight = (q_down, frac, scale, zero_point, table)
-    if strategy == "fused":
-        out: Tensor = registry.triton_module("soft_linear").soft_linear_fwd(
-            x, *weight, bias, num_bits, group_size, is_reference, config
-        )
-        return out
-    dense = registry.triton_module("soft_weight").soft_weight_fwd(
-        *weight, num_bits, group_size, x.dtype, is_reference, False
-    )
-    return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
-
-
-def _dx_fake(grad_output: Tensor, q_down: Tensor, frac: Tensor, *args: Any) -> Tensor:
-    return grad_output.new_empty((grad_output.shape[0], frac.shape[1]))
-
-
-def _dx_launch(
-    grad_output: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None,
-    table: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
-) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(grad_output, "dx", strategy, frac.shape[1], table)
-    weight = (q_down, frac, scale, zero_point, table)
-    if strategy == "fused":
-        out: Tensor = registry.triton_module("soft_linear").soft_linear_dx(
-            grad_output, *weight, num_bits, group_size, is_reference, config
-        )
-        return out
-    dense = registry.triton_module("soft_weight").soft_weight_fwd(
-        *weight, num_bits, group_size, grad_output.dtype, is_reference, False
-    )
-    return torch.mm(grad_output, dense)
-
-
-def _dfrac_fake(
-    grad_output: Tensor, x: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
-    num_bits: int, group_size: int, dtype: torch.dtype, strategy: str,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((grad_output.shape[1], x.shape[1]), dtype=dtype)
-
-
-def _dfrac_launch(
-    grad_output: Tensor, x: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
-    num_bits: int, group_size: int, dtype: torch.dtype, strategy: str,
-) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(x, "dfrac", strategy, x.shape[1], table)
-    if strategy == "fused":
-        out: Tensor = registry.triton_module("soft_linear").soft_linear_dfrac(
-            grad_output, x, q_down, scale, table, num_bits, group_size, dtype, config
-        )
-        return out
-    acc = accumulate_dtype(x)
-    if x.dtype == acc:
-        weight_grad = torch.mm(grad_output.t(), x)
-    elif x.is_cuda:
-        weight_grad = torch.mm(grad_output.t(), x, out_dtype=acc)
-    else:
-        weight_grad = torch.mm(grad_output.t().to(acc), x.to(acc))
-    scaled: Tensor = registry.triton_module("soft_weight").soft_weight_bwd(
-        weight_grad, q_down, scale, table, num_bits, group_size, dtype
-    )
-    return scaled
-
-
-def _step_fake(grad_output: Tensor, *args: Any) -> Tensor:
-    return grad_output.new_empty(5, dtype=torch.int64)
-
-
-def _step_launch(
-    grad_output: Tensor, x: Tensor, frac: Tensor, frac_ref: Tensor, scale: Tensor, momentum: Tensor | None,
-    second_moment: Tensor | None, group_size: int, *options: Any,
-) -> Tensor:  # fmt: skip
-    _, config = _resolve(x, "step", "fused", x.shape[1])
-    if options[0] == "adamw":
-        # Two moments do not fit the registers beside a large accumulator.
-        config = registry.triton_module("soft_linear").STEP_CONFIGS["compact"]
-    counts: Tensor = registry.triton_module("soft_linear").soft_linear_step(
-        grad_output, x, frac, frac_ref, scale, momentum, second_moment, group_size,
-        *launch_arguments(*options), config,
-    )  # fmt: skip
-    return counts
-
-
-_fwd_op = registry.define(
-    f"soft_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int num_bits, int group_size, bool is_reference, "
-    "str strategy) -> Tensor",
-    _fwd_fake,
-    _fwd_launch,
-)
-_dx_op = registry.define(
-    f"soft_linear_dx(Tensor grad_output, {_WEIGHT}, int num_bits, int group_size, bool is_reference, "
-    "str strategy) -> Tensor",
-    _dx_fake,
-    _dx_launch,
-)
-_dfrac_op = registry.define(
-    "soft_linear_dfrac(Tensor grad_output, Tensor x, Tensor q_down, Tensor scale, Tensor? table, int num_bits, "
-    "int group_size, ScalarType dtype, str strategy) -> Tensor",
-    _dfrac_fake,
-    _dfrac_launch,
-)
-_step_op = registry.define(
-    "soft_linear_step_(Tensor grad_output, Tensor x, Tensor(a!) frac, Tensor frac_ref, Tensor scale, "
-    f"Tensor(b!)? momentum, Tensor(c!)? second_moment, int group_size, {SCALAR_SCHEMA}) -> Tensor",
-    _step_fake,
-    _step_launch,
-)
 
 
 class SoftLinearFunction(torch.autograd.Function):
@@ -186,7 +34,7 @@ class SoftLinearFunction(torch.autograd.Function):
         """Launch the forward pass."""
         ctx.save_for_backward(x if frac.requires_grad else None, q_down, frac, scale, zero_point, table)
         ctx.constants = (num_bits, group_size, is_reference, strategy, None if bias is None else bias.dtype)
-        out: Tensor = _fwd_op(
+        out: Tensor = fwd_op(
             x, q_down, frac, scale, zero_point, table, bias, num_bits, group_size, is_reference, strategy
         )
         return out
@@ -199,33 +47,55 @@ class SoftLinearFunction(torch.autograd.Function):
         (grad_output,) = grads
         dx = dfrac = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = _dx_op(
-                grad_output,
-                q_down,
-                frac,
-                scale,
-                zero_point,
-                table,
-                num_bits,
-                group_size,
-                is_reference,
-                strategy,
-            )
+            weight = (q_down, frac, scale, zero_point, table)
+            dx = dx_op(grad_output, *weight, num_bits, group_size, is_reference, strategy)
         if ctx.needs_input_grad[2]:
-            dfrac = _dfrac_op(
-                grad_output, x, q_down, scale, table, num_bits, group_size, frac.dtype, strategy
-            )
+            dfrac = dfrac_op(grad_output, x, q_down, scale, table, num_bits, group_size, frac.dtype, strategy)
         if ctx.needs_input_grad[6]:
             dbias = grad_output.sum(dim=0, dtype=accumulate_dtype(grad_output)).to(bias_dtype)
         return (dx, None, dfrac, None, None, None, dbias, None, None, None, None)
 
 
-def _check_x(op: str, name: str, x: Tensor, features: int) -> None:
+def check_activation(op: str, name: str, x: Tensor, features: int) -> None:
+    """Validate an activation or the gradient of one: floating, [..., features]."""
     registry.require_tensors(op, **{name: x})
+    if x is None:
+        raise TypeError(f"{op}: {name} must be of type = Tensor, got NoneType")
     registry.require_dtype(op, name, x, X_DTYPES)
     registry.require(
         x.dim() >= 1 and x.shape[-1] == features, op, name, "have a last dimension of", features, x.shape
     )
+
+
+def check_pair(op: str, grad_output: Tensor, x: Tensor, out_features: int, in_features: int) -> None:
+    """Validate dY and x of one layer: same dtype, same tokens."""
+    check_activation(op, "grad_output", grad_output, out_features)
+    check_activation(op, "x", x, in_features)
+    dtype, tokens = grad_output.dtype, grad_output.shape[:-1]
+    registry.require(x.dtype == dtype, op, "x", "have the dtype of grad_output", dtype, x.dtype)
+    registry.require(x.shape[:-1] == tokens, op, "x", "have the tokens of grad_output", tokens, x.shape)
+
+
+def _choose(op: str, impl: str, strategy: str, x: Tensor) -> str:
+    registry.require(strategy in STRATEGIES, op, "strategy", "be one of", STRATEGIES, strategy)
+    chosen = registry.choose(op, impl, x.device)
+    if chosen == "triton" and strategy == "fused" and x.is_cuda and x.dtype == torch.float64:
+        raise NotImplementedError(f"{op}: strategy must for float64 on CUDA be = 'materialise', got 'fused'")
+    return chosen
+
+
+def soft_linear_strategy(x: Tensor, stage: str, shape: tuple[int, int]) -> str:
+    """Say what strategy="auto" means for these arguments, without running anything.
+
+    Args:
+        x: Activation (or its gradient), [..., features].
+        stage: "forward", "dx" or "dfrac".
+        shape: Of the weight, (out_features, in_features).
+
+    Returns:
+        "fused" or "materialise".
+    """
+    return chosen(x, stage, shape)[0]
 
 
 def soft_linear(
@@ -278,120 +148,131 @@ def soft_linear(
         DiscQuant, arXiv 2501.06417, definition of w^x.
     """
     check(_OP, q_down, frac, scale, zero_point, table, num_bits, group_size, None, is_reference)
-    _check_x(_OP, "x", x, frac.shape[1])
+    check_activation(_OP, "x", x, frac.shape[1])
     registry.require_tensors(_OP, bias=bias)
     registry.require_device(_OP, q_down, x=x, bias=bias)
     if bias is not None:
-        registry.require(
-            bias.shape == frac.shape[:1], _OP, "bias", "have shape", list(frac.shape[:1]), bias.shape
-        )
-    registry.require(strategy in STRATEGIES, _OP, "strategy", "be one of", STRATEGIES, strategy)
-    if registry.choose(_OP, impl, x.device) == "reference":
+        expected = list(frac.shape[:1])
+        registry.require(bias.shape == frac.shape[:1], _OP, "bias", "have shape", expected, bias.shape)
+        registry.require_dtype(_OP, "bias", bias, X_DTYPES)
+    if _choose(_OP, impl, strategy, x) == "reference":
         position = decode_frac_ref(frac, accumulate_dtype(frac, scale)) if is_reference else frac
-        return reference.soft_linear(
-            x,
-            q_down,
-            position,
-            scale,
-            zero_point,
-            bias,
-            num_bits=num_bits,
-            group_size=group_size,
-            table=table,
-        )
-    if strategy == "fused" and x.is_cuda and x.dtype == torch.float64:
-        raise NotImplementedError(f"{_OP}: strategy must for float64 on CUDA be = 'materialise', got 'fused'")
-    flat = x.reshape(-1, x.shape[-1])
-    y: Tensor = registry.differentiable(
-        SoftLinearFunction,
-        flat,
-        q_down,
-        frac,
-        scale,
-        zero_point,
-        table,
-        bias,
-        num_bits,
-        group_size,
-        is_reference,
-        strategy,
-    )
+        grid: dict[str, Any] = {"num_bits": num_bits, "group_size": group_size, "table": table}
+        return reference.soft_linear(x, q_down, position, scale, zero_point, bias, **grid)
+    args = (q_down, frac, scale, zero_point, table, bias, num_bits, group_size, is_reference, strategy)
+    y: Tensor = registry.differentiable(SoftLinearFunction, x.reshape(-1, x.shape[-1]), *args)
     return y.reshape(*x.shape[:-1], frac.shape[0])
 
 
-def soft_linear_step_(
+@torch.no_grad()
+def soft_linear_dx(
     grad_output: Tensor,
-    x: Tensor,
+    q_down: Tensor,
     frac: Tensor,
-    frac_ref: Tensor,
     scale: Tensor,
+    zero_point: Tensor | None = None,
     *,
+    num_bits: int,
     group_size: int,
-    options: StepOptions,
-    momentum: Tensor | None = None,
-    second_moment: Tensor | None = None,
+    table: Tensor | None = None,
+    is_reference: bool = False,
+    strategy: str = "auto",
     impl: str = "auto",
-) -> StepCounts:
-    """Projected step on the weight gradient dY^T x, which never reaches memory; uniform grids.
-
-    Equal to `projected_step_(frac, frac_ref, dY^T x, scale, ...)` up to the order of the sum over tokens. All
-    tokens of the step must be in x: the clamp acts on the whole gradient.
+) -> Tensor:
+    """dX = dY W(frac): gradient of the input of `soft_linear`, without a graph.
 
     Args:
         grad_output: Gradient of the layer's output, floating, [..., out_features].
-        x: The layer's input, same dtype, [..., in_features].
-        frac: Changed in place; see `projected_step_`.
-        frac_ref: See `projected_step_`.
-        scale: Grid step, [out_features, num_groups].
-        group_size: Columns per group, -1 for the row.
-        options: Scalars of the step.
-        momentum: First moment; changed in place.
-        second_moment: Second moment; changed in place.
+        q_down: See `soft_linear`, as all that follow.
+        frac: Also fixed point, [out_features, in_features].
+        scale: [out_features, num_groups].
+        zero_point: [out_features, num_groups] or None.
+        num_bits: Code width.
+        group_size: Columns that share a scale.
+        table: Levels of a look-up grid or None.
+        is_reference: `frac` holds `frac_ref`.
+        strategy: "auto" | "fused" | "materialise".
         impl: "auto" | "reference" | "triton".
 
     Returns:
-        StepCounts over this tensor.
+        Gradient in grad_output.dtype, [..., in_features].
 
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: float64 with impl="triton", or impl="cpp".
+        NotImplementedError: impl="cpp", or float64 is to be fused on CUDA.
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Opt-in: it saves memory (no gradient buffer), and time only where measured so.
+        Deterministic. Not differentiable.
     """
-    op = "soft_linear_step_"
-    check_state(op, frac, frac_ref, scale, momentum, second_moment, group_size, options)
-    _check_x(op, "grad_output", grad_output, frac.shape[0])
-    _check_x(op, "x", x, frac.shape[1])
-    registry.require(
-        x.dtype == grad_output.dtype, op, "x", "have the dtype of grad_output", grad_output.dtype, x.dtype
+    op = "soft_linear_dx"
+    check(op, q_down, frac, scale, zero_point, table, num_bits, group_size, None, is_reference)
+    check_activation(op, "grad_output", grad_output, frac.shape[0])
+    registry.require_device(op, q_down, grad_output=grad_output)
+    flat = grad_output.reshape(-1, frac.shape[0])
+    weight = (q_down, frac, scale, zero_point, table, num_bits, group_size)
+    if _choose(op, impl, strategy, grad_output) == "reference":
+        dx = flat @ reference_weight(*weight, flat.dtype, is_reference, False)
+    else:
+        dx = dx_op(flat, *weight, is_reference, strategy)
+    return dx.reshape(*grad_output.shape[:-1], frac.shape[1])
+
+
+@torch.no_grad()
+def soft_linear_dfrac(
+    grad_output: Tensor,
+    x: Tensor,
+    q_down: Tensor,
+    scale: Tensor,
+    *,
+    num_bits: int,
+    group_size: int,
+    table: Tensor | None = None,
+    strategy: str = "auto",
+    impl: str = "auto",
+) -> Tensor:
+    """d frac = Delta * dY^T x: gradient of the positions, also where `frac` is stored in fixed point.
+
+    Delta = scale, times T[q_down + 1] - T[q_down] with a table. All tokens of a call are summed.
+
+    Args:
+        grad_output: Gradient of the layer's output, floating, [..., out_features].
+        x: The layer's input, same dtype, [..., in_features].
+        q_down: See `soft_linear`; read with a table only.
+        scale: [out_features, num_groups].
+        num_bits: Code width.
+        group_size: Columns that share a scale.
+        table: Levels of a look-up grid or None.
+        strategy: "auto" | "fused" (Delta in the matmul's epilogue) | "materialise" (cuBLAS, then one pass).
+        impl: "auto" | "reference" | "triton".
+
+    Returns:
+        Gradient in float32 (float64 for float64 x), [out_features, in_features]; `projected_step_` takes it with
+        scale=None.
+
+    Raises:
+        TypeError: An argument is not a Tensor.
+        ValueError: Shapes, dtypes or devices disagree.
+        NotImplementedError: impl="cpp", or float64 is to be fused on CUDA.
+        RuntimeError: The requested impl cannot run here.
+
+    Note:
+        Deterministic. Not differentiable.
+    """
+    op = "soft_linear_dfrac"
+    registry.require_tensors(op, grad_output=grad_output, x=x, q_down=q_down, scale=scale, table=table)
+    for name, tensor in (("grad_output", grad_output), ("x", x)):
+        registry.require(tensor.dim() >= 1, op, name, "have at least dimensions", 1, tensor.dim())
+    shape = (grad_output.shape[-1], x.shape[-1])
+    registry.require_grid(op, q_down, scale, None, table, shape, num_bits, group_size)
+    check_pair(op, grad_output, x, *shape)
+    registry.require_device(op, q_down, grad_output=grad_output, x=x)
+    flat_y, flat_x = grad_output.reshape(-1, shape[0]), x.reshape(-1, shape[1])
+    if _choose(op, impl, strategy, x) == "reference":
+        whole = reference.weight_gradient(flat_y, flat_x)
+        return reference.frac_gradient(whole, q_down, scale, table, group_size)
+    out: Tensor = dfrac_op(
+        flat_y, flat_x, q_down, scale, table, num_bits, group_size, accumulate_dtype(x), strategy
     )
-    registry.require(
-        x.shape[:-1] == grad_output.shape[:-1],
-        op,
-        "x",
-        "have the tokens of grad_output",
-        grad_output.shape[:-1],
-        x.shape,
-    )
-    registry.require_device(op, frac, x=x, grad_output=grad_output)
-    tensors = (grad_output, x, frac, frac_ref, scale, momentum, second_moment)
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    chosen = registry.choose(
-        op, impl, frac.device, triton="float64, which only the reference computes in" if double else None
-    )
-    flat_y, flat_x = grad_output.reshape(-1, frac.shape[0]), x.reshape(-1, frac.shape[1])
-    if chosen == "reference":
-        return step_reference.projected_step_(
-            frac, frac_ref, reference.weight_gradient(flat_y, flat_x), scale, group_size=group_size,
-            options=options, momentum=momentum, second_moment=second_moment,
-        )  # fmt: skip
-    first = None if options.optimizer == "sgd" else momentum
-    second = second_moment if options.optimizer == "adamw" else None
-    with torch.no_grad():
-        counts = _step_op(
-            flat_y, flat_x, frac, frac_ref, scale, first, second, group_size, *flatten_options(options)
-        )
-    return StepCounts(*counts.tolist())
+    return out

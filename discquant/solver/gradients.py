@@ -7,6 +7,7 @@ head: loss and gradient at the last boundary; backward: recompute each block fro
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from discquant.config import LossName
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.losses import counted_tokens, head_loss
+from discquant.solver.soft_block import SoftWeights
 
 StudentWeights = Callable[[int], Mapping[str, Tensor]]
 BlockSink = Callable[[int, dict[str, Tensor]], None]
@@ -33,7 +35,15 @@ class _Forward:
         self.leaves: list[dict[str, Tensor]] = []
 
     def _leaves(self, index: int) -> dict[str, Tensor]:
-        return {name: w.detach().requires_grad_() for name, w in self.student(index).items()}
+        weights = self.student(index)
+        if isinstance(weights, SoftWeights):
+            return weights.with_leaves()
+        return {name: w.detach().requires_grad_() for name, w in weights.items()}
+
+    def _call(self, index: int, hidden: Tensor, batch: Prepared, weights: Mapping[str, Tensor]) -> Tensor:
+        soft = weights.placed() if isinstance(weights, SoftWeights) else contextlib.nullcontext()
+        with soft:
+            return self.chain.run_block(index, hidden, batch.calls[index], weights)
 
     def run(self, index: int, hidden: list[Tensor]) -> list[Tensor]:
         """Run block `index` on all micro-batches; return detached outputs."""
@@ -42,15 +52,14 @@ class _Forward:
             with torch.no_grad():
                 weights = self.student(index)
                 return [
-                    self.chain.run_block(index, h, batch.calls[index], weights)
+                    self._call(index, h, batch, weights)
                     for h, batch in zip(hidden, self.batches, strict=True)
                 ]
         leaves = self._leaves(index)
         hidden = [h.detach().requires_grad_(index > 0) for h in hidden]
         with torch.enable_grad():
             outputs = [
-                self.chain.run_block(index, h, batch.calls[index], leaves)
-                for h, batch in zip(hidden, self.batches, strict=True)
+                self._call(index, h, batch, leaves) for h, batch in zip(hidden, self.batches, strict=True)
             ]
         self.inputs.append(hidden)
         self.outputs.append(outputs)
@@ -68,12 +77,14 @@ class _Forward:
             if outputs is None:
                 hidden = hidden.detach().requires_grad_(index > 0)
                 with torch.enable_grad():
-                    output = self.chain.run_block(index, hidden, batch.calls[index], leaves)
+                    output = self._call(index, hidden, batch, leaves)
             else:
                 output = outputs[position]
+            trigger = [leaves.trigger] if isinstance(leaves, SoftWeights) else []
             targets = ([hidden] if index > 0 else []) + list(leaves.values())
             # A weight may be unused on this micro-batch (an expert that no token chose).
-            found = list(torch.autograd.grad(output, targets, grads[position], allow_unused=True))
+            found = list(torch.autograd.grad(output, targets + trigger, grads[position], allow_unused=True))
+            del found[len(targets) :]
             if index > 0:
                 grad_input = found.pop(0)
                 grads[position] = torch.zeros_like(hidden) if grad_input is None else grad_input
@@ -84,6 +95,8 @@ class _Forward:
         for name, leaf in leaves.items():
             if name not in sums:
                 sums[name] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+        if isinstance(leaves, SoftWeights):
+            sums |= leaves.take_gradients()
         return grads, sums
 
 
@@ -104,8 +117,9 @@ def block_gradients(
 
     Args:
         chain: Teacher weights are the model's own.
-        student: Returns the student's weights of a block by parameter name; called in the forward and again
-            in the backward pass of each block (once with `keep_graph`), with the same result.
+        student: Returns the student's weights of a block by parameter name, dense or on the state (`SoftWeights`);
+            called in the forward and again in the backward pass of each block (once with `keep_graph`), with the
+            same result.
         batches: Micro-batches; their order fixes the order of sums.
         on_block: Receives (block index, gradient by parameter name), float32 or wider.
         loss: Which loss.

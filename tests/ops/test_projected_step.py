@@ -92,6 +92,43 @@ def test_equals_reference(storage, optimizer, impl, make_state, assert_equal, de
         assert not torch.equal(expected["frac"], state["frac"])
 
 
+@pytest.mark.parametrize("impl", ["triton", "cpp"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_table_grid(packed, impl, make_state, make_grid, assert_equal, device):
+    """On a look-up grid the factor is scale * (T[q + 1] - T[q]): bit for bit a step with that factor written out."""
+    if impl == "cpp" and device.type != "cpu":
+        pytest.skip("cpp is for CPU tensors")
+    options = dataclasses.replace(OPTIONS, optimizer="momentum")
+    state = make_state((6, 70), "8bit", 16)
+    grid = make_grid((6, 70), group_size=16, table=True, packed=packed)
+    codes = grid.codes.long()
+    gap = state["scale"].repeat_interleave(16, dim=1)[:, :70] * (grid.table[codes + 1] - grid.table[codes])
+    expected, counts = _step({**state, "scale": gap}, 1, options, impl="reference")
+    for chosen in (impl, "reference"):
+        given = {**state, "q_down": grid.q_down, "table": grid.table}
+        actual, found = _step(given, 16, options, impl=chosen)
+        assert found == counts
+        assert_equal(actual["frac"], expected["frac"], chosen)
+        assert_equal(actual["momentum"], expected["momentum"], chosen)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpp", "reference"])
+def test_gradient_by_frac(impl, make_state, assert_equal, device):
+    """scale=None takes the gradient as d frac: the same as a scale of one."""
+    if impl == "cpp" and device.type != "cpu":
+        pytest.skip("cpp is for CPU tensors")
+    options = dataclasses.replace(OPTIONS, optimizer="lion")
+    state = make_state((5, 33), "8bit", -1)
+    state["scale"] = torch.ones_like(state["scale"])
+    expected, counts = _step(state, -1, options, impl="reference")
+    copy = {name: tensor.clone() for name, tensor in state.items()}
+    del copy["second_moment"], copy["scale"]
+    found = projected_step_(**copy, scale=None, group_size=16, options=options, impl=impl)
+    assert found == counts
+    assert_equal(copy["frac"], expected["frac"])
+    assert_equal(copy["momentum"], expected["momentum"])
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_matches_oracle(optimizer, make_state, assert_close):
     """float32 state against the formula in float64."""
@@ -174,7 +211,7 @@ def test_independent_of_tiling(make_state, assert_equal):
     for block in ((4, 64), (16, 16), (1, 128)):
         copy = {name: tensor.clone() for name, tensor in state.items()}
         counts = projected_step_fwd(
-            copy["frac"], copy["frac_ref"], copy["weight_grad"], copy["scale"], copy["momentum"], None, 32,
+            copy["frac"], copy["frac_ref"], copy["weight_grad"], copy["scale"], copy["momentum"], None, None, None, 32,
             *launch_arguments(*flatten_options(options)), block=block,
         )  # fmt: skip
         results.append((copy["frac"], copy["momentum"], counts))
@@ -273,6 +310,8 @@ def test_opcheck(storage, make_state):
             state["scale"],
             first,
             second,
+            None,
+            None,
             16,
         )
         torch.library.opcheck(
@@ -312,6 +351,18 @@ def test_rejects_bad_input(make_state):
             ValueError,
             r"projected_step_: scale must have shape .* = \[4, 2\], got \[4, 1\]",
             {"scale": state["scale"][:, :1]},
+        ),
+        (TypeError, "projected_step_: scale must be of type = Tensor, got float", {"scale": 1.0}),
+        (TypeError, "projected_step_: weight_grad must be of type = Tensor, got int", {"weight_grad": 1}),
+        (
+            ValueError,
+            "projected_step_: table must without scale be = None, got a Tensor",
+            {"scale": None, "table": torch.linspace(-1, 1, 16)},
+        ),
+        (
+            ValueError,
+            "projected_step_: q_down must with a table be = a Tensor, got None",
+            {"table": torch.linspace(-1, 1, 16)},
         ),
         (
             ValueError,

@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from discquant.ops import StepOptions, projected_step_, soft_linear, soft_linear_step_, soft_weight
+from discquant.ops import (
+    StepOptions,
+    projected_step_,
+    soft_linear,
+    soft_linear_dfrac,
+    soft_linear_dx,
+    soft_linear_step_,
+    soft_weight,
+)
 from discquant.ops._steps import flatten_options
-from discquant.ops.soft_linear import rule
-from discquant.ops.soft_linear_table import RULES
 
 OPS = torch.ops.discquant
 STRATEGIES = ("fused", "materialise")
@@ -145,7 +151,10 @@ def test_opcheck(permuted, make_grid, device):
         check(OPS.soft_linear_dfrac.default, (y, x, q_down, grid.scale, None, 4, 16, torch.float32, strategy))
     codes = torch.randint(0, 256, (2, 6, 32), dtype=torch.uint8, device=device)
     options = flatten_options(StepOptions(optimizer="sgd"))
-    check(OPS.soft_linear_step_.default, (y, x, codes[0], codes[1], grid.scale, None, None, 16, *options))
+    state = (codes[0], codes[1], grid.scale, None, None)
+    table = torch.sort(torch.randn(16, device=device)).values
+    check(OPS.soft_linear_step_.default, (y, x, *state, None, None, 16, *options))
+    check(OPS.soft_linear_step_.default, (y, x, *state, q_down, table, 16, *options))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -176,23 +185,87 @@ def test_rejects_bad_input(make_grid, device):
         "impl": "triton",
     }  # fmt: skip
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (TypeError, "soft_linear: x must be of type = Tensor, got NoneType|soft_linear: x must be", {"x": 1}),
+        (TypeError, "soft_linear: x must be of type = Tensor, got int", {"x": 1}),
+        (TypeError, "soft_linear: x must be of type = Tensor, got NoneType", {"x": None}),
+        (TypeError, "soft_linear: scale must be of type = Tensor, got float", {"scale": 1.0}),
+        (TypeError, "soft_linear: bias must be of type = Tensor, got list", {"bias": [0.0]}),
         (ValueError, r"soft_linear: x must have a last dimension of = 64, got \[3, 63\]", {"x": x[:, :63]}),
-        (ValueError, "soft_linear: x must have a dtype of", {"x": x.int()}),
+        (ValueError, "soft_linear: x must have a dtype of = .* got torch.int32", {"x": x.int()}),
         (ValueError, r"soft_linear: bias must have shape = \[4\], got \[3\]", {"bias": x[:, 0]}),
-        (ValueError, "soft_linear: strategy must be one of", {"strategy": "fast"}),
-        (ValueError, "soft_linear: scale must have shape", {"scale": grid.scale[:, :1]}),
+        (ValueError, "soft_linear: bias must have a dtype of = .* got torch.int32", {"bias": x[0, :4].int()}),
+        (ValueError, "soft_linear: strategy must be one of = .* got 'fast'", {"strategy": "fast"}),
+        (ValueError, "soft_linear: impl must be one of = .* got 'fast'", {"impl": "fast"}),
+        (ValueError, r"soft_linear: scale must have shape .* = \[4, 2\], got \[4, 1\]", {"scale": grid.scale[:, :1]}),
+        (ValueError, r"soft_linear: frac must have shape = .* got \[4\]", {"frac": grid.frac[:, 0]}),
+        (ValueError, "soft_linear: frac must have a dtype of = .* got torch.int64", {"frac": grid.frac.long()}),
+        (ValueError, r"soft_linear: q_down must be .* = \[4, \[64, 32\]\], got \[4, 63\]",
+         {"q_down": grid.q_down[:, :63]}),
+        (ValueError, "soft_linear: q_down must have a dtype of = .* got torch.float32", {"q_down": grid.frac}),
+        (ValueError, "soft_linear: num_bits must be an integer in = 2..8, got 9", {"num_bits": 9}),
+        (ValueError, "soft_linear: group_size must be positive or = -1, got 0", {"group_size": 0}),
+        (ValueError, r"soft_linear: table must have shape = \[16\], got \[8\]", {"table": x[0, :8]}),
+        (ValueError, "soft_linear: frac as frac_ref not|soft_linear: frac must as frac_ref not",
+         {"frac": grid.frac.to(torch.uint16), "is_reference": True}),
         (NotImplementedError, "soft_linear: impl must cover these arguments = cpp", {"impl": "cpp"}),
-    ]
+        (NotImplementedError, "soft_linear: scale must be a constant = requires_grad False, got True",
+         {"scale": grid.scale.clone().requires_grad_()}),
+    ]  # fmt: skip
     for error, message, change in bad:
         with pytest.raises(error, match=message):
             soft_linear(**{**good, **change})
+
+
+def test_gradient_ops_reject_bad_input(make_grid, device):
+    grid = make_grid((4, 64), group_size=32)
+    x, dy = torch.randn(3, 64, device=device), torch.randn(3, 4, device=device)
+    common: dict[str, Any] = {"num_bits": 4, "group_size": 32, "impl": "triton"}
+    bad: list[tuple[Any, type[Exception], str, dict[str, Any]]] = [
+        (soft_linear_dx, ValueError, r"soft_linear_dx: grad_output must have a last dimension of = 4, got \[3, 64\]",
+         {"grad_output": x}),
+        (soft_linear_dx, TypeError, "soft_linear_dx: grad_output must be of type = Tensor", {"grad_output": None}),
+        (soft_linear_dx, ValueError, "soft_linear_dx: strategy must be one of", {"strategy": "best"}),
+        (soft_linear_dx, NotImplementedError, "soft_linear_dx: impl must cover these arguments = cpp", {"impl": "cpp"}),
+        (soft_linear_dfrac, ValueError, r"soft_linear_dfrac: x must have the tokens of .* = \[3\], got \[2, 64\]",
+         {"x": x[:2]}),
+        (soft_linear_dfrac, ValueError, "soft_linear_dfrac: x must have the dtype of grad_output = torch.float32",
+         {"x": x.half()}),
+        (soft_linear_dfrac, ValueError, "soft_linear_dfrac: scale must have shape", {"scale": grid.scale[:3]}),
+        (soft_linear_dfrac, TypeError, "soft_linear_dfrac: x must be of type = Tensor, got list", {"x": [1.0]}),
+    ]  # fmt: skip
+    for op, error, message, change in bad:
+        inputs = {"grad_output": dy, "q_down": grid.q_down, "scale": grid.scale}
+        inputs |= {"frac": grid.frac} if op is soft_linear_dx else {"x": x}
+        with pytest.raises(error, match=message):
+            op(**{**inputs, **common, **change})
+
+
+def test_step_rejects_bad_input(device):
     codes = torch.zeros(4, 64, dtype=torch.uint8, device=device)
-    with pytest.raises(ValueError, match=r"soft_linear_step_: x must have the tokens of grad_output = \[2\]"):
-        soft_linear_step_(
-            torch.zeros(2, 4, device=device), x, codes, codes, grid.scale, group_size=32,
-            options=StepOptions(optimizer="sgd"),
-        )  # fmt: skip
+    x, dy = torch.zeros(2, 64, device=device), torch.zeros(2, 4, device=device)
+    table = torch.linspace(-1, 1, 16, device=device)
+    good: dict[str, Any] = {
+        "grad_output": dy, "x": x, "frac": codes, "frac_ref": codes, "scale": torch.ones(4, 2, device=device),
+        "group_size": 32, "options": StepOptions(optimizer="sgd"), "impl": "triton",
+    }  # fmt: skip
+    bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, r"soft_linear_step_: x must have the tokens of grad_output = \[2\], got \[1, 64\]", {"x": x[:1]}),
+        (ValueError, r"soft_linear_step_: x must have a last dimension of = 64, got \[2, 63\]", {"x": x[:, :63]}),
+        (ValueError, "soft_linear_step_: x must have the dtype of grad_output", {"x": x.half()}),
+        (TypeError, "soft_linear_step_: options must be of type = StepOptions, got dict", {"options": {}}),
+        (ValueError, "soft_linear_step_: momentum must for lion be = a Tensor, got None",
+         {"options": StepOptions(optimizer="lion")}),
+        (ValueError, "soft_linear_step_: q_down must with a table be = a Tensor, got None", {"table": table}),
+        (ValueError, r"soft_linear_step_: table must have a length of = .* got \[15\]",
+         {"table": table[:15], "q_down": codes}),
+        (ValueError, "soft_linear_step_: q_down must have a dtype of = .* got torch.float32",
+         {"table": table, "q_down": codes.float()}),
+        (NotImplementedError, "soft_linear_step_: impl must cover these arguments = triton, got float64",
+         {"x": x.double(), "grad_output": dy.double()}),
+        (NotImplementedError, "soft_linear_step_: impl must cover these arguments = cpp", {"impl": "cpp"}),
+    ]  # fmt: skip
+    for error, message, change in bad:
+        with pytest.raises(error, match=message):
+            soft_linear_step_(**{**good, **change})
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -222,13 +295,17 @@ def test_integer_state_gets_no_gradient(make_grid, device):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "lion", "sgd"])
-@pytest.mark.parametrize("case", [((40, 30, 100), 64), ((33, 70, 130), 32), ((3, 5, 7), -1)])
-def test_step_in_the_epilogue(optimizer, case, assert_equal, device):
-    """The same bytes and counts as the matmul followed by projected_step_, in the 8-bit layout.
+@pytest.mark.parametrize(
+    "case",
+    [((40, 30, 100), 64, ""), ((33, 70, 130), 32, "packed"), ((9, 20, 40), 8, "plain"), ((3, 5, 7), -1, "")],
+)
+def test_step_in_the_epilogue(optimizer, case, make_grid, assert_equal, device):
+    """The same bytes and counts as the matmul followed by projected_step_, in the 8-bit layout, tables included.
 
     x and dY hold small integers, so that the sum over tokens is exact in any order.
     """
-    (tokens, rows, cols), group_size = case
+    (tokens, rows, cols), group_size, table = case
+    grid = make_grid((rows, cols), group_size=group_size, table=bool(table), packed=table == "packed")
     groups = 1 if group_size == -1 else -(-cols // group_size)
     x = torch.randint(-8, 9, (tokens, cols), device=device).float()
     grad_output = torch.randint(-8, 9, (tokens, rows), device=device).float()
@@ -243,6 +320,8 @@ def test_step_in_the_epilogue(optimizer, case, assert_equal, device):
         }
         codes = frac.clone()
         common = {"group_size": group_size, "options": options, "impl": "triton", **state}
+        if table:
+            common |= {"q_down": grid.q_down, "table": grid.table}
         if fused:
             counts = soft_linear_step_(grad_output, x, codes, frac_ref, scale, **common)
         else:
@@ -255,30 +334,69 @@ def test_step_in_the_epilogue(optimizer, case, assert_equal, device):
             assert_equal(results[0][1][name], results[1][1][name], name)
 
 
-def test_table_covers_everything():
-    """Every rule set ends without a bound and names tiles that exist, for every stage."""
-    from discquant.triton_kernels.soft_linear import CONFIGS, STEP_CONFIGS
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradient_ops_equal_autograd(strategy, table, impl, make_grid, device):
+    """soft_linear_dx and soft_linear_dfrac give the bits that autograd through soft_linear gives."""
+    grid = make_grid((19, 48), group_size=16, packed=True, table=table, zero=not table)
+    x = torch.randn(2, 5, 48, device=device, requires_grad=True)
+    grad_output = torch.randn(2, 5, 19, device=device)
+    frac = grid.frac.clone().requires_grad_()
+    kwargs: dict[str, Any] = {
+        "num_bits": 4,
+        "group_size": 16,
+        "table": grid.table,
+        "strategy": strategy,
+        "impl": impl,
+    }
+    y = soft_linear(x, grid.q_down, frac, grid.scale, grid.zero_point, **kwargs)
+    dx, dfrac = torch.autograd.grad(y, (x, frac), grad_output)
+    assert torch.equal(soft_linear_dx(grad_output, *grid[:4], **kwargs), dx)
+    found = soft_linear_dfrac(grad_output, x.detach(), grid.q_down, grid.scale, **kwargs)
+    if impl == "triton":
+        assert torch.equal(found, dfrac)
+    else:  # the product by the gap and the sum over tokens round in another order
+        assert (found - dfrac).abs().max() <= 64 * torch.finfo(torch.float32).eps * dfrac.abs().max()
 
-    for name, stages in RULES.items():
-        assert set(stages) == {"forward", "dx", "dfrac", "step"}, name
-        for stage, rules in stages.items():
-            assert rules[-1][0] == float("inf")
-            assert [r[0] for r in rules] == sorted(r[0] for r in rules)
-            for _, strategy, tile in rules:
-                assert strategy in STRATEGIES
-                assert tile in (STEP_CONFIGS if stage == "step" else CONFIGS)
-    assert rule(torch.device("cpu"), "forward", 1) == RULES["default"]["forward"][0][1:]
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_teacher_from_the_state(strategy, storage, make_grid, assert_close, device):
+    """y = x W^T with W made from frac_ref, inside and outside [0, 1]: no second copy of the weight is needed."""
+    grid = make_grid((21, 64), group_size=32, packed=True, zero=True)
+    codes = torch.randint(0, 256, (21, 64), dtype=torch.uint8, device=device)
+    frac_ref = codes if storage == torch.uint8 else (codes.float() - 63) / 126
+    x = torch.randn(6, 64, device=device)
+    args = (grid.q_down, frac_ref, grid.scale, grid.zero_point)
+    kwargs: dict[str, Any] = {"num_bits": 4, "group_size": 32, "is_reference": True}
+    steps = grid.scale.double().repeat_interleave(32, dim=1)
+    zeros = grid.zero_point.double().repeat_interleave(32, dim=1)
+    oracle = x.double() @ (steps * (grid.codes.double() - zeros + (codes.double() - 63) / 126)).t()
+    baseline = soft_linear(x, *args, **kwargs, impl="reference")
+    assert_close(soft_linear(x, *args, **kwargs, strategy=strategy, impl="triton"), oracle, baseline)
 
 
 def test_deterministic(make_grid, device):
+    """Two runs, bit for bit: output, both gradients, and the state after an epilogue step."""
     grid = make_grid((33, 64), frac=torch.uint8)
-    x = torch.randn(20, 64, device=device)
+    x, dy = torch.randn(20, 64, device=device), torch.randn(20, 33, device=device)
+    kwargs: dict[str, Any] = {"num_bits": 4, "group_size": 32, "impl": "triton"}
     for strategy in STRATEGIES:
-        first, second = (
-            soft_linear(x, *grid[:4], num_bits=4, group_size=32, strategy=strategy, impl="triton")
-            for _ in range(2)
-        )
-        assert torch.equal(first, second)
+        runs = []
+        for _ in range(2):
+            frac = grid.frac.clone()
+            outputs = [
+                soft_linear(x, *grid[:4], **kwargs, strategy=strategy),
+                soft_linear_dx(dy, *grid[:4], **kwargs, strategy=strategy),
+                soft_linear_dfrac(dy, x, grid.q_down, grid.scale, **kwargs, strategy=strategy),
+            ]
+            counts = soft_linear_step_(
+                dy, x, frac, grid.frac, grid.scale, group_size=32, options=StepOptions(optimizer="sgd", lr=0.01),
+                impl="triton",
+            )  # fmt: skip
+            runs.append([*outputs, frac, torch.tensor(counts)])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), strategy
 
 
 @pytest.mark.gpu

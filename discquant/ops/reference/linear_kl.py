@@ -39,30 +39,10 @@ def linear_kl(
     softcap: float | None = None,
     chunk_size: int = 1024,
 ) -> LinearKLResult:
-    """Forward KL from teacher to student through a shared head, with its gradient, in chunks of tokens.
-
-    z = cap(logit_scale * (h @ weight^T + bias)); p = softmax(z_teacher), q = softmax(z_student);
-    per_token = sum_v p_v (log p_v - log q_v);  loss = sum_t mask_t per_token_t / normalizer;
-    grad_student = mask / normalizer * ((q - p) * dz) @ weight.
-    Logits are float32 (float64 for float64 input) and never exist for more than `chunk_size` tokens.
-
-    Args:
-        student: Last hidden state of the student after the final norm, floating, [num_tokens, hidden_size].
-        teacher: The same of the teacher, same shape and dtype.
-        weight: Frozen head, floating, [vocab_size, hidden_size].
-        bias: Head bias, floating, [vocab_size].
-        mask: True where a token counts, bool, [num_tokens]; None counts all.
-        normalizer: Divisor of the sum, number of tokens that count in the whole step; None takes this call's.
-        logit_scale: Factor on the logits, unitless.
-        softcap: Gemma's cap: z = softcap * tanh(z / softcap); None for no cap.
-        chunk_size: Tokens per chunk.
-
-    Returns:
-        LinearKLResult; per_token and loss in float32 (float64), grad_student in student.dtype; masked
-        tokens have per_token 0 and gradient 0.
+    """Forward KL through a shared head with its gradient, in chunks; the contract is `discquant.ops.linear_kl`.
 
     Note:
-        The softmax differences are taken in float32: bfloat16 logits drown the gradient at small KL.
+        The softmax differences are taken in float32 (float64): bfloat16 logits drown the gradient at small KL.
 
     Source:
         DiscQuant, arXiv 2501.06417, objective; log-sum-exp as usual.

@@ -140,35 +140,20 @@ def projected_step_(
     momentum: Tensor | None = None,
     second_moment: Tensor | None = None,
 ) -> StepCounts:
-    """Take one projected step in place.
-
-    kl = clamp(kl_weight * weight_grad * scale, -grad_clamp, grad_clamp)
-    g = kl + linear_weight * (1 - 2 clamp(frac_ref, 0, 1)) + hardening * (1 - 2 frac)
-    adamw:    m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; frac *= 1 - lr * weight_decay;
-              d = (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
-    momentum: m = b1 m + (1 - b1) g; d = m          sgd: d = g
-    lion:     d = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g
-    frac = clamp(frac - lr d, 0, 1), rounded stochastically where it is stored in fixed point.
-    Coordinates with frac_ref exactly 0 or 1 lie on the grid: they are frozen, their moments stay zero.
-    A coordinate whose gradient is NaN keeps frac and moments, and is counted in `nan`.
+    """Take one projected step in place; formula and contract are those of `discquant.ops.projected_step_`.
 
     Args:
-        frac: Place between the neighbours, float64/32/bfloat16 or uint8/uint16 fixed point,
-            [out_features, in_features]; changed in place.
-        frac_ref: Place that reproduces the original weight, floating or uint8 code, same shape.
-        weight_grad: Gradient of the loss by the weight, floating, same shape.
-        scale: Grid step, the chain-rule factor d weight / d frac, floating, [out_features, num_groups].
+        frac: Changed in place.
+        frac_ref: Place that reproduces the original weight.
+        weight_grad: Gradient by the weight, [out_features, in_features].
+        scale: d weight / d frac, [out_features, num_groups]; group size 1 where it differs per coordinate.
         group_size: Columns per group, -1 for the row.
-        options: Scalars; `moment_bound` is the fixed scale of 8-bit moments, `first_index` the index of
-            element 0 in the unsharded tensor.
-        momentum: First moment, floating or int8, same shape (adamw, momentum, lion); changed in place.
-        second_moment: Second moment, floating, or uint8 holding its root (adamw); changed in place.
+        options: Scalars.
+        momentum: First moment; changed in place.
+        second_moment: Second moment; changed in place.
 
     Returns:
         StepCounts over this tensor.
-
-    Note:
-        Deterministic; independent of tiling. The clamp acts on the gradient of the whole step.
 
     Source:
         DiscQuant, arXiv 2501.06417, update rule; 8-bit layout and hardening are this project's.

@@ -51,6 +51,30 @@ def expand_groups(per_group: Tensor, group_size: int, in_features: int) -> Tenso
     return per_group.repeat_interleave(group_size, dim=1)[:, :in_features]
 
 
+def slope(
+    q_down: Tensor, scale: Tensor, table: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """d weight / d frac of every coordinate: scale, times T[q_down + 1] - T[q_down] with a table.
+
+    Args:
+        q_down: Lower grid code, see `soft_weight`; read with a table only.
+        scale: Grid step, [out_features, num_groups].
+        table: Levels of a look-up grid or None.
+        group_size: Columns that share a scale, -1 for the row.
+        in_features: Columns of the weight.
+        dtype: Dtype of the result and of the arithmetic.
+
+    Returns:
+        Weight units per unit of frac, [out_features, in_features].
+    """
+    step = expand_groups(scale.to(dtype), group_size, in_features)
+    if table is None:
+        return step
+    index = (q_down if q_down.shape[1] == in_features else unpack_nibbles(q_down, in_features)).long()
+    levels = table.to(dtype)
+    return step * (levels[(index + 1).clamp(max=levels.numel() - 1)] - levels[index])
+
+
 def soft_weight(
     q_down: Tensor,
     frac: Tensor,
@@ -62,30 +86,11 @@ def soft_weight(
     table: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Interpolate between neighbouring grid points.
-
-    Uniform grid: weight = scale * (q_down + frac - zero_point).
-    Look-up table: weight = scale * (T[q_down] + frac * (T[q_down + 1] - T[q_down])).
-    Computed in float32 (float64 if an input is float64), rounded once to `dtype`.
-
-    Args:
-        q_down: Lower grid code, uint8, [out_features, in_features], or two 4-bit codes per byte
-            (low nibble first), [out_features, ceil(in_features / 2)]; told apart by `frac`'s width.
-        frac: Place between the neighbours, unitless in [0, 1]: floating, or uint8 / uint16 fixed point
-            (code / 255, code / 65535), [out_features, in_features].
-        scale: Grid step in weight units, floating, [out_features, num_groups].
-        zero_point: Code of weight zero, uint8, [out_features, num_groups]; None is 2 ** (num_bits - 1)
-            on a uniform grid and 0 with a table.
-        num_bits: Code width, 2 to 8.
-        group_size: Columns that share a scale; -1 is the whole row; the last group may be short.
-        table: Levels of a look-up grid in ascending order, floating, [2 ** num_bits]; None is uniform.
-        dtype: Result dtype; default the dtype of `scale`.
-
-    Returns:
-        Weight, [out_features, in_features].
+    """Interpolate between neighbouring grid points; the contract is `discquant.ops.soft_weight`.
 
     Note:
-        At frac 0 and 1 the result equals the grid's own dequantisation bit for bit.
+        At frac 0 and 1 the result equals the grid's own dequantisation bit for bit. Differentiable in every floating
+        argument.
 
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.
