@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLES = {
+    "DISCQUANT_CACHE": "folder of this machine's measured rates (discquant plan --measure); default ~/.cache/discquant",
     "DISCQUANT_BUILD": "what setup.py compiles: auto (default), cpu, cuda or none",
     "DISCQUANT_PYTHON": "interpreter that the Makefile uses instead of making .venv",
     "DISCQUANT_SHARED": "folder of test models and texts; tests that need it are skipped without it",

@@ -53,3 +53,7 @@ class ProofError(UserError, RuntimeError):
 
 class ExtensionError(UserError, RuntimeError):
     """The compiled extension is absent or does not load; the message quotes the cause."""
+
+
+class CapacityError(UserError, RuntimeError):
+    """A model fits this machine with no placement; the message has the numbers and what would fit."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from discquant.calibration.windows import Windows
 
 CHUNK = 1 << 24  # logits of one float64 chunk: 128 MiB per tensor
+LOGITS = 1 << 28  # entries of the logits of one forward pass
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,12 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
+def rows_at_once(model: Any, windows: Windows, most: int) -> int:
+    """Return how many windows' logits may exist at once: at most LOGITS entries, at least one window."""
+    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", None) or 1)
+    return min(most, max(1, LOGITS // (windows.seqlen * vocabulary)))
+
+
 @torch.no_grad()
 def compare_models(
     original: Any,
@@ -217,7 +224,7 @@ def compare_models(
         original: Causal language model: `model(input_ids=...)` gives logits, or an object with `logits`.
         candidates: Models of the same vocabulary by name.
         windows: Token windows; see the module for the positions that count.
-        batch_size: Windows per forward pass.
+        batch_size: Windows per forward pass at most; fewer where the logits of so many would exceed LOGITS.
         device: Where logits are compared; None is the original's device. Models stay where they are.
 
     Returns:
@@ -242,8 +249,9 @@ def compare_models(
     try:
         for model in models:
             model.eval()
-        for start in range(0, len(windows), batch_size):
-            here = slice(start, start + batch_size)
+        rows = rows_at_once(original, windows, batch_size)
+        for start in range(0, len(windows), rows):
+            here = slice(start, start + rows)
             counted = mask[here]
             if not bool(counted.any()):
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 
 from discquant.errors import MissingModelError
 from discquant.run import plots
+from discquant.run.planned import report_lines
 
 PLOTS = "plots"
 _METHODS = ("rtn", "greedy", "gptq", "discquant")
@@ -285,6 +286,7 @@ def write_report(run_dir: Path) -> None:
     lines += picture("moved")
     lines += _sizes(summary)
     lines += _phases(summary)
+    lines += report_lines(summary)
     lines += picture("phases")
     lines += ["## Configuration", "", *_table(["option", "value"], _flat(options or config), text_columns=2)]
     facts = {key: value for key, value in identity.items() if key != "config"}

@@ -13,6 +13,17 @@ from discquant.ops import linear_kl
 from discquant.ops.reference.linear_kl import cap_logits
 from discquant.solver.chain import Chain, Prepared
 
+# On the CPU the logits of a chunk and what is derived from them are seven float32 tensors of this size at most.
+LOGIT_BYTES = 1 << 27
+
+
+def head_chunk(vocab_size: int, device: torch.device, most: int = 1024) -> int:
+    """Return how many tokens' logits may exist at once: fewer for a large vocabulary on the CPU.
+
+    Decided by the vocabulary alone, so that it is the same on every machine; Triton bounds its own chunks.
+    """
+    return most if device.type != "cpu" else min(most, max(16, LOGIT_BYTES // (4 * vocab_size)))
+
 
 class HeadLoss(NamedTuple):
     """Sum of the loss over this micro-batch divided by the step's token count, and its gradient."""
@@ -104,7 +115,7 @@ def head_loss(
         teacher: The same of the teacher.
         loss: Which loss.
         normalizer: Counted tokens of the whole step.
-        chunk_size: Tokens whose logits exist at once.
+        chunk_size: Tokens whose logits exist at once, at most; see `head_chunk`.
 
     Returns:
         HeadLoss with a gradient of the shape of `student`.
@@ -113,6 +124,7 @@ def head_loss(
         return HeadLoss(0.0, torch.zeros_like(student))
     if chain.head is None:
         return _module_kl(student, teacher, normalizer)
+    chunk_size = head_chunk(chain.head.weight.shape[0], student.device, chunk_size)
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
         features = chain.finish(leaf, prepared)

@@ -10,7 +10,7 @@ import torch
 from discquant.ops import linear_kl
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.gradients import StudentWeights
-from discquant.solver.losses import counted_tokens, kl_of_logits
+from discquant.solver.losses import counted_tokens, head_chunk, kl_of_logits
 
 
 @torch.no_grad()
@@ -48,6 +48,7 @@ def mean_kl(chain: Chain, student: StudentWeights, batches: Sequence[Prepared]) 
             mask=None if batch.mask is None else batch.mask.flatten(),
             logit_scale=chain.head.logit_scale,
             softcap=chain.head.softcap,
+            chunk_size=head_chunk(chain.head.weight.shape[0], features.device),
         )
         total += float(result.per_token.double().sum())
     return total / max(1, count)

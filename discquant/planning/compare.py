@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run against its plan: memory of each phase and time per step, for summary.json and report.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from discquant.config import QuantizeConfig
+from discquant.planning.hardware import DEVICES, host_memory
+from discquant.planning.memory import Placement
+from discquant.planning.plan import Machine, Plan, make_plan
+from discquant.planning.rates import load_rates, machine_name, nearest_rates
+from discquant.planning.shape import shape_of
+
+# Python, torch and transformers before a model is opened; a run takes its own reading instead.
+PROCESS_BYTES = 0.45e9
+MEMORY_TOLERANCE, TIME_TOLERANCE = 0.10, 0.25
+# Plan phases that one phase of a run spans.
+SPANS = {"round": ("start", "solve")}
+
+
+def plan_of_run(
+    model: Any,
+    config: QuantizeConfig,
+    *,
+    process: float,
+    placement: Placement = "resident",
+    disk: float = 1e18,
+) -> Plan:
+    """Plan a run of a model in memory on this machine's CPU, with this machine's rates where they were measured.
+
+    Args:
+        model: The opened model.
+        config: The run's options.
+        process: Resident memory of the process before the model was opened, bytes.
+        placement: Where the state will live.
+        disk: Free disk; the export checks its own.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CapacityError: It cannot fit.
+    """
+    shape = shape_of(model, config.ignore, name=type(model).__name__)
+    solver = config.solver
+    rates = nearest_rates(
+        load_rates(),
+        machine=machine_name(),
+        dtype=solver.compute_dtype,
+        state=f"{solver.state} {solver.optimizer}",
+        weights=shape.largest.weights,
+        tokens=min(solver.micro_batch, solver.batch_size) * config.data.seqlen,
+    )
+    # A plan is good to 10 %: what exceeds the memory by no more is not refused.
+    machine = Machine(DEVICES["cpu"], host_memory() * (1 + MEMORY_TOLERANCE), disk)
+    return make_plan(shape, config, machine, placement=placement, rates=rates, process=process)
+
+
+def against_plan(
+    plan: Plan, phases: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Compare what a run took with its plan.
+
+    Args:
+        plan: Made before the run.
+        phases: Records with `name` and `peak_rss_bytes`.
+        steps: Metric lines with `seconds`.
+
+    Returns:
+        Rows of phase, planned and actual bytes and their ratio; seconds per step (the median; planned only where this
+        machine's rates are known); `within` says whether all ratios of memory are within 10 % and time within 25 %.
+    """
+    planned = {peak.name: peak.total("host") for peak in plan.peaks}
+    rows = []
+    for record in phases:
+        spans = SPANS.get(str(record["name"]), (str(record["name"]),))
+        known = [planned[name] for name in spans if name in planned]
+        if not known:
+            continue
+        expected, actual = max(known), float(record["peak_rss_bytes"])
+        rows.append({"phase": record["name"], "planned_bytes": expected, "actual_bytes": actual})
+    for row in rows:
+        row["ratio"] = round(row["actual_bytes"] / row["planned_bytes"], 4)
+    found: dict[str, Any] = {"memory": rows, "placement": plan.setting.placement}
+    within: dict[str, bool | None] = {
+        "memory": None,
+        "time": None,
+    }
+    if rows:
+        peak = max(row["actual_bytes"] for row in rows) / max(row["planned_bytes"] for row in rows)
+        found["peak_ratio"] = round(peak, 4)
+        within["memory"] = abs(peak - 1) <= MEMORY_TOLERANCE
+    seconds = [float(line["seconds"]) for line in steps if line.get("seconds") is not None]
+    if seconds:
+        actual_step = statistics.median(seconds)
+        found["step_seconds"] = {
+            "actual": actual_step,
+            "planned": plan.step_seconds if plan.measured else None,
+        }
+        if plan.measured:
+            ratio = actual_step / plan.step_seconds
+            found["step_seconds"]["ratio"] = round(ratio, 4)
+            within["time"] = abs(ratio - 1) <= TIME_TOLERANCE
+    return {**found, "within": within}

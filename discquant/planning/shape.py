@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of a model from its config.json: built without weights, so every shape is the real one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from discquant.errors import CheckpointError, MissingModelError
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`count` equal matrices of a block, [rows, columns] each; `active` is the share of tokens that pass one."""
+
+    name: str
+    rows: int
+    columns: int
+    count: int = 1
+    active: float = 1.0
+
+    @property
+    def weights(self) -> int:
+        """Weights of all of them."""
+        return self.rows * self.columns * self.count
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: its matrices to quantize, and its parameters that stay."""
+
+    matrices: tuple[Matrix, ...]
+    frozen: int
+
+    @property
+    def weights(self) -> int:
+        """Weights to quantize."""
+        return sum(matrix.weights for matrix in self.matrices)
+
+    @property
+    def active_weights(self) -> float:
+        """Weights that one token is multiplied with."""
+        return sum(matrix.weights * matrix.active for matrix in self.matrices)
+
+    @property
+    def saved_elements(self) -> float:
+        """Activations per token that autograd keeps: outputs, inputs of inner layers, norms and residuals."""
+        hidden = self.matrices[0].columns
+        outputs = sum(matrix.rows * matrix.count * matrix.active for matrix in self.matrices)
+        inner = sum(
+            matrix.columns * matrix.count * matrix.active
+            for matrix in self.matrices
+            if matrix.columns != hidden
+        )
+        return outputs + 2 * inner + 4 * hidden
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan needs to know about a model.
+
+    Attributes:
+        name: For messages.
+        blocks: In order.
+        hidden: Width of the hidden state.
+        vocab: Rows of the head.
+        attention: heads * head_dim, the width in which scores are computed.
+        frozen: Parameters outside the blocks: embedding, final norm, head (once where tied).
+        file_bytes: Bytes per weight in the checkpoint.
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+    hidden: int
+    vocab: int
+    attention: int
+    frozen: int
+    file_bytes: int = 2
+
+    @property
+    def weights(self) -> int:
+        """Weights to quantize."""
+        return sum(block.weights for block in self.blocks)
+
+    @property
+    def active_weights(self) -> float:
+        """Weights to quantize that one token is multiplied with."""
+        return sum(block.active_weights for block in self.blocks)
+
+    @property
+    def untouched(self) -> int:
+        """Parameters that are not quantized."""
+        return self.frozen + sum(block.frozen for block in self.blocks)
+
+    @property
+    def largest(self) -> Block:
+        """The block with the most weights."""
+        return max(self.blocks, key=lambda block: block.weights)
+
+    @property
+    def head(self) -> int:
+        """Weights of the output head."""
+        return self.vocab * self.hidden
+
+
+def _config(model: str | Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    folder = path.parent if path.is_file() and path.name == "config.json" else path
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise MissingModelError(f"plan: {folder} has no config.json")
+    if not folder.is_dir() and (path.exists() or str(model).count("/") != 1 or str(model)[0] in "./~"):
+        raise MissingModelError(f"plan: {model} is no folder with a config.json, and no hub name")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as cause:  # unknown model types, broken JSON and unreachable hubs come as many classes
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise CheckpointError(f"plan: the configuration of {model} cannot be used: {reason}") from cause
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
+    """Return the model of a configuration without memory for its weights (on the meta device).
+
+    Raises:
+        CheckpointError: The configuration describes no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as cause:  # as above
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise CheckpointError(f"plan: config.json makes no causal language model: {reason}") from cause
+
+
+def read_shape(
+    model: str | Path, ignore: Sequence[str] = ("lm_head",), *, trust_remote_code: bool = False
+) -> ModelShape:
+    """Read a model's sizes; no weight file is needed or opened.
+
+    Args:
+        model: Folder with config.json, that file, or a hub name.
+        ignore: As in a run.
+        trust_remote_code: Allow a configuration that names code of its own.
+
+    Returns:
+        The shape.
+
+    Raises:
+        MissingModelError: There is no config.json.
+        CheckpointError: It describes no causal language model.
+        NotImplementedError: The model is no chain of blocks.
+    """
+    config = _config(model, trust_remote_code)
+    return shape_of(empty_model(config, trust_remote_code), ignore, name=Path(str(model)).name)
+
+
+def shape_of(model: Any, ignore: Sequence[str] = ("lm_head",), *, name: str = "model") -> ModelShape:
+    """Return the sizes of a model in memory or on the meta device."""
+    from discquant.solver.chain import DecoderChain
+
+    chain = DecoderChain(model, ignore)
+    assert chain.head is not None
+    config = getattr(model.config, "text_config", model.config)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None) or 1
+    blocks = []
+    for block, refs in zip(chain.blocks, chain.weights, strict=True):
+        found: dict[tuple[str, int, int], int] = {}
+        experts: dict[tuple[str, int, int], float] = {}
+        for ref in refs:
+            if ref.part is None:
+                rows = int(ref.parameter.shape[0])
+                key = (ref.param_name, rows, ref.parameter.numel() // rows)
+            else:
+                columns = ref.parameter.shape[1 if ref.part.transposed else 2]
+                key = (
+                    f"{ref.param_name}[{ref.part.begin}:{ref.part.end}]",
+                    ref.part.end - ref.part.begin,
+                    columns,
+                )
+                experts[key] = min(1.0, chosen / ref.parameter.shape[0])
+            found[key] = found.get(key, 0) + 1
+        matrices = tuple(
+            Matrix(key[0], key[1], key[2], count, experts.get(key, 1.0)) for key, count in found.items()
+        )
+        total = sum(parameter.numel() for parameter in block.parameters())
+        blocks.append(Block(matrices, total - sum(matrix.weights for matrix in matrices)))
+    hidden = int(chain.head.weight.shape[1])
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    width = int(getattr(config, "head_dim", None) or hidden // heads) * heads
+    inside = {id(p) for block in chain.blocks for p in block.parameters()}
+    frozen = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    stored = getattr(config, "dtype", None) or torch.bfloat16
+    size = stored.itemsize if isinstance(stored, torch.dtype) else 2
+    return ModelShape(name, tuple(blocks), hidden, int(chain.head.weight.shape[0]), width, frozen, size)
+
+
+def repeated(shape: ModelShape, depth: int) -> ModelShape:
+    """Return the shape with `depth` copies of its first block."""
+    return dataclasses.replace(shape, blocks=(shape.blocks[0],) * depth)

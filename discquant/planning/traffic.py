@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work, bytes moved and time of one optimizer step (memory.md sections 4 and 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from discquant.planning.hardware import Device
+from discquant.planning.shape import ModelShape
+
+# 2 FLOP per weight and token for each: teacher, student; recompute, input gradient, weight gradient.
+FORWARD_FLOP, BACKWARD_FLOP = 4, 6
+# Causal attention costs 2 s d per token forward; its backward 2.5 times that (scores are computed again).
+ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 7
+HEAD_FLOP = 6
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Bytes per weight of the solver's state.
+
+    Attributes:
+        name: For tables.
+        code: Lower neighbour.
+        frac_ref: Original position.
+        frac: Current position.
+        moments: Optimizer state.
+    """
+
+    name: str
+    code: float
+    frac_ref: float
+    frac: float
+    moments: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.code + self.frac_ref + self.frac + self.moments
+
+    @property
+    def forward(self) -> float:
+        """What the forward pass needs: teacher and student."""
+        return self.code + self.frac_ref + self.frac
+
+    @property
+    def written(self) -> float:
+        """What a step changes."""
+        return self.frac + self.moments
+
+
+def state_layout(state: str, optimizer: str, bits: int) -> StateLayout:
+    """Return bytes per weight of a state format and optimizer.
+
+    u8: code in 4 bits up to 4 bits wide, one byte each for the rest.  fp32: one byte for the code, 4 for the rest.
+    """
+    size = 1.0 if state == "u8" else 4.0
+    code = 0.5 if state == "u8" and bits <= 4 else 1.0
+    moments = {"sgd": 0, "momentum": 1, "lion": 1, "adamw": 2}[optimizer]
+    return StateLayout(f"{state} {optimizer}", code, size, size, moments * size)
+
+
+def grid_bytes_per_weight(group_size: int, columns: int, sym: bool) -> float:
+    """Return bytes of bfloat16 scales, and uint8 zero points of asymmetric grids, per weight."""
+    size = columns if group_size == -1 else min(group_size, columns)
+    return (2.0 if sym else 3.0) / size
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOP per token: in the blocks forward and backward, and in the head."""
+
+    forward: float
+    backward: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.forward + self.backward + self.head
+
+
+def work_per_token(shape: ModelShape, seqlen: int) -> Work:
+    """Return FLOP per token: 10 per active weight, causal attention, and 6 V H for the head."""
+    scores = 1.0 * seqlen * shape.attention * len(shape.blocks)
+    return Work(
+        FORWARD_FLOP * shape.active_weights + ATTENTION_FORWARD * scores,
+        BACKWARD_FLOP * shape.active_weights + ATTENTION_BACKWARD * scores,
+        HEAD_FLOP * float(shape.head),
+    )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes moved per step between the host (or disk) and the device."""
+
+    forward_in: float
+    backward_in: float
+    out: float
+    boundaries: float
+
+    @property
+    def total_in(self) -> float:
+        """Towards the device, boundaries apart."""
+        return self.forward_in + self.backward_in
+
+
+def moved_per_step(
+    shape: ModelShape, layout: StateLayout, tokens: int, *, grid: float = 0.0, offload: bool = True
+) -> Moved:
+    """Return bytes per step of a streamed model.
+
+    Args:
+        shape: The model.
+        layout: State.
+        tokens: Per step.
+        grid: Bytes of scales and zero points per weight, which travel with the codes.
+        offload: Whether the student's block inputs (bfloat16) leave the device; they go out and come back.
+    """
+    weights = float(shape.weights)
+    return Moved(
+        weights * (layout.forward + grid),
+        weights * (layout.total + grid),
+        weights * layout.written,
+        (len(shape.blocks) + 1) * tokens * shape.hidden * 2.0 if offload else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class HidingTokens:
+    """Tokens per step from which transfers hide behind the work.
+
+    forward; backward with both directions at once (duplex), or one after the other (serial, the safe figure).
+    """
+
+    forward: float
+    duplex: float
+    serial: float
+
+
+def tokens_to_hide(shape: ModelShape, layout: StateLayout, device: Device) -> HidingTokens:
+    """Return bytes per weight / (FLOP per weight and token) * FLOP rate / link rate, per device.
+
+    Of a mixture of experts every weight is moved and only the active ones work, which raises it in proportion.
+    """
+    ratio = device.flops / device.link * shape.weights / max(1.0, shape.active_weights)
+    return HidingTokens(
+        layout.forward / FORWARD_FLOP * ratio,
+        max(layout.total, layout.written) / BACKWARD_FLOP * ratio,
+        (layout.total + layout.written) / BACKWARD_FLOP * ratio,
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step: work of the passes and the head, transfers, and what the step takes."""
+
+    forward: float
+    backward: float
+    head: float
+    copy_forward: float
+    copy_duplex: float
+    copy_serial: float
+    total: float
+
+
+def step_time(work: Work, moved: Moved | None, tokens: int, device: Device) -> StepTime:
+    """Return the time of a step; each pass takes the longer of its work and its transfers (serial: the safe figure)."""
+    forward, backward = work.forward * tokens / device.flops, work.backward * tokens / device.flops
+    head = work.head * tokens / device.flops
+    if moved is None:
+        return StepTime(forward, backward, head, 0.0, 0.0, 0.0, forward + backward + head)
+    link = device.link
+    ahead = max(moved.forward_in, moved.boundaries) / link
+    duplex = max(moved.backward_in + moved.boundaries, moved.out) / link
+    serial = (moved.backward_in + moved.out + moved.boundaries) / link
+    total = max(forward, ahead) + max(backward, serial) + head
+    return StepTime(forward, backward, head, ahead, duplex, serial, total)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's own plan: made once the model is open, held against what the run took when it has finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from discquant.config import QuantizeConfig
+from discquant.planning.compare import against_plan, plan_of_run
+from discquant.planning.memory import Placement
+from discquant.planning.plan import Plan
+from discquant.run.directory import METRICS, RunDirectory
+from discquant.run.phases import resident_bytes
+
+
+def plan_run(model: Any, config: QuantizeConfig, *, placement: Placement = "resident") -> Plan:
+    """Plan a run whose model is open.
+
+    Args:
+        model: Opened, on the CPU.
+        config: The run's options.
+        placement: Where the solver's state will live.
+
+    Returns:
+        The plan; its process is what this one holds besides the model.
+
+    Raises:
+        CapacityError: The run cannot fit this machine's memory.
+    """
+    held = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    return plan_of_run(model, config, process=max(0.0, float(resident_bytes() - held)), placement=placement)
+
+
+def compare_run(
+    plan: Plan,
+    directory: RunDirectory,
+    phases: Sequence[dict[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return plan against actual for the summary; a miss is said in one line.
+
+    Args:
+        plan: From `plan_run`.
+        directory: The run; its metrics hold the seconds of every step.
+        phases: Records of `Phases`.
+        say: Takes the line.
+    """
+    steps = []
+    path = directory.path / METRICS
+    if path.is_file():
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        steps = [line for line in lines if line.get("kind") != "validation"]
+    found = against_plan(plan, phases, steps)
+    if found["within"]["memory"] is False:
+        say(f"note: peak memory was {found['peak_ratio']:.2f} times the plan's")
+    if found["within"]["time"] is False:
+        say(f"note: a step took {found['step_seconds']['ratio']:.2f} times the plan's")
+    return found
+
+
+def report_lines(summary: dict[str, Any]) -> list[str]:
+    """Return the report's section on plan and actual, no lines where the summary has none."""
+    found = summary.get("plan") or {}
+    rows = found.get("memory") or []
+    if not rows:
+        return []
+    lines = [
+        "## Plan against actual",
+        "",
+        "| phase | planned MB | actual MB | actual / planned |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        planned, actual = row["planned_bytes"] / 1e6, row["actual_bytes"] / 1e6
+        lines.append(f"| {row['phase']} | {planned:,.0f} | {actual:,.0f} | {row['ratio']:.2f} |")
+    told = f"Peak of the run: {found['peak_ratio']:.2f} times the plan's (held to 10 %)."
+    seconds = found.get("step_seconds")
+    if seconds and seconds.get("planned"):
+        told += (
+            f" A step took {seconds['actual']:.3g} s, {seconds['ratio']:.2f} times the plan's "
+            f"{seconds['planned']:.3g} s (held to 25 %)."
+        )
+    elif seconds:
+        told += (
+            f" A step took {seconds['actual']:.3g} s; this machine's rates are not measured "
+            "(`discquant plan MODEL --measure`), so the plan has no time for it."
+        )
+    return [*lines, "", told, ""]

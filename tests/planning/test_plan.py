@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans from config.json alone reproduce memory.md's figures, choose what fits, and refuse what cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from discquant.cli import app
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.errors import CapacityError, CheckpointError, ConfigError, MissingModelError
+from discquant.planning.hardware import DEVICES, GB, GIB, find_device
+from discquant.planning.memory import PLACEMENTS, needed, phase_peaks
+from discquant.planning.plan import Machine, make_plan, setting_for
+from discquant.planning.shape import ModelShape, read_shape
+from discquant.planning.traffic import (
+    grid_bytes_per_weight,
+    moved_per_step,
+    state_layout,
+    step_time,
+    tokens_to_hide,
+    work_per_token,
+)
+
+CONFIGS = Path(__file__).parent / "configs"
+TOKENS, SEQLEN = 16384, 2048
+ROOMY = 1e15
+
+
+@pytest.fixture(scope="module")
+def shape_8b() -> ModelShape:
+    """Return Llama-3.1-8B's sizes."""
+    return read_shape(CONFIGS / "llama-3.1-8b")
+
+
+@pytest.fixture(scope="module")
+def shape_70b() -> ModelShape:
+    """Return Llama-3.1-70B's sizes."""
+    return read_shape(CONFIGS / "llama-3.1-70b")
+
+
+def options(**solver: Any) -> QuantizeConfig:
+    """Return the setting of memory.md: 16384 tokens per step in windows of 2048, bfloat16, u8 momentum."""
+    chosen = {
+        "state": "u8",
+        "optimizer": "momentum",
+        "batch_size": TOKENS // SEQLEN,
+        "micro_batch": 2,
+        "iters": 1024,
+        "compute_dtype": "bfloat16",
+        "start": "ref",
+        **solver,
+    }
+    return QuantizeConfig(
+        grid=GridConfig(bits=3, group_size=128),
+        solver=SolverConfig(**chosen),
+        data=DataConfig("text.txt", 512, SEQLEN),
+        baselines=(),
+    )
+
+
+def rounded(value: float, digits: int) -> float:
+    """Round as memory.md does."""
+    return round(value, digits)
+
+
+def test_weights(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
+    """Section header: 32 x 218.1 M = 6.979e9 and 80 x 855.6 M = 68.451e9; embedding + head 1.05e9 and 2.10e9."""
+    for shape, depth, block, total, frozen in (
+        (shape_8b, 32, 218.1e6, 6.979e9, 1.05e9),
+        (shape_70b, 80, 855.6e6, 68.451e9, 2.10e9),
+    ):
+        assert len(shape.blocks) == depth
+        assert rounded(shape.largest.weights / 1e6, 1) == block / 1e6
+        assert rounded(shape.weights / 1e9, 3) == total / 1e9
+        assert rounded(shape.frozen / 1e9, 2) == frozen / 1e9
+
+
+@pytest.mark.parametrize(
+    ("state", "optimizer", "per_weight", "small", "large"),
+    [
+        ("u8", "momentum", 3.5, 24.4, 239.6),
+        ("u8", "adamw", 4.5, 31.4, 308.0),
+        ("u8", "sgd", 2.5, 17.4, 171.1),
+    ],
+)
+def test_state_bytes(
+    state: str,
+    optimizer: str,
+    per_weight: float,
+    small: float,
+    large: float,
+    shape_8b: ModelShape,
+    shape_70b: ModelShape,
+) -> None:
+    """Section 1: bytes per weight and in all."""
+    layout = state_layout(state, optimizer, 3)
+    assert layout.total == per_weight
+    assert rounded(shape_8b.weights * layout.total / GB, 1) == small
+    assert rounded(shape_70b.weights * layout.total / GB, 1) == large
+
+
+def test_scales(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
+    """Section 1: scale and zero add 0.2 / 1.6 GB at g128 and 0.7 / 6.4 GB at g32."""
+    for size, small, large in ((128, 0.2, 1.6), (32, 0.7, 6.4)):
+        share = grid_bytes_per_weight(size, 4096, sym=False)
+        assert rounded(shape_8b.weights * share / GB, 1) == small
+        assert rounded(shape_70b.weights * share / GB, 1) == large
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "eight", "seventy"),
+    [("sgd", (35, 7), (342, 68)), ("momentum", (42, 14), (411, 137)), ("adamw", (49, 21), (479, 205))],
+)
+def test_bytes_per_step(
+    optimizer: str,
+    eight: tuple[int, int],
+    seventy: tuple[int, int],
+    shape_8b: ModelShape,
+    shape_70b: ModelShape,
+) -> None:
+    """Section 4: GB per step in and out, and boundary activations 4.4 / 21.7."""
+    layout = state_layout("u8", optimizer, 3)
+    for shape, expected, boundary in ((shape_8b, eight, 4.4), (shape_70b, seventy, 21.7)):
+        moved = moved_per_step(shape, layout, TOKENS)
+        assert (round(moved.total_in / GB), round(moved.out / GB)) == expected
+        assert rounded(moved.boundaries / GB, 1) == boundary
+
+
+@pytest.mark.parametrize(
+    ("device", "forward", "duplex", "serial"),
+    [("h100", 6.8, 6.4, 10.0), ("h200", 6.8, 6.4, 10.0), ("a100", 5.8, 5.4, 8.5), ("4090", 3.5, 3.3, 5.2)],
+)
+def test_tokens_to_hide(
+    device: str, forward: float, duplex: float, serial: float, shape_70b: ModelShape
+) -> None:
+    """Section 4: minimum tokens per step, in thousands."""
+    hide = tokens_to_hide(shape_70b, state_layout("u8", "momentum", 3), DEVICES[device])
+    assert rounded(hide.forward / 1e3, 1) == forward
+    assert rounded(hide.duplex / 1e3, 1) == duplex
+    assert rounded(hide.serial / 1e3, 1) == serial
+    if device == "h100":
+        adam = tokens_to_hide(shape_70b, state_layout("u8", "adamw", 3), DEVICES[device])
+        assert rounded(adam.serial / 1e3, 1) == 13.6
+
+
+def test_work(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
+    """Section 5: 75.9 / 705.6 GFLOP per token; the head is 4.2 % and 0.9 % of it."""
+    for shape, total, head in ((shape_8b, 75.9, 4.2), (shape_70b, 705.6, 0.9)):
+        work = work_per_token(shape, SEQLEN)
+        assert rounded(work.total / 1e9, 1) == total
+        assert rounded(100 * work.head / work.total, 1) == head
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds_8b", "seconds_70b", "hours_70b"),
+    [("h100", 2.07, 19.3, 5.5), ("a100", 5.4, 50.3, 14.3), ("4090", 8.9, 82.6, 23.5)],
+)
+def test_step_time(
+    device: str,
+    seconds_8b: float,
+    seconds_70b: float,
+    hours_70b: float,
+    shape_8b: ModelShape,
+    shape_70b: ModelShape,
+) -> None:
+    """Section 5: step seconds and hours of 1024 steps; at 16384 tokens the transfers of D3.5 hide."""
+    layout = state_layout("u8", "momentum", 3)
+    for shape, expected in ((shape_8b, seconds_8b), (shape_70b, seconds_70b)):
+        work = work_per_token(shape, SEQLEN)
+        resident = step_time(work, None, TOKENS, DEVICES[device])
+        assert rounded(resident.total, 2 if expected < 3 else 1) == expected
+        streamed = step_time(
+            work, moved_per_step(shape, layout, TOKENS, offload=False), TOKENS, DEVICES[device]
+        )
+        assert streamed.total == resident.total
+        assert streamed.copy_forward < streamed.forward and streamed.copy_serial < streamed.backward
+    assert rounded(resident.total * 1024 / 3600, 1) == hours_70b
+
+
+def test_working_set(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
+    """Section 1, working set with the state on the host: about 7 and 21 GB; the parts that are exact, exactly."""
+    for shape, slots, weights, gradient, head, total in (
+        (shape_8b, 2.3, 0.87, 0.87, 1.05, 7.0),
+        (shape_70b, 9.0, 3.4, 3.4, 2.1, 21.0),
+    ):
+        config = options(micro_batch=1)
+        machine = Machine(DEVICES["h100"], ROOMY, ROOMY)
+        solve = {p.name: p for p in phase_peaks(shape, setting_for(config, "host", machine))}["solve"]
+        digits = 2 if shape is shape_8b else 1
+        # The slots carry the scales as well, 2 bytes per 128 weights.
+        assert rounded((solve.gpu["block slots"] - 3 * shape.largest.weights * 2 / 128) / GB, 1) == slots
+        assert rounded(solve.gpu["student and teacher weights"] / GB, digits) == weights
+        assert rounded(solve.gpu["weight gradient"] / GB, digits) == gradient
+        assert rounded(shape.head * 2 / GB, 2 if shape is shape_8b else 1) == head
+        assert rounded(solve.gpu["logits"] / GB, 2) == 1.05
+        assert solve.total("gpu") / GB == pytest.approx(total, rel=0.15)
+        assert rounded(solve.host["boundary activations"] / GB, 1) == (4.4 if shape is shape_8b else 21.7)
+
+
+def test_issue_targets(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
+    """8B at 16k tokens within 20 GiB of device memory, 70B within 40; its host within 270 GiB; no byte on the disk
+    but checkpoints and the result."""
+    for shape, limit in ((shape_8b, 20 * GIB), (shape_70b, 40 * GIB)):
+        made = make_plan(shape, options(), Machine(DEVICES["h100"], 270 * GIB, ROOMY), placement="host")
+        assert needed(list(made.peaks), "gpu") <= limit
+        assert needed(list(made.peaks), "host") <= 270 * GIB
+        assert made.setting.placement == "host" and not made.warnings
+        assert {item for peak in made.peaks for item in peak.disk} == {"checkpoints (two)", "exported model"}
+
+
+def test_placement_is_the_first_that_fits(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
+    """Resident on a big device, host memory on a small one, the disk where host memory is small as well."""
+    config = options()
+    for shape, device, host, expected in (
+        (shape_8b, "h200", 64 * GB, "resident"),
+        (shape_8b, "4090", 64 * GB, "host"),
+        (shape_8b, "4090", 20 * GB, "disk"),
+        (shape_70b, "h200", 300 * GB, "host"),
+        (shape_70b, "h200", 100 * GB, "disk"),
+    ):
+        made = make_plan(shape, config, Machine(DEVICES[device], host, ROOMY))
+        assert made.setting.placement == expected, (shape.name, device)
+        assert [o.fits for o in made.options if o.state == "u8 momentum" and o.placement == expected] == [
+            True
+        ]
+        assert {option.placement for option in made.options} == set(PLACEMENTS)
+
+
+def test_refusal_names_numbers_and_what_would_fit(shape_70b: ModelShape) -> None:
+    """What cannot fit is refused: what it needs, what is there, and the nearest options that would do."""
+    machine = Machine(DEVICES["4090"], 400 * GB, ROOMY)
+    with pytest.raises(
+        CapacityError, match=r"G weights .* needs .* device memory \(there are 25.8\)"
+    ) as refusal:
+        make_plan(shape_70b, options(start="gptq", state="fp32", optimizer="adamw"), machine)
+    said = str(refusal.value)
+    assert "It would fit with --placement" in said and "--start ref" in said
+    flags = said.rpartition("fit with ")[2].split()
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    solver = {
+        "start": given["--start"],
+        "state": given.get("--state", "fp32"),
+        "optimizer": given.get("--optimizer", "adamw"),
+        "micro_batch": int(given.get("--micro-batch", 2)),
+        "batch_size": int(given.get("--batch-size", 8)),
+    }
+    assert make_plan(shape_70b, options(**solver), machine, placement=given["--placement"])  # type: ignore[arg-type]
+
+    small = Machine(dataclasses.replace(DEVICES["4090"], memory=2 * GB), 4 * GB, 5 * GB)
+    with pytest.raises(CapacityError, match=r"No configuration fits; the least demanding .* needs"):
+        make_plan(shape_70b, options(), small)
+
+
+def test_too_few_tokens_is_a_warning_with_the_number(shape_70b: ModelShape) -> None:
+    """Following the warning's advice removes it."""
+    machine = Machine(DEVICES["h100"], 400 * GB, ROOMY)
+    made = make_plan(shape_70b, options(batch_size=2), machine, placement="host")
+    (warning,) = made.warnings
+    assert "4096 tokens per step are too few" in warning and "10,000 are needed" in warning
+    advised = int(warning.partition("--batch-size ")[2].split(";")[0])
+    assert not make_plan(shape_70b, options(batch_size=advised), machine, placement="host").warnings
+    assert make_plan(shape_70b, options(batch_size=advised - 1), machine, placement="host").warnings
+
+
+def test_more_of_anything_needs_no_less(shape_8b: ModelShape) -> None:
+    """Wider state, more tokens, more blocks: no peak shrinks."""
+    machine = Machine(DEVICES["h100"], ROOMY, ROOMY)
+    for placement in PLACEMENTS:
+
+        def peaks(shape: ModelShape, config: QuantizeConfig, policy: Any = placement) -> list[float]:
+            found = phase_peaks(shape, setting_for(config, policy, machine))
+            return [peak.total(where) for peak in found for where in ("gpu", "host", "disk")]
+
+        base = peaks(shape_8b, options())
+        deeper = dataclasses.replace(shape_8b, blocks=shape_8b.blocks * 2)
+        for more in (
+            peaks(shape_8b, options(optimizer="adamw")),
+            peaks(shape_8b, options(state="fp32")),
+            peaks(shape_8b, options(batch_size=32)),
+            peaks(shape_8b, options(micro_batch=4)),
+            peaks(deeper, options()),
+        ):
+            assert all(a >= b for a, b in zip(more, base, strict=True)) and more != base
+
+
+def test_experts_move_whole_and_work_in_part(tmp_path: Path) -> None:
+    """Of 8 experts 2 work per token: the work counts those, memory and traffic all, and hiding needs more tokens."""
+    import transformers
+
+    transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=8, num_experts_per_tok=2, vocab_size=512,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    shape = read_shape(tmp_path)
+    attention = 2 * 64 * 64 + 2 * 64 * 32
+    assert shape.largest.weights == attention + 8 * 3 * 64 * 128
+    assert shape.largest.active_weights == attention + 2 * 3 * 64 * 128
+    layout = state_layout("u8", "momentum", 3)
+    dense = layout.forward / 4 * DEVICES["h100"].flops / DEVICES["h100"].link
+    ratio = shape.weights / shape.active_weights
+    assert tokens_to_hide(shape, layout, DEVICES["h100"]).forward == pytest.approx(dense * ratio)
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    """Each is one sentence that names what is wrong."""
+    with pytest.raises(MissingModelError, match=r"has no config\.json"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        read_shape(tmp_path)
+    with pytest.raises(ConfigError, match=r"--gpu must be one of .*h100.*, got 'abacus'"):
+        find_device("abacus")
+    assert find_device("RTX-4090") is DEVICES["4090"]
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both outputs of the command agree with each other; no weight file exists in the folder it reads."""
+    monkeypatch.setenv("DISCQUANT_CACHE", str(tmp_path))
+    line = ["plan", str(CONFIGS / "llama-3.1-8b"), "--bits", "3", "--gpu", "4090", "--seqlen", "2048"]
+    line += [
+        "--batch-size",
+        "8",
+        "--micro-batch",
+        "1",
+        "--host-memory",
+        "64",
+        "--disk",
+        "500",
+        "--dataset",
+        "text.txt",
+    ]
+    done = CliRunner().invoke(app, [*line, "--json"], catch_exceptions=False)
+    facts = json.loads(done.stdout)
+    assert facts["placement"] == "host" and facts["state"] == "u8 momentum"
+    assert facts["flop_per_step"] == facts["flop_per_token"] * 16384
+    assert [phase["name"] for phase in facts["phases"]] == [
+        "open", "calibrate", "grid", "start", "solve", "export", "evaluate",
+    ]  # fmt: skip
+    for phase in facts["phases"]:
+        assert phase["gpu_bytes"] == pytest.approx(sum(phase["items"]["gpu"].values()))
+    shown = CliRunner().invoke(app, line, catch_exceptions=False)
+    assert shown.exit_code == 0 and "Transfers hide from" in shown.stdout
+    refused = CliRunner().invoke(app, [*line, "--gpu-memory", "1", "--host-memory", "2"])
+    assert isinstance(refused.exception, CapacityError)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole run of a mixture of experts: per-expert tensors in the export, the same logits after loading it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from discquant.api import load
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.run.directory import RunDirectory, apply_layers
+from discquant.run.pipeline import Pipeline
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4, "intermediate_size": 32},
+    "Qwen3Moe": {
+        "num_experts": 12,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 64,
+        "mlp_only_layers": [0],
+    },
+}
+
+
+def make_model(family: str, folder: Path) -> Any:
+    """Write a random model without a tokenizer; return it."""
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_experts_per_tok=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        **FAMILIES[family],
+    )  # fmt: skip
+    torch.manual_seed(5)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.normal_(std=0.12)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_quantize_export_load(family: str, tmp_path: Path) -> None:
+    """The export holds every expert under the name it has in the original; loaded, it computes what was solved."""
+    model = make_model(family, tmp_path / "model")
+    ids = torch.randint(3, 61, (6, 8), generator=torch.Generator().manual_seed(3))
+    save_file({"ids": ids.int()}, tmp_path / "ids.safetensors")
+    config = QuantizeConfig(
+        grid=GridConfig(bits=4, group_size=16),
+        solver=SolverConfig(iters=2, batch_size=2, micro_batch=2, warmup=1),
+        data=DataConfig(f"{tmp_path / 'ids.safetensors'}:ids", 4, 8),
+        gptq_samples=2,
+        validation_windows=2,
+        baselines=("rtn",),
+    )
+    summary = Pipeline(tmp_path / "model", tmp_path / "run", config).execute()
+    exported = tmp_path / "run" / "compressed-tensors"
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    after = set(load_file(exported / "model.safetensors"))
+    experts = {name.removesuffix(".weight") for name in before if ".experts." in name}
+    assert experts
+    for name in experts:
+        assert f"{name}.weight_packed" in after and f"{name}.weight" not in after
+    routers = [name for name in before if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))]
+    assert routers and set(routers) <= after
+    entry = json.loads((exported / "config.json").read_text())["quantization_config"]
+    assert {name.removesuffix(".weight") for name in routers} <= set(entry["ignore"])
+
+    solved = apply_layers(model, RunDirectory(tmp_path / "run").layers(), torch.float32)
+    loaded = load(exported)
+    with torch.no_grad():
+        expected = solved(input_ids=ids, use_cache=False).logits
+        actual = loaded(input_ids=ids, use_cache=False).logits
+    assert torch.equal(actual, expected)
+    rows = {row["name"] for row in summary["layers"]}
+    assert experts <= rows
+    if family == "Qwen3Moe":  # of 12 experts some may stay unseen, and are then named
+        unseen = set(summary.get("experts_unseen", []))
+        assert unseen <= experts
+        report = (tmp_path / "run" / "report.md").read_text()
+        assert ("saw no calibration token" in report) == bool(unseen)
