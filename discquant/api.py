@@ -6,19 +6,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from discquant import _extension
 from discquant.calibration import Windows, load_windows
 from discquant.config import QuantizeConfig
 from discquant.errors import ConfigError, MissingModelError
+from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.source import open_source, read_config
 from discquant.grids import Grid
+from discquant.ops.packed_linear import MODES, Mode
 from discquant.run.directory import RunDirectory, load_run_model
-from discquant.run.summary import quantized_layers
+from discquant.run.summary import coded_layers
 from discquant.solver.chain import Chain, DecoderChain, ModuleChain
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.solve import TokenRows, lay_grids, solve
@@ -47,14 +50,23 @@ class Quantized:
     unseen: frozenset[str] = frozenset()
 
     def layers(self) -> Iterator[QuantizedLinear]:
-        """Yield codes with their grids, as `discquant.formats` takes them."""
-        return quantized_layers(self.codes, self.grids)
+        """Yield codes with their uniform grids, as `discquant.formats` takes them.
+
+        Raises:
+            UnrepresentableError: A grid is not uniform; `coded_layers` gives all kinds.
+        """
+        for layer in self.coded_layers():
+            yield layer.linear()
+
+    def coded_layers(self) -> Iterator[CodedLayer]:
+        """Yield codes with their grids."""
+        return coded_layers(self.codes, self.grids)
 
     def apply(self) -> nn.Module:
         """Overwrite the model's weights with the served ones, in place; return the model."""
         from discquant.run.directory import apply_layers
 
-        return apply_layers(self.model, self.layers(), self.served)
+        return apply_layers(self.model, self.coded_layers(), self.served)
 
 
 def _run(
@@ -145,23 +157,49 @@ def quantize_module(
     return _run(chain, rows, config, next(module.parameters()).dtype, on_step)
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    mode: Mode | Literal["plain"] = "exact",
+    device: torch.device | str | None = None,
+) -> nn.Module:
     """Load an exported model, a run directory (its exported model, else its original with the codes), or an original.
+
+    Quantized layers of 3 and 4 bits stay packed in memory, where the compiled extension is there and the kernels cover
+    the grid (groups of 32, 64, a multiple of 128, or the row); all others become ordinary weights.
 
     Args:
         path: Directory.
         dtype: Compute dtype; None keeps the checkpoint's.
+        mode: "exact": logits are those of the rounded model, bit for bit. "auto": the fast kernels. On the CPU a matmul
+            then errs by at most the sum over its blocks of 2^-15 * largest activation * absolute weights, plus float32
+            rounding; on a GPU it is a float32 sum over weights in the compute dtype. "a8", "fp32": see
+            `packed_linear`. "plain": ordinary weights for all.
+        device: None is the CPU.
 
     Returns:
         A `transformers` model with the served weights.
 
     Raises:
         FileNotFoundError: No model there.
-        ValueError: A damaged checkpoint.
+        ValueError: A damaged checkpoint, or an unknown mode.
     """
-    from discquant.formats.load import load_quantized
+    if mode not in (*MODES, "plain"):
+        raise ConfigError(f"load: mode must be one of {[*MODES, 'plain']}, got {mode!r}")
+    model = _open_model(Path(path), dtype, mode, device)
+    return model if device is None else model.to(device)
 
-    folder = Path(path)
+
+def _open_model(
+    folder: Path,
+    dtype: torch.dtype | None,
+    mode: Mode | Literal["plain"],
+    device: torch.device | str | None,
+) -> nn.Module:
+    from discquant.formats.load import load_quantized
+    from discquant.formats.load_packed import load_packed_model
+
     if RunDirectory.is_run(folder):
         exported = served_directory(folder)
         if exported is None:
@@ -172,6 +210,10 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     if not read_config(folder).get("quantization_config"):
         original: nn.Module = open_source(folder, dtype=dtype).model
         return original
+    if mode != "plain" and _extension.available():
+        packed: nn.Module | None = load_packed_model(folder, dtype, mode=mode, device=device)
+        if packed is not None:
+            return packed
     quantized: nn.Module = load_quantized(folder, dtype)
     return quantized
 
@@ -184,6 +226,9 @@ def served_directory(run: Path) -> Path | None:
     """
     if not RunDirectory.is_run(run):
         raise ConfigError(f"{run} is no run directory")
-    chosen = RunDirectory(run).config()["identity"]["config"]["format"]
-    folder = run / chosen
-    return folder if chosen != "none" and (folder / "config.json").is_file() else None
+    identity = RunDirectory(run).config()["identity"]
+    for chosen in str(identity["config"]["format"]).split(","):
+        folder = run / chosen.strip()
+        if (folder / "config.json").is_file():
+            return folder
+    return None

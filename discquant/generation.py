@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from discquant.api import load, served_directory
-from discquant.errors import MissingModelError
+from discquant.errors import ConfigError, MissingModelError
 from discquant.formats.source import load_tokenizer
+from discquant.modules import PackedReport
 from discquant.run.directory import RunDirectory
 
 
@@ -23,7 +24,10 @@ def _tokenizer_folder(path: Path) -> Path:
     return Path(RunDirectory(path).config()["source"]) if exported is None else exported
 
 
-def stream(path: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+def stream(
+    path: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, mode: str = "auto",
+    device: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Continue a prompt on standard output; tokens per second go to standard error.
 
     Args:
@@ -32,13 +36,15 @@ def stream(path: Path, prompt: str, *, max_new_tokens: int, temperature: float, 
         max_new_tokens: Limit.
         temperature: 0 is greedy.
         seed: Of sampling.
+        mode: How quantized layers are computed, see `discquant.load`.
+        device: None is the GPU where there is one, else the CPU.
 
     Returns:
-        `text`, `tokens`, `seconds`.
+        `text`, `tokens`, `seconds`, `packed_bytes` (0 without packed layers).
 
     Raises:
         FileNotFoundError: No model or no tokenizer there.
-        ValueError: A negative temperature, or an empty prompt.
+        ValueError: A negative temperature, an empty prompt, an unknown mode, or a device that is not there.
     """
     from transformers import TextStreamer
 
@@ -47,11 +53,14 @@ def stream(path: Path, prompt: str, *, max_new_tokens: int, temperature: float, 
             "generate: temperature must be at least 0 and max_new_tokens at least 1, "
             f"got {temperature} and {max_new_tokens}"
         )
-    model: Any = load(path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"generate: device must be cpu, there is no CUDA device here, got {device}")
+    model: Any = load(path, mode=mode, device=device)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(_tokenizer_folder(Path(path)))
     if tokenizer is None:
         raise MissingModelError(f"generate: {path} has no tokenizer")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
     if ids.numel() == 0:
         raise ValueError("generate: the prompt is empty")
     torch.manual_seed(seed)
@@ -69,5 +78,9 @@ def stream(path: Path, prompt: str, *, max_new_tokens: int, temperature: float, 
     )
     seconds = time.perf_counter() - begin
     tokens = int(output.shape[1] - ids.shape[1])
-    print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
-    return {"text": tokenizer.decode(output[0, ids.shape[1] :]), "tokens": tokens, "seconds": seconds}
+    report: PackedReport | None = getattr(model, "packed_report", None)
+    packed = report.packed_bytes if report is not None else 0
+    what = "plain weights" if report is None else f"{report.layers} packed layers of {packed / 1e6:.1f} MB"
+    print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s ({what}, {device})", file=sys.stderr)
+    text = tokenizer.decode(output[0, ids.shape[1] :])
+    return {"text": text, "tokens": tokens, "seconds": seconds, "packed_bytes": packed}

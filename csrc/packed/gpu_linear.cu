@@ -51,6 +51,13 @@ int gpu_multiprocessors(int device) {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
 }
 
+int64_t gpu_capture_id(CUstream_st* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  if (cudaStreamGetCaptureInfo(stream, &status, &id) != cudaSuccess) return 0;
+  return status == cudaStreamCaptureStatusActive ? static_cast<int64_t>(id) : 0;
+}
+
 int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, int multiprocessors) {
   return ceil_div(out_features, kBlockRows) +
          2 * split_runs(out_features, in_features, multiprocessors) * kBlockRows * kMaxSplitTokens;

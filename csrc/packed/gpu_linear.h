@@ -47,6 +47,8 @@ struct Walk {
 };
 
 int gpu_multiprocessors(int device);
+// Number of the graph capture that a stream is in, 0 if in none: a graph must not share its workspace with eager calls.
+int64_t gpu_capture_id(CUstream_st* stream);
 // Words of workspace for any number of tokens.
 int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, int multiprocessors);
 // Up to 16 tokens: split along K, partial sums added in a fixed order. More: one block of rows and tokens per thread

@@ -68,6 +68,8 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
   return y;
 }
 
+int64_t capture_id(const Tensor& words) { return gpu_capture_id(stream_of(words)); }
+
 int64_t workspace_size(const Tensor& words, int64_t n, int64_t k) { return workspace_words(words, n, k); }
 
 Tensor pack(const Tensor& codes, const std::optional<Tensor>& zero_point, int64_t bits, int64_t group_size,
@@ -140,6 +142,7 @@ Tensor dequantize(const Tensor& words, const Tensor& scale, const std::optional<
 STABLE_TORCH_LIBRARY_IMPL(discquant, CUDA, m) {
   m.impl("packed_linear_mma", TORCH_BOX(&linear));
   m.impl("packed_workspace_size", TORCH_BOX(&workspace_size));
+  m.impl("packed_capture_id", TORCH_BOX(&capture_id));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("repack", TORCH_BOX(&repack));

@@ -20,8 +20,23 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed when sampling.")] = 0,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="Packed layers: auto (fast), exact (the rounded model's bits), a15, a8, fp32, or plain."
+        ),
+    ] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Continue PROMPT, streaming, and print tokens per second."""
     from discquant.generation import stream
 
-    stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    stream(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        mode=mode,
+        device=device,
+    )

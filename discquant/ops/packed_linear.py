@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from discquant.ops import _packed_paths as paths
 from discquant.ops import _registry as registry
 from discquant.ops.pack import LAYOUT_CODES, SCALE_DTYPES, Layout, check_grid, check_words, choose
 from discquant.ops.reference import pack as packing
@@ -19,13 +20,6 @@ _CPU_MODES = {"a8": 0, "a15": 1, "fp32": 2}
 # Instruction sets of the CPU kernels, worst first; -1 in the operator is the best that the processor has.
 ISAS = ("scalar", "avx2", "avx512", "avx512vnni")
 X_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Tokens from which a GPU dequantises and calls cuBLAS; a guess from published kernels, not measured on a GPU.
-CUBLAS_TOKENS = 129
-# Tokens of the split kernel, whose sums do not depend on the batch.
-SPLIT_TOKENS = 16
-# Rows dequantised at a time in the exact mode: the scratch stays below this many weights.
-_PANEL_WEIGHTS = 1 << 24
-
 _GRID = "int out_features, int in_features, int num_bits, int group_size"
 
 
@@ -34,19 +28,6 @@ def _linear_fake(
     out_features: int, in_features: int, num_bits: int, group_size: int, mode: int, isa: int,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], out_features))
-
-
-def _mma_fake(
-    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, workspace: Tensor,
-    out_features: int, in_features: int, num_bits: int, group_size: int, exact: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], out_features))
-
-
-def _workspace_size_fake(words: Tensor, out_features: int, in_features: int) -> int:
-    raise NotImplementedError(
-        "packed_workspace_size: words must be on a GPU, not traced: call it outside the graph"
-    )
 
 
 def _triton_fake(
@@ -61,13 +42,6 @@ def _triton_launch(*args: Any) -> Tensor:
     return out
 
 
-def _dequantize_fake(
-    words: Tensor, scale: Tensor, zero_point: Tensor | None, out_features: int, in_features: int, num_bits: int,
-    group_size: int, layout: int, row_begin: int, row_end: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return words.new_empty((row_end - row_begin, in_features), dtype=dtype)
-
-
 def _stream_read_fake(t: Tensor) -> Tensor:
     return t.new_empty((1,), dtype=torch.int32)
 
@@ -76,24 +50,6 @@ _linear_op = registry.define(
     f"packed_linear(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {_GRID}, "
     "int mode, int isa) -> Tensor",
     _linear_fake,
-    None,
-)
-_dequantize_op = registry.define(
-    f"dequantize_packed(Tensor words, Tensor scale, Tensor? zero_point, {_GRID}, int layout, "
-    "int row_begin, int row_end, ScalarType dtype) -> Tensor",
-    _dequantize_fake,
-    None,
-)
-# Tensor cores: up to 16 tokens split along K through the workspace, more without.
-_mma_op = registry.define(
-    "packed_linear_mma(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor(a!) workspace, "
-    f"{_GRID}, bool exact) -> Tensor",
-    _mma_fake,
-    None,
-)
-_workspace_size_op = registry.define(
-    "packed_workspace_size(Tensor words, int out_features, int in_features) -> int",
-    _workspace_size_fake,
     None,
 )
 _triton_op = registry.define(
@@ -143,45 +99,6 @@ def _triton_problem(mode: str, layout: str) -> str | None:
     return None if mode in ("auto", "exact") else f"mode {mode!r}: it is for the CPU"
 
 
-# One workspace per device and stream, grown when a larger weight comes; calls on one stream follow one another.
-_workspaces: dict[tuple[int, int], Tensor] = {}
-
-
-def _workspace(words: Tensor, out_features: int, in_features: int) -> Tensor:
-    size: int = _workspace_size_op(words, out_features, in_features)
-    key = (words.device.index, torch.cuda.current_stream(words.device).cuda_stream)
-    kept = _workspaces.get(key)
-    if kept is None or kept.numel() < size:
-        # Zero before the first use: it begins with counters that the kernel leaves at zero.
-        kept = _workspaces[key] = torch.zeros(size, dtype=torch.int32, device=words.device)
-    return kept
-
-
-def _gpu(
-    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
-    in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool,
-) -> Tensor:  # fmt: skip
-    """Choose among the split kernel, the tiled one and dequantise + cuBLAS."""
-    tokens = x.shape[0]
-    # The tiled kernel, and `exact`, multiply by the scale in the dtype of x: exact only if the scale has it.
-    rounded = exact or (tokens > SPLIT_TOKENS and not batch_invariant)
-    dense = tokens >= CUBLAS_TOKENS and not batch_invariant
-    if x.dtype == torch.float32 or dense or (rounded and scale.dtype != x.dtype):
-        return _exact(
-            x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, "mma"
-        )
-    columns = -(-in_features // 8) * 8
-    if columns != in_features:
-        x = torch.nn.functional.pad(x, (0, columns - in_features))
-    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous() if x.stride(0) != in_features or x.stride(1) != 1 else x.clone()
-    workspace = _workspace(words, out_features, columns)
-    grid = (out_features, columns, num_bits, group_size, exact)
-    parts = x.split(SPLIT_TOKENS) if batch_invariant else (x,)
-    ys = [_mma_op(part, words, scale, zero_point, bias, workspace, *grid) for part in parts]
-    return torch.cat(ys) if len(ys) > 1 else ys[0]
-
-
 def dequantize_packed(
     words: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, out_features: int, in_features: int,
     num_bits: int, group_size: int, layout: Layout, dtype: torch.dtype, rows: tuple[int, int] | None = None,
@@ -224,28 +141,11 @@ def dequantize_packed(
             group_size=group_size, layout=layout, dtype=dtype,
         )  # fmt: skip
         return weight[first:last]
-    out: Tensor = _dequantize_op(
+    out: Tensor = paths.dequantize_op(
         words, scale, zero_point, out_features, in_features, num_bits, group_size, LAYOUT_CODES[layout],
         first, last, dtype,
     )  # fmt: skip
     return out
-
-
-def _exact(
-    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
-    in_features: int, num_bits: int, group_size: int, layout: Layout,
-) -> Tensor:  # fmt: skip
-    """Panels of rows: dequantise to the dtype of x, multiply with the library's own matmul."""
-    step = max(16, _PANEL_WEIGHTS // in_features // 16 * 16)
-    panels = []
-    for first in range(0, out_features, step):
-        last = min(first + step, out_features)
-        weight = dequantize_packed(
-            words, scale, zero_point, out_features=out_features, in_features=in_features, num_bits=num_bits,
-            group_size=group_size, layout=layout, dtype=x.dtype, rows=(first, last), impl="cpp",
-        )  # fmt: skip
-        panels.append(torch.nn.functional.linear(x, weight, None if bias is None else bias[first:last]))
-    return torch.cat(panels, dim=1) if len(panels) != 1 else panels[0]
 
 
 def packed_linear(
@@ -292,7 +192,8 @@ def packed_linear(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: A buffer has the wrong size, dtype, stride or device; an option is unknown.
-        NotImplementedError: The requested impl does not cover this mode or layout; a gradient is asked for.
+        NotImplementedError: The requested impl does not cover this mode or layout; a gradient is asked for;
+            batch_invariant on a GPU with float32 x, or in exact mode with scales of another dtype than x.
         RuntimeError: The requested impl cannot run here.
 
     Note:
@@ -316,6 +217,14 @@ def packed_linear(
         raise NotImplementedError(
             f"{op}: x must be a constant = requires_grad False, got True (inference only)"
         )
+    if batch_invariant and x.device.type != "cpu":
+        # cuBLAS, which these would need, chooses its order of summation by the batch.
+        covered = x.dtype != torch.float32 and (mode != "exact" or scale.dtype == x.dtype)
+        if not covered:
+            raise NotImplementedError(
+                f"{op}: batch_invariant must go with float16 or bfloat16 x (in exact mode, scales of the same dtype) "
+                f"= True, got x of {x.dtype} and scales of {scale.dtype}"
+            )
     operator = op if x.device.type == "cpu" else "packed_linear_mma"
     cpp = _cpp_problem(mode, layout, x.device)
     chosen = choose(op, impl, x.device, operator, cpp=cpp, triton=_triton_problem(mode, layout))
@@ -329,14 +238,15 @@ def packed_linear(
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         y = _triton_op(rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size)
     elif x.device.type != "cpu":
-        y = _gpu(
+        y = paths.gpu_op(
             rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, mode == "exact",
             batch_invariant,
         )  # fmt: skip
     elif mode == "exact":
-        y = _exact(
-            rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, layout
-        )
+        y = paths.dense_linear(
+            rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size,
+            LAYOUT_CODES[layout],
+        )  # fmt: skip
     else:
         if rows.stride(1) != 1:
             rows = rows.contiguous()

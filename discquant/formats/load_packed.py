@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exported checkpoint as a transformers model on packed layers; no full-precision copy of a weight survives.
+
+The model is built without weights; its other tensors are read one by one, then one quantized layer at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discquant.errors import CheckpointError
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer
+from discquant.formats.codes import QuantizedLinear
+from discquant.grids import UniformGrid
+from discquant.modules import PackedReport, load_packed
+from discquant.ops.pack import SCALE_DTYPES
+from discquant.ops.packed_linear import Mode
+
+
+def packable(layer: CodedLayer) -> QuantizedLinear | None:
+    """The layer as the kernels take it, or None: other widths, groups or grids stay ordinary weights."""
+    grid = layer.grid
+    if not isinstance(grid, UniformGrid) or grid.g_idx is not None:
+        return None
+    groups = grid.group_size in (-1, 32, 64) or grid.group_size % 128 == 0
+    if grid.num_bits not in (3, 4) or not groups or grid.scale.dtype not in SCALE_DTYPES:
+        return None
+    if grid.zero_point is not None and bool((grid.zero_point >= 1 << grid.num_bits).any()):
+        return None  # files of GPTQ's first version can say so
+    return layer.linear()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without memory; buffers (rotary tables) are made as always."""
+    register = nn.Module.register_parameter
+
+    def hollow(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = hollow  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the parameter or buffer `name` of the model, in the dtype that it has there."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    there = getattr(module, leaf)
+    if list(there.shape) != list(value.shape):
+        raise CheckpointError(
+            f"{name} has the shape {list(value.shape)}, the model makes it {list(there.shape)}"
+        )
+    value = value.to(there.dtype)
+    if leaf in module._parameters:
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(module, leaf, value)
+
+
+def load_packed_model(
+    path: str | Path, dtype: torch.dtype | None = None, *, mode: Mode = "exact", fuse: bool | None = None,
+    device: torch.device | str | None = None, trust_remote_code: bool = False,
+) -> Any:  # fmt: skip
+    """Put an exported model on packed layers.
+
+    Args:
+        path: A directory in one of the formats of safetensors files.
+        dtype: Compute dtype; None takes the one that config.json names, else float32.
+        mode: As for `packed_linear`; "exact" computes what `load_quantized` computes.
+        fuse: Compute q/k/v and gate/up of a block together; None does so in all modes but "exact", whose matmul could
+            sum in another order on more rows.
+        device: None is the CPU.
+        trust_remote_code: Passed to transformers.
+
+    Returns:
+        The model in evaluation mode, with its `PackedReport` as `packed_report`; None if transformers names its
+        weights differently from the file (mixtures of experts, say): such a model needs plain weights.
+
+    Raises:
+        MissingModelError, CheckpointError: The directory cannot be read, or does not fill the model.
+        NotImplementedError: It is quantized in a way that is not read.
+    """
+    import transformers
+
+    from discquant.formats.registry import find
+
+    folder = Path(path)
+    found = find(folder)
+    checkpoint = Checkpoint(folder)
+    quantized = {row.name for row in found.describe(folder).layers}
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    # Without this entry transformers takes the weights for what they now are: plain.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    if model_class is None:
+        return None
+    with _parameters_on_meta():
+        model: Any = model_class._from_config(config, dtype=dtype)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    others = [
+        key for key in checkpoint.tensors if key.rpartition(".")[0] not in quantized or key.endswith(".bias")
+    ]
+    names = {*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))}
+    if not quantized <= linear or not names.issuperset(others) or model._keep_in_fp32_modules:
+        return None
+    for key in others:
+        _put(model, key, checkpoint.read(key))
+    # Kernels read their own layout, made where the codes are; everything else moves at the end.
+    target = torch.device(device) if device is not None else None
+
+    def layers() -> Iterator[QuantizedLinear]:
+        for layer in found.read(folder):
+            codes = packable(layer)
+            if codes is None:
+                _put(model, f"{layer.name}.weight", layer.dequantize(dtype))
+            else:
+                yield codes
+
+    report: PackedReport = load_packed(
+        model, layers(), device=target, mode=mode, fuse=mode != "exact" if fuse is None else fuse
+    )
+    model.tie_weights()
+    hollow = sorted(name for name, value in model.state_dict().items() if _is_meta(value))
+    if hollow:
+        raise CheckpointError(f"{path} does not fill {type(model).__name__}: {hollow[:8]} missing")
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    model.packed_report = report
+    return (model if target is None else model.to(target)).eval()
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "meta"

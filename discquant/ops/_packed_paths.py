@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Behind `packed_linear`: the operators that C++ and CUDA own, and the choice among a GPU's kernels.
+
+The choice is one operator of its own, `packed_linear_gpu`: traced graphs see one opaque node, which finds its workspace
+when it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from discquant.ops import _registry as registry
+from discquant.ops import packed_linear_table as table
+
+GRID = "int out_features, int in_features, int num_bits, int group_size"
+MMA_LAYOUT = 1
+# Tokens of the split kernel, whose sums do not depend on the batch.
+SPLIT_TOKENS = 16
+# Rows dequantised at a time before a dense matmul: the scratch stays below this many weights.
+_PANEL_WEIGHTS = 1 << 24
+
+
+def _dequantize_fake(
+    words: Tensor, scale: Tensor, zero_point: Tensor | None, out_features: int, in_features: int, num_bits: int,
+    group_size: int, layout: int, row_begin: int, row_end: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return words.new_empty((row_end - row_begin, in_features), dtype=dtype)
+
+
+def _mma_fake(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, workspace: Tensor,
+    out_features: int, in_features: int, num_bits: int, group_size: int, exact: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _gpu_fake(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
+    in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _number_fake(words: Tensor, *sizes: int) -> int:
+    raise NotImplementedError(
+        "packed_linear: workspaces are found when a kernel runs, not while it is traced"
+    )
+
+
+dequantize_op = registry.define(
+    f"dequantize_packed(Tensor words, Tensor scale, Tensor? zero_point, {GRID}, int layout, "
+    "int row_begin, int row_end, ScalarType dtype) -> Tensor",
+    _dequantize_fake,
+    None,
+)
+# Tensor cores: up to 16 tokens split along K through the workspace, more without.
+mma_op = registry.define(
+    "packed_linear_mma(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor(a!) workspace, "
+    f"{GRID}, bool exact) -> Tensor",
+    _mma_fake,
+    None,
+)
+_size_op = registry.define(
+    "packed_workspace_size(Tensor words, int out_features, int in_features) -> int", _number_fake, None
+)
+# Number of the graph capture that the current stream is in, 0 outside captures.
+_capture_op = registry.define("packed_capture_id(Tensor words) -> int", _number_fake, None)
+
+
+# Per device, stream and whether a graph is being captured: the capture's number and its workspace. Calls on one stream
+# follow one another, so they share one. A graph has its own, zeroed by the graph itself: it may be replayed on any
+# stream beside eager calls. Only the last capture of a stream is kept; earlier graphs own their memory pools.
+_workspaces: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _size(device: int, out_features: int, in_features: int) -> int:
+    """Words of workspace; a function of the sizes and the device's number of multiprocessors."""
+    probe = torch.empty(0, dtype=torch.int32, device=torch.device("cuda", device))
+    size: int = _size_op(probe, out_features, in_features)
+    return size
+
+
+def workspace(words: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The workspace of the current stream, large enough for a weight; its counters are zero between calls."""
+    device = words.device.index
+    size = _size(device, out_features, in_features)
+    capturing = torch.cuda.is_current_stream_capturing()
+    capture: int = _capture_op(words) if capturing else 0
+    key = (device, torch.cuda.current_stream(words.device).cuda_stream, capturing)
+    kept = _workspaces.get(key)
+    if kept is None or kept[0] != capture or kept[1].numel() < size:
+        kept = _workspaces[key] = (capture, torch.zeros(size, dtype=torch.int32, device=words.device))
+    return kept[1]
+
+
+def dense_linear(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
+    in_features: int, num_bits: int, group_size: int, layout: int,
+) -> Tensor:  # fmt: skip
+    """Panels of rows: dequantise to the dtype of x, multiply with the library's own matmul."""
+    step = max(16, _PANEL_WEIGHTS // in_features // 16 * 16)
+    panels = []
+    for first in range(0, out_features, step):
+        last = min(first + step, out_features)
+        weight = dequantize_op(
+            words, scale, zero_point, out_features, in_features, num_bits, group_size, layout, first, last, x.dtype,
+        )  # fmt: skip
+        panels.append(torch.nn.functional.linear(x, weight, None if bias is None else bias[first:last]))
+    if not panels:
+        return x.new_empty((x.shape[0], 0))
+    return torch.cat(panels, dim=1) if len(panels) != 1 else panels[0]
+
+
+def _gpu_linear(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
+    in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool,
+) -> Tensor:  # fmt: skip
+    """Choose among the split kernel, the tiled one and dequantise + cuBLAS."""
+    tokens = x.shape[0]
+    # The tiled kernel, and `exact`, multiply by the scale in the dtype of x: exact only if the scale has it.
+    rounded = exact or (tokens > SPLIT_TOKENS and not batch_invariant)
+    dense = not batch_invariant and tokens >= table.dense_tokens(x.device, num_bits)
+    if x.dtype == torch.float32 or dense or (rounded and scale.dtype != x.dtype):
+        return dense_linear(
+            x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, MMA_LAYOUT
+        )
+    columns = -(-in_features // 8) * 8
+    if columns != in_features:
+        x = torch.nn.functional.pad(x, (0, columns - in_features))
+    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous() if x.stride(0) != in_features or x.stride(1) != 1 else x.clone()
+    space = workspace(words, out_features, columns)
+    grid = (out_features, columns, num_bits, group_size, exact)
+    parts = x.split(SPLIT_TOKENS) if batch_invariant else (x,)
+    ys = [mma_op(part, words, scale, zero_point, bias, space, *grid) for part in parts]
+    return torch.cat(ys) if len(ys) > 1 else ys[0]
+
+
+gpu_op = registry.define(
+    f"packed_linear_gpu(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {GRID}, bool exact, "
+    "bool batch_invariant) -> Tensor",
+    _gpu_fake,
+    None,
+)
+registry._LIBRARY.impl("packed_linear_gpu", _gpu_linear, "CUDA")
