@@ -5,13 +5,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test kill-resume sanitize lint bench gpu interop clean
+.PHONY: help install quickstart test fuzz kill-resume sanitize lint bench gpu interop clean
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 EXTENSION := setup.py $(shell find csrc -type f 2>/dev/null)
 WORKERS ?= 2
 PYTEST_ARGS ?=
 INTEROP_ARGS ?=
+FUZZ_ARGS ?=
 
 ifdef DISCQUANT_PYTHON
 PYTHON := $(DISCQUANT_PYTHON)
@@ -29,6 +30,7 @@ PARALLEL = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n $(WORKERS
 help:
 	@echo "make quickstart   install, quantize the bundled model at 3 bits, compare with RTN and GPTQ, generate text"
 	@echo "make test         install, lint, and every test that this machine can run"
+	@echo "make fuzz         ten thousand damaged files of every format: a clear error each time (minutes)"
 	@echo "make kill-resume  kill -9 at 20 random moments, resume, compare bytes (minutes)"
 	@echo "make install      make .venv with everything in it"
 	@echo "make lint         ruff and mypy"
@@ -69,6 +71,10 @@ test: install
 # Expensive proof: 20 runs killed at random moments; writes benchmarks/results/kill_resume.json.
 kill-resume: install
 	$(BIN)/pytest -m full -k twenty_random_kills tests/run
+
+# Writes benchmarks/results/fuzz.json. FUZZ_ARGS: --count N --first N --formats a,b
+fuzz: install
+	$(PYTHON) tests/fuzz/harness.py --out benchmarks/results/fuzz.json $(FUZZ_ARGS)
 
 # The CPU kernels of csrc/packed under the address and undefined-behaviour sanitizers.
 sanitize: install

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """discquant: round a transformer's weights to a given grid with the least KL divergence.
 
-`quantize`, `quantize_module` and `load` are the Python API; `discquant.ops` and `discquant.grids` stand alone.
+`quantize`, `quantize_module`, `refine`, `load`: the Python API; `discquant.ops` and `discquant.grids` stand alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from discquant.api import Quantized, load, quantize, quantize_module
+    from discquant.api import Quantized, load, quantize, quantize_module, refine
     from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig, preset
 
 _HOMES = {
@@ -19,6 +19,7 @@ _HOMES = {
     "load": "discquant.api",
     "quantize": "discquant.api",
     "quantize_module": "discquant.api",
+    "refine": "discquant.api",
     "DataConfig": "discquant.config",
     "GridConfig": "discquant.config",
     "QuantizeConfig": "discquant.config",
@@ -36,6 +37,7 @@ __all__ = [
     "preset",
     "quantize",
     "quantize_module",
+    "refine",
 ]
 
 

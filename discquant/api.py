@@ -157,6 +157,32 @@ def quantize_module(
     return _run(chain, rows, config, next(module.parameters()).dtype, on_step)
 
 
+def refine(
+    quantized: str | Path,
+    out: str | Path,
+    original: str | Path,
+    config: QuantizeConfig | None = None,
+) -> dict[str, Any]:
+    """Lower the KL divergence of a quantized file to its original: same format, size and engine, other codes.
+
+    Args:
+        quantized: The file, in any format that `discquant.formats.registry` reads.
+        out: Run directory; the refined file lands in it under the format's name. An interrupted run is continued.
+        original: Folder of the model that it was quantized from.
+        config: Solver, data, seed, baselines; grid, format and ignored modules are those of the file.
+
+    Returns:
+        The run's summary; its entry `refine` holds the KL on held-out text before and after.
+
+    Raises:
+        ValueError: The file is damaged, or does not derive from this original.
+        FileNotFoundError: A path is no model.
+    """
+    from discquant.run.refine import RefinePipeline
+
+    return RefinePipeline(quantized, out, original, config).execute()
+
+
 def load(
     path: str | Path,
     dtype: torch.dtype | None = None,

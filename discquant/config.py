@@ -15,7 +15,6 @@ StateFormat = Literal["fp32", "u8"]
 PresetName = Literal["default", "paper"]
 LossName = Literal["kl", "ce", "mse"]
 Start = Literal["random", "ref", "gptq"]
-OutputFormat = Literal["compressed-tensors", "none"]
 
 # (bits, group_size, sym) that each of the formats' own grids fixes.
 GRID_KINDS: dict[str, tuple[int, int, bool]] = {
@@ -236,13 +235,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """A whole run: grid, method, solver, data, output."""
+    """A whole run: grid, method, solver, data, output.
+
+    `format` names one or more formats of `formats.registry`, comma separated, or is `none`.
+    """
 
     grid: GridConfig = dataclasses.field(default_factory=GridConfig)
     method: Method = "discquant"
     solver: SolverConfig = dataclasses.field(default_factory=SolverConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    format: OutputFormat = "compressed-tensors"
+    format: str = "compressed-tensors"
     ignore: tuple[str, ...] = ("lm_head",)
     gptq_samples: int = 256
     gptq_damp: float = 0.1
@@ -259,7 +261,10 @@ class QuantizeConfig:
         """
         _check("method", f"one of {get_args(Method)}", self.method in get_args(Method), self.method)
         _check(
-            "format", f"one of {get_args(OutputFormat)}", self.format in get_args(OutputFormat), self.format
+            "format",
+            "format names, comma separated, or none",
+            bool(self.formats or self.format == "none"),
+            self.format,
         )
         known = all(name in get_args(Method) and name != "discquant" for name in self.baselines)
         _check("baselines", "a list of rtn, greedy, gptq", known, self.baselines)
@@ -268,6 +273,13 @@ class QuantizeConfig:
         _check("gptq_damp", "above 0", self.gptq_damp > 0, self.gptq_damp)
         _check("seed", "in [0, 2^31)", 0 <= self.seed < 2**31, self.seed)
         _check("checkpoint_every", "at least 1", self.checkpoint_every >= 1, self.checkpoint_every)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the formats to write, each once, in order; empty for `none`."""
+        if self.format == "none":
+            return ()
+        return tuple(dict.fromkeys(part.strip() for part in self.format.split(",") if part.strip()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from discquant.cli.app import app
-from discquant.config import DataConfig, GridConfig, Method, QuantizeConfig, SolverConfig, preset
+from discquant.config import GRID_KINDS, DataConfig, GridConfig, Method, QuantizeConfig, SolverConfig, preset
 
 STOPPED = 143  # 128 + SIGTERM
 
@@ -37,6 +37,13 @@ def quantize(
     grid: Annotated[
         str, typer.Option(help="absmax, or search for the scale of least squared error.")
     ] = "search",
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="uniform, or a grid that a format dictates: nf4, mxfp4, nvfp4, q4_0, q4_1, q4_k, q3_k "
+            "(bits, group size and symmetry are then the format's)."
+        ),
+    ] = "uniform",
     dataset: Annotated[
         str,
         typer.Option(
@@ -64,7 +71,12 @@ def quantize(
         list[str] | None, typer.Option(help="Modules to leave alone (name, last part, or glob); repeatable.")
     ] = None,
     format_name: Annotated[
-        str, typer.Option("--format", help="compressed-tensors, or none (codes stay in the run directory).")
+        str,
+        typer.Option(
+            "--format",
+            help="Formats to write, comma separated (compressed-tensors, gptq, autoround, awq, mlx, gguf, onnx, ...), "
+            "or none (codes stay in the run directory).",
+        ),
     ] = "compressed-tensors",
     baselines: Annotated[
         str, typer.Option(help="Methods to measure beside it, comma separated, or none.")
@@ -89,7 +101,8 @@ def quantize(
     """
     from discquant.run.pipeline import Events, Pipeline, RunStoppedError
 
-    grid_config = GridConfig(bits, group_size, sym, grid)  # type: ignore[arg-type]
+    fixed = GRID_KINDS.get(kind, (bits, group_size, sym))
+    grid_config = GridConfig(*fixed, grid=grid, kind=kind)  # type: ignore[arg-type]
     given = {
         "iters": iters,
         "batch_size": batch_size,

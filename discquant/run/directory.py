@@ -2,7 +2,7 @@
 """The run directory: configuration with fingerprint, metrics, codes; every write is atomic.
 
 config.json  metrics.jsonl  calibration.safetensors  checkpoints/  codes.safetensors  summary.json  report.md
-compressed-tensors/ (the served model)
+<format>/ (the served model, one folder per format)
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from discquant.errors import CheckpointError, MissingModelError, OutputExistsError, ResumeError
+from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
+from discquant.grids.storage import restore, store
 
 CONFIG, METRICS, CODES, SUMMARY = "config.json", "metrics.jsonl", "codes.safetensors", "summary.json"
 MARKER = "discquant_run"
@@ -149,20 +151,18 @@ class RunDirectory:
         """Whether the run reached its end (the summary is written last)."""
         return (self.path / SUMMARY).exists()
 
-    def save_codes(self, layers: Mapping[str, QuantizedLinear]) -> None:
-        """Write final codes, scales and zero points."""
+    def save_codes(self, layers: Iterable[CodedLayer]) -> None:
+        """Write final codes with their grids."""
         tensors: dict[str, Tensor] = {}
         header: dict[str, Any] = {}
-        for name, layer in layers.items():
-            tensors[f"{name}.q"] = layer.q
-            tensors[f"{name}.scale"] = layer.scale
-            if layer.zero_point is not None:
-                tensors[f"{name}.zero_point"] = layer.zero_point
-            header[name] = {"num_bits": layer.num_bits, "group_size": layer.group_size}
+        for layer in layers:
+            parts, header[layer.name] = store(layer.grid)
+            tensors |= {f"{layer.name}.{key}": tensor for key, tensor in parts.items()}
+            tensors[f"{layer.name}.q"] = layer.q
         save_tensors_atomic(self.path / CODES, tensors, {"layers": json.dumps(header, sort_keys=True)})
 
-    def layers(self) -> Iterator[QuantizedLinear]:
-        """Yield the final codes, one layer at a time.
+    def coded_layers(self) -> Iterator[CodedLayer]:
+        """Yield the final codes with their grids, one layer at a time.
 
         Raises:
             MissingModelError: The run has not finished.
@@ -174,17 +174,23 @@ class RunDirectory:
             )
         with safe_open(path, framework="pt") as handle:
             header = json.loads(handle.metadata()["layers"])
-            names = set(handle.keys())
+            keys: dict[str, list[str]] = {}
+            for key in handle.keys():  # noqa: SIM118 (not a dict)
+                name, _, part = key.rpartition(".")
+                keys.setdefault(name, []).append(part)
             for name, facts in header.items():
-                zero = f"{name}.zero_point"
-                yield QuantizedLinear(
-                    name=name,
-                    q=handle.get_tensor(f"{name}.q"),
-                    scale=handle.get_tensor(f"{name}.scale"),
-                    zero_point=handle.get_tensor(zero) if zero in names else None,
-                    num_bits=facts["num_bits"],
-                    group_size=facts["group_size"],
-                )
+                parts = {part: handle.get_tensor(f"{name}.{part}") for part in keys[name]}
+                yield CodedLayer(name, parts.pop("q"), restore(parts, facts))
+
+    def layers(self) -> Iterator[QuantizedLinear]:
+        """Yield the final codes of a run on uniform grids, one layer at a time.
+
+        Raises:
+            MissingModelError: The run has not finished.
+            UnrepresentableError: A grid is not uniform; `coded_layers` gives all kinds.
+        """
+        for layer in self.coded_layers():
+            yield layer.linear()
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -207,7 +213,7 @@ def served_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 @torch.no_grad()
 def apply_layers(
-    model: torch.nn.Module, layers: Iterable[QuantizedLinear], served: torch.dtype
+    model: torch.nn.Module, layers: Iterable[CodedLayer | QuantizedLinear], served: torch.dtype
 ) -> torch.nn.Module:
     """Overwrite the weights of `model` in place with what is served: the codes' product, rounded to `served`.
 
@@ -255,4 +261,4 @@ def load_run_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.Mod
     )
     if source.digest != config["identity"]["source_digest"]:
         raise CheckpointError(f"run: the model at {config['source']} has changed since the run in {path}")
-    return apply_layers(source.model, run.layers(), served_dtype(source.config))
+    return apply_layers(source.model, run.coded_layers(), served_dtype(source.config))

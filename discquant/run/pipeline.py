@@ -24,14 +24,18 @@ import discquant
 from discquant.calibration import Windows, load_windows
 from discquant.config import Method, QuantizeConfig
 from discquant.errors import CalibrationError, ConfigError, ResumeError
-from discquant.formats.compressed_tensors import Scheme
-from discquant.formats.export import ExportPlan, export_compressed_tensors, plan_export
+from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.export import plan_export
+from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.scheme import Scheme
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
 from discquant.run.checkpoint import load_checkpoint, save_checkpoint
 from discquant.run.directory import RunDirectory, save_tensors_atomic, served_dtype, write_atomic
 from discquant.run.phases import Phases, resident_bytes
-from discquant.run.summary import START, frac_histogram, quantized_layers, summarize_run
+from discquant.run.planned import compare_run, plan_run
+from discquant.run.summary import START, coded_layers, frac_histogram, summarize_run
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.measure import mean_kl
@@ -155,24 +159,24 @@ class Pipeline:
         check_output_dir(self.directory.path, self.resume)
         with self._phase("open"):
             source = open_source(self.model_path, dtype=self._compute_dtype(), **self.trust)
-            check_ignore(source.model, self.config.ignore)
-            chain = DecoderChain(source.model, self.config.ignore)
-            plan = self._plan(source, chain)
+            chain = self._chain(source)
+            self._check_formats(source, chain)
             self._refuse_early(source)
             identity = self._identity(source)
             continued = self.directory.check(identity, resume=self.resume)
         if continued and self.directory.complete:
             self.events.say(f"{self.directory.path} is complete already")
             return dict(json.loads((self.directory.path / "summary.json").read_text(encoding="utf-8")))
+        plan = plan_run(source.model, self.config)
         with self._phase("calibrate"):
             windows = self._windows(source)
             train, held = self._split(windows)
             chain.verify(train.input_ids[:1])
             if not continued:  # nothing has been written before all input is known to be good
-                self.directory.start({"source": str(source.path.resolve()), **self.trust}, identity)
+                self.directory.start(self._record(source), identity)
             self._keep_windows(windows)
         with self._phase("grid"):
-            grids = lay_grids(chain, self.config.grid)
+            grids = self._grids(chain)
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
         solve: Solve | None = None
         with self._phase("round"):
@@ -181,22 +185,64 @@ class Pipeline:
                 codes = solve.codes()
             else:
                 codes = self._layerwise(chain, grids, rows, self.config.method, source)
-            self.directory.save_codes({layer.name: layer for layer in quantized_layers(codes, grids)})
-        if plan is not None:
-            with self._phase("export"):
-                self._export(source, codes, grids, plan)
+            codes = self._final(codes, grids)
+            self.directory.save_codes(coded_layers(codes, grids))
         with self._phase("evaluate"):
-            baselines: dict[str, dict[str, Tensor]] = {}
-            for name in self.config.baselines:
-                known = solve.start_codes if solve is not None and name == "gptq" else None
-                if name == self.config.method:
-                    known = codes
-                baselines[name] = dict(known) if known else self._layerwise(chain, grids, rows, name, source)
-            summary = summarize_run(self.directory, source, chain, grids, codes, baselines, held, solve)
+            baselines = self._baselines(chain, grids, rows, codes, solve, source)
+            summary = summarize_run(
+                self.directory, source, chain, grids, codes, baselines, held, solve, self._served(source)
+            )
+        with self._phase("export"):
+            self._export(source, codes, grids, summary)
         summary["phases"] = self.phases.records
+        summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)
         self.directory.write_summary(summary)
         self._report()
         return summary
+
+    def _chain(self, source: Source) -> Chain:
+        """Return the original model as a chain."""
+        check_ignore(source.model, self.config.ignore)
+        return DecoderChain(source.model, self.config.ignore)
+
+    def _record(self, source: Source) -> dict[str, Any]:
+        """Return what config.json holds besides the identity."""
+        return {"source": str(source.path.resolve()), **self.trust}
+
+    def _grids(self, chain: Chain) -> dict[str, Grid]:
+        """Lay the grids and ask every format whether it can hold them, before anything is rounded."""
+        grids = lay_grids(chain, self.config.grid)
+        for name in self.config.formats:
+            chosen = registry.by_name(name)
+            for layer, grid in grids.items():
+                chosen.check_grid(layer, grid)
+        return grids
+
+    def _served(self, source: Source) -> torch.dtype:
+        """Return the dtype that engines dequantize to."""
+        return served_dtype(source.config)
+
+    def _final(self, codes: dict[str, Tensor], grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+        """Return the codes to write, from those that rounding gave."""
+        return codes
+
+    def _baselines(
+        self,
+        chain: Chain,
+        grids: Mapping[str, Grid],
+        rows: TokenRows,
+        codes: Mapping[str, Tensor],
+        solve: Solve | None,
+        source: Source,
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """Return the codes of what the result is compared with, by name."""
+        found: dict[str, Mapping[str, Tensor]] = {}
+        for name in self.config.baselines:
+            known = solve.start_codes if solve is not None and name == "gptq" else None
+            if name == self.config.method:
+                known = codes
+            found[name] = known or self._layerwise(chain, grids, rows, name, source)
+        return found
 
     def _phase(self, name: str) -> Any:
         if self.events.phase is not None:
@@ -208,24 +254,21 @@ class Pipeline:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
-    def _plan(self, source: Source, chain: Chain) -> ExportPlan | None:
-        """Refuse what the output format cannot hold before anything is computed."""
-        if self.config.format == "none":
-            return None
-        grid = self.config.grid
-        schemes = {}
-        for refs in chain.weights:
-            for ref in refs:
-                width = ref.matrix().shape[1]
-                size = -1 if grid.group_size > width else grid.group_size
-                schemes[ref.name] = Scheme(grid.bits, size, grid.sym)
-        target = self.directory.path / self.config.format
-        if (target / "config.json").exists():  # a resumed run that had already exported
-            return ExportPlan(schemes, 0, [])
-        plan = plan_export(source.path, target, schemes)
-        for warning in plan.warnings:
-            self.events.say(f"note: {warning}")
-        return plan
+    def _check_formats(self, source: Source, chain: Chain) -> None:
+        """Refuse what an output format cannot hold before anything is computed."""
+        shapes = {ref.name: ref.matrix().shape for refs in chain.weights for ref in refs}
+        for name in self.config.formats:
+            chosen, target = registry.by_name(name), self.directory.path / name
+            for layer, (rows, columns) in shapes.items():
+                chosen.check((rows, columns), self.config.grid, layer)
+            if target.exists() or not isinstance(chosen, SafetensorsFormat):
+                continue  # a resumed run that had already exported; or a format that checks for itself
+            schemes = {
+                layer: Scheme.planned((rows, columns), self.config.grid)
+                for layer, (rows, columns) in shapes.items()
+            }
+            for warning in plan_export(source.path, target, schemes, name).warnings:
+                self.events.say(f"note: {warning}")
 
     def _refuse_early(self, source: Source) -> None:
         dataset = self.config.data.dataset
@@ -283,7 +326,7 @@ class Pipeline:
     ) -> dict[str, Tensor]:
         batches = rows.batches(range(min(self.config.gptq_samples, len(rows)))) if method != "rtn" else []
         return layerwise_codes(
-            chain, grids, batches, method, damp=self.config.gptq_damp, served=served_dtype(source.config)
+            chain, grids, batches, method, damp=self.config.gptq_damp, served=self._served(source)
         )
 
     def _solve(
@@ -291,17 +334,19 @@ class Pipeline:
     ) -> Solve:
         folder = self.directory.path / "checkpoints"
         fresh = not any(folder.glob("step-*.safetensors"))
-        start = self._start_codes()
+        start = kept = self._start_codes()
+        if start is None:
+            start = self._choose_start(chain, grids, rows, source)
         solve = Solve(
             chain,
             grids,
             rows,
             self.config,
-            served=served_dtype(source.config),
+            served=self._served(source),
             fresh=fresh,
             start_codes=start,
         )
-        if solve.start_codes is not None and start is None:
+        if solve.start_codes is not None and kept is None:
             save_tensors_atomic(self.directory.path / START_CODES, solve.start_codes, {})
         if not fresh and load_checkpoint(folder, solve) is None:
             raise ResumeError(
@@ -342,6 +387,12 @@ class Pipeline:
                     )
         return solve
 
+    def _choose_start(
+        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, source: Source
+    ) -> dict[str, Tensor] | None:
+        """Return codes to start from, None where the solve computes its own."""
+        return None
+
     def _start_codes(self) -> dict[str, Tensor] | None:
         """Return the codes that an interrupted run started from, None where there are none."""
         path = self.directory.path / START_CODES
@@ -365,25 +416,41 @@ class Pipeline:
         )
 
     def _export(
-        self, source: Source, codes: Mapping[str, Tensor], grids: Mapping[str, Grid], plan: ExportPlan
+        self,
+        source: Source,
+        codes: Mapping[str, Tensor],
+        grids: Mapping[str, Grid],
+        summary: dict[str, Any],
     ) -> None:
-        target = self.directory.path / self.config.format
-        if (target / "config.json").exists():  # written whole and proven before it got its name
-            return
-        export_compressed_tensors(
-            source.path,
-            target,
-            quantized_layers(codes, grids),
-            ignore=self.config.ignore,
-            recipe=self.config.to_dict(),
-            plan=plan,
-            prove_from=lambda: quantized_layers(codes, grids),
-        )
+        """Write every format that is not there yet: each is written whole and proven before it gets its name."""
+        sizes = {}
+        for name in self.config.formats:
+            target = self.directory.path / name
+            if not target.exists():
+                registry.by_name(name).write(
+                    Checkpoint(source.path),
+                    target,
+                    coded_layers(codes, grids),
+                    recipe={**self.config.to_dict(), "summary": summary},
+                    ignore=self.config.ignore,
+                    prove_from=lambda: coded_layers(codes, grids),
+                )
+            sizes[name] = weight_bytes(target)
+        summary["sizes"]["packed_bytes"] = next(iter(sizes.values()), None)
+        summary["sizes"]["formats"] = sizes
 
     def _report(self) -> None:
         from discquant.run.report import write_report
 
         write_report(self.directory.path)
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the bytes of all weight files of an exported model, a folder or one file."""
+    if path.is_file():
+        return path.stat().st_size
+    kinds = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data")
+    return sum(file.stat().st_size for kind in kinds for file in path.glob(kind))
 
 
 def _file_digest(dataset: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from discquant.calibration import Windows
 from discquant.evaluation.divergence import compare_models
-from discquant.formats.codes import QuantizedLinear
+from discquant.formats.coded import CodedLayer
 from discquant.formats.source import Source
-from discquant.grids import Grid
-from discquant.run.directory import RunDirectory, apply_layers, served_dtype
+from discquant.grids import AffineGrid, Grid, TableGrid
+from discquant.run.directory import RunDirectory, apply_layers
 from discquant.solver.chain import Chain
 from discquant.solver.measure import mean_kl
 from discquant.solver.solve import Solve, TokenRows
@@ -25,18 +25,10 @@ START = "start.json"
 BINS = 50
 
 
-def quantized_layers(codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Iterator[QuantizedLinear]:
+def coded_layers(codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Iterator[CodedLayer]:
     """Join codes with their grids, in the order of the codes."""
     for name, q in codes.items():
-        grid = grids[name]
-        yield QuantizedLinear(
-            name=name,
-            q=q,
-            scale=grid.scale,
-            zero_point=grid.zero_point,
-            num_bits=grid.num_bits,
-            group_size=grid.group_size,
-        )
+        yield CodedLayer(name, q, grids[name])
 
 
 def frac_histogram(solve: Solve) -> list[int]:
@@ -48,13 +40,15 @@ def frac_histogram(solve: Solve) -> list[int]:
     return [int(count) for count in total]
 
 
-def bits_per_weight(layers: Iterator[QuantizedLinear]) -> float:
-    """Return bits of codes, scales (16 each) and zero points (num_bits each) per quantized weight."""
+def bits_per_weight(layers: Iterable[CodedLayer]) -> float:
+    """Return bits of codes, scales (16 each) and zero points (num_bits each) or minima (16) per quantized weight."""
     bits = weights = 0
     for layer in layers:
-        groups = layer.scale.numel()
-        bits += layer.q.numel() * layer.num_bits + groups * 16
-        bits += 0 if layer.zero_point is None else groups * layer.num_bits
+        grid, groups = layer.grid, layer.grid.scale.numel()
+        block = grid.block_scale if isinstance(grid, TableGrid) else None
+        bits += layer.q.numel() * grid.num_bits + groups * (16 if block is None else 8 * block.element_size())
+        bits += 0 if grid.zero_point is None else groups * grid.num_bits
+        bits += groups * 16 if isinstance(grid, AffineGrid) else 0
         weights += layer.q.numel()
     return bits / max(1, weights)
 
@@ -90,6 +84,7 @@ def summarize_run(
     baselines: Mapping[str, Mapping[str, Tensor]],
     held: Windows,
     solve: Solve | None,
+    served: torch.dtype,
 ) -> dict[str, Any]:
     """Measure the run's codes and its baselines on the held-out windows and collect what the report shows.
 
@@ -102,25 +97,19 @@ def summarize_run(
         baselines: Codes of other methods on the same grids.
         held: Windows that calibration did not see.
         solve: The solve, if the method was DiscQuant.
+        served: Dtype that engines dequantize to.
 
     Returns:
-        The summary, plain data.
+        The summary, plain data; the exporter adds the sizes of what it wrote.
     """
     config = directory.config()["identity"]["config"]
     method = config["method"]
-    served = served_dtype(source.config)
     measured = {}
     # One candidate at a time: a copy of the model each.
     for name, found in {**baselines, method: codes}.items():
-        candidate = apply_layers(copy.deepcopy(source.model), quantized_layers(found, grids), served)
+        candidate = apply_layers(copy.deepcopy(source.model), coded_layers(found, grids), served)
         measured[name] = compare_models(source.model, {name: candidate}, held)[name].to_dict()
         del candidate
-    exported = directory.path / config["format"]
-    packed = (
-        sum(file.stat().st_size for file in exported.glob("*.safetensors"))
-        if config["format"] != "none"
-        else None
-    )
     summary: dict[str, Any] = {
         "method": method,
         "methods": measured,
@@ -128,8 +117,8 @@ def summarize_run(
         "layers": _layer_table(chain, grids, codes),
         "sizes": {
             "original_bytes": sum(file.stat().st_size for file in source.path.glob("*.safetensors")),
-            "packed_bytes": packed,
-            "bits_per_weight": bits_per_weight(quantized_layers(codes, grids)),
+            "packed_bytes": None,
+            "bits_per_weight": bits_per_weight(coded_layers(codes, grids)),
         },
     }
     if solve is not None:

@@ -16,7 +16,7 @@ from discquant.grids import AffineGrid, Grid, TableGrid, UniformGrid, place_grid
 from discquant.grids.table import E2M1_LEVELS, NF4_LEVELS, e2m1_codes, e2m1_nibbles
 from discquant.rounding import gptq, greedy
 
-ROWS, COLUMNS = 6, 256
+ROWS, COLUMNS = 4, 256
 KINDS: tuple[GridKind, ...] = ("nf4", "mxfp4", "nvfp4", "q4_0", "q4_1", "q4_k", "q3_k")
 
 
@@ -96,17 +96,15 @@ def _levels(grid: Grid) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.uint8, torch.uint16, torch.bfloat16])
-def test_soft_weight_at_the_ends_is_served(grid: Grid, dtype: torch.dtype, kind: torch.dtype) -> None:
+def test_soft_weight_at_the_ends_is_served(grid: Grid, kind: torch.dtype) -> None:
     q_down, _ = grid.neighbours(_weight())
     packed = q_down[:, 0::2] | (q_down[:, 1::2] << 4)
     top = {torch.uint8: 255, torch.uint16: 65535}.get(kind, 1)
     for end in (0, 1):
         frac = torch.full((ROWS, COLUMNS), end * top).to(kind)
-        served = grid.dequantize(q_down + end, dtype)
-        assert torch.equal(grid.soft_weight(q_down, frac, dtype), served)
-        assert torch.equal(grid.soft_weight(packed, frac, dtype), served)
+        for dtype, codes in ((torch.float32, q_down), (torch.bfloat16, packed), (torch.float16, q_down)):
+            assert torch.equal(grid.soft_weight(codes, frac, dtype), grid.dequantize(q_down + end, dtype))
 
 
 def test_neighbours_bracket_and_position_reproduces(grid: Grid) -> None:

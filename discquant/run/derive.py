@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a quantized file derive from an original? And if its weights were scaled first (AWQ), in which basis?
+
+Every layer must be about as near to the original as rounding alone explains, every other tensor equal to it. Scales
+that a tool folded into norms and neighbouring layers are recovered where folding them leaves the original's function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discquant.errors import CheckpointError, UnrepresentableError
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer, Format
+from discquant.formats.safetensors_format import SafetensorsFormat
+
+# A file's squared distance to the original may be this many times that of rounding to nearest on its own grid: GPTQ
+# trades weight error for output error, and stays within about twice. A scaled, rotated or foreign weight is far beyond.
+ROUNDING_MARGIN = 6.0
+# Largest difference of logits, relative to the largest logit, that folding scales may make in float32.
+LOGIT_BOUND = 1e-3
+NORM_FOLDS = (
+    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+)
+LINEAR_FOLDS = (("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"))
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """What the comparison of file and original found.
+
+    Attributes:
+        layers: Quantized layers compared.
+        worst_correlation: Least correlation of a row of the file's weights with the original's, and its layer.
+        worst_layer: See there.
+        untouched: Other tensors compared, all equal.
+        not_compared: Tensors of the original that the file stores in a way that is not compared (GGUF's own
+            quantized embeddings, say), or not at all (tied heads).
+        folded: Modules whose scales were folded back.
+    """
+
+    layers: int
+    worst_correlation: float
+    worst_layer: str
+    untouched: int
+    not_compared: tuple[str, ...]
+    folded: tuple[str, ...]
+
+
+def plain_tensors(chosen: Format, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file that are not quantized, under the names of transformers."""
+    if isinstance(chosen, SafetensorsFormat):
+        checkpoint = Checkpoint(path)
+        used = {
+            f"{stored.name}.{suffix}" for stored in chosen.layers(checkpoint) for suffix in stored.tensors
+        }
+        for name in checkpoint.tensors:
+            if name not in used:
+                yield name, checkpoint.read(name)
+        return
+    own = getattr(chosen, "plain_tensors", None)
+    if own is not None:
+        yield from own(path)
+
+
+def distance(weight: Tensor, decoded: Tensor) -> float:
+    """Return |decoded - weight|^2 / |weight|^2."""
+    return float(
+        (decoded - weight).double().square().sum() / weight.double().square().sum().clamp(min=1e-300)
+    )
+
+
+def row_correlations(weight: Tensor, decoded: Tensor) -> Tensor:
+    """Return the cosine of each row with its original, 1 where both are zero; float32, [out_features]."""
+    product = (weight * decoded).sum(dim=1)
+    norms = weight.norm(dim=1) * decoded.norm(dim=1)
+    return torch.where(norms == 0, (weight.norm(dim=1) == decoded.norm(dim=1)).float(), product / norms)
+
+
+def derives(weight: Tensor, layer: CodedLayer) -> bool:
+    """Whether rounding alone explains how far a layer of the file is from the original."""
+    allowed = distance(weight, layer.grid.dequantize(layer.grid.nearest(weight), torch.float32))
+    return distance(weight, layer.dequantize(torch.float32)) <= ROUNDING_MARGIN * allowed + 1e-9
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    found: Any = model.get_submodule(name).weight
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _same(stored: Tensor, original: Tensor) -> bool:
+    """Equal after the cast that the file's dtype implies."""
+    if stored.shape != original.shape:
+        return False
+    if not stored.is_floating_point():
+        return torch.equal(stored, original)
+    return torch.equal(stored, original.to(stored.dtype))
+
+
+@torch.no_grad()
+def check_derivation(
+    chosen: Format, path: Path, layers: Mapping[str, CodedLayer], model: nn.Module, tokens: Tensor
+) -> Derivation:
+    """Refuse a file that was not made from this original; fold recoverable scales into `model`, in place.
+
+    Args:
+        chosen: Format of the file.
+        path: The file.
+        layers: Its quantized layers.
+        model: The original; where the file's norms are scaled ones, its norms and weights are changed so that it
+            computes the same function in the file's basis.
+        tokens: Ids on which that is checked, int64, [rows, length].
+
+    Returns:
+        What was found.
+
+    Raises:
+        CheckpointError: Layers, shapes or tensors do not belong to this original, or its weights were transformed in a
+            way that cannot be undone.
+    """
+    for name, layer in layers.items():
+        try:
+            shape = tuple(_weight(model, name).shape)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"refine: the original has no layer {name}: another architecture"
+            ) from error
+        if shape != tuple(layer.q.shape):
+            raise CheckpointError(
+                f"refine: {name} is {list(layer.q.shape)} in the file, {list(shape)} in the original"
+            )
+    state = model.state_dict()
+    compared, different = 0, {}
+    seen = {f"{name}.weight" for name in layers}
+    for name, stored in plain_tensors(chosen, path):
+        seen.add(name)
+        if name not in state:
+            raise CheckpointError(f"refine: the file has a tensor {name} that the original lacks")
+        compared += 1
+        if not _same(stored, state[name]):
+            different[name] = stored
+    folded = _fold(model, layers, different, tokens)
+    if different:
+        names = ", ".join(sorted(different)[:4])
+        raise CheckpointError(
+            f"refine: {len(different)} tensors that quantization leaves alone differ from the original ({names}): "
+            "the file comes from another model, or its weights were rotated or smoothed in a way that is not "
+            "recovered; give the model that it was quantized from"
+        )
+    worst, worst_layer = 2.0, ""
+    for name, layer in layers.items():
+        weight = _weight(model, name).float()
+        least = float(row_correlations(weight, layer.dequantize(torch.float32)).min())
+        if least < worst:
+            worst, worst_layer = least, name
+        if not derives(weight, layer):
+            raise CheckpointError(
+                f"refine: {name} is further from the original than rounding explains (least correlation of a row "
+                f"{least:.3f}): the file comes from another model, or from weights that were rotated or scaled first"
+            )
+    missing = sorted(name for name in state if name not in seen)
+    return Derivation(len(layers), worst, worst_layer, compared, tuple(missing), folded)
+
+
+def _fold(
+    model: nn.Module, layers: Mapping[str, CodedLayer], different: dict[str, Tensor], tokens: Tensor
+) -> tuple[str, ...]:
+    """Bring `model` into the basis of a file whose weights were scaled per channel, where that is its basis.
+
+    Scaled norms: norm * s with columns / s leaves the function for any s, so s = original norm / file's norm. Between
+    two linear layers s is estimated from the rows of the first; again any s leaves the function.
+    Norms that are explained are taken out of `different`.
+    """
+    before = _logits(model, tokens)
+    folded: list[str] = []
+    for key in sorted(different):
+        prefix, _, norm = key.removesuffix(".weight").rpartition(".")
+        consumers = next((names for last, names in NORM_FOLDS if last == norm), ())
+        found = [f"{prefix}.{name}" for name in consumers if f"{prefix}.{name}" in layers]
+        original, stored = _weight(model, key.removesuffix(".weight")), different[key].float()
+        if len(found) < len(consumers) or not found or bool((stored == 0).any()):
+            continue
+        ratio = original.float() / stored
+        if not bool(torch.isfinite(ratio).all()) or bool((ratio == 0).any()):
+            continue
+        for name in found:
+            weight = _weight(model, name)
+            weight.copy_(weight * ratio.to(weight.dtype))
+        original.copy_(stored.to(original.dtype))
+        del different[key]
+        folded.append(key.removesuffix(".weight"))
+    for first, second in LINEAR_FOLDS:
+        for name in [name for name in layers if name.endswith(f".{second}")]:
+            producer = name.removesuffix(second) + first
+            if producer in layers and _fold_linear(model, layers[producer], layers[name]):
+                folded.append(producer)
+    if folded:
+        after = _logits(model, tokens)
+        error = float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
+        if not error <= LOGIT_BOUND:
+            raise CheckpointError(
+                f"refine: the file's norms are scaled ({folded[0]}), and undoing that changes the original's logits "
+                f"by {error:.1e} of their size: its transform cannot be recovered"
+            )
+    return tuple(folded)
+
+
+def _fold_linear(model: nn.Module, first: CodedLayer, second: CodedLayer) -> bool:
+    """Scale rows of `first` and columns of `second` as the file has them, if `second` is otherwise no rounding."""
+    producer, weight = _weight(model, first.name), _weight(model, second.name)
+    if producer.shape[0] != weight.shape[1] or derives(weight.float(), second):
+        return False
+    source, decoded = producer.float(), first.dequantize(torch.float32)
+    ratio = (source * decoded).sum(dim=1) / source.square().sum(dim=1).clamp(min=1e-30)
+    if bool((ratio <= 1e-3).any()) or not bool(torch.isfinite(ratio).all()):
+        return False
+    scaled = weight.float() / ratio
+    if not derives(scaled, second):
+        return False
+    producer.copy_(source * ratio.unsqueeze(1))
+    weight.copy_(scaled)
+    bias: Any = getattr(model.get_submodule(first.name), "bias", None)
+    if isinstance(bias, Tensor):
+        bias.mul_(ratio)
+    return True
+
+
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    found: Any = model(tokens)
+    logits: Tensor = found.logits
+    return logits.float()
+
+
+def uniform_request(layers: Mapping[str, CodedLayer]) -> tuple[int, int, bool]:
+    """Return (bits, group size, symmetric) of most layers of a file, for reports.
+
+    Raises:
+        UnrepresentableError: The file has no quantized layer.
+    """
+    if not layers:
+        raise UnrepresentableError("refine: the file has no quantized layer")
+    kinds = [(layer.grid.num_bits, layer.grid.group_size, layer.grid.symmetric) for layer in layers.values()]
+    return max(set(kinds), key=kinds.count)

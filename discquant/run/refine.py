@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refine: a quantized file and its original in, the same file with better codes out.
+
+Scales, zero points, types and order stay; only codes change. The file itself is always measured beside the result, and
+is kept where the result is not better on held-out text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discquant.config import GridConfig, QuantizeConfig
+from discquant.errors import CheckpointError, ConfigError
+from discquant.formats import registry
+from discquant.formats.checkpoint import read_json
+from discquant.formats.coded import CodedLayer
+from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.source import Source
+from discquant.grids import Grid
+from discquant.run.derive import Derivation, check_derivation, uniform_request
+from discquant.run.directory import served_dtype
+from discquant.run.pipeline import Events, Pipeline, weight_bytes
+from discquant.run.summary import coded_layers
+from discquant.solver.chain import Chain, DecoderChain
+from discquant.solver.measure import mean_kl
+from discquant.solver.solve import START_KL_ROWS, Solve, TokenRows
+from discquant.solver.weight_ref import assemble
+
+FILE = "file"
+_CHUNK = 16 << 20
+
+
+class RefinePipeline(Pipeline):
+    """One run from a quantized file and its original; `execute` does everything that is left to do."""
+
+    def __init__(
+        self,
+        quantized: str | Path,
+        out: str | Path,
+        original: str | Path,
+        config: QuantizeConfig | None = None,
+        *,
+        resume: bool = True,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        events: Events | None = None,
+    ) -> None:
+        """Name inputs and output.
+
+        Args:
+            quantized: A folder or file in any format that is read.
+            out: Run directory; the refined model lands in it under the format's name.
+            original: The model that it was quantized from.
+            config: Solver, data, seed; `grid`, `format` and `ignore` are those of the file. None is the default with
+                no baseline but the file.
+            resume: Continue a run that is there.
+            trust_remote_code: See `open_source`.
+            allow_pickle: See `open_source`.
+            events: What to call on progress.
+
+        Raises:
+            ConfigError: A method that does not refine.
+            MissingModelError, CheckpointError: There is no quantized file that can be read.
+        """
+        self.quantized = Path(quantized)
+        self.chosen = registry.find(self.quantized)
+        config = config or QuantizeConfig(baselines=())
+        if config.method == "rtn":
+            raise ConfigError("refine: rounding to nearest is no refinement; use discquant, gptq or greedy")
+        self.file_layers = {layer.name: layer for layer in self.chosen.read(self.quantized)}
+        bits, group, sym = uniform_request(self.file_layers)
+        grid = GridConfig(bits, group if group == -1 or group % 8 == 0 else -1, sym)
+        config = dataclasses.replace(config, grid=grid, format=self.chosen.name)
+        self.derivation: Derivation | None = None
+        self._fixed: dict[str, CodedLayer] = {}
+        super().__init__(
+            original,
+            out,
+            config,
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            events=events,
+        )
+
+    def _chain(self, source: Source) -> Chain:
+        """Check that the file derives from the original; quantize exactly what the file has quantized."""
+        every = DecoderChain(source.model, ("lm_head",))
+        tokens = torch.arange(16).unsqueeze(0) % int(source.model.get_input_embeddings().weight.shape[0])
+        self.derivation = check_derivation(
+            self.chosen, self.quantized, self.file_layers, source.model, tokens
+        )
+        for name in self.derivation.folded:
+            self.events.say(f"note: the file's weights are scaled by {name}; refined in its basis")
+        if self.derivation.not_compared:
+            few = ", ".join(self.derivation.not_compared[:4])
+            self.events.say(f"note: not compared with the original: {few}")
+        names = {ref.name for refs in every.weights for ref in refs}
+        # Layers outside the blocks (a quantized head) keep their codes; teacher and student see them as they are.
+        self._fixed = {name: layer for name, layer in self.file_layers.items() if name not in names}
+        absent = tuple(sorted(names - set(self.file_layers)))
+        if names <= set(absent):
+            raise CheckpointError("refine: the file quantizes no layer of the decoder blocks")
+        return DecoderChain(source.model, ("lm_head", *absent))
+
+    def _check_formats(self, source: Source, chain: Chain) -> None:
+        """Nothing to refuse: the file exists in its format already."""
+
+    def _identity(self, source: Source) -> dict[str, Any]:
+        return {**super()._identity(source), "refines": {self.chosen.name: _digest(self.quantized)}}
+
+    def _record(self, source: Source) -> dict[str, Any]:
+        return {**super()._record(source), "quantized": str(self.quantized.resolve())}
+
+    def _grids(self, chain: Chain) -> dict[str, Grid]:
+        """The file's own grids."""
+        return {name: layer.grid for name, layer in self.file_layers.items()}
+
+    def _served(self, source: Source) -> torch.dtype:
+        """What the file's engine dequantizes to: the dtype its configuration names; llama.cpp works in float32."""
+        if isinstance(self.chosen, SafetensorsFormat):
+            return served_dtype(read_json(self.quantized / "config.json"))
+        return torch.float32
+
+    def _choose_start(
+        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, source: Source
+    ) -> dict[str, Tensor] | None:
+        """Start from the file's codes or from GPTQ's on the file's grids, whichever is nearer to the original."""
+        if self.config.solver.start != "gptq":
+            return None
+        served = self._served(source)
+        dtype = self._compute_dtype()
+        candidates = {
+            FILE: {
+                name: self.file_layers[name].q for refs in chain.weights for name in (r.name for r in refs)
+            },
+            "gptq": self._layerwise(chain, grids, rows, "gptq", source),
+        }
+        batches = rows.batches(range(min(START_KL_ROWS, len(rows))))
+
+        def divergence(codes: Mapping[str, Tensor]) -> float:
+            def weights(index: int) -> dict[str, Tensor]:
+                refs = chain.weights[index]
+                return assemble(
+                    refs, (grids[r.name].dequantize(codes[r.name], served).to(dtype) for r in refs)
+                )
+
+            return mean_kl(chain, weights, batches)
+
+        found = {name: divergence(codes) for name, codes in candidates.items()}
+        chosen = min(found, key=lambda name: found[name])
+        self.events.say(
+            f"starting from {'the file' if chosen == FILE else 'GPTQ'}'s codes: KL "
+            + ", ".join(f"{name} {value:.5f}" for name, value in found.items())
+        )
+        return candidates[chosen]
+
+    def _final(self, codes: dict[str, Tensor], grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+        """Keep the file's code wherever it stands for the same weight (a group of one level, the two zeros of e2m1)."""
+        final = {}
+        for name, layer in self.file_layers.items():
+            if name in self._fixed:
+                final[name] = layer.q
+                continue
+            same = layer.grid.dequantize(codes[name], torch.float32) == layer.dequantize(torch.float32)
+            final[name] = torch.where(same, layer.q, codes[name])
+        return final
+
+    def _baselines(
+        self,
+        chain: Chain,
+        grids: Mapping[str, Grid],
+        rows: TokenRows,
+        codes: Mapping[str, Tensor],
+        solve: Solve | None,
+        source: Source,
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """The file itself, and what was asked for besides."""
+        fixed = {name: layer.q for name, layer in self._fixed.items()}
+        found: dict[str, Mapping[str, Tensor]] = {
+            FILE: {name: layer.q for name, layer in self.file_layers.items()}
+        }
+        for name in self.config.baselines:
+            found[name] = {**self._layerwise(chain, grids, rows, name, source), **fixed}
+        return found
+
+    def _export(
+        self,
+        source: Source,
+        codes: Mapping[str, Tensor],
+        grids: Mapping[str, Grid],
+        summary: dict[str, Any],
+    ) -> None:
+        """Write the file with the better codes, and say which they are."""
+        methods = summary["methods"]
+        before, after = methods[FILE]["kl_mean"], methods[self.config.method]["kl_mean"]
+        better = after < before
+        if not better:
+            self.events.say(
+                f"the result is not better on held-out text (KL {after:.5f}, the file {before:.5f}): "
+                "its codes are kept"
+            )
+            codes = {name: layer.q for name, layer in self.file_layers.items()}
+            self.directory.save_codes(coded_layers(codes, grids))
+        target = self.directory.path / (self.chosen.name if self.quantized.is_dir() else self.quantized.name)
+        if target.exists() and not (self.directory.path / "summary.json").exists():
+            self.events.say(f"{target.name} was written by the run that is continued")
+        else:
+            manifest = self.chosen.rewrite(self.quantized, target, codes)
+            summary["byte_diff"] = manifest.get("byte_diff")
+        assert self.derivation is not None
+        summary["refine"] = {
+            "format": self.chosen.name,
+            "kl_before": before,
+            "kl_after": after if better else before,
+            "kl_ratio": (after if better else before) / max(before, 1e-30),
+            "improved": better,
+            "start": FILE if self._started_from_file() else "gptq",
+            **self._neighbour_counts(source),
+            "derivation": dataclasses.asdict(self.derivation),
+        }
+        summary["sizes"]["packed_bytes"] = weight_bytes(target)
+        summary["sizes"]["formats"] = {self.chosen.name: weight_bytes(target)}
+
+    def _started_from_file(self) -> bool:
+        kept = self._start_codes()
+        return kept is not None and all(torch.equal(q, self.file_layers[name].q) for name, q in kept.items())
+
+    def _neighbour_counts(self, source: Source) -> dict[str, int]:
+        """Count the file's codes, and those that are neither neighbour of the original weight."""
+        outside = total = 0
+        for name, layer in self.file_layers.items():
+            if name in self._fixed:
+                continue
+            weight = source.model.get_submodule(name).weight.detach().float()
+            q_down, _ = layer.grid.neighbours(weight)
+            value = layer.dequantize(torch.float32)
+            down = layer.grid.dequantize(q_down, torch.float32)
+            up = layer.grid.dequantize(q_down + 1, torch.float32)
+            outside += int(((value != down) & (value != up)).sum())
+            total += value.numel()
+        return {"codes": total, "codes_outside_neighbours": outside}
+
+
+def _digest(path: Path) -> str:
+    """Hash the bytes of a quantized model: a file, or the weights and configuration of a folder."""
+    digest = hashlib.sha256()
+    kinds = (".safetensors", ".json", ".gguf", ".onnx")
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in kinds)
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while piece := stream.read(_CHUNK):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutated model files of every format: each must be read or refused with one clear error, quickly and in little memory.
+
+python tests/fuzz/harness.py --count 10000 --out benchmarks/results/fuzz.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import shutil
+import signal
+import struct
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from discquant.config import GridConfig
+from discquant.errors import UserError
+from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer, Format
+from discquant.grids import place_grid
+
+SECONDS = 10.0  # per file; the slowest base reads in milliseconds
+MEMORY = 1 << 30  # bytes beyond what the process holds when the run begins
+HIDDEN, WIDE, VOCABULARY = 64, 256, 40
+Files = dict[str, bytes]
+GRIDS = (
+    GridConfig(4, 32, True),
+    GridConfig(4, 64, True),
+    GridConfig(4, 32, False),
+    GridConfig.of_kind("q4_0"),
+)  # fmt: skip
+
+
+def source_model(folder: Path) -> Path:
+    """A Llama of one block as plain files: enough for every writer, without building a model."""
+    generator = torch.Generator().manual_seed(7)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.05).bfloat16()
+
+    block = "model.layers.0"
+    tensors = {
+        "model.embed_tokens.weight": tensor(VOCABULARY, HIDDEN),
+        "lm_head.weight": tensor(VOCABULARY, HIDDEN),
+        "model.norm.weight": tensor(HIDDEN),
+        f"{block}.input_layernorm.weight": tensor(HIDDEN),
+        f"{block}.post_attention_layernorm.weight": tensor(HIDDEN),
+        **{f"{block}.self_attn.{n}_proj.weight": tensor(HIDDEN, HIDDEN) for n in "qkvo"},
+        **{f"{block}.mlp.{n}_proj.weight": tensor(WIDE, HIDDEN) for n in ("gate", "up")},
+        f"{block}.mlp.down_proj.weight": tensor(HIDDEN, WIDE),
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "head_dim": 16,
+        "intermediate_size": WIDE, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 64,
+        "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16", "bos_token_id": 1,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    _tokenizer(folder)
+    return folder
+
+
+def _tokenizer(folder: Path) -> None:
+    """A byte-pair tokenizer of the right size, because some formats carry one."""
+    letters = [chr(code) for code in range(97, 97 + VOCABULARY - 3)]
+    vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+                "added_tokens": [
+                    {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
+                     "normalized": False, "special": True} for i, t in enumerate(("<unk>", "<s>", "</s>"))
+                ],
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                                  "use_regex": True},
+                "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": True,
+                                                    "trim_offsets": True, "use_regex": True},
+                "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                          "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+                          "merges": []},
+            }
+        )
+    )  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+    )
+
+
+def base_files(name: str, folder: Path) -> tuple[Format, Path]:
+    """A small valid file of a format."""
+    source = folder / "source"
+    if not source.exists():
+        source_model(source)
+    chosen, checkpoint, target = registry.by_name(name), Checkpoint(source), folder / name
+    grid = next(g for g in GRIDS if _fits(chosen, g))
+    layers = []
+    for key in checkpoint.tensors:
+        if key.endswith("proj.weight"):
+            weight = checkpoint.read(key).float()
+            laid = place_grid(weight, grid)
+            layers.append(CodedLayer(key.removesuffix(".weight"), laid.nearest(weight), laid))
+    chosen.write(checkpoint, target, layers)
+    return chosen, target
+
+
+def _fits(chosen: Format, grid: GridConfig) -> bool:
+    try:
+        for shape in ((HIDDEN, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE)):
+            chosen.check(shape, grid)
+    except UserError:
+        return False
+    return True
+
+
+def snapshot(path: Path) -> Files:
+    """Every file's bytes, by relative name; a single file is named itself."""
+    if path.is_file():
+        return {path.name: path.read_bytes()}
+    return {
+        str(f.relative_to(path)): f.read_bytes()
+        for f in sorted(path.rglob("*"))
+        if f.is_file() and not f.name.startswith(("discquant_", "README", "tokenizer"))
+    }
+
+
+JUNK: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 3, 7, 2**31, 2**63, 2**64, 1e308, float("nan"), "", "x", "int32", "F16", "BOGUS",
+    [], [0], [-1, 5], [2**40, 2**40], [[1]], {}, {"a": 1}, [None], "\u0000", [1] * 70,
+)  # fmt: skip
+
+
+def _paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [prefix] if prefix else []
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            found += _paths(inner, (*prefix, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            found += _paths(inner, (*prefix, index))
+    return found
+
+
+def mutate_json(text: bytes, rng: random.Random) -> bytes:
+    """Damage a JSON document: an entry replaced, removed, renamed or doubled, or the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return flip(text, rng)
+    kind = rng.randrange(8)
+    if kind == 0:
+        return text[: rng.randrange(len(text) + 1)]
+    if kind == 1:
+        return flip(text, rng)
+    if kind == 2:
+        depth = rng.choice((50, 2000, 100_000))
+        return b"[" * depth + b"]" * depth
+    if kind == 3:
+        return json.dumps(rng.choice(JUNK)).encode()
+    for _ in range(rng.randint(1, 3)):
+        paths = _paths(value)
+        if not paths:
+            break
+        *way, last = rng.choice(paths)
+        holder = value
+        for step in way:
+            holder = holder[step]
+        if kind == 4 and isinstance(holder, dict):
+            del holder[last]
+        elif kind == 5 and isinstance(holder, dict):
+            holder[rng.choice(("", "x", "a" * 300, f"{last}.x"))] = holder.pop(last)
+        elif isinstance(holder[last], int) and rng.random() < 0.5:
+            holder[last] = holder[last] + rng.choice((-1, 1, 8, -8, 2**32, -(2**32), 2**62))
+        else:
+            holder[last] = rng.choice(JUNK)
+    return json.dumps(value).encode()
+
+
+def flip(data: bytes, rng: random.Random) -> bytes:
+    """Overwrite a few bytes."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 16)):
+        if changed:
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+    return bytes(changed)
+
+
+def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
+    """Damage a header entry (dtype, shape, offsets, names), the header's length, or values (NaN scales)."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = data[8 : 8 + length], data[8 + length :]
+    kind = rng.randrange(6)
+    if kind == 0:
+        claimed = rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, len(data), rng.randrange(2**20)))
+        return struct.pack("<Q", claimed) + header + body
+    if kind in (1, 2):
+        table = json.loads(header)
+        name = rng.choice([key for key in table if key != "__metadata__"])
+        entry = table[name]
+        what = rng.choice(("dtype", "shape", "data_offsets", "reshape"))
+        if what == "dtype":
+            entry["dtype"] = rng.choice(
+                ("F16", "BF16", "F32", "F64", "I8", "U8", "I32", "I64", "BOOL", "F8_E4M3", "?")
+            )
+        elif what == "reshape":
+            # As many bytes as before, in another shape: only a reader that checks shapes notices.
+            size = 1
+            for extent in entry["shape"]:
+                size *= extent
+            entry["shape"] = rng.choice(([size], [1, size], [size, 1], entry["shape"][::-1], [1, 1, size]))
+        else:
+            row = list(entry[what])
+            if row:
+                row[rng.randrange(len(row))] = rng.choice((-1, 0, 1, 2**31, 2**62, 2**64, 7, "3", None))
+            entry[what] = row
+        if rng.random() < 0.3:
+            entry["data_offsets"] = [0, rng.choice((0, 1, len(body), len(body) * 2))]
+        raw = json.dumps(table).encode()
+    elif kind == 3:
+        raw = mutate_json(header, rng)
+    else:
+        table = json.loads(header)
+        names = [key for key in table if key != "__metadata__"]
+        small = [key for key in names if "scale" in key or "bias" in key or "zero" in key] or names
+        begin, end = table[rng.choice(small if rng.random() < 0.8 else names)]["data_offsets"]
+        changed = bytearray(body)
+        pattern = rng.choice((b"\xff", b"\xff\x7f", b"\x80\x7f", b"\x00", b"\x00\x7c", b"\x01\x00\x00\x80"))
+        for place in range(begin, end):
+            if rng.random() < 0.5 or kind == 5:
+                changed[place] = pattern[(place - begin) % len(pattern)]
+        return data[: 8 + length] + bytes(changed)
+    return struct.pack("<Q", len(raw)) + raw + body
+
+
+def mutate_binary(data: bytes, rng: random.Random) -> bytes:
+    """Damage a file of counts and blocks: numbers near the front, NaN halves anywhere."""
+    changed = bytearray(data)
+    kind = rng.randrange(3)
+    if kind == 0:
+        return flip(data[: min(len(data), 4096)], rng) + data[4096:]
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(max(1, (min(len(data), 4096) if kind == 1 else len(data)) - 8))
+        value = rng.choice((0, 1, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1, 0x7E007C00FFFF7FC0))
+        width = rng.choice((4, 8))
+        changed[place : place + width] = struct.pack("<Q", value)[:width]
+    return bytes(changed)
+
+
+def mutate(files: Files, rng: random.Random) -> Files:
+    """One damaged copy: usually one file changed, sometimes one lost, cut or grown."""
+    weights = [name for name in files if not name.endswith(".json")]
+    name = rng.choice(weights if weights and rng.random() < 0.65 else list(files))
+    data, damaged = files[name], dict(files)
+    general = rng.random()
+    if general < 0.12:
+        damaged[name] = data[: rng.randrange(len(data) + 1)]
+    elif general < 0.16:
+        damaged[name] = data + rng.randbytes(rng.randint(1, 64))
+    elif general < 0.19:
+        del damaged[name]
+    elif general < 0.30:
+        damaged[name] = flip(data, rng)
+    elif name.endswith(".json"):
+        damaged[name] = mutate_json(data, rng)
+    elif name.endswith(".safetensors"):
+        damaged[name] = mutate_safetensors(data, rng)
+    else:
+        damaged[name] = mutate_binary(data, rng)
+    return damaged
+
+
+@dataclass
+class Result:
+    """What happened to the files of one format."""
+
+    cases: int = 0
+    read: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    slowest_seconds: float = 0.0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "cases": self.cases,
+            "read": self.read,
+            "refused": dict(sorted(self.refused.items())),
+            "slowest_seconds": round(self.slowest_seconds, 3),
+            "failures": self.failures,
+        }
+
+
+class TookTooLongError(BaseException):
+    """The time limit of one file; no reader may catch it."""
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Cap the address space a little above what is in use, and turn the alarm into an exception."""
+
+    def late(number: int, frame: object) -> None:
+        raise TookTooLongError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    handler = signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, handler)
+
+
+def consume(chosen: Format, path: Path) -> None:
+    """What every user of a file does first: find the format, describe it, decode every layer."""
+    registry.find(path)
+    chosen.describe(path)
+    for layer in chosen.read(path):
+        layer.dequantize(torch.float32)
+
+
+def check(chosen: Format, path: Path, result: Result, case: int) -> None:
+    """Read one file under the limits and note what happened."""
+    begin = time.perf_counter()
+    result.cases += 1
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        consume(chosen, path)
+        result.read += 1
+    except (UserError, NotImplementedError) as error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        result.refused[type(error).__name__] += 1
+        message = str(error)
+        if not message or len(message) > 2000:
+            result.failures.append({"case": case, "error": f"message of {len(message)} characters"})
+    except (Exception, TookTooLongError) as error:  # every other class is a finding
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        result.failures.append(
+            {
+                "case": case,
+                "error": f"{type(error).__name__}: {error}"[:200],
+                "place": f"{Path(place.filename).name}:{place.lineno}",
+            }
+        )
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    result.slowest_seconds = max(result.slowest_seconds, time.perf_counter() - begin)
+
+
+def fuzz(
+    name: str, count: int, folder: Path, *, first: int = 0, progress: Callable[[int], None] | None = None
+) -> Result:
+    """Damage a valid file of a format `count` times; case numbers are the seeds."""
+    chosen, base = base_files(name, folder)
+    files, single = snapshot(base), base.is_file()
+    consume(chosen, base)
+    result = Result()
+    place = folder / "case"
+    with limits():
+        for case in range(first, first + count):
+            damaged = mutate(files, random.Random(f"{name}:{case}"))
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            for file, data in damaged.items():
+                (place / file).parent.mkdir(parents=True, exist_ok=True)
+                (place / file).write_bytes(data)
+            check(chosen, place / base.name if single else place, result, case)
+            if progress is not None:
+                progress(result.cases)
+    return result
+
+
+def main() -> None:
+    """Fuzz the named formats and write the counts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--formats", default=",".join(registry.names()))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    if options.out is not None and options.out.exists():
+        found = json.loads(options.out.read_text())
+    for name in options.formats.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.process_time()
+            result = fuzz(name, options.count, Path(folder), first=options.first)
+        found[name] = {**result.to_dict(), "cpu_seconds": round(time.process_time() - begin, 1)}
+        print(name, json.dumps({k: v for k, v in found[name].items() if k != "failures"}))
+        for failure in result.failures[:20]:
+            print("  ", failure)
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+    raise SystemExit(1 if any(row["failures"] for row in found.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refine: the same file with better codes, or the same file; and no file that is not of this original."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.errors import CheckpointError, ConfigError, ResumeError
+from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer
+from discquant.grids import place_grid
+from discquant.run.derive import row_correlations
+from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.refine import RefinePipeline
+
+Make = Callable[..., Path]
+
+
+def _config(dataset: str) -> QuantizeConfig:
+    return QuantizeConfig(
+        solver=SolverConfig(iters=16, batch_size=4, micro_batch=4, warmup=2),
+        data=DataConfig(dataset, 24, 32),
+        gptq_samples=8,
+        checkpoint_every=4,
+        baselines=(),
+    )
+
+
+def _open(model_dir: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir)
+    return model
+
+
+@pytest.fixture
+def make(model_dir: Path, tmp_path: Path) -> Make:
+    """Write a file of nearest codes in a format, from the model or from a changed copy of it."""
+
+    def build(
+        name: str = "gptq",
+        grid: GridConfig | None = None,
+        change: Callable[[nn.Module], None] | None = None,
+    ) -> Path:
+        source = model_dir
+        if change is not None:
+            model = _open(model_dir)
+            with torch.no_grad():
+                change(model)
+            source = tmp_path / "changed"
+            model.save_pretrained(source)
+        checkpoint = Checkpoint(source)
+        layers = []
+        for key in checkpoint.tensors:
+            if key.endswith("proj.weight"):
+                weight = checkpoint.read(key).float()
+                laid = place_grid(weight, grid or GridConfig(3, 32, True, "absmax"))
+                layers.append(CodedLayer(key.removesuffix(".weight"), laid.nearest(weight), laid))
+        registry.by_name(name).write(checkpoint, tmp_path / name, layers)
+        return tmp_path / name
+
+    return build
+
+
+def _codes(path: Path) -> dict[str, Tensor]:
+    return {layer.name: layer.q for layer in registry.find(path).read(path)}
+
+
+def test_a_better_file_of_the_same_bytes_elsewhere(
+    make: Make, model_dir: Path, dataset: str, tmp_path: Path
+) -> None:
+    file, out = make(), tmp_path / "out"
+    summary = RefinePipeline(file, out, model_dir, _config(dataset)).execute()
+    found = summary["refine"]
+    assert set(summary["methods"]) == {"file", "discquant"}
+    assert found["improved"] and found["kl_ratio"] < 0.8
+    assert found["codes_outside_neighbours"] == 0
+    assert found["derivation"]["layers"] == 14 and found["derivation"]["folded"] == ()
+    assert found["derivation"]["worst_correlation"] > 0.9
+    refined = out / "gptq"
+    assert summary["byte_diff"]["outside"] == 0 and summary["byte_diff"]["changed"] > 0
+    manifest = json.loads((refined / "discquant_manifest.json").read_text(encoding="utf-8"))
+    assert manifest["byte_diff"] == summary["byte_diff"]
+    assert (refined / "model.safetensors").stat().st_size == (file / "model.safetensors").stat().st_size
+    written, kept = _codes(refined), {layer.name: layer.q for layer in RunDirectory(out).coded_layers()}
+    assert written.keys() == kept.keys()
+    assert all(torch.equal(written[name], kept[name]) for name in kept)
+    before, after = Checkpoint(file), Checkpoint(refined)
+    for name in before.tensors:
+        if not name.endswith("qweight"):
+            assert torch.equal(before.read(name), after.read(name)), name
+    ids = torch.randint(3, 97, (2, 20))
+    with torch.no_grad():
+        assert not torch.equal(load_run_model(out)(ids).logits, _open(model_dir)(ids).logits)
+    # The same command again: complete. Another one: refused, and it says what differs.
+    assert RefinePipeline(file, out, model_dir, _config(dataset)).execute() == json.loads(json.dumps(summary))
+    with pytest.raises(ResumeError, match="seed"):
+        RefinePipeline(file, out, model_dir, replace(_config(dataset), seed=1)).execute()
+
+
+def test_a_worse_result_keeps_the_file(
+    make: Make, model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = make("compressed-tensors"), tmp_path / "out"
+    monkeypatch.setattr(
+        RefinePipeline, "_final", lambda self, codes, grids: {n: 7 - q for n, q in codes.items()}
+    )
+    config = replace(_config(dataset), method="greedy")
+    summary = RefinePipeline(file, out, model_dir, config).execute()
+    found = summary["refine"]
+    assert not found["improved"] and found["kl_after"] == found["kl_before"]
+    assert summary["byte_diff"]["changed"] == 0
+    assert all(torch.equal(q, _codes(file)[n]) for n, q in _codes(out / "compressed-tensors").items())
+    kept = {layer.name: layer.q for layer in RunDirectory(out).coded_layers()}
+    assert all(torch.equal(q, kept[n]) for n, q in _codes(file).items())
+
+
+def _scale(model: nn.Module) -> None:
+    """What AWQ and SmoothQuant do: norms over s, columns times s; rows of up over s, columns of down times s."""
+    for block in model.model.layers:  # type: ignore[union-attr, operator]
+        for norm, names in (
+            (block.input_layernorm, ("q_proj", "k_proj", "v_proj")),
+            (block.post_attention_layernorm, ("gate_proj", "up_proj")),
+        ):
+            s = torch.rand(64).to(torch.bfloat16) * 3 + 0.5
+            norm.weight.div_(s)
+            for name in names:
+                owner = block.self_attn if name[0] in "qkv" else block.mlp
+                getattr(owner, name).weight.mul_(s)
+        s = (torch.rand(96) * 2 + 0.5).to(torch.bfloat16)
+        block.mlp.up_proj.weight.div_(s.unsqueeze(1))
+        block.mlp.down_proj.weight.mul_(s)
+
+
+def test_scaled_files_are_refined_in_their_basis(
+    make: Make, model_dir: Path, dataset: str, tmp_path: Path
+) -> None:
+    file = make("gptq", GridConfig(4, 32, True, "absmax"), _scale)
+    summary = RefinePipeline(file, tmp_path / "out", model_dir, _config(dataset)).execute()
+    found = summary["refine"]
+    assert len(found["derivation"]["folded"]) == 6
+    assert found["derivation"]["worst_correlation"] > 0.9
+    assert found["improved"]
+
+
+def _rotate(model: nn.Module) -> None:
+    q, _ = torch.linalg.qr(torch.randn(64, 64))
+    for block in model.model.layers:  # type: ignore[union-attr, operator]
+        weight = block.self_attn.o_proj.weight
+        weight.copy_(q.to(weight.dtype) @ weight)
+
+
+def _train_on(model: nn.Module) -> None:
+    model.model.norm.weight.mul_(1.01)  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [(_rotate, "further from the original"), (_train_on, "model.norm.weight")]
+)
+def test_refuses_files_of_another_model(
+    make: Make, model_dir: Path, dataset: str, tmp_path: Path, change: Callable[[nn.Module], None], word: str
+) -> None:
+    file = make("compressed-tensors", None, change)
+    with pytest.raises(CheckpointError, match=word):
+        RefinePipeline(file, tmp_path / "out", model_dir, _config(dataset)).execute()
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_what_it_cannot_use(make: Make, model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no quantized format"):
+        RefinePipeline(model_dir, tmp_path / "out", model_dir, _config(dataset))
+    with pytest.raises(FileNotFoundError):
+        RefinePipeline(tmp_path / "nowhere", tmp_path / "out", model_dir, _config(dataset))
+    with pytest.raises(ConfigError, match="nearest"):
+        RefinePipeline(make(), tmp_path / "out", model_dir, replace(_config(dataset), method="rtn"))
+
+
+def test_command_line(
+    make: Make, model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from discquant.cli import app
+
+    done = CliRunner().invoke(
+        app,
+        [
+            "refine", str(make()), str(tmp_path / "out"), "--original", str(model_dir), "--dataset", dataset,
+            "--nsamples", "24", "--seqlen", "32", "--iters", "8", "--batch-size", "4", "--threads", "1",
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "before" in done.output and "neither neighbour" in done.output
+    assert (tmp_path / "out" / "report.md").exists()
+
+
+def test_row_correlations() -> None:
+    weight = torch.randn(3, 8)
+    weight[2] = 0
+    other = weight.clone()
+    other[1] *= -2
+    assert torch.allclose(row_correlations(weight, other), torch.tensor([1.0, -1.0, 1.0]))
+    other[2, 0] = 1
+    assert float(row_correlations(weight, other)[2]) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+def test_look_up_tables_refine(make: Make, model_dir: Path, dataset: str, tmp_path: Path, kind: Any) -> None:
+    file = make("compressed-tensors", GridConfig.of_kind(kind))
+    config = replace(_config(dataset), method="gptq")
+    summary = RefinePipeline(file, tmp_path / "out", model_dir, config).execute()
+    assert summary["refine"]["improved"] and summary["byte_diff"]["outside"] == 0
