@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 from discquant.formats.checkpoint import Checkpoint, check_finite
+from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.compressed_tensors import Scheme
-from discquant.formats.export import ExportPlan, export_compressed_tensors, plan_export, read_manifest
+from discquant.formats.export import (
+    ExportPlan,
+    export_compressed_tensors,
+    plan_export,
+    read_manifest,
+    write_model,
+)
 from discquant.formats.load import load_quantized, read_layers
 from discquant.formats.proof import prove
+from discquant.formats.scheme import Scheme
 
 __all__ = [
     "Checkpoint",
+    "CodedLayer",
     "ExportPlan",
     "QuantizedLinear",
     "Scheme",
@@ -22,4 +30,5 @@ __all__ = [
     "prove",
     "read_layers",
     "read_manifest",
+    "write_model",
 ]

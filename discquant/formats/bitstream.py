@@ -110,6 +110,36 @@ def unpack(words: Tensor, num_bits: int, count: int, *, dim: int = 1) -> Tensor:
     return torch.from_numpy(out)
 
 
+def pack_per_word(codes: Tensor, num_bits: int) -> Tensor:
+    """Undo `unpack_per_word` along rows, for rewriting a file of that layout; idle bits are zero.
+
+    Args:
+        codes: Unsigned codes below 2^num_bits, uint8, [rows, columns].
+        num_bits: Width of a code, 1 to 8.
+
+    Returns:
+        Words, int32 on the CPU, [rows, ceil(columns / (32 // b))].
+
+    Raises:
+        TypeError: codes is not a Tensor.
+        ValueError: Wrong dtype or rank, num_bits out of range, or a code does not fit.
+    """
+    _check("pack_per_word", "codes", codes, torch.uint8, num_bits, 1)
+    if codes.numel() and int(codes.max()) >> num_bits:
+        raise ValueError(
+            f"pack_per_word: codes must be below 2^num_bits = {1 << num_bits}, got {int(codes.max())}"
+        )
+    held = 32 // num_bits
+    rows, columns = codes.shape
+    words = -(-columns // held)
+    padded = np.zeros((rows, words * held), dtype=np.uint8)
+    padded[:, :columns] = codes.cpu().numpy()
+    out = np.zeros((rows, words), dtype="<u4")
+    for place in range(held):
+        out |= padded[:, place::held].astype("<u4") << np.uint32(place * num_bits)
+    return torch.from_numpy(out.view("<i4").astype(np.int32, copy=False))
+
+
 def unpack_per_word(words: Tensor, num_bits: int, count: int, *, dim: int = 1) -> Tensor:
     """Unpack the layout of compressed-tensors before 0.18: floor(32 / b) codes in each word, high bits idle.
 

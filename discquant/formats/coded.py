@@ -56,16 +56,20 @@ class CodedLayer:
         grid = UniformGrid(layer.num_bits, layer.group_size, layer.symmetric, layer.scale, layer.zero_point)
         return cls(layer.name, layer.q, grid)
 
-    def linear(self) -> QuantizedLinear:
-        """The same layer for a format of uniform grids.
+    def linear(self, format_name: str = "this format") -> QuantizedLinear:
+        """The same layer for a format of uniform grids, which the message names.
 
         Raises:
-            UnrepresentableError: The grid is not uniform.
+            UnrepresentableError: The grid is not uniform, or its groups are not contiguous (act-order).
         """
         grid = self.grid
-        if not isinstance(grid, UniformGrid) or grid.table is not None:
+        if not isinstance(grid, UniformGrid):
             raise UnrepresentableError(
-                f"{self.name}: this format holds uniform grids only, got {type(grid).__name__}"
+                f"{format_name}: {self.name}: only uniform grids have a place here, got {type(grid).__name__}"
+            )
+        if grid.g_idx is not None:
+            raise UnrepresentableError(
+                f"{format_name}: {self.name}: its groups are not contiguous columns (act-order)"
             )
         return QuantizedLinear(self.name, self.q, grid.scale, grid.zero_point, grid.num_bits, grid.group_size)
 

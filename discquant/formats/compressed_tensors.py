@@ -9,33 +9,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from discquant.errors import CheckpointError, UnrepresentableError
-from discquant.formats.bitstream import pack, unpack, unpack_per_word, words_for
+from discquant.formats.bitstream import pack, pack_per_word, unpack, unpack_per_word, words_for
 from discquant.formats.codes import QuantizedLinear
+from discquant.formats.scheme import Scheme
 
+__all__ = [
+    "GROUP_INDEX",
+    "MINIMUM_LIBRARY",
+    "PACKED",
+    "SCALE",
+    "SHAPE",
+    "ZERO",
+    "Scheme",
+    "check_representable",
+    "decode",
+    "encode",
+    "encoded_bytes",
+    "parse_config",
+    "quantization_config",
+    "repack_like",
+]
 PACKED, SCALE, SHAPE, ZERO = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+GROUP_INDEX = "weight_g_idx"
+# What a configuration group calls its tensors' layout, by kind of scheme.
+LAYOUTS = {"int": "pack-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
 # 1, 2, 4 and 8 bits lie in words alike before and since 0.18; the others do not.
 MINIMUM_LIBRARY = {bits: "0.15.0" if bits in (2, 4, 8) else "0.18.0" for bits in range(2, 9)}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What one configuration group says about its layers; group_size -1 is one scale per row (strategy channel)."""
-
-    num_bits: int
-    group_size: int
-    symmetric: bool
-
-    @classmethod
-    def of(cls, layer: QuantizedLinear) -> Scheme:
-        """The scheme of a layer."""
-        return cls(layer.num_bits, layer.group_size, layer.symmetric)
 
 
 def check_representable(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
@@ -113,10 +118,11 @@ def decode(name: str, read: Callable[[str], Tensor | None], scheme: Scheme) -> Q
 
     Raises:
         CheckpointError: A tensor is missing, or its shape fits neither layout.
-        NotImplementedError: The file permutes columns (`weight_g_idx`, act-order).
+
+    Note:
+        With act-order (`weight_g_idx`) the columns still lie in the original order; which scale each has is the
+        caller's to look up.
     """
-    if read("weight_g_idx") is not None:
-        raise NotImplementedError(f"{name}: weight_g_idx (act-order) is not read")
     stored = {suffix: _required(name, suffix, read(suffix)) for suffix in (PACKED, SCALE, SHAPE)}
     shape = stored[SHAPE].tolist()
     if len(shape) != 2 or min(shape) < 0:
@@ -151,9 +157,10 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
+    layouts = list(dict.fromkeys(LAYOUTS[scheme.kind] for scheme in groups)) or [LAYOUTS["int"]]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -161,25 +168,34 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
         "config_groups": {
             f"group_{number}": {
                 "targets": ["Linear"] if len(groups) == 1 else names,
-                "weights": {
-                    "num_bits": scheme.num_bits,
-                    "type": "int",
-                    "symmetric": scheme.symmetric,
-                    "strategy": "channel" if scheme.group_size == -1 else "group",
-                    "group_size": None if scheme.group_size == -1 else scheme.group_size,
-                    "dynamic": False,
-                    "actorder": None,
-                    "observer": "minmax",
-                    "observer_kwargs": {},
-                    "block_structure": None,
-                },
+                "weights": _weights(scheme),
                 "input_activations": None,
                 "output_activations": None,
-                "format": "pack-quantized",
+                "format": LAYOUTS[scheme.kind],
             }
             for number, (scheme, names) in enumerate(groups.items())
         },
     }
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    strategy = "channel" if scheme.group_size == -1 else "tensor_group" if scheme.kind == "nvfp4" else "group"
+    said: dict[str, Any] = {
+        "num_bits": scheme.num_bits,
+        "type": "int" if scheme.kind == "int" else "float",
+        "symmetric": scheme.symmetric,
+        "strategy": strategy,
+        "group_size": None if scheme.group_size == -1 else scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "block_structure": None,
+    }
+    if scheme.kind != "int":
+        stored = "torch.float8_e4m3fn" if scheme.kind == "nvfp4" else "torch.uint8"
+        said |= {"scale_dtype": stored, "zp_dtype": stored}
+    return said
 
 
 def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Scheme]:
@@ -190,26 +206,35 @@ def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Sche
         source: Where it stands, for messages.
 
     Raises:
-        NotImplementedError: Another method or format, or groups that quantize more than weights to integers.
+        NotImplementedError: Another method or format, or groups that quantize more than weights.
         CheckpointError: The entry is malformed.
     """
-    if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
+    layout = config.get("format")
+    if config.get("quant_method") != "compressed-tensors" or layout not in (
+        *LAYOUTS.values(),
+        "mixed-precision",
+    ):
         raise NotImplementedError(
-            f"{source}: only compressed-tensors pack-quantized is read, got "
-            f"{config.get('quant_method')} {config.get('format')}"
+            f"{source}: of compressed-tensors only {', '.join(LAYOUTS.values())} are read, got "
+            f"{config.get('quant_method')} {layout}"
         )
     table: list[tuple[str, Scheme]] = []
     try:
         for group in config["config_groups"].values():
-            weights = group["weights"]
-            if weights["type"] != "int" or weights["strategy"] not in ("group", "channel"):
-                raise NotImplementedError(f"{source}: only integer weights in groups or rows are read")
-            if group.get("input_activations") or weights.get("actorder"):
-                raise NotImplementedError(f"{source}: quantized activations and act-order are not read")
-            size = weights["group_size"] if weights["strategy"] == "group" else -1
-            scheme = Scheme(int(weights["num_bits"]), int(size), bool(weights["symmetric"]))
-            table += [(target, scheme) for target in group["targets"]]
-    except (KeyError, TypeError, AttributeError, ValueError) as cause:
+            scheme = _parse_group(group, layout, source)
+            table += [(str(target), scheme) for target in group["targets"]]
+            for target in group["targets"]:
+                if target.startswith("re:"):
+                    re.compile(target[3:])
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        OverflowError,
+        re.error,
+        RecursionError,
+    ) as cause:
         raise CheckpointError(
             f"{source}: quantization_config is malformed: {type(cause).__name__} {cause}"
         ) from cause
@@ -226,6 +251,30 @@ def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Sche
     return scheme_of
 
 
+def _parse_group(group: Mapping[str, Any], layout: Any, source: str) -> Scheme:
+    weights = group["weights"]
+    if group.get("input_activations") or group.get("output_activations"):
+        raise NotImplementedError(f"{source}: quantized activations are not read")
+    bits, size, strategy = weights["num_bits"], weights.get("group_size"), weights["strategy"]
+    symmetric = bool(weights["symmetric"])
+    if weights["type"] == "float":
+        kind = {("tensor_group", 16): "nvfp4", ("group", 32): "mxfp4"}.get((strategy, size))
+        if kind is None or bits != 4 or not symmetric:
+            raise NotImplementedError(f"{source}: of float weights only nvfp4 and mxfp4 are read")
+        scheme = Scheme(4, size, True, kind)
+    else:
+        if weights["type"] != "int" or strategy not in ("group", "channel"):
+            raise NotImplementedError(f"{source}: only integer weights in groups or rows are read")
+        size = -1 if strategy == "channel" else size
+        if type(bits) is not int or not 2 <= bits <= 8 or type(size) is not int or size < -1 or size == 0:
+            raise ValueError(f"num_bits {bits!r}, group_size {size!r}")
+        scheme = Scheme(bits, size, symmetric)
+    said = group.get("format") or layout
+    if said not in (LAYOUTS[scheme.kind], "mixed-precision"):
+        raise NotImplementedError(f"{source}: {scheme} in the layout {said} is not read")
+    return scheme
+
+
 def _unpacked(
     name: str, packed: dict[str, tuple[Tensor, int, tuple[int, int]]], bits: int
 ) -> dict[str, Tensor]:
@@ -233,14 +282,11 @@ def _unpacked(
 
     The layout is the one whose number of words fits all of them; where both do (only at widths no model has), dense.
     """
-    for count_words, undo in (
-        (lambda count: words_for(count, bits), unpack),
-        (lambda count: -(-count // (32 // bits)), unpack_per_word),
-    ):
+    for undo in (unpack, unpack_per_word):
         fits = True
         for words, dim, shape in packed.values():
             expected = [*shape]
-            expected[dim] = count_words(shape[dim])
+            expected[dim] = _words(undo, shape[dim], bits)
             fits = fits and words.dtype == torch.int32 and list(words.shape) == expected
         if fits:
             return {
@@ -251,6 +297,20 @@ def _unpacked(
         f"{suffix} {words.dtype} {list(words.shape)}" for suffix, (words, _, _) in packed.items()
     )
     raise CheckpointError(f"{name}: {kinds} cannot hold {list(packed[PACKED][2])} codes of {bits} bits")
+
+
+def _words(undo: Callable[..., Tensor], count: int, bits: int) -> int:
+    return words_for(count, bits) if undo is unpack else -(-count // (32 // bits))
+
+
+def repack_like(words_per_row: int, q: Tensor, bits: int) -> Tensor:
+    """Pack codes as the file has them: densely, or by whole words where its rows have as many words as that takes."""
+    return pack(q, bits) if words_per_row == words_for(q.shape[1], bits) else pack_per_word(q, bits)
+
+
+def fits_layout(words_per_row: int, columns: int, bits: int) -> bool:
+    """Whether so many words can hold a row in either layout."""
+    return words_per_row in (_words(unpack, columns, bits), _words(unpack_per_word, columns, bits))
 
 
 def _required(name: str, suffix: str, tensor: Tensor | None) -> Tensor:

@@ -1,81 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compressed-tensors behind the interface of all formats."""
+"""compressed-tensors behind the interface of all formats: integers, and the e2m1 tables it serves (NVFP4, MXFP4)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from discquant.config import GridConfig
-from discquant.errors import UserError
-from discquant.formats.checkpoint import Checkpoint, read_json
-from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, Format
-from discquant.formats.compressed_tensors import Scheme, check_representable
-from discquant.formats.export import export_compressed_tensors
-from discquant.formats.load import read_layers
-from discquant.grids import Grid
+from discquant.errors import CheckpointError, UnrepresentableError
+from discquant.formats import fp4
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer, Format
+from discquant.formats.compressed_tensors import (
+    GROUP_INDEX,
+    LAYOUTS,
+    MINIMUM_LIBRARY,
+    PACKED,
+    SCALE,
+    SHAPE,
+    ZERO,
+    check_representable,
+    decode,
+    encode,
+    encoded_bytes,
+    fits_layout,
+    parse_config,
+    quantization_config,
+    repack_like,
+)
+from discquant.formats.safetensors_file import read_tensor
+from discquant.formats.safetensors_format import (
+    SafetensorsFormat,
+    StoredLayer,
+    expect,
+    expect_matrix,
+    grouped,
+)
+from discquant.formats.scheme import Scheme
+from discquant.grids import UniformGrid
+
+_FLOATS = "BF16 F16 F32"
 
 
-class CompressedTensors:
-    """See `coded.Format`."""
+class CompressedTensors(SafetensorsFormat):
+    """See `coded.Format` and `safetensors_format.SafetensorsFormat`."""
 
     name = "compressed-tensors"
+    codes = PACKED
 
-    def detects(self, path: Path) -> bool:
-        """Whether config.json says so."""
-        try:
-            config = read_json(path / "config.json").get("quantization_config")
-        except (OSError, UserError):
-            return False
-        return isinstance(config, dict) and config.get("quant_method") == self.name
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """By quant_method."""
+        said = config.get("quantization_config")
+        return isinstance(said, dict) and said.get("quant_method") == self.name
 
-    def describe(self, path: Path) -> Description:
-        """What the folder holds."""
-        raise NotImplementedError
+    def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
+        """Modules with a `weight_packed`."""
+        said = checkpoint.config().get("quantization_config")
+        if not isinstance(said, dict):
+            raise CheckpointError(
+                f"{checkpoint.path} is not quantized: config.json has no quantization_config"
+            )
+        scheme_of = parse_config(said, f"{checkpoint.path}/config.json")
+        suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUP_INDEX, fp4.GLOBAL)
+        for name, tensors in grouped(checkpoint, PACKED, suffixes):
+            scheme = scheme_of(name)
+            if scheme.kind != "int":
+                yield fp4.stored_layer(name, tensors, scheme)
+                continue
+            expect(name, tensors, SHAPE, "I64 I32", (2,))
+            rows, columns = (int(number) for number in read_tensor(tensors[SHAPE]).tolist())
+            packed = expect_matrix(name, tensors, PACKED, "I32")
+            # The words bound the claimed shape, so that no memory is taken on a claim alone.
+            if packed[0] != rows or columns < 1 or not fits_layout(packed[1], columns, scheme.num_bits):
+                raise CheckpointError(
+                    f"{name}: {PACKED} {list(packed)} cannot hold {[rows, columns]} codes of {scheme.num_bits} bits"
+                )
+            if scheme.group_size > columns or columns % max(1, scheme.group_size):
+                raise CheckpointError(f"{name}: {columns} columns are no multiple of {scheme.group_size}")
+            expect(name, tensors, SCALE, _FLOATS, (rows, scheme.groups(columns)))
+            if GROUP_INDEX in tensors:
+                expect(name, tensors, GROUP_INDEX, "I32 I64", (columns,))
+            yield StoredLayer(name, (rows, columns), scheme, tensors)
 
-    def read(self, path: Path) -> Iterator[CodedLayer]:
-        """Every quantized layer."""
-        yield from map(CodedLayer.of, read_layers(path))
+    def decode(self, stored: StoredLayer) -> CodedLayer:
+        """Codes and grid."""
+        if stored.scheme.kind != "int":
+            return fp4.decode(stored)
 
-    def check(self, shape: tuple[int, int], grid: GridConfig, name: str = "layer") -> None:
-        """Refuse widths outside 2..8 and shorter last groups."""
-        size = -1 if grid.group_size > shape[1] else grid.group_size
-        check_representable(name, shape, Scheme(grid.bits, size, grid.sym))
+        def read(suffix: str) -> Tensor | None:
+            return stored.read(suffix) if suffix in stored.tensors else None
 
-    def check_grid(self, name: str, grid: Grid) -> None:
-        """Refuse grids that are not uniform."""
-        CodedLayer(name, torch.zeros(grid.scale.shape[0], 0, dtype=torch.uint8), grid)
-
-    def write(
-        self,
-        source: Checkpoint,
-        out: Path,
-        layers: Iterable[CodedLayer],
-        *,
-        recipe: Mapping[str, Any] | None = None,
-        ignore: Iterable[str] = ("lm_head",),
-        prove_from: Callable[[], Iterable[CodedLayer]] | None = None,
-        shard_bytes: int = DEFAULT_SHARD_BYTES,
-    ) -> dict[str, Any]:
-        """Write the model."""
-        again = None if prove_from is None else (lambda: (layer.linear() for layer in prove_from()))
-        return export_compressed_tensors(
-            source.path,
-            out,
-            (layer.linear() for layer in layers),
-            recipe=recipe,
-            ignore=tuple(ignore),
-            prove_from=again,
-            shard_bytes=shard_bytes,
+        layer = decode(stored.name, read, stored.scheme)
+        index = read(GROUP_INDEX)
+        if index is None or torch.equal(index, torch.arange(len(index)) // max(1, layer.columns_per_group)):
+            return CodedLayer.of(layer)
+        grid = UniformGrid(
+            layer.num_bits, layer.group_size, layer.symmetric, layer.scale, layer.zero_point, g_idx=index
         )
+        return CodedLayer(stored.name, layer.q, grid)
 
-    def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Write the same file with other codes."""
-        raise NotImplementedError
+    def repack(self, stored: StoredLayer, q: Tensor) -> Tensor:
+        """Dense or 10 per word, as the file has it."""
+        if stored.scheme.kind != "int":
+            return fp4.pack_nibbles(q)
+        return repack_like(stored.tensors[PACKED].shape[1], q, stored.scheme.num_bits)
+
+    def check_scheme(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
+        """Refuse unserved tables, widths outside 2..8 and shorter last groups."""
+        if scheme.kind not in LAYOUTS:
+            raise UnrepresentableError(
+                f"compressed-tensors serves no {scheme.kind} ({name}); of look-up tables it has nvfp4 and mxfp4"
+            )
+        if scheme.kind != "int":
+            fp4.check_shape(name, shape, scheme)
+        check_representable(name, shape, scheme)
+
+    def encode(self, layer: CodedLayer, served: torch.dtype) -> dict[str, Tensor]:
+        """Tensors by suffix; scales in the dtype that the engine runs in."""
+        if Scheme.of_grid(layer.grid).kind != "int":
+            return fp4.encode(layer)
+        scale_dtype = torch.float16 if served == torch.float16 else torch.bfloat16
+        found = encode(layer.linear(self.name), scale_dtype)
+        return {key.rpartition(".")[2]: tensor for key, tensor in found.items()}
+
+    def encoded_bytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
+        """Bytes that `encode` will need."""
+        return encoded_bytes(shape, scheme) if scheme.kind == "int" else fp4.encoded_bytes(shape, scheme)
+
+    def configure(
+        self, config: dict[str, Any], schemes: Mapping[str, Scheme], ignored: Iterable[str]
+    ) -> dict[str, dict[str, Any]]:
+        """The quantization_config entry."""
+        config["quantization_config"] = quantization_config(schemes, ignored)
+        return {}
+
+    def requires(self, schemes: Mapping[str, Scheme]) -> dict[str, str | None]:
+        """The library version that reads it."""
+        needed = [
+            MINIMUM_LIBRARY[scheme.num_bits] if scheme.kind == "int" else fp4.MINIMUM_LIBRARY[scheme.kind]
+            for scheme in schemes.values()
+        ]
+        return {"compressed-tensors": max(needed, key=_version, default=None)}
+
+    def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """Act-order, and the layout before 0.18."""
+        if any(key.endswith(f".{GROUP_INDEX}") for key in checkpoint.tensors):
+            yield "act-order (weight_g_idx): Humming and current vLLM refuse it"
+        for stored in self.layers(checkpoint):
+            bits, words = stored.scheme.num_bits, stored.tensors[PACKED].shape[1]
+            if stored.scheme.kind == "int" and words != -(-stored.shape[1] * bits // 32):
+                yield f"{bits}-bit codes lie {32 // bits} to a word, as compressed-tensors wrote them before 0.18"
+                break
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
 
 
 FORMAT: Format = CompressedTensors()

@@ -1,41 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From solved codes to a model directory that engines load: streamed, all or nothing, with a manifest and a proof."""
+"""From solved codes to a model directory that engines load: streamed, all or nothing, with a manifest and a proof.
+
+One writer for every safetensors format; a format says how a layer's tensors and the configuration look.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from discquant import environment
 from discquant.errors import UnrepresentableError
+from discquant.formats.card import hub_name, write_card
 from discquant.formats.checkpoint import Checkpoint, read_json
+from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.compressed_tensors import (
-    MINIMUM_LIBRARY,
-    Scheme,
-    check_representable,
-    encode,
-    encoded_bytes,
-    quantization_config,
-)
-from discquant.formats.output import (
-    DEFAULT_SHARD_BYTES,
-    ShardWriter,
-    atomic_directory,
-    check_space,
-    check_target,
-)
+from discquant.formats.engines import engine_rows, problems
+from discquant.formats.output import ShardWriter, atomic_directory, check_space, check_target
 from discquant.formats.proof import prove
-from discquant.formats.safetensors_file import read_bytes
+from discquant.formats.registry import by_name
+from discquant.formats.safetensors_file import TORCH_DTYPES, TensorInfo, read_bytes
+from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.scheme import Scheme
 
 MANIFEST = "discquant_manifest.json"
 PROOF = "discquant_proof.json"
+NOT_COPIED = ("config.json", "quantize_config.json", "quantization_config.json", MANIFEST, PROOF)
 # Tokenizer, generation settings, chat templates, code and licence go along; the original's model card does not,
 # because it describes another model.
 SIDE_FILES = (
@@ -49,8 +44,6 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# Engines fuse these, so the members must share one grid.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True)
@@ -61,20 +54,28 @@ class ExportPlan:
         schemes: Scheme of every module to quantize.
         weight_bytes: Bytes of all tensors of the output.
         warnings: What some engines will refuse, one sentence each.
+        format: Name of the format.
     """
 
     schemes: dict[str, Scheme]
     weight_bytes: int
     warnings: list[str]
+    format: str = "compressed-tensors"
 
 
-def plan_export(source_dir: str | Path, out_dir: str | Path, schemes: Mapping[str, Scheme]) -> ExportPlan:
+def plan_export(
+    source_dir: str | Path,
+    out_dir: str | Path,
+    schemes: Mapping[str, Scheme],
+    format_name: str = "compressed-tensors",
+) -> ExportPlan:
     """Refuse before any work what cannot be exported after it.
 
     Args:
         source_dir: The original model.
         out_dir: Where the export will go.
         schemes: Scheme of every module that will be quantized, by path.
+        format_name: A format of safetensors files.
 
     Raises:
         MissingModelError, CheckpointError: source_dir cannot be read.
@@ -83,53 +84,46 @@ def plan_export(source_dir: str | Path, out_dir: str | Path, schemes: Mapping[st
         DiskSpaceError: The output, with one shard's spool, would not fit.
     """
     source, out = Checkpoint(source_dir), Path(out_dir)
+    chosen = by_name(format_name)
+    if not isinstance(chosen, SafetensorsFormat):
+        raise NotImplementedError(f"export: {format_name} is planned by its own module")
     _check_unquantized(source)
     check_target(out)
     total = sum(info.num_bytes for info in source.tensors.values())
-    warnings = []
+    shapes = {}
     for name, scheme in schemes.items():
-        shape = _weight_shape(source, name)
-        check_representable(name, shape, scheme)
-        total += encoded_bytes(shape, scheme) - source.tensors[f"{name}.weight"].num_bytes
-        if shape[0] % 32 or shape[1] % 32:
-            warnings.append(f"{name} is {shape[0]} x {shape[1]}: some engines want multiples of 32")
-    for name, scheme in schemes.items():
-        parent, _, last = name.rpartition(".")
-        for members in FUSED:
-            others = [schemes.get(f"{parent}.{member}") for member in members if last == members[0]]
-            if any(other != scheme for other in others if other is not None) or None in others[1:]:
-                warnings.append(f"{parent}: engines fuse {', '.join(members)}, which do not share one grid")
-    if any(scheme.num_bits == 3 and not scheme.symmetric for scheme in schemes.values()):
-        warnings.append(
-            "3 bits asymmetric: no engine serves it from this format; symmetric is served by vLLM"
-        )
+        shapes[name] = weight_shape(source, name)
+        chosen.check_scheme(name, shapes[name], scheme)
+        total += chosen.encoded_bytes(shapes[name], scheme) - source.tensors[f"{name}.weight"].num_bytes
     check_space(out, total + min(total, DEFAULT_SHARD_BYTES))
-    return ExportPlan(dict(schemes), total, warnings)
+    return ExportPlan(dict(schemes), total, problems(format_name, schemes, shapes), format_name)
 
 
-def export_compressed_tensors(
-    source_dir: str | Path,
-    out_dir: str | Path,
-    layers: Iterable[QuantizedLinear],
+def write_model(
+    chosen: SafetensorsFormat,
+    source: Checkpoint,
+    out: Path,
+    layers: Iterable[CodedLayer],
     *,
     ignore: Sequence[str] = ("lm_head",),
     recipe: Mapping[str, Any] | None = None,
     plan: ExportPlan | None = None,
-    prove_from: Callable[[], Iterable[QuantizedLinear]] | None = None,
+    prove_from: Callable[[], Iterable[CodedLayer]] | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     source_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """Write a compressed-tensors checkpoint from integer codes.
+    """Write a checkpoint from integer codes.
 
     Layers are taken one at a time; every other tensor is copied byte for byte. The directory appears under its name
     only when it is complete (and proven, with prove_from). The same arguments give the same bytes.
 
     Args:
-        source_dir: The original model.
-        out_dir: Where to write; must not exist or be empty.
+        chosen: The format.
+        source: The original model.
+        out: Where to write; must not exist or be empty.
         layers: Codes, in a fixed order.
         ignore: Modules the engine must leave alone; every other linear layer that is not among `layers` is added.
-        recipe: Grid, seed, method and so on, for the manifest.
+        recipe: Grid, seed, method and so on, for manifest and card; `summary` in it is the run's summary.json.
         plan: From plan_export; then the layers must be exactly those planned.
         prove_from: Gives the layers a second time; the written files are then proven before they appear.
         shard_bytes: Largest size of a shard's data.
@@ -139,36 +133,18 @@ def export_compressed_tensors(
         The manifest.
 
     Raises:
-        MissingModelError, CheckpointError: source_dir cannot be read.
+        MissingModelError, CheckpointError: The source cannot be read.
         UnrepresentableError: A layer fits neither the source nor the format, or not the plan.
         OutputExistsError, DiskSpaceError: See plan_export.
         ProofError: What was written is not what was given.
     """
-    source, out = Checkpoint(source_dir), Path(out_dir)
     _check_unquantized(source)
     config = source.config()
-    untouched = dict(source.tensors)
-    schemes: dict[str, Scheme] = {}
+    recipe = dict(recipe or {})
+    summary = recipe.pop("summary", None)
     with atomic_directory(out) as partial:
-        writer = ShardWriter(partial, shard_bytes)
-        table: dict[str, dict[str, Any]] = {}
-        for layer in layers:
-            name = layer.name
-            if name in schemes:
-                raise UnrepresentableError(f"export: {name} was given twice")
-            if tuple(layer.q.shape) != _weight_shape(source, name):
-                raise UnrepresentableError(
-                    f"export: {name} must have the shape of its weight = {list(_weight_shape(source, name))}, "
-                    f"got {list(layer.q.shape)}"
-                )
-            scale_dtype = torch.float16 if untouched[f"{name}.weight"].dtype == "F16" else torch.bfloat16
-            stored = encode(layer, scale_dtype)
-            del untouched[f"{name}.weight"]
-            schemes[name] = Scheme.of(layer)
-            for key, tensor in stored.items():
-                writer.add(key, tensor)
-            bits = 8 * sum(writer.tensors[key].num_bytes for key in stored)
-            table[name] = {**asdict(schemes[name]), "shape": list(layer.q.shape), "bits": bits}
+        writer = ShardWriter(partial, shard_bytes, dict(chosen.metadata))
+        schemes, table, untouched = _write_layers(chosen, source, layers, writer)
         if plan is not None and schemes != plan.schemes:
             different = sorted(
                 key
@@ -182,20 +158,25 @@ def export_compressed_tensors(
             writer.add_bytes(name, info.dtype, info.shape, info.num_bytes, read_bytes(info))
         writer.close()
         _copy_side_files(source.path, partial)
-        config["quantization_config"] = quantization_config(schemes, _ignored(source, schemes, ignore))
-        _write_json(partial / "config.json", config)
+        more = chosen.configure(config, schemes, _ignored(source, schemes, ignore))
+        for name, value in {**more, "config.json": config}.items():
+            _write_json(partial / name, value)
         weights = sum(row["shape"][0] * row["shape"][1] for row in table.values())
+        shapes = {name: (row["shape"][0], row["shape"][1]) for name, row in table.items()}
         manifest = {
-            "manifest_version": 1,
-            "format": "compressed-tensors pack-quantized",
-            "requires": {
-                "compressed-tensors": max(
-                    (MINIMUM_LIBRARY[s.num_bits] for s in schemes.values()), default=None
-                )
-            },
+            "manifest_version": 2,
+            "format": chosen.name,
+            "requires": chosen.requires(schemes),
             "versions": environment.versions(),
-            "source": {"name": source.path.resolve().name, "sha256": source_sha256 or source.sha256()},
-            "recipe": dict(recipe or {}),
+            "source": {
+                "name": (hub_name(source.path) or source.path.resolve().name).rpartition("/")[2],
+                "hub": hub_name(source.path),
+                "revision": _revision(source.path),
+                "sha256": source_sha256 or source.sha256(),
+            },
+            "recipe": recipe,
+            "engines": engine_rows(chosen.name, schemes),
+            "warnings": problems(chosen.name, schemes, shapes),
             "quantized_weights": weights,
             "bits_per_weight": sum(row["bits"] for row in table.values()) / weights if weights else None,
             "weight_file_bytes": sum(row["bytes"] for row in writer.shards.values()),
@@ -215,7 +196,65 @@ def export_compressed_tensors(
         _write_json(partial / MANIFEST, manifest)
         if prove_from is not None:
             _write_json(partial / PROOF, prove(source.path, partial, prove_from()))
+        write_card(partial, source.path, summary)
     return manifest
+
+
+def export_compressed_tensors(
+    source_dir: str | Path,
+    out_dir: str | Path,
+    layers: Iterable[QuantizedLinear],
+    *,
+    ignore: Sequence[str] = ("lm_head",),
+    recipe: Mapping[str, Any] | None = None,
+    plan: ExportPlan | None = None,
+    prove_from: Callable[[], Iterable[QuantizedLinear]] | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    source_sha256: str | None = None,
+) -> dict[str, Any]:
+    """Write compressed-tensors from uniform layers; see `write_model`."""
+    chosen = by_name("compressed-tensors")
+    assert isinstance(chosen, SafetensorsFormat)
+    again = None if prove_from is None else lambda: map(CodedLayer.of, prove_from())
+    return write_model(
+        chosen,
+        Checkpoint(source_dir),
+        Path(out_dir),
+        map(CodedLayer.of, layers),
+        ignore=ignore,
+        recipe=recipe,
+        plan=plan,
+        prove_from=again,
+        shard_bytes=shard_bytes,
+        source_sha256=source_sha256,
+    )
+
+
+def _write_layers(
+    chosen: SafetensorsFormat, source: Checkpoint, layers: Iterable[CodedLayer], writer: ShardWriter
+) -> tuple[dict[str, Scheme], dict[str, dict[str, Any]], dict[str, TensorInfo]]:
+    """Write every layer; return schemes, rows of the manifest's table, and the tensors that are left to copy."""
+    untouched = dict(source.tensors)
+    schemes: dict[str, Scheme] = {}
+    table: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        name = layer.name
+        if name in schemes:
+            raise UnrepresentableError(f"export: {name} was given twice")
+        shape = weight_shape(source, name)
+        if tuple(layer.q.shape) != shape:
+            raise UnrepresentableError(
+                f"export: {name} must have the shape of its weight = {list(shape)}, got {list(layer.q.shape)}"
+            )
+        scheme = Scheme.of_grid(layer.grid)
+        chosen.check_scheme(name, shape, scheme)
+        stored = chosen.encode(layer, TORCH_DTYPES[untouched.pop(f"{name}.weight").dtype])
+        schemes[name] = scheme
+        for suffix, tensor in stored.items():
+            writer.add(f"{name}.{suffix}", tensor)
+        bits = 8 * sum(writer.tensors[f"{name}.{suffix}"].num_bytes for suffix in stored)
+        table[name] = {**asdict(scheme), "shape": list(shape), "bits": bits}
+    return schemes, table, untouched
 
 
 def _check_unquantized(source: Checkpoint) -> None:
@@ -225,7 +264,12 @@ def _check_unquantized(source: Checkpoint) -> None:
         )
 
 
-def _weight_shape(source: Checkpoint, name: str) -> tuple[int, int]:
+def weight_shape(source: Checkpoint, name: str) -> tuple[int, int]:
+    """(out_features, in_features) of a module of the original.
+
+    Raises:
+        UnrepresentableError: It has no weight matrix of its own.
+    """
     info = source.tensors.get(f"{name}.weight")
     if info is None:
         raise UnrepresentableError(
@@ -255,12 +299,18 @@ def _ignored(source: Checkpoint, schemes: Mapping[str, Scheme], ignore: Sequence
 def _copy_side_files(source: Path, target: Path) -> None:
     for pattern in SIDE_FILES:
         for file in sorted(source.glob(pattern)):
-            skipped = file.name.endswith(".index.json") or file.name in ("config.json", MANIFEST, PROOF)
+            skipped = file.name.endswith(".index.json") or file.name in NOT_COPIED
             if file.is_file() and not skipped:
                 shutil.copyfile(file, target / file.name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
+
+
+def _revision(source: Path) -> str | None:
+    """Commit of a model in the hub's cache, whose folders are named by it."""
+    name = source.resolve().name
+    return name if re.fullmatch(r"[0-9a-f]{40}", name) else None
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

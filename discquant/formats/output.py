@@ -23,9 +23,9 @@ from torch import Tensor
 
 from discquant.errors import DiskSpaceError, OutputExistsError
 from discquant.formats.checkpoint import INDEX
+from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.formats.safetensors_file import DTYPE_BITS, DTYPE_NAMES, encode_header, tensor_bytes
 
-DEFAULT_SHARD_BYTES = 4 << 30
 _COPY = 16 << 20
 
 
@@ -126,13 +126,20 @@ class ShardWriter:
     Args:
         directory: Where to write.
         shard_bytes: A shard is closed before its data would pass this; a single larger tensor has a shard of its own.
+        metadata: `__metadata__` of every shard; `{"format": "pt"}` is what transformers asks for.
     """
 
-    def __init__(self, directory: Path, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
         if shard_bytes < 1:
             raise ValueError(f"ShardWriter: shard_bytes must be at least 1, got {shard_bytes}")
         self.directory = directory
         self.shard_bytes = shard_bytes
+        self.metadata = metadata or {"format": "pt"}
         self.tensors: dict[str, WrittenTensor] = {}
         self.shards: dict[str, dict[str, Any]] = {}
         self._open: dict[int, IO[bytes]] = {}
@@ -206,7 +213,7 @@ class ShardWriter:
         return self.directory / f"part-{number:05d}"
 
     def _close_shard(self) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": self.metadata}
         start = 0
         order = sorted(self._open, reverse=True)
         for element in order:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proof that a written checkpoint holds exactly what was solved, re-read from disk.
 
-The decoder here shares no code with the packer: it spreads words into single bits and sums powers of two.
+The decoders (`proof_layouts`) share no code with the packers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,25 @@ import torch
 from torch import Tensor
 
 from discquant.errors import ProofError
+from discquant.formats import proof_layouts as layouts
 from discquant.formats.checkpoint import Checkpoint, read_json
+from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.safetensors_file import TORCH_DTYPES, TensorInfo, read_bytes
+from discquant.formats.safetensors_format import StoredLayer
+from discquant.formats.scheme import Scheme
 
-_CHUNK = 1 << 20  # bytes of words whose bits are spread out at a time
 
-
-def prove(source_dir: str | Path, out_dir: str | Path, layers: Iterable[QuantizedLinear]) -> dict[str, Any]:
-    """Compare a compressed-tensors directory with the codes it was written from and with its source.
+def prove(
+    source_dir: str | Path, out_dir: str | Path, layers: Iterable[CodedLayer | QuantizedLinear]
+) -> dict[str, Any]:
+    """Compare a written directory with the codes it was written from and with its source.
 
     Checked: (1) the keys are those of the source, less the quantized weights, plus what the format adds, and no more;
-    (2) codes, scales and zero points equal the given ones; (3) the decoded weights equal `QuantizedLinear.dequantize`
-    bit for bit in float32 and in the source's dtype; (4) every other tensor equals the source's byte for byte;
-    (5) shards have the hashes of the manifest, if there is one; (6) the configuration says what the layers are.
+    (2) codes, scales and zero points equal the given ones; (3) the decoded weights equal what the grid dequantizes to,
+    bit for bit in float32 and in the source's dtype (MLX: codes and parameters only, because its engine's floats are
+    its own); (4) every other tensor equals the source's byte for byte; (5) shards have the hashes of the manifest, if
+    there is one; (6) the configuration says what the layers are.
 
     Args:
         source_dir: The original model.
@@ -44,62 +49,93 @@ def prove(source_dir: str | Path, out_dir: str | Path, layers: Iterable[Quantize
         CheckpointError: A file cannot be read.
     """
     source, written = Checkpoint(source_dir), Checkpoint(out_dir)
-    config = written.config().get("quantization_config", {})
+    config = written.config()
+    format_name = layouts.name_of(config)
     expected = set(source.tensors)
-    weights = 0
-    names = []
-    for layer in layers:
+    added: set[str] = set()
+    weights = count = 0
+    for given in layers:
+        layer = given if isinstance(given, CodedLayer) else CodedLayer.of(given)
         name = layer.name
-        names.append(name)
-        suffixes = {"weight_packed", "weight_scale", "weight_shape"}
-        if not layer.symmetric:
-            suffixes.add("weight_zero_point")
+        scheme = Scheme.of_grid(layer.grid)
+        suffixes = layouts.suffixes(format_name, scheme.kind, scheme.symmetric)
         _require(f"{name}.weight" in expected, f"{name}.weight is not in the source, or the layer came twice")
         expected.remove(f"{name}.weight")
-        expected |= {f"{name}.{suffix}" for suffix in suffixes}
+        added |= {f"{name}.{suffix}" for suffix in suffixes}
         missing = [suffix for suffix in sorted(suffixes) if f"{name}.{suffix}" not in written.tensors]
         _require(not missing, f"{name}: {', '.join(missing)} is missing from the file")
-        _check_group(name, _group_of(config, name), layer)
+        claim = layouts.claimed(format_name, config, name)
+        _check_claim(name, claim, layer, scheme)
         served = TORCH_DTYPES[source.tensors[f"{name}.weight"].dtype]
-        _check_layer(layer, {suffix: written.read(f"{name}.{suffix}") for suffix in suffixes}, served)
+        _check_layer(layer, written, format_name, claim, config, served)
         weights += layer.q.numel()
-    actual = set(written.tensors)
-    _require(actual >= expected, f"tensors are missing from the file: {sorted(expected - actual)[:8]}")
+        count += 1
+    actual, wanted = set(written.tensors), expected | added
+    _require(actual >= wanted, f"tensors are missing from the file: {sorted(wanted - actual)[:8]}")
     _require(
-        actual <= expected, f"tensors are in the file that nobody asked for: {sorted(actual - expected)[:8]}"
+        actual <= wanted, f"tensors are in the file that nobody asked for: {sorted(actual - wanted)[:8]}"
     )
-    copied = sorted(actual & set(source.tensors))
-    for key in copied:
+    for key in sorted(expected):
         _check_copy(source.tensors[key], written.tensors[key])
     return {
-        "layers": len(names),
+        "layers": count,
         "weights": weights,
-        "copied_tensors": len(copied),
-        "copied_bytes": sum(written.tensors[key].num_bytes for key in copied),
+        "copied_tensors": len(expected),
+        "copied_bytes": sum(written.tensors[key].num_bytes for key in expected),
         "shards_hashed": _check_shards(Path(out_dir)),
         "result": "every decoded weight and every copied tensor is identical",
     }
 
 
-def _check_layer(layer: QuantizedLinear, stored: dict[str, Tensor], served: torch.dtype) -> None:
-    name, (rows, columns) = layer.name, layer.q.shape
-    _require(
-        stored["weight_shape"].tolist() == [rows, columns], f"{name}: weight_shape is not {[rows, columns]}"
-    )
-    q = _bits_to_codes(stored["weight_packed"].numpy(), layer.num_bits, columns)
-    _same(f"{name}: codes", q, layer.q.cpu().numpy())
-    scale = stored["weight_scale"]
-    _same(f"{name}: scale", scale.double().numpy(), layer.scale.double().cpu().numpy())
-    groups = scale.shape[1]
-    if layer.zero_point is None:
-        zero = np.full((rows, groups), 1 << (layer.num_bits - 1), dtype=np.int16)
+def prove_codes(format_name: str, stored: StoredLayer, q: Tensor) -> None:
+    """Compare the codes of a stored layer with those it should hold.
+
+    Raises:
+        ProofError: The first difference, with module and place.
+    """
+    suffix = {"compressed-tensors": "weight_packed", "mlx": "weight"}.get(format_name, "qweight")
+    scheme = stored.scheme
+    found = layouts.codes_of(format_name, stored.read(suffix), scheme.num_bits, stored.shape, scheme.kind)
+    _same(f"{stored.name}: codes", found, q.cpu().numpy())
+
+
+def _check_layer(
+    layer: CodedLayer,
+    written: Checkpoint,
+    format_name: str,
+    claim: layouts.Claim,
+    config: Mapping[str, Any],
+    served: torch.dtype,
+) -> None:
+    name, grid = layer.name, layer.grid
+    shape = (layer.q.shape[0], layer.q.shape[1])
+    said = config.get("quantization_config", {})
+    try:
+        found = layouts.decode(
+            format_name, lambda suffix: written.read(f"{name}.{suffix}"), claim, shape, said
+        )
+    except ProofError as cause:
+        raise ProofError(str(cause).replace("proof: ", f"proof: {name}: ", 1)) from cause
+    _same(f"{name}: codes", found.q, layer.q.cpu().numpy())
+    _same(f"{name}: scale", found.scale, grid.scale.double().cpu().numpy())
+    groups = found.scale.shape[1]
+    center = torch.full(grid.scale.shape, 1 << (grid.num_bits - 1), dtype=torch.int64)
+    zero = (center if grid.zero_point is None else grid.zero_point.long()).cpu().numpy()
+    if found.affine:
+        minimum = getattr(grid, "minimum", None)
+        exact = -found.scale * zero if minimum is None else minimum.double().cpu().numpy()
+        assert found.zero is not None
+        _same(f"{name}: bias", found.zero, exact)
+        return
+    size = -(-shape[1] // groups) if claim.group_size == -1 else claim.group_size
+    group = np.arange(shape[1]) // max(1, size)
+    if found.zero is None:
+        steps = layouts.levels(claim.kind)[found.q]
     else:
-        zero = _bits_to_codes(stored["weight_zero_point"].numpy().T, layer.num_bits, rows).T.astype(np.int16)
-        _same(f"{name}: zero point", zero, layer.zero_point.cpu().numpy().astype(np.int16))
-    # The format's groups are equal. In float64 the product of a 16-bit scale and a small integer is exact.
-    steps = q.reshape(rows, groups, -1).astype(np.int16) - zero[:, :, None]
-    exact = (steps * scale.double().numpy()[:, :, None]).reshape(rows, columns)
-    decoded = torch.from_numpy(exact.astype(np.float32))
+        _same(f"{name}: zero point", found.zero, zero)
+        steps = found.q.astype(np.int64) - found.zero[:, group]
+    # In float64 the product of a 16-bit scale and a small integer is exact, and so is that of a float32 and a level.
+    decoded = torch.from_numpy((steps * found.scale[:, group]).astype(np.float32))
     for dtype in {torch.float32: None, served: None}:
         _same(
             f"{name}: weight in {dtype}",
@@ -108,43 +144,20 @@ def _check_layer(layer: QuantizedLinear, stored: dict[str, Tensor], served: torc
         )
 
 
-def _bits_to_codes(words: np.ndarray[Any, Any], num_bits: int, count: int) -> np.ndarray[Any, Any]:
-    """Rows of little-endian words to codes, by single bits; idle bits after the last code must be zero."""
-    stream = np.ascontiguousarray(words).astype("<i4").view(np.uint8)
-    out = np.zeros((len(stream), count), dtype=np.uint8)
-    step = max(1, _CHUNK // max(1, stream.shape[1]))
-    for start in range(0, len(stream), step):
-        bits = np.unpackbits(stream[start : start + step], axis=1, bitorder="little")
-        _require(not bits[:, count * num_bits :].any(), "bits after the last code are set")
-        for place in range(num_bits):
-            out[start : start + step] += bits[:, place : count * num_bits : num_bits] << place
-    return out
-
-
-def _group_of(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The configuration group that names a module, else the one that targets every linear layer."""
-    _require(name not in config.get("ignore", []), f"config.json tells engines to ignore {name}")
-    groups = list(config.get("config_groups", {}).values())
-    for target in (name, "Linear"):
-        for group in groups:
-            if target in group["targets"]:
-                return dict(group["weights"])
-    raise ProofError(f"proof: config.json has no group for {name}")
-
-
-def _check_group(name: str, said: dict[str, Any], layer: QuantizedLinear) -> None:
-    rows = layer.group_size == -1
-    expected = {
-        "num_bits": layer.num_bits,
-        "symmetric": layer.symmetric,
-        "strategy": "channel" if rows else "group",
-        "group_size": None if rows else layer.group_size,
-        "type": "int",
-    }
-    for key, value in expected.items():
-        _require(
-            said.get(key) == value, f"{name}: config.json says {key} = {said.get(key)}, the layer has {value}"
-        )
+def _check_claim(name: str, claim: layouts.Claim, layer: CodedLayer, scheme: Scheme) -> None:
+    columns = layer.q.shape[1]
+    # A group as wide as the row or wider is the row.
+    row = {size for size in (claim.group_size, scheme.group_size) if size == -1 or size >= columns}
+    same_size = claim.group_size == scheme.group_size or len(row) == 2
+    kinds = (scheme.kind, "affine") if claim.kind == "affine" else (scheme.kind,)
+    facts = [
+        ("num_bits", claim.num_bits, scheme.num_bits, claim.num_bits == scheme.num_bits),
+        ("group_size", claim.group_size, scheme.group_size, same_size),
+        ("kind", claim.kind, scheme.kind, claim.kind in kinds),
+        ("symmetric", claim.symmetric, scheme.symmetric, claim.symmetric in (None, scheme.symmetric)),
+    ]
+    for key, said, has, agrees in facts:
+        _require(agrees, f"{name}: config.json says {key} = {said}, the layer has {has}")
 
 
 def _check_copy(before: TensorInfo, after: TensorInfo) -> None:

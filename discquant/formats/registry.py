@@ -12,6 +12,11 @@ from discquant.formats.coded import Format
 # Name on the command line -> module and the object in it that implements `coded.Format`.
 _HOMES = {
     "compressed-tensors": "discquant.formats.compressed_tensors_format:FORMAT",
+    "gptq": "discquant.formats.gptq:GPTQ",
+    "gptq-v2": "discquant.formats.gptq:GPTQ_V2",
+    "autoround": "discquant.formats.autoround:FORMAT",
+    "awq": "discquant.formats.awq:FORMAT",
+    "mlx": "discquant.formats.mlx:FORMAT",
 }
 
 

@@ -145,7 +145,6 @@ def test_unrepresentable_names_the_module() -> None:
             CheckpointError,
             r"must hold \[out_features, in_features\]",
         ),
-        ({"layer.weight_g_idx": torch.zeros(64)}, NotImplementedError, "act-order"),
     ],
 )
 def test_decode_rejects(change: dict[str, torch.Tensor], error: type[Exception], message: str) -> None:

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AutoRound: GPTQ's tensors without g_idx, or AWQ's, as `packing_format` says.
+
+`auto_round:auto_gptq` stores zero points less one, `auto_round` and `auto_round:gptqmodel` as they are,
+`auto_round:auto_awq` is AWQ's layout. Scales may be negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import discquant
+from discquant.errors import UnrepresentableError
+from discquant.formats import awq, gptq
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer, Format
+from discquant.formats.gptq import CODES, INDEX, SCALES, ZEROS, most_common, quantization
+from discquant.formats.safetensors_format import SafetensorsFormat, StoredLayer, grouped, integer
+from discquant.formats.scheme import Scheme
+
+# The field names the auto-round release that made a file. Ours are not made by it: this is the release that the interop
+# checks pin. What loaders do with the number was not looked up.
+AUTOROUND_VERSION = "0.16.1"
+_AWQ = "auto_round:auto_awq"
+# What stored zero points lack, by packing_format.
+PACKINGS = {"auto_round:auto_gptq": 1, "auto_round": 0, "auto_round:gptqmodel": 0, _AWQ: 0}
+
+
+class AutoRound(SafetensorsFormat):
+    """See `coded.Format`."""
+
+    name = "autoround"
+    codes = CODES
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """By quant_method, as newer and older releases spell it."""
+        said = config.get("quantization_config")
+        return isinstance(said, dict) and said.get("quant_method") in (
+            "auto-round",
+            "auto_round",
+            "intel/auto-round",
+        )
+
+    def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
+        """Modules with a `qweight`."""
+        said = quantization(checkpoint)
+        where = f"{checkpoint.path}/config.json"
+        packing = str(said.get("packing_format", "auto_round:auto_gptq"))
+        if packing not in PACKINGS:
+            raise NotImplementedError(f"{where}: of AutoRound {', '.join(PACKINGS)} are read, got {packing}")
+        if said.get("data_type", "int") != "int":
+            raise NotImplementedError(
+                f"{where}: of AutoRound only integers are read, got {said['data_type']!r}"
+            )
+        bits = integer(said, "bits", where, 2, 8)
+        group_size = integer(said, "group_size", where, -1, 1 << 24)
+        symmetric = said.get("sym", True) is True
+        for name, tensors in grouped(checkpoint, CODES, (CODES, ZEROS, SCALES, INDEX)):
+            if packing == _AWQ:
+                yield awq.stored_layer(name, tensors, group_size, symmetric)
+            else:
+                offset = PACKINGS[packing]
+                yield gptq.stored_layer(name, tensors, bits, group_size, symmetric, offset)
+
+    def decode(self, stored: StoredLayer) -> CodedLayer:
+        """Codes and grid."""
+        return awq.decode(stored) if _in_awq(stored) else gptq.decode(stored, self.name)
+
+    def repack(self, stored: StoredLayer, q: Tensor) -> Tensor:
+        """As the file has it."""
+        return awq.pack_awq(q.T) if _in_awq(stored) else gptq.pack_codes(q, stored.scheme.num_bits)
+
+    def check_scheme(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
+        """As GPTQ; 4 bits asymmetric is written in AWQ's layout."""
+        (awq if _writes_awq(scheme) else gptq).check_scheme(self.name, name, shape, scheme)
+
+    def encode(self, layer: CodedLayer, served: torch.dtype) -> dict[str, Tensor]:
+        """Tensors by suffix."""
+        scheme = Scheme.of_grid(layer.grid)
+        if _writes_awq(scheme):
+            return awq.encode(layer, self.name)
+        return gptq.encode(layer, 1 if scheme.symmetric else 0, self.name)
+
+    def encoded_bytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
+        """Bytes that `encode` will need."""
+        if _writes_awq(scheme):
+            return awq.encoded_bytes(shape, scheme)
+        return gptq.encoded_bytes(shape, scheme)
+
+    def configure(
+        self, config: dict[str, Any], schemes: Mapping[str, Scheme], ignored: Iterable[str]
+    ) -> dict[str, dict[str, Any]]:
+        """The quantization_config entry, with per-layer overrides in extra_config.
+
+        Raises:
+            UnrepresentableError: Layers need different packings, which AutoRound states once.
+        """
+        base = most_common(schemes)
+        packings = {_packing(scheme) for scheme in schemes.values()} or {_packing(base)}
+        if len(packings) > 1:
+            raise UnrepresentableError(
+                "autoround states one packing for all layers; symmetric and asymmetric ones need different"
+            )
+        extra: dict[str, Any] = {
+            name: {"bits": 16, "data_type": "float"} for name in ignored if name != "lm_head"
+        }
+        for name, scheme in schemes.items():
+            if scheme != base:
+                extra[name] = {
+                    "bits": scheme.num_bits,
+                    "group_size": scheme.group_size,
+                    "sym": scheme.symmetric,
+                }
+        config["quantization_config"] = {
+            "quant_method": "auto-round",
+            "bits": base.num_bits,
+            "group_size": base.group_size,
+            "sym": base.symmetric,
+            "data_type": "int",
+            "packing_format": packings.pop(),
+            "block_name_to_quantize": ",".join(_blocks(schemes)),
+            "extra_config": extra,
+            "autoround_version": AUTOROUND_VERSION,
+            "meta": {"quantizer": [f"discquant:{discquant.__version__}"]},
+        }
+        return {}
+
+    def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """Act-order."""
+        yield from gptq.act_order_note(self.layers(checkpoint))
+
+
+def _writes_awq(scheme: Scheme) -> bool:
+    """4 bits asymmetric: the one layout of it that vLLM serves."""
+    return scheme.num_bits == 4 and not scheme.symmetric
+
+
+def _packing(scheme: Scheme) -> str:
+    if _writes_awq(scheme):
+        return _AWQ
+    return "auto_round:auto_gptq" if scheme.symmetric else "auto_round:gptqmodel"
+
+
+def _in_awq(stored: StoredLayer) -> bool:
+    """By shape: AWQ packs along out_features, GPTQ along in_features."""
+    return stored.tensors[CODES].shape[0] == stored.shape[1]
+
+
+def _blocks(names: Iterable[str]) -> list[str]:
+    """Lists of decoder blocks that hold quantized layers: everything before the first number in a path."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        if numbers:
+            found[".".join(parts[: numbers[0]])] = None
+    return list(found)
+
+
+FORMAT: Format = AutoRound()

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card (README.md) of an exported model, as the hub expects it: front matter, KL table, recipe, hashes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from discquant.formats.checkpoint import read_json
+
+CARD, MANIFEST, PROOF = "README.md", "discquant_manifest.json", "discquant_proof.json"
+_COLUMNS = (
+    ("KL mean", "kl_mean", "{:.5f}"),
+    ("± s.e.", "kl_stderr", "{:.5f}"),
+    ("KL median", "kl_median", "{:.5f}"),
+    ("KL 99.9 %", "kl_p999", "{:.4f}"),
+    ("KL max", "kl_max", "{:.4f}"),
+    ("same top token", "top1", "{:.4f}"),
+    ("perplexity ratio", "perplexity_ratio", "{:.4f}"),
+)
+
+
+def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, Any] | None = None) -> None:
+    """Write the card of an exported folder from its manifest, proof and the run's summary.
+
+    Args:
+        folder: Holds the manifest and config.json.
+        source: The original model; its own card gives licence and language.
+        summary: summary.json of the run; None says that nothing was measured.
+
+    Raises:
+        CheckpointError: Manifest or configuration cannot be read.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    manifest, config = read_json(folder / MANIFEST), read_json(folder / "config.json")
+    proof = read_json(folder / PROOF) if (folder / PROOF).exists() else None
+    inherited = _inherited(source)
+    origin = manifest["source"]
+    base = origin.get("hub")
+    scheme = _scheme(manifest)
+    data = ModelCardData(
+        license=inherited.get("license"),
+        license_name=inherited.get("license_name"),
+        license_link=inherited.get("license_link"),
+        language=inherited.get("language"),
+        library_name="mlx" if manifest["format"] == "mlx" else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        tags=[
+            "discquant",
+            manifest["format"],
+            *dict.fromkeys(part for part in scheme.split() if part[-1].isdigit()),
+        ],
+    )
+    lines = [
+        f"# {origin['name']}, {scheme}, {manifest['format']}",
+        "",
+        f"{manifest['quantized_weights']:,} weights of `{base or origin['name']}` rounded by "
+        f"[discquant](https://arxiv.org/abs/2501.06417) to {scheme}: "
+        f"{manifest['bits_per_weight']:.3f} bits per quantized weight, {manifest['weight_file_bytes']:,} bytes of "
+        "weights in all. Everything else is the original's, byte for byte.",
+        "",
+        *_measured(summary),
+        *_engines(manifest),
+        *_recipe(manifest),
+        *_hashes(manifest, proof),
+    ]
+    architecture = (config.get("architectures") or ["model"])[0]
+    lines += ["", f"Architecture: `{architecture}`."]
+    text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+    temporary = folder / f".{CARD}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(folder / CARD)
+
+
+def hub_name(path: Path) -> str | None:
+    """`owner/name` of a folder in the hub's cache, None elsewhere."""
+    for parent in path.absolute().parents:
+        found = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", parent.name)
+        if found:
+            return f"{found[1]}/{found[2]}"
+    return None
+
+
+def _inherited(source: Path | None) -> dict[str, Any]:
+    """Licence and language from the original's card; nothing where it has none that can be read."""
+    if source is None or not (source / CARD).is_file():
+        return {}
+    from huggingface_hub import ModelCard
+
+    try:
+        text = (source / CARD).read_text(encoding="utf-8")
+        data = ModelCard(text, ignore_metadata_errors=True).data
+    except Exception:  # somebody else's card and a foreign parser: without it only a courtesy is lost
+        return {}
+    found = {key: getattr(data, key, None) for key in ("license", "license_name", "license_link", "language")}
+    return {key: value for key, value in found.items() if value}
+
+
+def _scheme(manifest: Mapping[str, Any]) -> str:
+    kinds: dict[str, None] = {}
+    for row in manifest["layers"].values():
+        name = f"{row['kind']}{row['num_bits']}" if row["kind"] in ("int", "affine") else row["kind"]
+        size = "per row" if row["group_size"] == -1 else f"group {row['group_size']}"
+        kinds[f"{name} {size} {'symmetric' if row['symmetric'] else 'asymmetric'}"] = None
+    return " and ".join(kinds) or "no layers"
+
+
+def _measured(summary: Mapping[str, Any] | None) -> list[str]:
+    if not summary or not summary.get("methods"):
+        return ["Divergence from the original was not measured for this file.", ""]
+    held = summary["held_out"]
+    lines = [
+        "## Divergence from the original\n",
+        f"Held-out text: {held['source']}, {held['tokens']:,} tokens. KL(original || quantized) of "
+        "the next-token distribution, in nats; all methods on the same grid and text.\n",
+        "| method | " + " | ".join(title for title, _, _ in _COLUMNS) + " |",
+        "|---|" + "---:|" * len(_COLUMNS),
+    ]
+    for method, found in summary["methods"].items():
+        cells = ["n/a" if found.get(key) is None else shape.format(found[key]) for _, key, shape in _COLUMNS]
+        mark = "**" if method == summary.get("method") else ""
+        lines.append(f"| {mark}{method}{mark} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _engines(manifest: Mapping[str, Any]) -> list[str]:
+    rows = manifest.get("engines") or []
+    lines = ["## Engines", ""]
+    if not rows:
+        return [*lines, "No engine is known to serve this grid in this format.", ""]
+    lines += [
+        f"As of {rows[0]['as_of']}; not all of it was tried with this file.",
+        "",
+        "| engine | serves it | note |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {row['engine']} | {row['verdict']} | {row['note']} |" for row in rows]
+    requires = ", ".join(f"{name} >= {version}" for name, version in manifest["requires"].items() if version)
+    if requires:
+        lines += ["", f"Needs {requires}."]
+    lines += ["", *(f"- {warning}" for warning in manifest.get("warnings", []))]
+    return [*lines, ""]
+
+
+def _recipe(manifest: Mapping[str, Any]) -> list[str]:
+    recipe = manifest["recipe"]
+    seed = recipe.get("seed")
+    text = json.dumps(recipe, indent=1, ensure_ascii=False)
+    return ["## Recipe", "", f"Seed {seed}.", "", "```json", text, "```", ""]
+
+
+def _hashes(manifest: Mapping[str, Any], proof: Mapping[str, Any] | None) -> list[str]:
+    origin = manifest["source"]
+    lines = ["## Hashes", "", f"- original weights: `{origin['sha256']}`"]
+    if origin.get("revision"):
+        lines.append(f"- original revision: `{origin['revision']}`")
+    lines += [f"- {name}: `{row['sha256']}`" for name, row in manifest["shards"].items()]
+    if proof is not None:
+        lines += ["", f"Proof, re-read from disk: {proof['result']} ({proof['weights']:,} weights)."]
+    return lines

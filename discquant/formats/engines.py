@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engines serve what, and what would break: the preflight table, with the month it was true.
+
+The field moves; a row says what was seen then (formats.md sections 11 and 12), not what must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from discquant.formats.scheme import Scheme
+
+AS_OF = "2026-09"
+# Engines fuse these, so the members must share one grid.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_GPTQ, _ANY = ("gptq", "gptq-v2"), None
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """One engine's answer to one format and grid.
+
+    Attributes:
+        engine: Name.
+        formats: Formats the row is about.
+        kinds: Kinds of scheme (`int`, `affine`, `nvfp4`, GGUF block types, ...).
+        bits: Code widths; None is every width.
+        symmetric: Which grids; None is both.
+        verdict: `yes`, `no` or `unclear`.
+        note: Under which condition, or since when.
+    """
+
+    engine: str
+    formats: tuple[str, ...]
+    kinds: tuple[str, ...]
+    bits: tuple[int, ...] | None
+    symmetric: bool | None
+    verdict: str
+    note: str = ""
+
+    def about(self, format_name: str, scheme: Scheme) -> bool:
+        """Whether the row speaks about this."""
+        return (
+            format_name in self.formats
+            and scheme.kind in self.kinds
+            and (self.bits is None or scheme.num_bits in self.bits)
+            and self.symmetric in (None, scheme.symmetric)
+        )
+
+
+_INT = ("int",)
+_BLOCKS = ("int", "affine", "q4_0", "q4_1", "q4_k", "q3_k", "Q4_0", "Q4_1", "Q4_K", "Q3_K")
+_UNSEEN = "not looked up for this width or grid"
+# Only what formats.md section 11 states is a yes or a no; everything else that a format can hold is unclear.
+ROWS: tuple[EngineRow, ...] = (
+    EngineRow("vLLM", ("compressed-tensors",), _INT, (4,), _ANY, "yes", "Machete, Marlin"),
+    EngineRow("vLLM", ("compressed-tensors",), _INT, (3,), True, "yes", "Humming (#46389; MoE #48918)"),
+    EngineRow("vLLM", ("compressed-tensors",), _INT, (3,), False, "no", "ValueError; #46528 is open"),
+    EngineRow("vLLM", ("compressed-tensors",), _INT, (2, 5, 6, 7, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("vLLM", ("compressed-tensors",), ("nvfp4", "mxfp4"), (4,), _ANY, "unclear", _UNSEEN),
+    EngineRow("vLLM", _GPTQ, _INT, (4,), True, "yes"),
+    EngineRow("vLLM", _GPTQ, _INT, (4,), False, "no", "dropped (#45051)"),
+    EngineRow("vLLM", _GPTQ, _INT, (3,), _ANY, "yes", "only with --quantization humming"),
+    EngineRow("vLLM", _GPTQ, _INT, (2, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("vLLM", ("awq",), _INT, (4,), _ANY, "yes"),
+    EngineRow("vLLM", ("autoround",), _INT, (4,), True, "yes"),
+    EngineRow("vLLM", ("autoround",), _INT, (4,), False, "yes", "in the AWQ layout, which is what is written"),
+    EngineRow("vLLM", ("autoround",), _INT, (3,), True, "yes", "Humming (#52890)"),
+    EngineRow("vLLM", ("autoround",), _INT, (3,), False, "unclear"),
+    EngineRow("vLLM", ("autoround",), _INT, (2, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("vLLM", ("gguf",), _BLOCKS, None, _ANY, "yes", "plug-in vllm-gguf-plugin"),
+    EngineRow("SGLang", ("compressed-tensors",), _INT, (4,), _ANY, "yes"),
+    EngineRow("SGLang", ("compressed-tensors",), _INT, (3,), _ANY, "unclear", "Humming merged (#23754), untested"),
+    EngineRow("SGLang", _GPTQ, _INT, (4,), True, "yes"),
+    EngineRow("SGLang", _GPTQ, _INT, (3,), True, "yes", "GPTQ kernels in float16"),
+    EngineRow("SGLang", _GPTQ, _INT, (3,), False, "unclear", "Humming merged (#23754), untested"),
+    EngineRow("transformers", ("compressed-tensors",), _INT, (3, 4), _ANY, "yes", "library compressed-tensors"),
+    EngineRow("transformers", ("compressed-tensors",), _INT, (2, 5, 6, 7, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("transformers", ("compressed-tensors",), ("nvfp4", "mxfp4"), (4,), _ANY, "unclear", _UNSEEN),
+    EngineRow("transformers", _GPTQ, _INT, (3, 4), _ANY, "yes", "library gptqmodel"),
+    EngineRow("transformers", _GPTQ, _INT, (2, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("transformers", ("autoround",), _INT, (4,), _ANY, "yes", "library auto-round"),
+    EngineRow("transformers", ("autoround",), _INT, (3,), _ANY, "yes", "library auto-round; accuracy trouble reported"),
+    EngineRow("transformers", ("autoround",), _INT, (2, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("transformers", ("awq",), _INT, (4,), _ANY, "yes"),
+    EngineRow("llama.cpp", ("gguf",), _BLOCKS, None, _ANY, "yes"),
+    EngineRow("MLX", ("mlx",), ("int", "affine"), (3, 4), _ANY, "yes"),
+    EngineRow("MLX", ("mlx",), ("int", "affine"), (2, 5, 6, 8), _ANY, "unclear", "decoded, not served"),
+    EngineRow("ONNX Runtime", ("onnx",), _INT, (2, 4, 8), _ANY, "yes", "MatMulNBits"),
+    EngineRow("ONNX Runtime", ("onnx",), _INT, (3,), _ANY, "no", "3-bit codes are widened to 4 bits"),
+    EngineRow("TensorRT-LLM", (*_GPTQ, "awq"), _INT, (4,), _ANY, "unclear", "from memory"),
+)  # fmt: skip
+
+
+def engine_rows(format_name: str, schemes: Mapping[str, Scheme]) -> list[dict[str, Any]]:
+    """What each engine says to a file: its worst answer over the file's schemes.
+
+    Returns:
+        Rows with engine, verdict, note and as_of; engines that have nothing to do with the format are left out.
+    """
+    order = {"no": 0, "unclear": 1, "yes": 2}
+    rows: dict[str, dict[str, Any]] = {}
+    for scheme in dict.fromkeys(schemes.values()):
+        for row in ROWS:
+            if not row.about(format_name, scheme):
+                continue
+            known = rows.get(row.engine)
+            if known is None or order[row.verdict] < order[known["verdict"]]:
+                rows[row.engine] = {
+                    "engine": row.engine,
+                    "verdict": row.verdict,
+                    "note": row.note,
+                    "as_of": AS_OF,
+                }
+    return list(rows.values())
+
+
+def problems(
+    format_name: str, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]
+) -> list[str]:
+    """What some engines will refuse, one sentence each.
+
+    Args:
+        format_name: Name in the registry.
+        schemes: Scheme of every quantized module.
+        shapes: (out_features, in_features) of each.
+    """
+    found = [
+        f"{name} is {shapes[name][0]} x {shapes[name][1]}: some engines want multiples of 32"
+        for name in schemes
+        if shapes[name][0] % 32 or shapes[name][1] % 32
+    ]
+    for name, scheme in schemes.items():
+        parent, _, last = name.rpartition(".")
+        for members in FUSED:
+            if last != members[0]:
+                continue
+            others = [schemes.get(f"{parent}.{member}") for member in members]
+            if any(other != scheme for other in others if other is not None) or None in others[1:]:
+                found.append(f"{parent}: engines fuse {', '.join(members)}, which do not share one grid")
+    kinds = dict.fromkeys(schemes.values())
+    if any(scheme.num_bits == 3 and not scheme.symmetric and scheme.kind == "int" for scheme in kinds):
+        if format_name == "compressed-tensors":
+            found.append(
+                "3 bits asymmetric: no engine serves it from this format; symmetric is served by vLLM"
+            )
+        else:
+            found.append("3 bits asymmetric: almost no engine serves it; symmetric is first-class")
+    wide = sorted({scheme.group_size for scheme in kinds if scheme.group_size not in (-1, 16, 32, 64, 128)})
+    if wide:
+        found.append(
+            f"group size {', '.join(map(str, wide))}: kernels are made for 32, 64, 128 or whole rows"
+        )
+    return found

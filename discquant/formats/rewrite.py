@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same files with other codes: everything is copied, code bytes are overwritten, and a byte diff proves it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from discquant import environment
+from discquant.errors import ProofError, UnrepresentableError
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.output import atomic_directory, check_space
+from discquant.formats.proof import prove_codes
+from discquant.formats.safetensors_file import TensorInfo, tensor_bytes
+from discquant.formats.safetensors_format import SafetensorsFormat, StoredLayer
+
+MANIFEST, PROOF = "discquant_manifest.json", "discquant_proof.json"
+_CHUNK = 16 << 20
+
+
+def rewrite_model(
+    chosen: SafetensorsFormat, path: Path, out: Path, codes: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Write `path` again with other codes.
+
+    Args:
+        chosen: The format of `path`.
+        path: The quantized model.
+        out: Where to write; must not exist or be empty.
+        codes: uint8, [out_features, in_features], by module path; layers that are not named keep theirs.
+
+    Returns:
+        The manifest: hashes of every file before and after, and the byte diff, per layer and outside all codes (0).
+
+    Raises:
+        UnrepresentableError: A name is no quantized layer of the file, or a code or shape does not fit.
+        OutputExistsError, DiskSpaceError: See `output.atomic_directory`.
+        ProofError: A byte outside the codes changed, or the codes do not read back.
+    """
+    checkpoint = Checkpoint(path)
+    stored = {layer.name: layer for layer in chosen.layers(checkpoint)}
+    unknown = sorted(set(codes) - set(stored))
+    if unknown:
+        raise UnrepresentableError(
+            f"rewrite: {path} has no quantized layers of these names: {', '.join(unknown[:8])}"
+        )
+    for name, q in codes.items():
+        check_codes(stored[name], q)
+    size = sum(info.num_bytes for info in checkpoint.tensors.values())
+    check_space(out, size + size // 16)
+    with atomic_directory(out) as partial:
+        _copy_all(path, partial)
+        for name, q in codes.items():
+            info = stored[name].tensors[chosen.codes]
+            data = tensor_bytes(chosen.repack(stored[name], q))
+            if len(data) != info.num_bytes:
+                raise ProofError(
+                    f"proof: {name}: the codes take {len(data)} bytes, the file has {info.num_bytes}"
+                )
+            with (partial / info.file.name).open("r+b") as stream:
+                stream.seek(info.start)
+                stream.write(data)
+        diff = byte_diff(
+            checkpoint, partial, {name: row.tensors[chosen.codes] for name, row in stored.items()}
+        )
+        if diff["outside"]:
+            raise ProofError(f"proof: {diff['outside']} bytes outside the codes changed")
+        surprising = sorted(set(diff["layers"]) - set(codes))
+        if surprising:
+            raise ProofError(f"proof: codes of layers changed that nobody named: {', '.join(surprising[:8])}")
+        written = {layer.name: layer for layer in chosen.layers(Checkpoint(partial))}
+        for name, q in codes.items():
+            prove_codes(chosen.name, written[name], q)
+        manifest = {
+            "manifest_version": 2,
+            "format": chosen.name,
+            "rewritten": True,
+            "versions": environment.versions(),
+            "source": {"name": path.resolve().name, "sha256": checkpoint.sha256()},
+            "byte_diff": diff,
+            "files": {
+                file.name: {"sha256_before": digest(path / file.name), "sha256": digest(file)}
+                for file in sorted(partial.glob("*.safetensors"))
+            },
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def check_codes(stored: StoredLayer, q: Tensor) -> None:
+    """Refuse codes that do not fit their layer.
+
+    Raises:
+        UnrepresentableError: Wrong dtype, shape or a code too large; the message names the module.
+    """
+    name, bits = stored.name, stored.scheme.num_bits
+    if q.dtype != torch.uint8 or tuple(q.shape) != stored.shape:
+        raise UnrepresentableError(
+            f"rewrite: {name} must be uint8 of shape {list(stored.shape)}, got {q.dtype} of {list(q.shape)}"
+        )
+    if q.numel() and int(q.max()) >> bits:
+        raise UnrepresentableError(f"rewrite: {name}: codes must be below {1 << bits}, got {int(q.max())}")
+
+
+def byte_diff(before: Checkpoint, after: Path, codes: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Compare every weight file byte by byte.
+
+    Args:
+        before: The original files.
+        after: Folder of the new ones, same names.
+        codes: By layer, where its codes lie in the original files.
+
+    Returns:
+        `code_bytes` (all bytes that hold codes), `changed` of them, `layers` (changed per layer), `outside`: bytes that
+        differ anywhere else, lengths included.
+    """
+    inside: dict[str, int] = {}
+    outside = 0
+    for file in sorted({info.file for info in before.tensors.values()}):
+        spans = sorted((info.start, info.stop, name) for name, info in codes.items() if info.file == file)
+        outside += abs(file.stat().st_size - (after / file.name).stat().st_size)
+        for offset, different in _differences(file, after / file.name):
+            # Positions are ascending: cut them at the edges of the codes' ranges.
+            positions = offset + different
+            counted = 0
+            for start, stop, name in spans:
+                low, high = np.searchsorted(positions, (start, stop))
+                if high > low:
+                    inside[name] = inside.get(name, 0) + int(high - low)
+                    counted += int(high - low)
+            outside += len(positions) - counted
+    return {
+        "code_bytes": sum(info.num_bytes for info in codes.values()),
+        "changed": sum(inside.values()),
+        "outside": outside,
+        "layers": dict(sorted(inside.items())),
+    }
+
+
+def _differences(before: Path, after: Path) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """(offset, positions from there that differ), piece by piece, up to the shorter file's end."""
+    offset = 0
+    with before.open("rb") as old, after.open("rb") as new:
+        while (left := old.read(_CHUNK)) and (right := new.read(_CHUNK)):
+            length = min(len(left), len(right))
+            one, two = np.frombuffer(left, np.uint8)[:length], np.frombuffer(right, np.uint8)[:length]
+            yield offset, np.flatnonzero(one != two)
+            offset += length
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(_CHUNK):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _copy_all(path: Path, partial: Path) -> None:
+    """Every file but pickles, hidden ones and the manifest and proof of what is replaced."""
+    for entry in sorted(path.iterdir()):
+        hidden = entry.name.startswith(".") or entry.name in (MANIFEST, PROOF)
+        pickled = entry.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+        if entry.is_file() and not hidden and not pickled:
+            shutil.copyfile(entry, partial / entry.name)
+    templates = path / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, partial / templates.name)

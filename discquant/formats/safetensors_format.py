@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all formats of safetensors files share: reading layer by layer, writing through `export`, rewriting codes.
+
+A format adds how its tensors hold one layer, and what its configuration says. Everything a file claims is checked
+against the lengths in its headers before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discquant.config import GridConfig
+from discquant.errors import CheckpointError, UnrepresentableError, UserError
+from discquant.formats.checkpoint import Checkpoint, read_json
+from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, LayerFacts
+from discquant.formats.safetensors_file import TensorInfo, read_tensor
+from discquant.formats.scheme import Scheme
+from discquant.grids import Grid
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One quantized layer as a file holds it; `tensors` by suffix, `zero_offset` what stored zero points lack."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: Scheme
+    tensors: Mapping[str, TensorInfo]
+    zero_offset: int = 0
+
+    def read(self, suffix: str) -> Tensor:
+        """One of its tensors.
+
+        Raises:
+            CheckpointError: It is missing, or of a dtype that no file of this kind has.
+        """
+        if suffix not in self.tensors:
+            raise CheckpointError(f"{self.name}.{suffix} is missing from the checkpoint")
+        return read_tensor(self.tensors[suffix])
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(info.num_bytes for info in self.tensors.values())
+
+
+class SafetensorsFormat(ABC):
+    """A format whose files are `*.safetensors` beside a config.json; see `coded.Format`."""
+
+    name: str
+    codes: str  # suffix of the tensor that holds the codes, and nothing else
+    metadata: Mapping[str, str] = {"format": "pt"}  # of every written file
+
+    # What a format adds.
+
+    @abstractmethod
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of this format."""
+
+    @abstractmethod
+    def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
+        """The quantized layers, checked by shapes and dtypes, their weights unread.
+
+        Raises:
+            CheckpointError, NotImplementedError: See `read`.
+        """
+
+    @abstractmethod
+    def decode(self, stored: StoredLayer) -> CodedLayer:
+        """Codes and grid of a layer."""
+
+    @abstractmethod
+    def repack(self, stored: StoredLayer, q: Tensor) -> Tensor:
+        """The tensor `codes` of a layer with other codes, in the layout that the file has."""
+
+    @abstractmethod
+    def check_scheme(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
+        """Refuse a layout that the format cannot hold."""
+
+    @abstractmethod
+    def encode(self, layer: CodedLayer, served: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of a layer by suffix; `served` is the dtype of the weight they replace."""
+
+    @abstractmethod
+    def encoded_bytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
+        """Bytes that `encode` will need."""
+
+    @abstractmethod
+    def configure(
+        self, config: dict[str, Any], schemes: Mapping[str, Scheme], ignored: Iterable[str]
+    ) -> dict[str, dict[str, Any]]:
+        """Tell engines: edit config.json in place; return further JSON files by name."""
+
+    def requires(self, schemes: Mapping[str, Scheme]) -> dict[str, str | None]:
+        """Least versions of libraries that read what is written, for the manifest."""
+        return {}
+
+    # What all share.
+
+    def detects(self, path: Path) -> bool:
+        """See `coded.Format`."""
+        try:
+            return self.claims(read_json(path / "config.json"))
+        except (OSError, UserError):
+            return False
+
+    def describe(self, path: Path) -> Description:
+        """See `coded.Format`."""
+        checkpoint = Checkpoint(path)
+        rows, used = [], 0
+        for stored in self.layers(checkpoint):
+            scheme = stored.scheme
+            kind = f"{scheme.kind}{scheme.num_bits}" if scheme.kind in ("int", "affine") else scheme.kind
+            rows.append(
+                LayerFacts(
+                    stored.name,
+                    stored.shape,
+                    kind,
+                    scheme.num_bits,
+                    scheme.group_size,
+                    scheme.symmetric,
+                    stored.stored_bytes,
+                )
+            )
+            used += stored.stored_bytes
+        total = sum(info.num_bytes for info in checkpoint.tensors.values())
+        files = {info.file for info in checkpoint.tensors.values()}
+        size = sum(file.stat().st_size for file in files)
+        return Description(self.name, tuple(rows), total - used, size, tuple(self.notes(checkpoint)))
+
+    def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """What a user should know about a file, from headers and configuration."""
+        return iter(())
+
+    def read(self, path: Path) -> Iterator[CodedLayer]:
+        """See `coded.Format`."""
+        for stored in self.layers(Checkpoint(path)):
+            yield self.decoded(stored)
+
+    def decoded(self, stored: StoredLayer) -> CodedLayer:
+        """`decode`, with every objection of the grid told as damage of the file.
+
+        Raises:
+            CheckpointError: The tensors hold no grid (NaN scales, say).
+        """
+        try:
+            return self.decode(stored)
+        except (UserError, NotImplementedError):
+            raise
+        except ValueError as cause:
+            raise CheckpointError(f"{stored.name}: {cause}") from cause
+
+    def check(self, shape: tuple[int, int], grid: GridConfig, name: str = "layer") -> None:
+        """See `coded.Format`."""
+        self.check_scheme(name, shape, Scheme.planned(shape, grid))
+
+    def check_grid(self, name: str, grid: Grid) -> None:
+        """See `coded.Format`: encodes the grid with no codes in it."""
+        rows, groups = grid.scale.shape
+        columns = groups * grid.group_size if grid.group_size > 0 else 32
+        # The smallest matrix that has this grid's scales: codes are all zero, which is cheap to pack.
+        self.encode(CodedLayer(name, torch.zeros(rows, columns, dtype=torch.uint8), grid), torch.bfloat16)
+
+    def write(
+        self,
+        source: Checkpoint,
+        out: Path,
+        layers: Iterable[CodedLayer],
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        ignore: Iterable[str] = ("lm_head",),
+        prove_from: Callable[[], Iterable[CodedLayer]] | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> dict[str, Any]:
+        """See `coded.Format`."""
+        from discquant.formats.export import write_model
+
+        return write_model(
+            self,
+            source,
+            out,
+            layers,
+            recipe=recipe,
+            ignore=tuple(ignore),
+            prove_from=prove_from,
+            shard_bytes=shard_bytes,
+        )
+
+    def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See `coded.Format`."""
+        from discquant.formats.rewrite import rewrite_model
+
+        return rewrite_model(self, path, out, codes)
+
+
+def grouped(
+    checkpoint: Checkpoint, marker: str, suffixes: Iterable[str]
+) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+    """Modules that have a tensor `marker`, in file order, with those of `suffixes` that exist."""
+    wanted = tuple(suffixes)
+    for key in checkpoint.tensors:
+        name, _, suffix = key.rpartition(".")
+        if suffix == marker and name:
+            found = {
+                other: checkpoint.tensors[f"{name}.{other}"]
+                for other in wanted
+                if f"{name}.{other}" in checkpoint.tensors
+            }
+            yield name, found
+
+
+def expect(
+    name: str, tensors: Mapping[str, TensorInfo], suffix: str, dtypes: str, shape: tuple[int, ...]
+) -> None:
+    """Hold a tensor's header to what the layer needs.
+
+    Args:
+        name: Module path, for the message.
+        tensors: Its tensors by suffix.
+        suffix: Which one.
+        dtypes: Allowed dtypes as safetensors spells them, separated by blanks.
+        shape: What it must have.
+
+    Raises:
+        CheckpointError: It is missing or different.
+    """
+    info = tensors.get(suffix)
+    if info is None:
+        raise CheckpointError(f"{name}.{suffix} is missing from the checkpoint")
+    if info.dtype not in dtypes.split():
+        raise CheckpointError(
+            f"{name}.{suffix} must have dtype {' or '.join(dtypes.split())}, got {info.dtype}"
+        )
+    if info.shape != shape:
+        raise CheckpointError(f"{name}.{suffix} must have shape {list(shape)}, got {list(info.shape)}")
+
+
+def expect_matrix(name: str, tensors: Mapping[str, TensorInfo], suffix: str, dtypes: str) -> tuple[int, int]:
+    """Shape of a tensor that must be a matrix with at least one element.
+
+    Raises:
+        CheckpointError: It is missing, of another dtype, or no such matrix.
+    """
+    info = tensors.get(suffix)
+    expect(name, tensors, suffix, dtypes, () if info is None else info.shape)
+    assert info is not None
+    if len(info.shape) != 2 or 0 in info.shape:
+        raise CheckpointError(f"{name}.{suffix} must be a matrix, got shape {list(info.shape)}")
+    return info.shape[0], info.shape[1]
+
+
+def integer(table: Mapping[str, Any], key: str, where: str, low: int, high: int) -> int:
+    """A whole number of a configuration.
+
+    Raises:
+        CheckpointError: It is missing, no whole number, or outside [low, high].
+    """
+    value = table.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise CheckpointError(f"{where}: {key} must be a whole number from {low} to {high}, got {value!r}")
+    return value
+
+
+def exact(name: str, what: str, values: Tensor, dtype: torch.dtype, format_name: str) -> Tensor:
+    """`values` in the dtype that a format stores, without loss.
+
+    Raises:
+        UnrepresentableError: A value is no number of that dtype.
+    """
+    stored = values.to(dtype)
+    if not torch.equal(stored.double(), values.double()):
+        raise UnrepresentableError(
+            f"{format_name}: {name}: {what} must be exact in {dtype}; choose representable {what}s before rounding"
+        )
+    return stored.contiguous()
+
+
+def uniform(layer: CodedLayer, format_name: str) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (uint8, filled in where symmetric) of a layer whose format holds uniform grids.
+
+    Raises:
+        UnrepresentableError: Its grid is another, or its groups are not contiguous.
+    """
+    linear = layer.linear(format_name)
+    zero = linear.zero_point
+    if zero is None:
+        zero = torch.full(linear.scale.shape, 1 << (linear.num_bits - 1), dtype=torch.uint8)
+    return linear.scale, zero.to(torch.uint8)
