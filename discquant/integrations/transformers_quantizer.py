@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AutoModelForCausalLM.from_pretrained` onto packed layers.
+
+`register()` makes transformers load compressed-tensors, GPTQ, AutoRound and AWQ folders onto `PackedLinear` in this
+process; `unregister()` gives them back to their own loaders.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from discquant.errors import CheckpointError
+from discquant.formats import registry
+from discquant.formats.codes import QuantizedLinear
+from discquant.formats.load_packed import packable
+from discquant.modules import load_packed
+
+NAME = "discquant"
+TAKEN_OVER = ("compressed-tensors", "gptq", "auto-round", "awq")
+_before: dict[str, tuple[Any, Any]] = {}
+
+
+@functools.cache
+def _classes() -> tuple[Any, Any]:
+    """The configuration and the quantizer, made when transformers is first needed."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class DiscquantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+        """Whatever a folder's quantization_config says, and `mode` (see `discquant.load`)."""
+
+        def __init__(self, quant_method: str = NAME, mode: str = "exact", **said: Any) -> None:
+            self.quant_method = quant_method
+            self.mode = mode
+            for key, value in said.items():
+                setattr(self, key, value)
+
+    class DiscquantQuantizer(HfQuantizer):  # type: ignore[misc]
+        """Leaves the weights of quantized layers out of the model, then packs them one by one from the file."""
+
+        requires_calibration = True  # only folders that are quantized already can be loaded
+
+        def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+            """Refuse what the packed layers cannot do.
+
+            Raises:
+                NotImplementedError: Layers spread over devices or disk.
+            """
+            if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
+                raise NotImplementedError(
+                    f"discquant: device_map must name one device, got {sorted(map(str, device_map.values()))}"
+                )
+
+        def _process_model_before_weight_loading(
+            self, model: Any, checkpoint_files: Any = None, dtype: Any = None, **kwargs: Any
+        ) -> None:
+            if not checkpoint_files:
+                raise CheckpointError("discquant: transformers names no weight files to load from")
+            self.folder = Path(checkpoint_files[0]).parent
+            self.format = registry.find(self.folder)
+            self.dtype = dtype
+            self.shapes = {row.name: row.shape for row in self.format.describe(self.folder).layers}
+            unread = set(model._keys_to_ignore_on_load_unexpected or ())
+            for name, shape in self.shapes.items():
+                module = _linear(model, name)
+                if tuple(module.weight.shape) != shape:
+                    raise CheckpointError(
+                        f"discquant: {name} is {list(shape)} in the file, {list(module.weight.shape)} in the model"
+                    )
+                module.register_parameter("weight", None)
+                # What the file holds of this layer is read below, not by transformers; its bias is.
+                unread.add(rf"^{re.escape(name)}\.(?!bias$)")
+            model._keys_to_ignore_on_load_unexpected = unread
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            device = next(model.parameters()).device
+            dtype = self.dtype or next(model.parameters()).dtype
+            for name, shape in self.shapes.items():
+                hollow = nn.Parameter(torch.empty(shape, device="meta", dtype=dtype), requires_grad=False)
+                _linear(model, name).register_parameter("weight", hollow)
+
+            def layers() -> Iterator[QuantizedLinear]:
+                for layer in self.format.read(self.folder):
+                    codes = packable(layer)
+                    if codes is not None:
+                        yield codes
+                        continue
+                    weight = layer.dequantize(dtype).to(device)
+                    _linear(model, layer.name).weight = nn.Parameter(weight, requires_grad=False)
+
+            mode = getattr(self.quantization_config, "mode", "exact")
+            # "exact" promises the rounded model's logits; fused rows may be summed in another order.
+            model.packed_report = load_packed(model, layers(), device=device, mode=mode, fuse=mode != "exact")
+            return model
+
+        def is_serializable(self) -> bool:
+            """The folder it came from is the file to keep."""
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            """Packed codes have no gradient."""
+            return False
+
+    return DiscquantConfig, DiscquantQuantizer
+
+
+def _linear(model: nn.Module, name: str) -> Any:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"discquant: the model has no layer {name}, which the file quantizes"
+        ) from error
+    if not isinstance(module, nn.Linear):
+        raise CheckpointError(f"discquant: {name} must be an nn.Linear, got {type(module).__name__}")
+    return module
+
+
+def register(take_over: Iterable[str] = TAKEN_OVER) -> None:
+    """Let transformers load quantized folders onto packed layers, in this process.
+
+    Args:
+        take_over: `quant_method`s whose folders go onto packed layers from now on; besides, `discquant` is known as a
+            method of its own, for a configuration that is changed by hand.
+
+    Note:
+        Calling it again changes nothing. Any `quantization_config` of these methods is then ours: extra entries are
+        kept, and `mode` chooses the kernels as in `discquant.load`.
+    """
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+
+    config, quantizer = _classes()
+    if NAME not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(NAME)(config)
+        register_quantizer(NAME)(quantizer)
+    for method in take_over:
+        if AUTO_QUANTIZER_MAPPING.get(method) is quantizer:
+            continue
+        _before[method] = (AUTO_QUANTIZATION_CONFIG_MAPPING.get(method), AUTO_QUANTIZER_MAPPING.get(method))
+        AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
+        AUTO_QUANTIZER_MAPPING[method] = quantizer
+
+
+def unregister() -> None:
+    """Give the methods back to transformers' own loaders."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    for method, (config, quantizer) in _before.items():
+        for mapping, value in (
+            (AUTO_QUANTIZATION_CONFIG_MAPPING, config),
+            (AUTO_QUANTIZER_MAPPING, quantizer),
+        ):
+            if value is None:
+                mapping.pop(method, None)
+            else:
+                mapping[method] = value
+    _before.clear()
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(NAME, None)
+    AUTO_QUANTIZER_MAPPING.pop(NAME, None)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM plug-in (entry point group `vllm.general_plugins`): `vllm serve FOLDER --quantization discquant`.
+
+Reads the compressed-tensors folders that `discquant quantize` writes and multiplies with our packed kernels. vLLM's own
+kernels read the same folders without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discquant.formats.bitstream import unpack
+from discquant.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO, parse_config
+from discquant.formats.scheme import Scheme
+from discquant.modules import PackedLinear
+
+NAME = "discquant"
+SOURCE = "compressed-tensors"
+MIN_CAPABILITY = 80
+_registered: list[type] = []
+
+
+def register() -> None:
+    """Make `--quantization discquant` known to vLLM. vLLM calls it in every process; again changes nothing."""
+    if _registered:
+        return
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    _registered.append(register_quantization_config(NAME)(_config_class()))
+
+
+def _config_class() -> type:
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class DiscquantConfig(QuantizationConfig):  # type: ignore[misc]
+        """Schemes of a folder's quantization_config."""
+
+        def __init__(self, said: Mapping[str, Any]) -> None:
+            super().__init__()
+            self.scheme_of = parse_config(said, "config.json")
+            self.ignore = tuple(str(name) for name in said.get("ignore") or ())
+
+        @classmethod
+        def get_name(cls) -> str:
+            """Name on the command line."""
+            return NAME
+
+        @classmethod
+        def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+            """Dtypes that the kernels multiply in."""
+            return [torch.bfloat16, torch.float16]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            """Oldest compute capability."""
+            return MIN_CAPABILITY
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            """Everything stands in config.json."""
+            return []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> DiscquantConfig:
+            """Read a folder's quantization_config."""
+            return cls(config)
+
+        @classmethod
+        def override_quantization_method(
+            cls, said: dict[str, Any], wanted: str | None, *more: Any
+        ) -> str | None:
+            """Take a compressed-tensors folder over only when asked to."""
+            return NAME if wanted == NAME and said.get("quant_method") == SOURCE else None
+
+        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+            """Packed layers where the folder is quantized, vLLM's plain ones elsewhere."""
+            if not isinstance(layer, LinearBase):
+                return None
+            if any(prefix == name or prefix.endswith(f".{name}") for name in self.ignore):
+                return UnquantizedLinearMethod()
+            return _method_class()(self.scheme_of(prefix))
+
+    return DiscquantConfig
+
+
+def _method_class() -> Any:
+    from vllm.model_executor.layers.linear import LinearMethodBase
+    from vllm.model_executor.parameter import BasevLLMParameter, GroupQuantScaleParameter, PackedvLLMParameter
+
+    class DiscquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
+        """One linear layer: parameters as the file has them, repacked for our kernels after loading."""
+
+        def __init__(self, scheme: Scheme) -> None:
+            check_scheme(scheme)
+            self.scheme = scheme
+
+        def create_weights(
+            self,
+            layer: Any,
+            input_size_per_partition: int,
+            output_partition_sizes: list[int],
+            input_size: int,
+            output_size: int,
+            params_dtype: torch.dtype,
+            **extra: Any,
+        ) -> None:
+            """Register the tensors of the checkpoint on the layer."""
+            rows, columns, bits = sum(output_partition_sizes), input_size_per_partition, self.scheme.num_bits
+            size = self.scheme.group_size
+            if columns % 32 or (size > 0 and columns % size):
+                raise ValueError(
+                    f"discquant: a partition of {columns} columns must be a multiple of 32 and of the group {size}"
+                )
+            groups = 1 if size == -1 else columns // size
+            loader = extra.get("weight_loader")
+            layer.register_parameter(
+                PACKED,
+                PackedvLLMParameter(
+                    data=torch.empty(rows, columns * bits // 32, dtype=torch.int32),
+                    input_dim=1, output_dim=0, packed_dim=1, packed_factor=Fraction(32, bits), weight_loader=loader,
+                ),
+            )  # fmt: skip
+            layer.register_parameter(
+                SCALE,
+                GroupQuantScaleParameter(
+                    data=torch.empty(rows, groups, dtype=params_dtype),
+                    input_dim=1, output_dim=0, weight_loader=loader,
+                ),
+            )  # fmt: skip
+            if not self.scheme.symmetric:
+                layer.register_parameter(
+                    ZERO,
+                    PackedvLLMParameter(
+                        data=torch.empty(rows * bits // 32, groups, dtype=torch.int32),
+                        input_dim=1, output_dim=0, packed_dim=0, packed_factor=Fraction(32, bits),
+                        weight_loader=loader,
+                    ),
+                )  # fmt: skip
+            layer.register_parameter(
+                SHAPE, BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=loader)
+            )
+            layer.discquant_columns = columns
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            """Turn the loaded tensors into one packed layer and drop them."""
+            layer.discquant = pack_layer(
+                getattr(layer, PACKED).data,
+                getattr(layer, SCALE).data,
+                getattr(layer, ZERO).data if hasattr(layer, ZERO) else None,
+                layer.discquant_columns,
+                self.scheme,
+            )
+            for name in (PACKED, SCALE, ZERO, SHAPE):
+                if hasattr(layer, name):
+                    delattr(layer, name)
+
+        def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            """Multiply x [..., in_features] by the weight."""
+            out: Tensor = layer.discquant(x)
+            return out if bias is None else out + bias
+
+    return DiscquantLinearMethod
+
+
+def check_scheme(scheme: Scheme) -> None:
+    """Refuse what the packed kernels do not multiply.
+
+    Raises:
+        NotImplementedError: Another width or kind of grid.
+    """
+    if scheme.kind != "int" or scheme.num_bits not in (3, 4):
+        raise NotImplementedError(
+            f"discquant: packed kernels take integers of 3 and 4 bits, got {scheme}; serve it without "
+            "--quantization discquant"
+        )
+
+
+def pack_layer(
+    words: Tensor, scale: Tensor, zero_words: Tensor | None, columns: int, scheme: Scheme
+) -> PackedLinear:
+    """Build a packed layer from the tensors of a compressed-tensors file.
+
+    Args:
+        words: Codes, int32, [rows, columns * bits / 32].
+        scale: [rows, num_groups].
+        zero_words: Zero points packed along the rows, int32, [rows * bits / 32, num_groups], or None.
+        columns: in_features of this partition.
+        scheme: Layout.
+
+    Returns:
+        The layer, on the device of the words.
+    """
+    rows = words.shape[0]
+    q = unpack(words, scheme.num_bits, columns)
+    zero = None if zero_words is None else unpack(zero_words, scheme.num_bits, rows, dim=0)
+    return PackedLinear.from_codes(
+        q,
+        scale.cpu(),
+        zero,
+        num_bits=scheme.num_bits,
+        group_size=scheme.group_size,
+        device=words.device,
+        mode="auto",
+    )
