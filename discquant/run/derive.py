@@ -7,7 +7,7 @@ that a tool folded into norms and neighbouring layers are recovered where foldin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discquant.errors import CheckpointError, UnrepresentableError
+from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.source import Source
 
 # A file's squared distance to the original may be this many times that of rounding to nearest on its own grid: GPTQ
 # trades weight error for output error, and stays within about twice. A scaled, rotated or foreign weight is far beyond.
@@ -90,10 +91,39 @@ def derives(weight: Tensor, layer: CodedLayer) -> bool:
     return distance(weight, layer.dequantize(torch.float32)) <= ROUNDING_MARGIN * allowed + 1e-9
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    found: Any = model.get_submodule(name).weight
-    assert isinstance(found, Tensor)
-    return found
+class _Weights:
+    """Weight matrices of a model by the names of its checkpoint, fused experts included; views, so writable."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from discquant.solver.experts import expert_refs
+
+        self.model = model
+        self.experts = {
+            ref.name: ref for ref in expert_refs(model, model, "", lambda name: True, strict=False)
+        }
+
+    def __call__(self, name: str) -> Tensor:
+        ref = self.experts.get(name)
+        if ref is not None:
+            return ref.view(ref.parameter.detach())
+        found: Any = self.model.get_submodule(name).weight
+        weight: Tensor = found.detach()
+        return weight
+
+
+def _originals(source: Source) -> Callable[[str], Tensor | None]:
+    """How to read a tensor of the original as its checkpoint has it; None where there is none of that name."""
+    if any(source.path.glob("*.safetensors")):
+        checkpoint = Checkpoint(source.path)
+        return lambda name: checkpoint.read(name) if name in checkpoint.tensors else None
+    state = source.model.state_dict()
+    return lambda name: state.get(name)
+
+
+def _names(source: Source) -> list[str]:
+    if any(source.path.glob("*.safetensors")):
+        return list(Checkpoint(source.path).tensors)
+    return list(source.model.state_dict())
 
 
 def _same(stored: Tensor, original: Tensor) -> bool:
@@ -107,16 +137,16 @@ def _same(stored: Tensor, original: Tensor) -> bool:
 
 @torch.no_grad()
 def check_derivation(
-    chosen: Format, path: Path, layers: Mapping[str, CodedLayer], model: nn.Module, tokens: Tensor
+    chosen: Format, path: Path, layers: Mapping[str, CodedLayer], source: Source, tokens: Tensor
 ) -> Derivation:
-    """Refuse a file that was not made from this original; fold recoverable scales into `model`, in place.
+    """Refuse a file that was not made from this original; fold recoverable scales into its model, in place.
 
     Args:
         chosen: Format of the file.
         path: The file.
         layers: Its quantized layers.
-        model: The original; where the file's norms are scaled ones, its norms and weights are changed so that it
-            computes the same function in the file's basis.
+        source: The original; where the file's norms are scaled ones, norms and weights of its model are changed so
+            that it computes the same function in the file's basis.
         tokens: Ids on which that is checked, int64, [rows, length].
 
     Returns:
@@ -126,9 +156,10 @@ def check_derivation(
         CheckpointError: Layers, shapes or tensors do not belong to this original, or its weights were transformed in a
             way that cannot be undone.
     """
+    weight_of = _Weights(source.model)
     for name, layer in layers.items():
         try:
-            shape = tuple(_weight(model, name).shape)
+            shape = tuple(weight_of(name).shape)
         except AttributeError as error:
             raise CheckpointError(
                 f"refine: the original has no layer {name}: another architecture"
@@ -137,17 +168,18 @@ def check_derivation(
             raise CheckpointError(
                 f"refine: {name} is {list(layer.q.shape)} in the file, {list(shape)} in the original"
             )
-    state = model.state_dict()
+    original_of = _originals(source)
     compared, different = 0, {}
     seen = {f"{name}.weight" for name in layers}
     for name, stored in plain_tensors(chosen, path):
         seen.add(name)
-        if name not in state:
+        original = original_of(name)
+        if original is None:
             raise CheckpointError(f"refine: the file has a tensor {name} that the original lacks")
         compared += 1
-        if not _same(stored, state[name]):
+        if not _same(stored, original):
             different[name] = stored
-    folded = _fold(model, layers, different, tokens)
+    folded = _fold(source.model, weight_of, layers, different, tokens)
     if different:
         names = ", ".join(sorted(different)[:4])
         raise CheckpointError(
@@ -157,7 +189,7 @@ def check_derivation(
         )
     worst, worst_layer = 2.0, ""
     for name, layer in layers.items():
-        weight = _weight(model, name).float()
+        weight = weight_of(name).float()
         least = float(row_correlations(weight, layer.dequantize(torch.float32)).min())
         if least < worst:
             worst, worst_layer = least, name
@@ -166,12 +198,16 @@ def check_derivation(
                 f"refine: {name} is further from the original than rounding explains (least correlation of a row "
                 f"{least:.3f}): the file comes from another model, or from weights that were rotated or scaled first"
             )
-    missing = sorted(name for name in state if name not in seen)
+    missing = sorted(name for name in _names(source) if name not in seen)
     return Derivation(len(layers), worst, worst_layer, compared, tuple(missing), folded)
 
 
 def _fold(
-    model: nn.Module, layers: Mapping[str, CodedLayer], different: dict[str, Tensor], tokens: Tensor
+    model: nn.Module,
+    weight_of: _Weights,
+    layers: Mapping[str, CodedLayer],
+    different: dict[str, Tensor],
+    tokens: Tensor,
 ) -> tuple[str, ...]:
     """Bring `model` into the basis of a file whose weights were scaled per channel, where that is its basis.
 
@@ -179,28 +215,34 @@ def _fold(
     two linear layers s is estimated from the rows of the first; again any s leaves the function.
     Norms that are explained are taken out of `different`.
     """
+    if not different:
+        return ()
     before = _logits(model, tokens)
     folded: list[str] = []
     for key in sorted(different):
-        prefix, _, norm = key.removesuffix(".weight").rpartition(".")
+        name = key.removesuffix(".weight")
+        prefix, _, norm = name.rpartition(".")
         consumers = next((names for last, names in NORM_FOLDS if last == norm), ())
-        found = [f"{prefix}.{name}" for name in consumers if f"{prefix}.{name}" in layers]
-        original, stored = _weight(model, key.removesuffix(".weight")), different[key].float()
-        if len(found) < len(consumers) or not found or bool((stored == 0).any()):
+        found = [f"{prefix}.{consumer}" for consumer in consumers if f"{prefix}.{consumer}" in layers]
+        stored = different[key].float()
+        if not found or len(found) < len(consumers) or bool((stored == 0).any()):
+            continue
+        original = weight_of(name)
+        if original.shape != stored.shape:
             continue
         ratio = original.float() / stored
         if not bool(torch.isfinite(ratio).all()) or bool((ratio == 0).any()):
             continue
-        for name in found:
-            weight = _weight(model, name)
-            weight.copy_(weight * ratio.to(weight.dtype))
-        original.copy_(stored.to(original.dtype))
+        for consumer in found:
+            weight = weight_of(consumer)
+            weight.mul_(ratio.to(weight.dtype))
+        original.copy_(stored)
         del different[key]
-        folded.append(key.removesuffix(".weight"))
+        folded.append(name)
     for first, second in LINEAR_FOLDS:
         for name in [name for name in layers if name.endswith(f".{second}")]:
             producer = name.removesuffix(second) + first
-            if producer in layers and _fold_linear(model, layers[producer], layers[name]):
+            if producer in layers and _fold_linear(model, weight_of, layers[producer], layers[name]):
                 folded.append(producer)
     if folded:
         after = _logits(model, tokens)
@@ -213,19 +255,19 @@ def _fold(
     return tuple(folded)
 
 
-def _fold_linear(model: nn.Module, first: CodedLayer, second: CodedLayer) -> bool:
+def _fold_linear(model: nn.Module, weight_of: _Weights, first: CodedLayer, second: CodedLayer) -> bool:
     """Scale rows of `first` and columns of `second` as the file has them, if `second` is otherwise no rounding."""
-    producer, weight = _weight(model, first.name), _weight(model, second.name)
+    producer, weight = weight_of(first.name), weight_of(second.name)
     if producer.shape[0] != weight.shape[1] or derives(weight.float(), second):
         return False
-    source, decoded = producer.float(), first.dequantize(torch.float32)
-    ratio = (source * decoded).sum(dim=1) / source.square().sum(dim=1).clamp(min=1e-30)
+    plain, decoded = producer.float(), first.dequantize(torch.float32)
+    ratio = (plain * decoded).sum(dim=1) / plain.square().sum(dim=1).clamp(min=1e-30)
     if bool((ratio <= 1e-3).any()) or not bool(torch.isfinite(ratio).all()):
         return False
     scaled = weight.float() / ratio
     if not derives(scaled, second):
         return False
-    producer.copy_(source * ratio.unsqueeze(1))
+    producer.copy_(plain * ratio.unsqueeze(1))
     weight.copy_(scaled)
     bias: Any = getattr(model.get_submodule(first.name), "bias", None)
     if isinstance(bias, Tensor):
@@ -239,13 +281,13 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits.float()
 
 
-def uniform_request(layers: Mapping[str, CodedLayer]) -> tuple[int, int, bool]:
+def common_grid(layers: Mapping[str, CodedLayer]) -> tuple[int, int, bool]:
     """Return (bits, group size, symmetric) of most layers of a file, for reports.
 
     Raises:
-        UnrepresentableError: The file has no quantized layer.
+        CheckpointError: The file has no quantized layer.
     """
     if not layers:
-        raise UnrepresentableError("refine: the file has no quantized layer")
+        raise CheckpointError("refine: the file has no quantized layer")
     kinds = [(layer.grid.num_bits, layer.grid.group_size, layer.grid.symmetric) for layer in layers.values()]
     return max(set(kinds), key=kinds.count)

@@ -157,6 +157,8 @@ class Pipeline:
 
     def _execute(self) -> dict[str, Any]:
         check_output_dir(self.directory.path, self.resume)
+        for name in self.config.formats:
+            registry.by_name(name)
         with self._phase("open"):
             source = open_source(self.model_path, dtype=self._compute_dtype(), **self.trust)
             chain = self._chain(source)

@@ -24,7 +24,7 @@ from discquant.formats.coded import CodedLayer
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.source import Source
 from discquant.grids import Grid
-from discquant.run.derive import Derivation, check_derivation, uniform_request
+from discquant.run.derive import Derivation, check_derivation, common_grid
 from discquant.run.directory import served_dtype
 from discquant.run.pipeline import Events, Pipeline, weight_bytes
 from discquant.run.summary import coded_layers
@@ -75,11 +75,12 @@ class RefinePipeline(Pipeline):
         if config.method == "rtn":
             raise ConfigError("refine: rounding to nearest is no refinement; use discquant, gptq or greedy")
         self.file_layers = {layer.name: layer for layer in self.chosen.read(self.quantized)}
-        bits, group, sym = uniform_request(self.file_layers)
+        bits, group, sym = common_grid(self.file_layers)
         grid = GridConfig(bits, group if group == -1 or group % 8 == 0 else -1, sym)
         config = dataclasses.replace(config, grid=grid, format=self.chosen.name)
         self.derivation: Derivation | None = None
         self._fixed: dict[str, CodedLayer] = {}
+        self._counts: dict[str, int] = {}
         super().__init__(
             original,
             out,
@@ -94,9 +95,7 @@ class RefinePipeline(Pipeline):
         """Check that the file derives from the original; quantize exactly what the file has quantized."""
         every = DecoderChain(source.model, ("lm_head",))
         tokens = torch.arange(16).unsqueeze(0) % int(source.model.get_input_embeddings().weight.shape[0])
-        self.derivation = check_derivation(
-            self.chosen, self.quantized, self.file_layers, source.model, tokens
-        )
+        self.derivation = check_derivation(self.chosen, self.quantized, self.file_layers, source, tokens)
         for name in self.derivation.folded:
             self.events.say(f"note: the file's weights are scaled by {name}; refined in its basis")
         if self.derivation.not_compared:
@@ -183,6 +182,7 @@ class RefinePipeline(Pipeline):
         source: Source,
     ) -> dict[str, Mapping[str, Tensor]]:
         """The file itself, and what was asked for besides."""
+        self._counts = _outside(chain, self.file_layers)
         fixed = {name: layer.q for name, layer in self._fixed.items()}
         found: dict[str, Mapping[str, Tensor]] = {
             FILE: {name: layer.q for name, layer in self.file_layers.items()}
@@ -210,11 +210,10 @@ class RefinePipeline(Pipeline):
             codes = {name: layer.q for name, layer in self.file_layers.items()}
             self.directory.save_codes(coded_layers(codes, grids))
         target = self.directory.path / (self.chosen.name if self.quantized.is_dir() else self.quantized.name)
-        if target.exists() and not (self.directory.path / "summary.json").exists():
-            self.events.say(f"{target.name} was written by the run that is continued")
-        else:
-            manifest = self.chosen.rewrite(self.quantized, target, codes)
-            summary["byte_diff"] = manifest.get("byte_diff")
+        if not target.exists():
+            summary["byte_diff"] = self.chosen.rewrite(self.quantized, target, codes).get("byte_diff")
+        elif (target / "discquant_manifest.json").is_file():
+            summary["byte_diff"] = read_json(target / "discquant_manifest.json").get("byte_diff")
         assert self.derivation is not None
         summary["refine"] = {
             "format": self.chosen.name,
@@ -223,9 +222,14 @@ class RefinePipeline(Pipeline):
             "kl_ratio": (after if better else before) / max(before, 1e-30),
             "improved": better,
             "start": FILE if self._started_from_file() else "gptq",
-            **self._neighbour_counts(source),
+            **self._counts,
             "derivation": dataclasses.asdict(self.derivation),
         }
+        told = self.chosen.describe(target)
+        stored, weights = zip(
+            *((row.stored_bytes, row.shape[0] * row.shape[1]) for row in told.layers), strict=True
+        )
+        summary["sizes"]["bits_per_weight"] = 8 * sum(stored) / sum(weights)
         summary["sizes"]["packed_bytes"] = weight_bytes(target)
         summary["sizes"]["formats"] = {self.chosen.name: weight_bytes(target)}
 
@@ -233,20 +237,19 @@ class RefinePipeline(Pipeline):
         kept = self._start_codes()
         return kept is not None and all(torch.equal(q, self.file_layers[name].q) for name, q in kept.items())
 
-    def _neighbour_counts(self, source: Source) -> dict[str, int]:
-        """Count the file's codes, and those that are neither neighbour of the original weight."""
-        outside = total = 0
-        for name, layer in self.file_layers.items():
-            if name in self._fixed:
-                continue
-            weight = source.model.get_submodule(name).weight.detach().float()
-            q_down, _ = layer.grid.neighbours(weight)
-            value = layer.dequantize(torch.float32)
-            down = layer.grid.dequantize(q_down, torch.float32)
-            up = layer.grid.dequantize(q_down + 1, torch.float32)
-            outside += int(((value != down) & (value != up)).sum())
-            total += value.numel()
-        return {"codes": total, "codes_outside_neighbours": outside}
+
+def _outside(chain: Chain, layers: Mapping[str, CodedLayer]) -> dict[str, int]:
+    """Count the file's codes, and those that are neither neighbour of the original weight."""
+    outside = total = 0
+    for ref in (ref for refs in chain.weights for ref in refs):
+        layer = layers[ref.name]
+        q_down, _ = layer.grid.neighbours(ref.matrix())
+        value = layer.dequantize(torch.float32)
+        down = layer.grid.dequantize(q_down, torch.float32)
+        up = layer.grid.dequantize(q_down + 1, torch.float32)
+        outside += int(((value != down) & (value != up)).sum())
+        total += value.numel()
+    return {"codes": total, "codes_outside_neighbours": outside}
 
 
 def _digest(path: Path) -> str:

@@ -273,6 +273,7 @@ def write_report(run_dir: Path) -> None:
     def picture(name: str) -> list[str]:
         return [pictures[name], ""] if name in pictures else []
 
+    lines += _refined(summary)
     lines += _methods(summary, options)
     lines += picture("kl")
     if "kl" in pictures:
@@ -296,6 +297,38 @@ def write_report(run_dir: Path) -> None:
         else []
     )
     (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _refined(summary: dict[str, Any]) -> list[str]:
+    """What refining a file did, in sentences; nothing for other runs."""
+    found = summary.get("refine")
+    if not found:
+        return []
+    derivation = found.get("derivation") or {}
+    verdict = (
+        f"KL to the original on held-out text: {found['kl_before']:.5f} in the file, {found['kl_after']:.5f} now "
+        f"({found['kl_ratio']:.2f} of it)."
+        if found["improved"]
+        else f"The result was not better than the file on held-out text (KL {found['kl_before']:.5f}); "
+        "the file's codes were kept."
+    )
+    diff = summary.get("byte_diff") or {}
+    lines = ["## Refined file", "", verdict]
+    if diff:
+        lines.append(
+            f"{diff['changed']:,} of {diff['code_bytes']:,} bytes of codes changed, and {diff['outside']} elsewhere."
+        )
+    lines.append(
+        f"{found['codes_outside_neighbours']:,} of {found['codes']:,} codes of the file were neither neighbour of the "
+        f"original weight. Least correlation of a row with the original: {derivation.get('worst_correlation', 0):.4f} "
+        f"(`{derivation.get('worst_layer', '')}`); {derivation.get('untouched', 0)} other tensors are equal."
+    )
+    folded = derivation.get("folded") or ()
+    if folded:
+        lines.append(
+            f"The file's weights are scaled per channel ({len(folded)} modules); refined in that basis."
+        )
+    return [*lines, ""]
 
 
 def _headline(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
