@@ -9,6 +9,7 @@ from harness import DEVICE, GPU, measure, package, require_close
 from torch import Tensor
 
 from discquant.ops import linear_kl
+from discquant.ops.reference import linear_kl as reference
 
 # tokens, hidden, vocabulary
 SHAPES = (
@@ -16,7 +17,10 @@ SHAPES = (
     if GPU
     else [(64, 64, 1000)]
 )
-PROVIDERS = ["reference", "full-softmax", "full-softmax-compiled", "triton", "liger-jsd", "cut-cross-entropy"]
+PROVIDERS = [
+    "reference", "compiled", "full-softmax", "full-softmax-compiled", "triton", "liger-jsd", "liger-kl",
+    "cut-cross-entropy",
+]  # fmt: skip
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
 
@@ -44,7 +48,7 @@ def test_linear_kl(benchmark, provider, shape):
     student, noise = torch.randn(2, tokens, hidden, device=DEVICE, dtype=DTYPE)
     teacher = student + 0.1 * noise
     weight = torch.randn(vocab, hidden, device=DEVICE, dtype=DTYPE) * hidden**-0.5
-    if provider.startswith("full") and tokens * vocab > 2**31:
+    if provider.startswith(("full", "liger-kl")) and tokens * vocab > 2**31:
         pytest.skip("tokens x vocabulary in float32 several times over does not fit")
     gate = None
     if provider in ("reference", "triton"):
@@ -61,10 +65,27 @@ def test_linear_kl(benchmark, provider, shape):
     elif provider.startswith("full"):
         function = torch.compile(_full) if provider.endswith("compiled") else _full
         body = lambda: function(student, teacher, weight)  # noqa: E731
+    elif provider == "compiled":
+        compiled = torch.compile(reference.linear_kl)
+        body = lambda: compiled(student, teacher, weight)  # noqa: E731
+    elif provider == "liger-kl":
+        liger = package("liger_kernel.transformers")
+        if liger is None or not GPU:
+            pytest.skip("liger-kernel is not installed here" if GPU else "liger-kernel needs a GPU")
+        # Its fused divergence takes log-probabilities: the head's matmuls and the softmaxes are torch's.
+        divergence = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
+
+        def body():
+            leaf = student.detach().requires_grad_()
+            log_q = (leaf @ weight.t()).float().log_softmax(-1)
+            with torch.no_grad():
+                log_p = (teacher @ weight.t()).float().log_softmax(-1)
+            divergence(log_q, log_p).backward()
+
     elif provider == "liger-jsd":
         liger = package("liger_kernel.transformers.fused_linear_jsd")
         if liger is None or not GPU:
-            pytest.skip("liger-kernel is not installed here")
+            pytest.skip("liger-kernel is not installed here" if GPU else "liger-kernel needs a GPU")
         # Another divergence (JSD with beta 0 is the forward KL) whose kernel also computes the head's gradient.
         jsd = liger.LigerFusedLinearJSD(jsd_beta=0.0)
         leaf, head = student.detach().requires_grad_(), weight.detach().requires_grad_()
@@ -72,7 +93,7 @@ def test_linear_kl(benchmark, provider, shape):
     else:
         cce = package("cut_cross_entropy")
         if cce is None or not GPU:
-            pytest.skip("cut-cross-entropy is not installed here")
+            pytest.skip("cut-cross-entropy is not installed here" if GPU else "cut-cross-entropy needs a GPU")
         # One-hot targets only: a lower bound for anything that makes logits on the fly.
         leaf, target = student.detach().requires_grad_(), torch.randint(0, vocab, (tokens,), device=DEVICE)
         body = lambda: cce.linear_cross_entropy(leaf, weight, target).backward()  # noqa: E731

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import DEVICE, GPU, measure, require_close
+from harness import DEVICE, GPU, measure, require_close, require_equal
 
 from discquant.ops import StepOptions, projected_step_deferred_, soft_linear, soft_linear_step_, soft_weight
+from discquant.ops.reference import soft_linear as reference
 
 # out_features, in_features of Llama-3 8B (70B in the full set)
 SHAPES = [(28672, 4096), (4096, 14336)] if GPU else [(96, 128)]
 TOKENS = [512, 4096, 16384] if GPU else [32]
 DTYPE = torch.bfloat16 if GPU else torch.float32
 STAGES = ("forward", "dx", "dfrac")
-PROVIDERS = ["cublas", "paper", "reference", "triton-auto", "triton-materialise"]
+PROVIDERS = ["cublas", "paper", "reference", "compiled", "triton-auto", "triton-materialise"]
 PROVIDERS += [f"triton-fused-{tile}" for tile in ("compact", "square", "deep", "wide")]
 
 
@@ -36,7 +37,7 @@ def test_soft_linear(benchmark, provider, stage, shape, tokens):
     rows, cols = shape
     if provider.endswith("wide") and (not GPU or torch.cuda.get_device_capability()[0] < 9):
         pytest.skip("the wide tile is for sm_90")
-    if (provider == "paper" and stage != "forward") or (provider == "reference" and stage != "forward"):
+    if provider in ("paper", "reference", "compiled") and stage != "forward":
         pytest.skip("differs from cublas in the forward pass only")
     q, frac, scale, x, dy = _problem(shape, tokens)
     kwargs = {"num_bits": 4, "group_size": 64}
@@ -56,6 +57,9 @@ def test_soft_linear(benchmark, provider, stage, shape, tokens):
         body = lambda: torch.mm(x, ((1 - position) * low + position * high).t())  # noqa: E731
     elif provider == "reference":
         body = lambda: soft_linear(x, q, frac, scale, **kwargs, impl="reference")  # noqa: E731
+    elif provider == "compiled":
+        compiled = torch.compile(reference.soft_linear)
+        body = lambda: compiled(x, q, frac, scale, **kwargs)  # noqa: E731
     elif strategy == "fused":
         from discquant.triton_kernels import soft_linear as kernels
 
@@ -114,7 +118,23 @@ def test_step(benchmark, provider, optimizer, shape, tokens):
         body = lambda: soft_linear_step_(dy, x, frac, ref, scale, **common)  # noqa: E731
     else:
         body = lambda: projected_step_deferred_(frac, ref, gradient(), scale, **common)  # noqa: E731
+
+    def gate():
+        # Small integers: the sum over tokens is exact in any order, so both ways must give the same bytes.
+        small_x, small_dy = (torch.randint(-4, 5, t.shape, device=DEVICE).to(DTYPE) for t in (x, dy))
+        whole = torch.mm(small_dy.t(), small_x, out_dtype=torch.float32) if GPU else small_dy.t() @ small_x
+        codes = []
+        for fused in (True, False):
+            state = {name: t.clone() for name, t in (("momentum", first), ("second_moment", second))}
+            codes.append(frac.clone())
+            if fused:
+                soft_linear_step_(small_dy, small_x, codes[-1], ref, scale, **{**common, **state})
+            else:
+                projected_step_deferred_(codes[-1], ref, whole, scale, **{**common, **state})
+        require_equal(*codes)
+
     measure(
         benchmark, body, op="soft_linear_step", provider=provider, mode=optimizer, shape=f"{tokens}x{rows}x{cols}",
-        dtype=str(DTYPE)[6:], flops=2.0 * tokens * rows * cols, bare=gradient,
+        dtype=str(DTYPE)[6:], gate=gate if provider == "triton-epilogue" else None, flops=2.0 * tokens * rows * cols,
+        bare=gradient,
     )  # fmt: skip

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make gpu` runs after the build: GPU tests, tuning on request, benchmarks, plots, within a time budget.
+"""What `make gpu` runs: build, GPU tests, benchmarks, targets, plots; each step under its own limit, within a budget.
 
-`python benchmarks/run_gpu.py [--seconds 500] [--tune] [--all]`. Every part has a share of the budget and its own exit
-status; a part that runs out of time is cut and named, the others still run.
+`python benchmarks/run_gpu.py [--set quick|default|all] [--steps build,tests,...] [--seconds 500] [--tune] [--dry-run]`.
+Needs no network and no package beyond torch, Triton, pytest and pytest-benchmark; what else is missing is named and its
+rows are skipped. A step that fails or runs out of time is named and the others still run; rows are kept as they come.
+--dry-run plans everything and, on any machine, runs each benchmark body once on small shapes without recording.
 """
 
 from __future__ import annotations
@@ -10,84 +12,253 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
+import signal
 import subprocess
 import sys
-import sysconfig
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+LOGS = ROOT / "build" / "gpu"
 # On a GPU these run the compiled kernels on it, unmarked tests included; ahead-of-time compilation needs none.
-TESTS = ("tests/ops", "tests/packed")
+TESTS = ("tests/ops", "tests/packed", "tests/solver/test_soft_block.py")
+OPTIONAL = ("liger_kernel", "cut_cross_entropy", "bitsandbytes", "torchao", "matplotlib", "hypothesis")
+# The most telling first: a cut loses the least. Seconds are limits, about twice what the counts of rows suggest.
+BENCHES = {
+    "solver_step": 50, "projected_step": 40, "linear_kl": 70, "soft_linear": 130, "soft_weight": 30, "hadamard": 30,
+    "packed_linear": 60, "pack": 30,
+}  # fmt: skip
+# Rows of a set, as pytest's -k; `default` leaves out the 70B shapes, few tokens and what compiles for long.
+SETS = {
+    "quick": "triton and not fused and not compiled and not 57344 and not 512 and not 3584 and not 11008",
+    "default": "not 57344 and not (512 and soft_linear) and not (compiled and linear_kl) and not 11008",
+    "all": "",
+}
+_INSTALL = [
+    sys.executable,
+    "-m",
+    "pip",
+    "install",
+    "-q",
+    "--no-build-isolation",
+    "--no-deps",
+    "-e",
+    str(ROOT),
+]
+SMALL = "not compiled"  # without a GPU: the compiler of torch.compile takes longer than all the rest
+
+
+class Command(NamedTuple):
+    """One process and where its output goes."""
+
+    log: str
+    arguments: list[str]
+    environment: tuple[tuple[str, str], ...] = ()
+    seconds: float | None = None  # a limit of its own, where its step has several commands in turn
+
+
+class Step(NamedTuple):
+    """Commands of a step; `together` runs them at once."""
+
+    name: str
+    seconds: float
+    commands: list[Command]
+    together: bool = False
 
 
 def _pytest(*arguments: str) -> list[str]:
-    # The script beside the interpreter: `python -m pytest` would put the checkout on sys.path (see the Makefile).
-    return [str(Path(sysconfig.get_path("scripts")) / "pytest"), *arguments]
+    # Not `python -m pytest`, which puts the checkout on sys.path (see the Makefile), nor a script from elsewhere.
+    code = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    return [sys.executable, "-c", code, "-p", "no:cacheprovider", *arguments]
 
 
-def parts(options: argparse.Namespace) -> list[tuple[str, float, list[str]]]:
-    """Name, share of the budget, command."""
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    tests = [path for path in TESTS if (ROOT / path).is_dir()]
-    # Small kernels first and the quick benches before the long ones: a cut loses the least.
-    benches = [f"benchmarks/bench_{stem}.py" for stem in (
-        "solver_step", "soft_weight", "projected_step", "linear_kl", "hadamard", "packed_linear", "pack", "soft_linear",
-    ) if (HERE / f"bench_{stem}.py").exists()]  # fmt: skip
-    chosen = [] if options.all else ["-k", "not (57344 or (512 and soft_linear)) or packed"]
-    clean = ["-o", "addopts=--import-mode=importlib", "-q", "--benchmark-only", "--benchmark-min-rounds=1"]
-    if not workers:
-        # One process compiles too slowly for all of them: the large shapes and bfloat16 come first.
-        workers = ["-m", "gpu"]
-    found = [
-        (
-            "gpu tests",
-            0.45,
-            _pytest(*tests, *workers, "-q", "--benchmark-skip", "--ignore=tests/ops/test_aot.py"),
-        )
-    ]
-    if options.tune:
-        found.append(
-            (
-                "tune",
-                0.4,
-                [sys.executable, str(HERE / "tune_soft_linear.py"), "--seconds", str(0.35 * options.seconds)],
-            )
-        )
-    found.append(("benchmarks", 0.47, _pytest(*benches, *clean, *chosen)))
-    found.append(("plots", 0.08, [sys.executable, str(HERE / "plot.py")]))
+def run(command: Command, seconds: float) -> tuple[subprocess.Popen[bytes], float]:
+    """Start a command in a process group of its own; return it with its deadline."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with (LOGS / f"{command.log}.log").open("wb") as log:
+        process = subprocess.Popen(
+            command.arguments, cwd=ROOT, env={**os.environ, **dict(command.environment)}, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    return process, time.monotonic() + seconds
+
+
+def finish(process: subprocess.Popen[bytes], deadline: float) -> int:
+    """Wait; past the deadline end the whole group and return 124."""
+    try:
+        return process.wait(timeout=max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return 124
+
+
+def execute(step: Step, seconds: float) -> list[tuple[str, int]]:
+    """Run a step within `seconds`; return the exit status of each command."""
+    limit = min(step.seconds, seconds)
+    if step.together:
+        started = [(command.log, *run(command, limit)) for command in step.commands]
+        return [(log, finish(process, deadline)) for log, process, deadline in started]
+    end = time.monotonic() + limit
+    found = []
+    for command in step.commands:
+        own, left = command.seconds or limit, end - time.monotonic()
+        found.append((command.log, finish(*run(command, min(own, left))) if left > 1 else 124))
     return found
 
 
-def main() -> int:
-    """Command line; 0 if every part succeeded."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=500, help="budget of all parts together")
-    parser.add_argument(
-        "--tune", action="store_true", help="also rewrite soft_linear's table from measurements"
-    )
-    parser.add_argument("--all", action="store_true", help="every shape")
-    options = parser.parse_args()
+def shards(tests: Sequence[str], count: int) -> list[list[str]]:
+    """Deal test ids round robin, those on Llama shapes first, so that no process gets all the slow ones."""
+    ordered = sorted(tests, key=lambda test: "gpu" not in test.lower())
+    return [part for part in (ordered[i::count] for i in range(count)) if part]
+
+
+def _collected(dry: bool) -> list[str]:
+    paths = [path for path in TESTS if (ROOT / path).exists()]
+    listing = _pytest(*paths, "--collect-only", "-q", "--ignore=tests/ops/test_aot.py", "--benchmark-skip")
+    if dry:
+        listing += ["-k", "rule or cover or packed_layout"]
+    done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    if not tests:
+        print(done.stdout[-1500:], done.stderr[-500:], file=sys.stderr)
+    return tests
+
+
+def _build(dry: bool) -> Iterator[Command]:
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-e",
+        str(ROOT),
+    ]
+    if dry:
+        yield Command("build", [sys.executable, "-c", f"print({' '.join(install)!r})"])
+        return
     import torch
 
-    if not torch.cuda.is_available():
-        print("run_gpu: no CUDA device is visible", file=sys.stderr)
-        return 1
-    failed = []
-    for name, share, command in parts(options):
-        start = time.monotonic()
-        try:
-            status = subprocess.run(command, cwd=ROOT, timeout=share * options.seconds).returncode
-        except subprocess.TimeoutExpired:
-            status = 124
-        print(
-            f"run_gpu: {name}: {'ok' if status == 0 else f'exit status {status}'}, {time.monotonic() - start:.0f} s"
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}.{minor}" + "a" * (major >= 9)
+    yield Command("build", _INSTALL, (
+        ("DISCQUANT_BUILD", "cuda"), ("TORCH_CUDA_ARCH_LIST", arch), ("PIP_BREAK_SYSTEM_PACKAGES", "1"),
+    ))  # fmt: skip
+
+
+def steps(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[Step]:
+    """The steps in order; each is planned when its turn comes, since tests are collected from what was built."""
+    workers = max(1, min(12, (os.cpu_count() or 1) - 2))
+    if "build" in wanted:
+        yield Step("build", 180, list(_build(options.dry_run)))
+    if "tests" in wanted:
+        parts = shards(_collected(options.dry_run), 1 if options.dry_run else workers)
+        yield Step("tests", 190, [
+            Command(f"tests_{i}", _pytest("-q", "--benchmark-skip", "-rf", *part)) for i, part in enumerate(parts)
+        ], True)  # fmt: skip
+    if options.tune and "tune" in wanted:
+        tune = [sys.executable, str(HERE / "tune_soft_linear.py"), "--seconds", "170"]
+        yield Step("tune", 200, [Command("tune", tune)])
+    if "benchmarks" in wanted:
+        files = [stem for stem in BENCHES if (HERE / f"bench_{stem}.py").exists()]
+        once = (
+            ["--benchmark-disable"] if options.dry_run else ["--benchmark-only", "--benchmark-min-rounds=1"]
         )
-        if status:
-            failed.append(name)
+        chosen = SMALL if options.dry_run else SETS[options.set]
+        files = [stem for stem in files if stem in options.benches or not options.benches]
+        common = [
+            "-o",
+            "addopts=--import-mode=importlib",
+            "-q",
+            "-rs",
+            *once,
+            *(["-k", chosen] if chosen else []),
+        ]
+        yield Step("benchmarks", options.seconds, [
+            Command(f"bench_{stem}", _pytest(f"benchmarks/bench_{stem}.py", *common),
+                    seconds=None if options.dry_run else BENCHES[stem]) for stem in files
+        ])  # fmt: skip
+    if "targets" in wanted:
+        yield Step("targets", 30, [Command("targets", [sys.executable, str(HERE / "targets.py")])])
+    if "plots" in wanted:
+        if importlib.util.find_spec("matplotlib") is None:
+            print("run_gpu: plots: skipped, matplotlib is not installed")
+        else:
+            yield Step("plots", 40, [Command("plots", [sys.executable, str(HERE / "plot.py")])])
+
+
+def _report(step: Step, found: list[tuple[str, int]], spent: float) -> list[str]:
+    """Print how a step went, with the tails of what failed; return the names of what failed."""
+    failed = [log for log, status in found if status]
+    print(
+        f"run_gpu: {step.name}: {'ok' if not failed else 'FAILED ' + ', '.join(failed)}, {spent:.0f} s",
+        flush=True,
+    )
+    for log, status in found:
+        text = (LOGS / f"{log}.log").read_text(errors="replace") if (LOGS / f"{log}.log").exists() else ""
+        skipped = re.findall(r"^SKIPPED .*$", text, re.MULTILINE)
+        last = [line for line in text.splitlines() if line.strip()][-(15 if status else 1) :]
+        shown = text.splitlines() if step.name == "targets" else [*skipped, *last]
+        why = " (out of time)" if status == 124 else ""
+        print("\n".join(f"  {log}{why}: {line}" for line in shown), flush=True)
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 0 if every step succeeded."""
+    every = ("build", "tests", "tune", "benchmarks", "targets", "plots")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=500, help="budget of all steps together")
+    parser.add_argument("--set", choices=tuple(SETS), default="default", help="which benchmark rows")
+    parser.add_argument("--steps", default=",".join(every), help=f"comma separated, of {', '.join(every)}")
+    parser.add_argument("--benches", default="", help="only these benchmark files, comma separated stems")
+    parser.add_argument(
+        "--tune", action="store_true", help="also measure soft_linear's table (about 3 minutes)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="no GPU: plan, and run each body once on small shapes"
+    )
+    options = parser.parse_args(arguments)
+    wanted = [step for step in options.steps.split(",") if step]
+    options.benches = [stem for stem in options.benches.split(",") if stem]
+    if unknown := [step for step in wanted if step not in every]:
+        parser.error(f"unknown step {unknown[0]}")
+    if unknown := [stem for stem in options.benches if stem not in BENCHES]:
+        parser.error(f"unknown benchmark {unknown[0]}, there are {', '.join(BENCHES)}")
+    import torch
+
+    if not torch.cuda.is_available() and not options.dry_run:
+        print("run_gpu: no CUDA device is visible (--dry-run works without one)", file=sys.stderr)
+        return 1
+    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    print(f"run_gpu: not installed, their rows are skipped: {', '.join(missing) or 'nothing'}", flush=True)
+    end = time.monotonic() + options.seconds
+    failed: list[str] = []
+    for step in steps(options, wanted):
+        start = time.monotonic()
+        # Targets and plots are quick and tell what was found, so they keep half a minute of any budget.
+        reserve = 0 if step.name in ("targets", "plots") else 30
+        found = execute(step, max(5.0, end - start - reserve))
+        failed += _report(step, found, time.monotonic() - start)
+        if step.name == "build" and failed:
+            # Everything but the packed CUDA kernels still runs.
+            plain = [*_INSTALL] if not options.dry_run else [sys.executable, "-c", "pass"]
+            again = Step("build without extension", 60, [
+                Command("build_plain", plain, (("DISCQUANT_BUILD", "none"), ("PIP_BREAK_SYSTEM_PACKAGES", "1")))
+            ])  # fmt: skip
+            start = time.monotonic()
+            failed += _report(again, execute(again, 60), time.monotonic() - start)
     if failed:
-        print(f"run_gpu: failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"run_gpu: failed: {', '.join(failed)}; logs in {LOGS.relative_to(ROOT)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make gpu` without a GPU: the plan, the limits, the table of targets, and tuning end to end with a fake clock."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def _load(repo_root: Path, stem: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of benchmarks/, loaded by its path."""
+    monkeypatch.syspath_prepend(str(repo_root / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(f"script_{stem}", repo_root / "benchmarks" / f"{stem}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_gpu(repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = _load(repo_root, "run_gpu", monkeypatch)
+    monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    return module
+
+
+def test_a_slow_step_is_cut_and_the_others_run(run_gpu: ModuleType) -> None:
+    """Past its limit a command is ended with its children; output so far is kept, and the next command runs."""
+
+    def shell(code: str, log: str) -> Any:
+        return run_gpu.Command(log, ["sh", "-c", code])
+
+    slow, quick, wrong = (
+        shell("echo began; sleep 300", "slow"),
+        shell("echo $WORD", "quick"),
+        shell("exit 3", "wrong"),
+    )
+    quick = quick._replace(environment=(("WORD", "fine"),))
+    start = time.monotonic()
+    together = run_gpu.execute(run_gpu.Step("s", 3, [slow, quick, wrong], True), 100)
+    assert together == [("slow", 124), ("quick", 0), ("wrong", 3)]
+    assert time.monotonic() - start < 200
+    assert (run_gpu.LOGS / "slow.log").read_text() == "began\n"
+    assert (run_gpu.LOGS / "quick.log").read_text() == "fine\n"
+    # In turn: the first has a limit of its own and leaves time for the others.
+    in_turn = run_gpu.execute(run_gpu.Step("s", 100, [slow._replace(seconds=2), wrong, quick]), 100)
+    assert in_turn == [("slow", 124), ("wrong", 3), ("quick", 0)]
+    # A budget that is spent runs nothing and says so.
+    assert run_gpu.execute(run_gpu.Step("s", 30, [quick]), 0.5) == [("quick", 124)]
+
+
+def test_plan(run_gpu: ModuleType, repo_root: Path) -> None:
+    """Limits fit the budget of nine minutes, every benchmark of the solver's ops is in it, sets are expressions."""
+    assert sum(run_gpu.BENCHES[stem] for stem in run_gpu.BENCHES) <= 480
+    for stem in ("soft_weight", "soft_linear", "projected_step", "linear_kl", "hadamard", "solver_step"):
+        assert stem in run_gpu.BENCHES
+        assert (repo_root / "benchmarks" / f"bench_{stem}.py").exists()
+    parts = run_gpu.shards([f"t{i}" for i in range(7)] + ["t_gpu"], 3)
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert parts[0][0] == "t_gpu"
+    assert run_gpu.shards(["only"], 4) == [["only"]]
+
+
+def test_without_a_gpu_it_says_so(run_gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    assert run_gpu.main([]) == 1
+    assert "no CUDA device is visible" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_gpu.main(["--steps", "fly"])
+
+
+@pytest.mark.slow
+def test_dry_run(repo_root: Path, tmp_path: Path) -> None:
+    """Build command, test collection, one benchmark's bodies, targets: the whole road on any machine."""
+    done = subprocess.run(
+        [sys.executable, str(repo_root / "benchmarks" / "run_gpu.py"), "--dry-run", "--seconds", "400",
+         "--benches", "solver_step", "--steps", "build,benchmarks,targets"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    for line in (
+        "run_gpu: build: ok",
+        "run_gpu: benchmarks: ok",
+        "run_gpu: targets: ok",
+        "--no-build-isolation --no-deps",
+    ):
+        assert line in done.stdout
+
+
+ROW = {
+    "op": "", "provider": "triton", "mode": "", "shape": "", "dtype": "bfloat16", "ms_p50": "", "peak_mib": "",
+    "gb_s": "", "share_of_copy": "", "times_bare_matmul": "", "device": "Some GPU", "date": "2026-01-01", "commit": "0",
+}  # fmt: skip
+
+
+def _row(op: str, **fields: str) -> dict[str, str]:
+    return {**ROW, "op": op, **fields}
+
+
+def test_targets(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers worked out by hand; the last row of a kind counts; without rows nothing is claimed."""
+    targets = _load(repo_root, "targets", monkeypatch)
+    assert {verdict.text()[:22] for verdict in targets.verdicts([])} == {"not measured on a GPU "}
+    weights = 200_000_000
+    # 40 ms of which 4 beyond the matmuls, at 1000 GB/s of copy: 4e9 bytes, 20 per weight.
+    step = {"shape": f"16384 tokens, {weights} weights", "mode": "lion", "ms_p50": "40"}
+    rows = [
+        _row("solver_step", **step, times_bare_matmul="9", gb_s="500", share_of_copy="0.5"),
+        _row("solver_step", **step, times_bare_matmul=repr(40 / 36), gb_s="500", share_of_copy="0.5"),
+        _row(
+            "soft_linear",
+            provider="triton-fused-deep",
+            mode="forward",
+            shape="4096x8x8",
+            times_bare_matmul="1.1",
+        ),
+        _row(
+            "soft_linear",
+            provider="triton-fused-wide",
+            mode="forward",
+            shape="4096x8x8",
+            times_bare_matmul="1.3",
+        ),
+        _row(
+            "soft_linear",
+            provider="triton-fused-deep",
+            mode="dx",
+            shape="16384x8x8",
+            times_bare_matmul="1.25",
+        ),
+        _row("soft_linear", provider="triton-auto", mode="dx", shape="16384x8x8", times_bare_matmul="1.02"),
+        _row("soft_linear", provider="triton-auto", mode="dx", shape="512x8x8", times_bare_matmul="5"),
+        _row("projected_step", mode="lion", shape="8x8", share_of_copy="0.9"),
+        _row("projected_step", mode="adamw", shape="8x8", share_of_copy="0.8"),
+        _row(
+            "linear_kl", mode="loss+grad", shape="16384x4096x128256", peak_mib="1200", times_bare_matmul="1.2"
+        ),
+    ]
+    lines = [verdict.text() for verdict in targets.verdicts(rows)]
+    found = {line.split(": ")[0].split(None, 1)[1].split(",")[0]: line for line in lines}
+    assert targets.effective_traffic(rows[1]) == pytest.approx(20)
+    assert lines[0].startswith("met") and "20, target <= 24" in lines[0]
+    assert lines[1].startswith("MISSED") and "1.11, target <= 1.1" in lines[1]
+    assert found["soft_linear fused forward"].startswith("met")
+    assert found["soft_linear fused dx"].startswith("MISSED")
+    assert found["soft_linear auto dx where fused falls short"].startswith("met")
+    assert found["projected_step_"].startswith("MISSED") and "adamw" in found["projected_step_"]
+    assert lines[-2].startswith("met") and "1.12e+09" in lines[-2]
+    assert lines[-1].startswith("MISSED")
+
+
+def test_tuning_writes_a_table_that_the_op_reads(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake clock: fused wins below 2048 tokens on the large weight only; the file then says so, others kept."""
+    tune = _load(repo_root, "tune_soft_linear", monkeypatch)
+    from discquant.ops import soft_linear_table as tables
+
+    large, small = 28672 * 4096, 4096 * 4096
+    clock: list[float] = []
+    monkeypatch.setattr(tune, "sample", lambda body, seconds, most: [clock.append(0.0) or body()])
+
+    def fake(dry: bool) -> Any:
+        for tokens in (4096, 512):
+            for weights in (large, small):
+                for stage in tables.STAGES:
+                    for choice in (("materialise", "compact"), ("fused", "compact"), ("fused", "deep")):
+                        fused = {"compact": 1.2, "deep": 0.9 if tokens < 2048 and weights == large else 0.99}
+                        value = 1.0 if choice[0] == "materialise" else fused[choice[1]]
+                        yield stage, weights, tokens, choice, lambda value=value: value
+
+    monkeypatch.setattr(tune, "_measurements", fake)
+    entry = tune.device_entry(tune.measure(time.monotonic() + 100, False))
+    assert len(clock) == 2 * 2 * 4 * 3
+    path = tmp_path / "table.json"
+    path.write_text(tables.PATH.read_text())
+    before = tables.parse(json.loads(path.read_text()))
+    tune.write(path, "sm_103", entry)
+    table = tables.parse(json.loads(path.read_text()))
+    assert {key: table[key] for key in before} == before
+    assert table["sm_103"].measured["device"]
+    rules = table[tables.device_key((10, 3), table)].rules["forward"]
+    assert tables.pick(rules, 128, large) == ("fused", "deep")
+    assert tables.pick(rules, 128, small) == ("materialise", "deep")
+    assert tables.pick(rules, 4095, large) == ("fused", "deep")
+    assert tables.pick(rules, 4096, large) == tables.pick(rules, 10**6, small) == ("materialise", "deep")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_tuning_drops_what_the_time_did_not_reach(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune = _load(repo_root, "tune_soft_linear", monkeypatch)
+    times = iter([0.0] * 3 + [100.0] * 9)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(tune, "sample", lambda body, seconds, most: [1.0])
+    rows = [("dx", 10, tokens, ("fused", "compact"), None) for tokens in (4096, 4096, 512, 512)]
+    monkeypatch.setattr(tune, "_measurements", lambda dry: iter(rows))
+    assert tune.measure(50.0, False) == {"dx": {10: {4096: {("fused", "compact"): 1.0}}}}
+    with pytest.raises(ValueError, match="no number of tokens was measured for every shape"):
+        tune.rules({10: {}})
+
+
+@pytest.mark.slow
+def test_tuning_end_to_end_on_this_machine(repo_root: Path, tmp_path: Path) -> None:
+    """The command itself, kernels interpreted where there is no GPU, on small shapes."""
+    done = subprocess.run(
+        [sys.executable, str(repo_root / "benchmarks" / "tune_soft_linear.py"), "--dry-run", "--seconds", "300"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    entry = json.loads(done.stdout[done.stdout.index("{") :])
+    from discquant.ops import soft_linear_table as tables
+
+    (device,) = entry["devices"].values()
+    assert set(device) == {"measured", *tables.STAGES}
+    assert device["dx"][-1][:2] == [None, None]
