@@ -16,7 +16,9 @@ from torch import Tensor
 from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO, decode, parse_config
+from discquant.formats.compressed_tensors import PACKED, decode, parse_config
+from discquant.formats.registry import find
+from discquant.formats.safetensors_format import SafetensorsFormat
 
 
 def read_layers(path: str | Path) -> Iterator[QuantizedLinear]:
@@ -50,7 +52,7 @@ def load_quantized(
     """A transformers model whose quantized layers hold their dequantized weights, ready to run in `dtype`.
 
     Args:
-        path: A directory that export_compressed_tensors wrote (or another tool, in the same format).
+        path: A directory in one of the formats of safetensors files, written by discquant or another tool.
         dtype: Of the model; None takes the one that config.json names, else float32.
         trust_remote_code: Passed to transformers; without it a model that brings its own code is refused.
 
@@ -70,11 +72,12 @@ def load_quantized(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    state = {f"{layer.name}.weight": layer.dequantize(dtype) for layer in read_layers(path)}
+    chosen = find(path)
+    if not isinstance(chosen, SafetensorsFormat):
+        raise NotImplementedError(f"load: {path} is {chosen.name}; its own engine runs it")
+    state = {f"{layer.name}.weight": layer.dequantize(dtype) for layer in chosen.read(Path(path))}
     consumed = {
-        f"{name.removesuffix('.weight')}.{suffix}"
-        for name in state
-        for suffix in (PACKED, SCALE, SHAPE, ZERO)
+        f"{stored.name}.{suffix}" for stored in chosen.layers(checkpoint) for suffix in stored.tensors
     }
     state |= {name: checkpoint.read(name) for name in checkpoint.tensors if name not in consumed}
     architecture = (config.architectures or [""])[0]

@@ -253,6 +253,13 @@ def load_run_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.Mod
 
     run = RunDirectory(Path(path))
     config = run.config()
+    refined = run.path / str(config["identity"]["config"]["format"])
+    if config.get("quantized") and (refined / "config.json").is_file():
+        # Its codes may stand for weights scaled per channel, with norms that only the file has.
+        from discquant.formats.load import load_quantized
+
+        loaded: torch.nn.Module = load_quantized(refined, dtype)
+        return loaded
     source = open_source(
         config["source"],
         dtype=dtype,
