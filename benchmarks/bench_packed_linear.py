@@ -12,6 +12,7 @@ from typing import Any
 import cpu_providers as providers
 import pytest
 import torch
+from harness import GPU
 from run_packed_cpu import FIELDS, block_rows, measure_shape
 
 from discquant import _extension
@@ -52,3 +53,15 @@ def test_cpu(benchmark: Any, bits: int) -> None:
     x = torch.randn(1, k).bfloat16()
     providers.check(provider, weight, x)
     benchmark(provider.calls[0], x)
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU: packed_linear is not measured on one")
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("shape", ["8B qkv", "8B o", "8B gate_up", "8B down", "70B gate_up-57344", "odd"])
+def test_gpu(benchmark: Any, shape: str, bits: int) -> None:
+    import packed_gpu
+
+    tokens = packed_gpu.TOKENS if not benchmark.disabled else (1,)
+    benchmark.pedantic(
+        packed_gpu.measure, (shape.partition("-")[0], bits, tokens, torch.bfloat16), rounds=1, iterations=1
+    )

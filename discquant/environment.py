@@ -99,8 +99,49 @@ def _extension_facts() -> dict[str, Any]:
     return {"available": True, **_extension.load().build_facts()}
 
 
+# What the CPU kernels of each instruction set need, best first: the rule of csrc/packed/cpu_linear.cpp.
+_ISA_FEATURES = {
+    "avx512vnni": ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
+    "avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx2": ("avx2", "fma"),
+    "scalar": (),
+}
+
+
+def cpu_isas() -> list[str]:
+    """Instruction sets of the compiled CPU kernels that this processor runs, best first; none without the extension."""
+    found = _extension_facts().get("cpu_features")
+    if found is None:
+        return []
+    return [isa for isa, needed in _ISA_FEATURES.items() if all(found.get(name) for name in needed)]
+
+
+def _kernels() -> dict[str, str]:
+    """What `packed_linear` runs on each device of this machine, and why where it is not the fastest there is."""
+    import torch
+
+    extension, isas = _extension_facts(), cpu_isas()
+    reason = f"reference: {extension.get('reason')}"
+    found = {"packed_linear cpu": f"{isas[0]}, {torch.get_num_threads()} threads" if isas else reason}
+    compiled = extension.get("cuda_architectures", [])
+    for index, gpu in enumerate(_gpus()):
+        major, minor = gpu["capability"].split(".")
+        # A cubin runs on its own major version from its own minor on; one with a suffix on that architecture alone.
+        fits = [
+            arch for arch in compiled
+            if arch.rstrip("af") == major + minor or (arch.isdigit() and arch[:-1] == major and arch[-1] <= minor)
+        ]  # fmt: skip
+        fallback = "triton" if versions()["triton"] is not None else "reference"
+        found[f"packed_linear cuda:{index}"] = (
+            f"cuda sm_{max(fits, key=len)}"
+            if fits
+            else f"{fallback}: nothing compiled for {gpu['capability']}"
+        )
+    return found
+
+
 def facts() -> dict[str, Any]:
-    """Versions, processor, GPUs, the compiled extension (or why there is none), Triton, DISCQUANT_* variables set."""
+    """Versions, processor, GPUs, extension (or why there is none), Triton, kernels in use, DISCQUANT_* variables."""
     import torch
 
     return {
@@ -111,5 +152,6 @@ def facts() -> dict[str, Any]:
         "torch": {"cuda": torch.version.cuda, "threads": torch.get_num_threads()},
         "triton": _triton(),
         "extension": _extension_facts(),
+        "kernels": _kernels(),
         "variables": {name: variable(name) for name in VARIABLES if variable(name) is not None},
     }

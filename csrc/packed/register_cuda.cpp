@@ -20,6 +20,11 @@ CUstream_st* stream_of(const Tensor& t) {
   return static_cast<CUstream_st*>(stream);
 }
 
+// Asynchronous copies take 16 bytes at a time.
+void check_aligned(const void* p, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "packed: ", name, " must start at a multiple of 16 bytes");
+}
+
 void check_launch(int status, const char* op) {
   STD_TORCH_CHECK(status == 0, op, ": the CUDA launch failed with error ", status);
 }
@@ -64,6 +69,9 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
   call.group_size = group_size == -1 ? 0 : static_cast<int>(group_size);
   call.workspace = static_cast<uint32_t*>(workspace.mutable_data_ptr());
   call.multiprocessors = gpu_multiprocessors(x.get_device_index());
+  check_aligned(call.words, "words");
+  check_aligned(call.scale, "scale");
+  check_aligned(call.zero_point, "zero_point");
   check_launch(packed_linear_gpu(call, exact, stream_of(x)), "packed_linear");
   return y;
 }

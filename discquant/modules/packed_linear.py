@@ -132,8 +132,10 @@ class PackedLinear(nn.Module):
         """Check that a loaded state fits this module; buffers of the other layout are repacked.
 
         Raises:
-            ValueError: Another layout version, size or grid.
+            ValueError: Another layout version, size or grid; a scale that is not finite.
         """
+        if self.scale.device.type != "meta" and not bool(torch.isfinite(self.scale).all()):
+            raise ValueError("PackedLinear: scale of the loaded state must be = finite, got NaN or infinity")
         for key, mine in self.get_extra_state().items():
             if key != "layout" and state.get(key) != mine:
                 raise ValueError(

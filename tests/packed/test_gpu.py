@@ -313,6 +313,15 @@ def test_operator_checks_for_itself() -> None:
         (x.cpu(), words, scale, zero, None, space, *sizes),
         (x[:, :103], words, scale, zero, None, space, *sizes),
         (x[:, 1:], words, scale, zero, None, space, 72, 103, 3, 32, False),
+        (
+            x,
+            words,
+            torch.cat([scale.view(-1)[:1], scale.view(-1)])[1:].view_as(scale),
+            zero,
+            None,
+            space,
+            *sizes,
+        ),
     ):
         with pytest.raises(RuntimeError):
             mma(*args)

@@ -152,6 +152,14 @@ def test_state_dict_round_trip(symmetric: bool) -> None:
         (ValueError, RuntimeError), match="layout_version of the loaded state must be = 1, got 99"
     ):
         second.load_state_dict(state)
+    for name, damaged, message in (
+        ("words", first.words[:-1], "size mismatch for words"),
+        ("words", torch.cat([first.words, first.words]), "size mismatch for words"),
+        ("scale", first.scale[:, :1], "size mismatch for scale"),
+        ("scale", first.scale * float("nan"), "scale of the loaded state must be = finite"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            second.load_state_dict(first.state_dict() | {name: damaged})
 
 
 @CPP

@@ -84,6 +84,25 @@ def test_kernels_compile_without_spills(repo_root: Path, arch: str) -> None:
     assert not any(int(n) for n in re.findall(r"(\d+) bytes spill", log))
 
 
+@NEEDS_NVCC
+@pytest.mark.slow
+def test_launchers_compile_against_any_torch(repo_root: Path) -> None:
+    """The CUDA registrations need the stable ABI's headers only: a CPU build of torch has them."""
+    from torch.utils.cpp_extension import include_paths
+
+    assert NVCC is not None
+    toolkit = Path(NVCC).resolve().parent.parent / "include"
+    source = repo_root / "csrc/packed/register_cuda.cpp"
+    folders = [*include_paths("cpu"), str(toolkit)]
+    command = [
+        shutil.which("c++") or "c++", "-fsyntax-only", "-std=c++17", "-Wall", "-Werror", "-DUSE_CUDA",
+        "-DDISCQUANT_WITH_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{repo_root / 'csrc'}",
+        *(part for folder in folders for part in ("-isystem", folder)), str(source),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def disassemble(path: Path) -> str:
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from discquant import _extension
+from discquant import _extension, environment
 from discquant.ops import pack as packing
 from discquant.ops.packed_linear import ISAS, dequantize_packed, packed_linear
 
@@ -22,12 +22,8 @@ MODES = ["a15", "a8", "fp32"]
 
 
 def isas() -> list[str]:
-    """Instruction sets that this processor has."""
-    found = _extension.load().build_facts()["cpu_features"] if _extension.available() else {}
-    wide = all(found.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
-    has = {"scalar": True, "avx2": found.get("avx2") and found.get("fma"), "avx512": wide}
-    has["avx512vnni"] = wide and found.get("avx512_vnni")
-    return [isa for isa in ISAS if has[isa]]
+    """Instruction sets that this processor has, worst first."""
+    return environment.cpu_isas()[::-1]
 
 
 @dataclass(frozen=True)
@@ -148,6 +144,23 @@ def test_instruction_sets_agree(bits: int, group: int, symmetric: bool, mode: st
         )
         for isa, other in zip(isas()[1:], others, strict=True):
             assert torch.equal(first, other), isa
+
+
+@CPP
+def test_environment_knows_the_instruction_sets() -> None:
+    """`discquant env` names the sets that the operator accepts, and no other."""
+    case = make(16, 128, 4, 64, True)
+    known = environment.cpu_isas()
+    assert known[-1] == "scalar" and set(known) <= set(ISAS)
+    for isa in ISAS:
+        if isa in known:
+            packed_linear(torch.zeros(1, 128), *case.tensors, **case.sizes, isa=isa)
+        else:
+            with pytest.raises(RuntimeError, match="lacks the instructions"):
+                packed_linear(torch.zeros(1, 128), *case.tensors, **case.sizes, isa=isa)
+    facts = environment.facts()
+    assert facts["kernels"]["packed_linear cpu"].startswith(known[0])
+    assert facts["extension"]["layout_version"] == packing.LAYOUT_VERSION
 
 
 @CPP

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""packed_linear on a GPU against cuBLAS and the int4 kernels that are installed, per kernels' cold-weight protocol.
+
+At least 512 MB of distinct weights in turn, at least 20 launches in one CUDA graph, median of 50 replays. Everything
+here needs a GPU; nothing of it has been measured on one yet.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from harness import FIELDS, copy_gb_s, machine, package, result_file
+from torch import Tensor
+
+from discquant.ops import _packed_paths as paths
+from discquant.ops import pack as packing
+from discquant.ops.packed_linear import packed_linear
+
+GROUP = 128
+COLD_BYTES = 512 * 2**20
+SHAPES = {
+    "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336),
+    "70B qkv": (10240, 8192), "70B o": (8192, 8192), "70B gate_up": (57344, 8192), "70B down": (8192, 28672),
+    "odd": (4097, 10944),
+}  # fmt: skip
+TOKENS = (1, 4, 16, 64, 128, 256, 1024, 2048)
+Call = Callable[[], Any]
+
+
+class Layer:
+    """One weight with as many copies as leave the L2 cache, packed and plain."""
+
+    def __init__(self, n: int, k: int, bits: int, dtype: torch.dtype) -> None:
+        self.n, self.k, self.bits, self.dtype = n, k, bits, dtype
+        self.q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device="cuda")
+        self.scale = (torch.rand(n, -(-k // GROUP), device="cuda") * 0.01 + 0.005).to(dtype)
+        self.sizes: dict[str, Any] = {
+            "out_features": n, "in_features": k, "num_bits": bits, "group_size": GROUP, "layout": "mma",
+        }  # fmt: skip
+        words = packing.pack(self.q, num_bits=bits, group_size=GROUP, layout="mma")
+        step = packing.pack_groups(self.scale, layout="mma")
+        self.num_bytes = words.numel() * 4 + step.numel() * step.element_size()
+        self.kept = [(words.clone(), step.clone()) for _ in range(copies(self.num_bytes))]
+
+    def dense(self) -> Tensor:
+        """The rounded weight."""
+        words, step = self.kept[0]
+        weight: Tensor = paths.dequantize_op(
+            words, step, None, self.n, self.k, self.bits, GROUP, paths.MMA_LAYOUT, 0, self.n, self.dtype
+        )
+        return weight
+
+
+def copies(num_bytes: int) -> int:
+    """How many weights of that size leave the L2 cache before the first comes again."""
+    return max(1, -(-COLD_BYTES // num_bytes))
+
+
+def times(calls: list[Call], replays: int = 50) -> list[float]:
+    """Milliseconds of one launch, sorted, from replays of a graph that runs every call at least once."""
+    launches = max(20, len(calls))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:3]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            calls[i % len(calls)]()
+    graph.replay()
+    found = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end) / launches)
+    return sorted(found)
+
+
+def ours(layer: Layer, x: Tensor, **options: Any) -> list[Call]:
+    """The operator as the dispatcher runs it."""
+    return [
+        lambda w=w, s=s: packed_linear(x, w, s, **layer.sizes, impl="cpp", **options)  # type: ignore[misc]
+        for w, s in layer.kept
+    ]
+
+
+def tensor_cores(layer: Layer, x: Tensor) -> list[Call]:
+    """Our kernel at any number of tokens, whatever the table says."""
+    space = paths.workspace(layer.kept[0][0], layer.n, layer.k)
+    sizes = (layer.n, layer.k, layer.bits, GROUP, False)
+    return [lambda w=w, s=s: paths.mma_op(x, w, s, None, None, space, *sizes) for w, s in layer.kept]  # type: ignore[misc]
+
+
+def dequantised(layer: Layer, x: Tensor) -> list[Call]:
+    """Dequantise into scratch, then cuBLAS, at any number of tokens."""
+    sizes = (layer.n, layer.k, layer.bits, GROUP, paths.MMA_LAYOUT)
+    return [lambda w=w, s=s: paths.dense_linear(x, w, s, None, None, *sizes) for w, s in layer.kept]  # type: ignore[misc]
+
+
+def cublas(layer: Layer, x: Tensor) -> list[Call]:
+    """torch's linear on the rounded weight."""
+    weight = layer.dense()
+    kept = [weight] + [weight.clone() for _ in range(copies(weight.numel() * 2) - 1)]
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in kept]  # type: ignore[misc]
+
+
+def tinygemm(layer: Layer, x: Tensor) -> list[Call] | None:
+    """aten's int4 kernel (torchao's tinygemm): w = (q - 8) * scale + zero, bfloat16 only."""
+    if layer.bits != 4 or layer.dtype != torch.bfloat16 or layer.k % 1024 or layer.n % 8:
+        return None
+    pairs = (layer.q[:, ::2] << 4) | layer.q[:, 1::2]
+    packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+    grid = (
+        torch.stack([layer.scale, torch.zeros_like(layer.scale)], -1).transpose(0, 1).contiguous().bfloat16()
+    )
+    kept = [(packed.clone(), grid.clone()) for _ in layer.kept]
+    op = torch.ops.aten._weight_int4pack_mm
+    return [lambda w=w, g=g: op(x, w, GROUP, g) for w, g in kept]  # type: ignore[misc]
+
+
+def gemlite(layer: Layer, x: Tensor) -> list[Call] | None:
+    """gemlite's Triton kernels, where the package is installed."""
+    core = package("gemlite.core")
+    if core is None or layer.bits != 4 or layer.k % GROUP:
+        return None
+    kind = core.DType.BF16 if layer.dtype == torch.bfloat16 else core.DType.FP16
+    found = []
+    for _ in layer.kept:
+        linear = core.GemLiteLinear(
+            4,
+            group_size=GROUP,
+            in_features=layer.k,
+            out_features=layer.n,
+            input_dtype=kind,
+            output_dtype=kind,
+        )
+        linear.pack(layer.q.clone(), layer.scale.clone(), torch.full_like(layer.scale, 8), None)
+        found.append(linear)
+    return [lambda f=f: f(x) for f in found]  # type: ignore[misc]
+
+
+def providers(layer: Layer, x: Tensor) -> Iterator[tuple[str, int, list[Call]]]:
+    """(name, bytes of one weight, calls); a peer that is absent or refuses this layer is told and left out."""
+    yield "discquant", layer.num_bytes, ours(layer, x)
+    yield "discquant exact", layer.num_bytes, ours(layer, x, mode="exact")
+    yield "discquant batch_invariant", layer.num_bytes, ours(layer, x, batch_invariant=True)
+    yield "cuBLAS", 2 * layer.n * layer.k, cublas(layer, x)
+    for name, make in (("torch tinygemm", tinygemm), ("gemlite", gemlite)):
+        try:
+            calls = make(layer, x)
+            if calls is not None:
+                calls[0]()
+        except Exception as cause:  # a peer's own limits must not stop the others
+            print(f"packed_linear: {name} left out: {type(cause).__name__}: {cause}")
+            continue
+        if calls is not None:
+            yield name, layer.num_bytes, calls
+
+
+def check(name: str, layer: Layer, x: Tensor, call: Call) -> None:
+    """Gate before timing: against float64 on 512 rows, with room for bfloat16 weights and outputs.
+
+    Raises:
+        AssertionError: The provider computes something else.
+    """
+    weight = layer.dense()[:512].double()
+    oracle, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t() / layer.k**0.5
+    error = (call()[:, : weight.shape[0]].double() - oracle).abs()
+    assert (error <= 2**-7 * oracle.abs() + 2e-2 * size).all(), f"{name}: error {error.max():.3e}"
+
+
+def measure(shape: str, bits: int, tokens: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Check, time and record every provider of one weight."""
+    layer = Layer(*SHAPES[shape], bits, dtype)
+    path = result_file()
+    path.parent.mkdir(exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        for m in tokens:
+            x = torch.randn(m, layer.k, device="cuda").to(dtype)
+            bare = None
+            for name, num_bytes, calls in providers(layer, x):
+                check(name, layer, x, calls[0])
+                found = times(calls)
+                p50 = found[len(found) // 2]
+                bare = p50 if name == "cuBLAS" else bare
+                moved = num_bytes + (layer.n + layer.k) * m * 2
+                writer.writerow({
+                    "op": "packed_linear", "provider": name, "mode": f"{bits} bit", "shape": f"{shape} M={m}",
+                    "dtype": str(dtype)[6:], "ms_p10": f"{found[5]:.5f}", "ms_p50": f"{p50:.5f}",
+                    "ms_p90": f"{found[45]:.5f}", "gb_s": f"{moved / p50 / 1e6:.1f}",
+                    "share_of_copy": f"{moved / p50 / 1e6 / copy_gb_s():.3f}",
+                    "tflop_s": f"{2 * layer.n * layer.k * m / p50 / 1e9:.2f}",
+                    "times_bare_matmul": f"{p50 / bare:.3f}" if bare else "", **machine(),
+                })  # fmt: skip
+                file.flush()

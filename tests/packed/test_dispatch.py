@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which GPU kernel is chosen, its workspaces and its table, without a GPU: the choice is run on CPU tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from discquant import _extension
+from discquant.ops import _packed_paths as paths
+from discquant.ops import pack as packing
+from discquant.ops import packed_linear_table as table
+
+CPP = pytest.mark.skipif(not _extension.available(), reason="discquant._C is not built")
+HALF = torch.float16
+
+
+def weight(n: int, k: int, bits: int = 4, dtype: torch.dtype = HALF) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed words, packed scales, and the served weight."""
+    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    step = (torch.rand(n, -(-k // 64)) * 0.1).to(dtype)
+    full = (q.float() - 2 ** (bits - 1)) * step.float().repeat_interleave(64, 1)[:, :k]
+    words = packing.pack(q, num_bits=bits, group_size=64, layout="mma")
+    return words, packing.pack_groups(step, layout="mma"), full
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Every launch of the tensor-core kernel, which a float32 matmul stands in for."""
+    seen: list[dict[str, Any]] = []
+
+    def mma(
+        x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, space: Tensor, n: int,
+        k: int, bits: int, group: int, exact: bool,
+    ) -> Tensor:  # fmt: skip
+        assert x.shape[1] == k and k % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0
+        assert x.data_ptr() % 16 == 0
+        seen.append({"tokens": x.shape[0], "k": k, "exact": exact})
+        full = paths.dequantize_op(words, scale, zero, n, k, bits, group, 1, 0, n, torch.float32)
+        return (x.float() @ full.t()).to(x.dtype)
+
+    monkeypatch.setattr(paths, "mma_op", mma)
+    monkeypatch.setattr(paths, "workspace", lambda words, n, k: torch.empty(0))
+    return seen
+
+
+@CPP
+@pytest.mark.parametrize(
+    ("tokens", "options", "expected"),
+    [
+        (1, {}, [1]),
+        (16, {}, [16]),
+        (17, {}, [17]),
+        (128, {}, [128]),
+        (129, {}, []),
+        (40, {"batch_invariant": True}, [16, 16, 8]),
+        (300, {"batch_invariant": True}, [16] * 18 + [12]),
+        (5, {"exact": True}, [5]),
+        (5, {"dtype": torch.float32}, []),
+        (5, {"scale": torch.float32}, [5]),  # the scale multiplies float32 sums: its dtype does not matter
+        (
+            20,
+            {"scale": torch.float32},
+            [],
+        ),  # the tiled kernel multiplies in the dtype of x: it would round the scale
+        (5, {"scale": torch.bfloat16, "exact": True}, []),
+    ],
+)
+def test_choice(
+    launches: list[dict[str, Any]], tokens: int, options: dict[str, Any], expected: list[int]
+) -> None:
+    words, scale, full = weight(70, 203, dtype=options.get("scale", HALF))
+    x = torch.randn(tokens, 203).to(options.get("dtype", HALF))
+    flags = (options.get("exact", False), options.get("batch_invariant", False))
+    y = paths._gpu_linear(x, words, scale, None, None, 70, 203, 4, 64, *flags)
+    assert [launch["tokens"] for launch in launches] == expected
+    assert all(launch["k"] == 208 for launch in launches)
+    oracle = x.double() @ full.double().t()
+    size = x.double().abs() @ full.double().abs().t()
+    assert y.dtype == x.dtype and ((y.double() - oracle).abs() <= 2**-9 * size).all()
+
+
+@CPP
+def test_rows_of_any_stride_are_brought_in_line(launches: list[dict[str, Any]]) -> None:
+    words, scale, _ = weight(64, 128)
+    wide = torch.randn(6, 300).to(HALF)
+    for x in (wide[:, 5:133], wide[:, 8:136], wide[::2, :128], torch.randn(128, 4).to(HALF).t()):
+        paths._gpu_linear(x, words, scale, None, None, 64, 128, 4, 64, False, False)
+    assert len(launches) == 4
+
+
+def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One per stream, grown and kept; a graph being captured has its own, and so has the next graph."""
+
+    class Stream:
+        cuda_stream = 7
+
+    state = {"capture": 0}
+    monkeypatch.setattr(paths, "_workspaces", {})
+    monkeypatch.setattr(paths, "_size", lambda device, n, k: n)
+    monkeypatch.setattr(paths, "_capture_op", lambda words: state["capture"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capture"] != 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    words = torch.empty(0, dtype=torch.int32)
+    first = paths.workspace(words, 10, 1)
+    assert paths.workspace(words, 5, 1) is first and not first.any()
+    larger = paths.workspace(words, 20, 1)
+    assert larger.numel() == 20
+    state["capture"] = 3
+    captured = paths.workspace(words, 10, 1)
+    assert captured is not larger and paths.workspace(words, 10, 1) is captured
+    state["capture"] = 4
+    assert paths.workspace(words, 10, 1) is not captured
+    state["capture"] = 0
+    assert paths.workspace(words, 20, 1) is larger
+    Stream.cuda_stream = 8
+    assert paths.workspace(words, 20, 1) is not larger
+
+
+def test_table() -> None:
+    assert table.entry(None) is table.load()["default"]
+    assert table.entry((1, 0)) is table.load()["default"]
+    assert table.dense_tokens(torch.device("cpu"), 3) == table.load()["default"]["dense_tokens"]["3"]
+    good = {"format": 1, "devices": {"default": {"measured": None, "dense_tokens": {"3": 5, "4": 6}}}}
+    assert table.parse(good)["default"]["dense_tokens"]["4"] == 6
+    for change, message in (
+        ({"format": 2}, "format must be 1, got 2"),
+        ({"devices": {}}, "entry for the device 'default'"),
+        (
+            {"devices": {"default": {"dense_tokens": {"3": 1}}}},
+            "at 4 bits must be a positive integer, got None",
+        ),
+        ({"devices": {"default": {"dense_tokens": {"3": 0, "4": 1}}}}, "at 3 bits must be a positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            table.parse(good | change)
+    with pytest.raises(ValueError, match="format must be 1, got None"):
+        table.parse([])
+
+
+def test_tuning_writes_what_the_table_reads(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(repo_root / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("tune", repo_root / "benchmarks" / "tune_packed_linear.py")
+    assert spec is not None and spec.loader is not None
+    tune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tune)
+    sys.modules.pop("harness", None)
+    assert tune.crossover({17: 1.0, 64: 2.0, 256: 9.0}, {17: 3.0, 64: 3.0, 256: 5.0}) == 256
+    assert tune.crossover({17: 1.0, 64: 2.0}, {17: 3.0, 64: 3.0}) == 65
+    assert tune.crossover({17: 4.0, 64: 4.0}, {17: 3.0, 64: 3.0}) == 17
+    path = tmp_path / "table.json"
+    path.write_text(table.PATH.read_text())
+    tune.write("sm_99", {"3": 40, "4": 50}, path)
+    tune.write("sm_99", {"3": 41, "4": 50}, path)
+    written = table.parse(json.loads(path.read_text()))
+    assert written["sm_99"]["dense_tokens"] == {"3": 41, "4": 50}
+    assert {name: entry for name, entry in written.items() if name != "sm_99"} == table.load()
