@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GGUF behind the interface of all formats: whole models for llama.cpp, and other codes into existing files.
+
+A written folder holds `model.gguf`, the original's config.json, manifest, proof and card. Anything a file of these
+architectures holds besides Q4_0, Q4_1, Q8_0, Q4_K and Q3_K matrices is left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discquant import environment
+from discquant.config import GridConfig
+from discquant.errors import CheckpointError, MissingModelError, ProofError, UnrepresentableError
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, Format, LayerFacts
+from discquant.formats.gguf_blocks import TYPES, BlockType, fit_grid, grid_of, replace_codes, unpack_blocks
+from discquant.formats.gguf_file import MAGIC, PLAIN, GgufFile, GgufTensor, byte_diff
+from discquant.formats.gguf_model import Heads, from_gguf, heads_of_file
+from discquant.formats.gguf_write import check_source, write_gguf
+from discquant.formats.output import atomic_directory, check_space
+from discquant.formats.rewrite import MANIFEST, PROOF, digest
+from discquant.grids import Grid
+from discquant.grids.gguf import gguf_kind
+
+_MODULES = ("_proj", "lm_head")
+
+
+class Gguf:
+    """See `coded.Format`."""
+
+    name = "gguf"
+
+    def detects(self, path: Path) -> bool:
+        """Whether it is a GGUF file, or a folder with exactly one and no safetensors."""
+        try:
+            file = path if path.is_file() else _only(path)
+            if file is None:
+                return False
+            with file.open("rb") as stream:
+                return stream.read(4) == MAGIC
+        except OSError:
+            return False
+
+    def describe(self, path: Path) -> Description:
+        """See `coded.Format`."""
+        file, heads = self._open(path)
+        rows: list[LayerFacts] = []
+        used, others = 0, dict[str, int]()
+        for module, tensor in _coded(file):
+            kind = TYPES[tensor.type]
+            _rows_of(file, heads, module, tensor)
+            facts = (kind.name, kind.num_bits, kind.group_size, kind.symmetric, tensor.num_bytes)
+            rows.append(LayerFacts(module, (tensor.shape[0], tensor.shape[1]), *facts))
+            used += tensor.num_bytes
+        known = {row.name for row in rows}
+        for name, tensor in file.tensors.items():
+            module = (from_gguf(name) or name).removesuffix(".weight")
+            if module not in known and tensor.type not in PLAIN:
+                others[tensor.type] = others.get(tensor.type, 0) + 1
+        notes = [
+            f"{count} tensors are {kind}: decoded for evaluation, never rewritten"
+            for kind, count in others.items()
+        ]
+        total = sum(tensor.num_bytes for tensor in file.tensors.values())
+        return Description(self.name, tuple(rows), total - used, file.size, tuple(notes))
+
+    def read(self, path: Path) -> Iterator[CodedLayer]:
+        """See `coded.Format`; q and k rows in the order of transformers."""
+        file, heads = self._open(path)
+        for module, tensor in _coded(file):
+            kind = TYPES[tensor.type]
+            raw = _unpermuted(file.raw(tensor.name), _rows_of(file, heads, module, tensor))
+            q, parts = unpack_blocks(kind, raw)
+            try:
+                grid = grid_of(kind, parts)
+            except ValueError as cause:
+                raise CheckpointError(f"{file.path}: {tensor.name}: {cause}") from cause
+            yield CodedLayer(module, q, grid)
+
+    def rest(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that `read` leaves out, by its name in transformers, decoded where it is quantized.
+
+        Raises:
+            CheckpointError, MissingModelError, NotImplementedError: As `read`.
+        """
+        file, heads = self._open(path)
+        coded = {tensor.name for _, tensor in _coded(file)}
+        for name, tensor in file.tensors.items():
+            ours = from_gguf(name)
+            if ours is not None and name not in coded:
+                module = ours.rpartition(".")[0]
+                yield ours, _unpermuted(file.plain(name), _rows_of(file, heads, module, tensor))
+
+    def check(self, shape: tuple[int, int], grid: GridConfig, name: str = "layer") -> None:
+        """Refuse what no block type holds: see `gguf_blocks.fit_grid`."""
+        if grid.kind in ("q4_0", "q4_1", "q4_k", "q3_k"):
+            gguf_kind(grid.kind, shape[1], name)
+            return
+        if grid.kind != "uniform" or not grid.sym:
+            kind = grid.kind if grid.kind != "uniform" else "asymmetric uniform"
+            raise UnrepresentableError(
+                f"{name}: GGUF has no place for {kind} grids; lay one of its own with kind q4_0, q4_1, q4_k or q3_k"
+            )
+        gguf_kind("q4_0", shape[1], name)
+        if grid.group_size != -1 and grid.group_size < shape[1] and grid.group_size % 32:
+            raise UnrepresentableError(
+                f"{name}: GGUF has a scale per 32 columns, got group_size {grid.group_size}; take a multiple of 32"
+            )
+
+    def check_grid(self, name: str, grid: Grid) -> None:
+        """Refuse a grid whose scales no block type holds exactly."""
+        size = 32 if grid.group_size == -1 else grid.group_size
+        columns = size * grid.scale.shape[1]
+        fit_grid(grid, columns if columns % 32 == 0 else 32 * columns, name)
+
+    def check_source(self, source: Checkpoint) -> list[str]:
+        """Refuse before any work a model whose architecture or tokenizer has no place in GGUF; return warnings.
+
+        Raises:
+            UnrepresentableError, CheckpointError: The message says what is in the way.
+        """
+        return check_source(source)
+
+    def write(
+        self,
+        source: Checkpoint,
+        out: Path,
+        layers: Iterable[CodedLayer],
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        ignore: Iterable[str] = ("lm_head",),
+        prove_from: Callable[[], Iterable[CodedLayer]] | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> dict[str, Any]:
+        """See `coded.Format`; one file however large, since llama.cpp maps it."""
+        return write_gguf(source, out, layers, recipe=recipe, prove_from=prove_from)
+
+    def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See `coded.Format`: a folder with the file of the same name."""
+        file, heads = self._open(path)
+        stored = dict(_coded(file))
+        unknown = sorted(set(codes) - set(stored))
+        if unknown:
+            raise UnrepresentableError(
+                f"rewrite: {path} has no quantized layers of these names: {', '.join(unknown[:8])}"
+            )
+        for module, q in codes.items():
+            _check_codes(module, stored[module], q)
+        check_space(out, file.size + file.size // 16)
+        with atomic_directory(out) as partial:
+            _copy_beside(path, partial)
+            target = partial / file.path.name
+            shutil.copyfile(file.path, target)
+            with target.open("r+b") as stream:
+                for module, q in codes.items():
+                    tensor = stored[module]
+                    rows = _rows_of(file, heads, module, tensor)
+                    moved = q.cpu() if rows is None else q.cpu()[rows]
+                    raw = replace_codes(TYPES[tensor.type], file.raw(tensor.name), moved)
+                    stream.seek(tensor.start)
+                    stream.write(raw.flatten().numpy().data)
+            diff = self._prove_rewritten(file, target, stored, codes)
+            manifest = {
+                "manifest_version": 2,
+                "format": self.name,
+                "rewritten": True,
+                "versions": environment.versions(),
+                "source": {"name": path.resolve().name, "sha256": digest(file.path)},
+                "byte_diff": diff,
+                "files": {
+                    target.name: {"sha256_before": digest(file.path), "sha256": digest(target)},
+                },
+            }
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        return manifest
+
+    def _prove_rewritten(
+        self, file: GgufFile, target: Path, stored: Mapping[str, GgufTensor], codes: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Byte diff against the original, and the codes read back."""
+        kinds = {tensor.name: TYPES[tensor.type] for tensor in stored.values()}
+        diff = byte_diff(
+            file,
+            GgufFile(target),
+            {name: kind.codes for name, kind in kinds.items()},
+            {name: kind.size for name, kind in kinds.items()},
+        )
+        if diff["outside"]:
+            raise ProofError(f"proof: {diff['outside']} bytes outside the codes changed")
+        named = {stored[module].name: module for module in stored}
+        diff["layers"] = dict(sorted((named[name], count) for name, count in diff.pop("tensors").items()))
+        surprising = sorted(set(diff["layers"]) - set(codes))
+        if surprising:
+            raise ProofError(f"proof: codes of layers changed that nobody named: {', '.join(surprising[:8])}")
+        for layer in self.read(target):
+            if layer.name in codes and not torch.equal(layer.q, codes[layer.name].cpu()):
+                raise ProofError(f"proof: {layer.name}: the codes read back are not those given")
+        return diff
+
+    def _open(self, path: Path) -> tuple[GgufFile, Heads]:
+        file = path if path.is_file() else _only(path) if path.is_dir() else None
+        if file is None:
+            raise MissingModelError(
+                f"{path} is no GGUF model: it must be a file, or a folder with exactly one"
+            )
+        opened = GgufFile(file)
+        return opened, heads_of_file(opened.metadata, file)
+
+
+def _only(folder: Path) -> Path | None:
+    files = sorted(folder.glob("*.gguf"))
+    return files[0] if len(files) == 1 and not any(folder.glob("*.safetensors")) else None
+
+
+def _coded(file: GgufFile) -> Iterator[tuple[str, GgufTensor]]:
+    """Linear layers whose codes are read: module path and tensor, in file order."""
+    for name, tensor in file.tensors.items():
+        ours = from_gguf(name)
+        if ours is None or not ours.endswith(".weight") or tensor.type not in TYPES:
+            continue
+        module = ours.removesuffix(".weight")
+        if module.endswith(_MODULES) and len(tensor.shape) == 2 and tensor.num_bytes:
+            yield module, tensor
+
+
+def _rows_of(file: GgufFile, heads: Heads, module: str, tensor: GgufTensor) -> Tensor | None:
+    try:
+        return heads.rows(module, tensor.shape[0])
+    except ValueError as cause:
+        raise CheckpointError(f"{file.path}: {cause}") from cause
+
+
+def _unpermuted(values: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return values
+    found = torch.empty_like(values)
+    found[rows] = values
+    return found
+
+
+def _check_codes(module: str, tensor: GgufTensor, q: Tensor) -> None:
+    kind: BlockType = TYPES[tensor.type]
+    if q.dtype != torch.uint8 or tuple(q.shape) != tensor.shape:
+        raise UnrepresentableError(
+            f"rewrite: {module} must be uint8 of shape {list(tensor.shape)}, got {q.dtype} of {list(q.shape)}"
+        )
+    if q.numel() and int(q.max()) >> kind.num_bits:
+        raise UnrepresentableError(
+            f"rewrite: {module}: codes must be below {1 << kind.num_bits}, got {int(q.max())}"
+        )
+
+
+def _copy_beside(path: Path, partial: Path) -> None:
+    """Small files that lie beside the weights of a folder; manifest and proof are of what is replaced."""
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            kept = entry.suffix in (".json", ".md", ".txt", ".jinja") and entry.name not in (MANIFEST, PROOF)
+            if entry.is_file() and kept and not entry.name.startswith("."):
+                shutil.copyfile(entry, partial / entry.name)
+
+
+FORMAT: Format = Gguf()
