@@ -36,7 +36,7 @@ DATASETS["stories260k"] = tuple(
 )
 WINDOWS, SEQLEN = 8, 128  # of held-out text that every consumer runs
 CALIBRATION_WINDOWS = 64  # for the solver and for the tools that quantize
-SOLVER = SolverConfig(iters=6, batch_size=4, micro_batch=4, warmup=1)
+SOLVER = SolverConfig(iters=4, batch_size=4, micro_batch=4, warmup=1, start="ref")
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ NO_DOWN = ("down_proj",)
 CASES = {
     case.name: case
     for case in (
-        Case("int3", "tiny_llama", GridConfig(3, 64)),
-        Case("int4", "tiny_llama", GridConfig(4, 64)),
-        Case("int4_asym", "tiny_llama", GridConfig(4, 64, sym=False)),
-        Case("int3_asym", "tiny_llama", GridConfig(3, 64, sym=False)),
+        Case("int3", "tiny_llama", GridConfig(3, 64, grid="absmax")),
+        Case("int4", "tiny_llama", GridConfig(4, 64, grid="absmax")),
+        Case("int4_asym", "tiny_llama", GridConfig(4, 64, sym=False, grid="absmax")),
+        Case("int3_asym", "tiny_llama", GridConfig(3, 64, sym=False, grid="absmax")),
         Case("nvfp4", "tiny_llama", GridConfig.of_kind("nvfp4")),
         Case("mxfp4", "tiny_llama", GridConfig.of_kind("mxfp4")),
         Case("q4_0", "tiny_llama", GridConfig.of_kind("q4_0")),
@@ -72,8 +72,8 @@ CASES = {
         Case("q4_k", "tiny_llama", GridConfig.of_kind("q4_k"), NO_DOWN),
         Case("q3_k", "tiny_llama", GridConfig.of_kind("q3_k"), NO_DOWN),
         # Rows of 172 columns divide into no group of 32 or 64: whole rows, or that layer left alone.
-        Case("stories_int3", "stories260k", GridConfig(3, -1)),
-        Case("stories_int4", "stories260k", GridConfig(4, -1)),
+        Case("stories_int3", "stories260k", GridConfig(3, -1, grid="absmax")),
+        Case("stories_int4", "stories260k", GridConfig(4, -1, grid="absmax")),
         Case("stories_q4_0", "stories260k", GridConfig.of_kind("q4_0"), NO_DOWN),
     )
 }

@@ -67,7 +67,7 @@ def build(tool: str, logs: Path, limit: float) -> None:
     log = logs / f"{tool}.log"
     if not python(tool).exists():
         subprocess.run([sys.executable, "-m", "venv", folder(tool)], check=True)
-    steps = [["install", "-q", "-r", str(requirements(tool))]]
+    steps = [["install", "-q", "--no-compile", "-r", str(requirements(tool))]]
     if tool in REMOVE:
         steps.append(["uninstall", "-q", "-y", *REMOVE[tool]])
     with log.open("w", encoding="utf-8") as handle:

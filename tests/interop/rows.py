@@ -47,7 +47,7 @@ class Producer:
         script: In tools/.
         label: What it makes, e.g. `GPTQ 3 bit g64`.
         format: What the registry should take the file for.
-        decoder: (tool, script) that decodes before and after.
+        decoder: (tool, script, dtype it runs in): decodes before and after.
         bits: Of the codes; decides the bar.
         request: For the script.
         suffix: Of the file; empty for a folder.
@@ -58,7 +58,7 @@ class Producer:
     script: str
     label: str
     format: str
-    decoder: tuple[str, str]
+    decoder: tuple[str, str, str]
     bits: int
     request: Mapping[str, Any]
     suffix: str = ""
@@ -79,6 +79,7 @@ def _llama_cpp(case: str, arithmetic: str) -> Consumer:
     return Consumer("llamacpp", "consume_llamacpp", case, "gguf", arithmetic)
 
 
+HALF = "float16"  # gptqmodel's torch kernels take float16 and bfloat16 only
 SHORT, LONG = "int8 activations, blocks of 32", "int8 activations, blocks of 256"
 CONSUMERS = (
     *(
@@ -86,14 +87,14 @@ CONSUMERS = (
         for case in ("int3", "int4", "int4_asym", "nvfp4", "mxfp4", "stories_int3", "stories_int4")
     ),
     *(
-        Consumer("gptqmodel", "consume_gptqmodel", case, format_name)
+        Consumer("gptqmodel", "consume_gptqmodel", case, format_name, HALF)
         for format_name in ("gptq", "gptq-v2")
         for case in ("int3", "int4")
     ),
-    Consumer("gptqmodel", "consume_gptqmodel", "int4_asym", "awq"),
+    Consumer("gptqmodel", "consume_gptqmodel", "int4_asym", "awq", HALF),
     *(Consumer("autoround", "consume_autoround", case, "autoround") for case in ("int3", "int4")),
     *(
-        Consumer("llamacpp", "consume_gguf", case, "gguf", None)
+        Consumer("gguf", "consume_gguf", case, "gguf", None)
         for case in ("q4_0", "q4_1", "q4_k", "q3_k", "stories_q4_0")
     ),
     _llama_cpp("q4_0", SHORT),
@@ -113,16 +114,15 @@ CONSUMERS = (
     ),
 )
 
-_GPTQ = ("gptqmodel", "consume_gptqmodel")
-_AUTO = ("autoround", "consume_autoround")
-_COMPRESSED = ("transformers", "consume_transformers")
-_GGUF = ("llamacpp", "consume_gguf")
+_GPTQ = ("gptqmodel", "consume_gptqmodel", HALF)
+_AUTO = ("autoround", "consume_autoround", "float32")
+_COMPRESSED = ("transformers", "consume_transformers", "float32")
+_GGUF = ("gguf", "consume_gguf", "float32")
 
 
 def _gguf(quantizer: str, kind: str, bits: int) -> Producer:
-    tool = "gguf package" if quantizer == "gguf" else "llama.cpp"
     request = {"quantizer": quantizer, "type": kind}
-    return Producer("llamacpp", "produce_gguf", f"{kind} by {tool}", "gguf", _GGUF, bits, request, ".gguf")
+    return Producer(quantizer, "produce_gguf", kind, "gguf", _GGUF, bits, request, ".gguf")
 
 
 PRODUCERS = (
@@ -138,7 +138,7 @@ PRODUCERS = (
         for bits in (3, 4)
     ),
     _gguf("gguf", "Q4_0", 4),
-    _gguf("llama.cpp", "Q4_0", 4),
-    _gguf("llama.cpp", "Q4_K_S", 4),
-    _gguf("llama.cpp", "Q3_K_S", 3),
+    _gguf("llamacpp", "Q4_0", 4),
+    _gguf("llamacpp", "Q4_K_S", 4),
+    _gguf("llamacpp", "Q3_K_S", 3),
 )

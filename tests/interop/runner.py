@@ -312,8 +312,9 @@ class Runner:
             for name, module in compare.load_model(MODELS["tiny_llama"], torch.float32).named_modules()
             if isinstance(module, torch.nn.Linear) and name != "lm_head"
         ]
-        request = {"model": path, "dtype": "float32", "layers": layers}
-        facts, arrays = self.ask(*row.decoder, folder, request, row.limit)
+        tool, script, dtype = row.decoder
+        request = {"model": path, "dtype": dtype, "layers": layers}
+        facts, arrays = self.ask(tool, script, folder, request, row.limit)
         wanted = {name for name, _ in layers}
         return {name[7:]: array for name, array in arrays.items() if name[7:] in wanted}, facts
 
