@@ -7,11 +7,11 @@ import logging
 import os
 import sys
 
-from discquant.cli import env, evaluate, generate, plan, quantize, refine
+from discquant.cli import env, evaluate, export, generate, inspect, plan, quantize, refine
 from discquant.cli.app import app
 from discquant.errors import UserError
 
-__all__ = ["app", "env", "evaluate", "generate", "main", "plan", "quantize", "refine"]
+__all__ = ["app", "env", "evaluate", "export", "generate", "inspect", "main", "plan", "quantize", "refine"]
 
 
 def main() -> None:

@@ -117,12 +117,11 @@ class SafetensorsFormat(ABC):
         rows, used = [], 0
         for stored in self.layers(checkpoint):
             scheme = stored.scheme
-            kind = f"{scheme.kind}{scheme.num_bits}" if scheme.kind in ("int", "affine") else scheme.kind
             rows.append(
                 LayerFacts(
                     stored.name,
                     stored.shape,
-                    kind,
+                    scheme.label,
                     scheme.num_bits,
                     scheme.group_size,
                     scheme.symmetric,

@@ -52,8 +52,12 @@ class Scheme:
         """Scales per row."""
         return 1 if self.group_size == -1 else -(-columns // self.group_size)
 
+    @property
+    def label(self) -> str:
+        """Kind with the width where the kind leaves it open: `int3`, `nvfp4`."""
+        return f"{self.kind}{self.num_bits}" if self.kind in ("int", "affine") else self.kind
+
     def __str__(self) -> str:
         """For messages: `int3 group 64 symmetric`."""
         size = "per row" if self.group_size == -1 else f"group {self.group_size}"
-        name = f"{self.kind}{self.num_bits}" if self.kind in ("int", "affine") else self.kind
-        return f"{name} {size} {'symmetric' if self.symmetric else 'asymmetric'}"
+        return f"{self.label} {size} {'symmetric' if self.symmetric else 'asymmetric'}"

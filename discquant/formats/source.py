@@ -124,6 +124,11 @@ def digest_and_check(checkpoint: Checkpoint) -> str:
     return sha.hexdigest()
 
 
+def model_digest(weights: str, config: dict[str, Any]) -> str:
+    """`Source.digest` of a model, from the hash of its tensors (`Checkpoint.sha256`) and its config.json."""
+    return hashlib.sha256(f"{weights}\n{json.dumps(config, sort_keys=True)}".encode()).hexdigest()
+
+
 def _digest_and_check_pickles(files: list[Path]) -> str:
     """The same for pickled weights, hashing whole files; torch's restricted loader runs no code of theirs."""
     sha = hashlib.sha256()
@@ -256,7 +261,7 @@ def open_source(
         if name.endswith("embed_tokens.weight") and len(info.shape) == 2:
             _check_vocabulary(folder, tokenizer, info.shape[0])
     weights = digest_and_check(checkpoint) if checkpoint else _digest_and_check_pickles(pickles)
-    digest = hashlib.sha256(f"{weights}\n{json.dumps(config, sort_keys=True)}".encode()).hexdigest()
+    digest = model_digest(weights, config)
     model = _build(folder, dtype=dtype, trust_remote_code=trust_remote_code, pickled=checkpoint is None)
     _check_vocabulary(folder, tokenizer, int(model.get_input_embeddings().weight.shape[0]))
     return Source(model, tokenizer, folder, digest, config)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`discquant export`: the codes of a finished run, or of a quantized model, into further formats.
+
+Everything that can be refused is refused for every format before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from discquant.errors import CheckpointError, ConfigError
+from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer
+from discquant.formats.export import plan_export, weight_shape
+from discquant.formats.output import check_target
+from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.scheme import Scheme
+from discquant.formats.source import model_digest, resolve
+from discquant.run.directory import SUMMARY, RunDirectory
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Where codes come from.
+
+    Attributes:
+        source: The original model.
+        layers: Gives every layer, as often as it is called.
+        recipe: For manifest and card; `summary` in it is the run's summary.json.
+        ignore: Modules that stay as they are.
+        home: Folder that receives a folder per format if the user names none.
+    """
+
+    source: Checkpoint
+    layers: Callable[[], Iterator[CodedLayer]]
+    recipe: dict[str, Any]
+    ignore: tuple[str, ...]
+    home: Path
+
+
+def open_solved(path: Path, original: str | None = None) -> Solved:
+    """Open a run directory, or a quantized model together with its original.
+
+    Args:
+        path: The run, or a model in any format that is read.
+        original: The original model; a run knows its own.
+
+    Raises:
+        MissingModelError: There is no such thing, or the run has no final codes.
+        CheckpointError: A file cannot be read, or the run's original has changed since.
+        ConfigError: A quantized model without `original`.
+    """
+    if not RunDirectory.is_run(path):
+        chosen = registry.find(path)
+        if original is None:
+            raise ConfigError(
+                f"export: {path} is a {chosen.name} model; name the model it was made from with --original"
+            )
+        recipe: dict[str, Any] = {"converted_from": chosen.name}
+        home = path.parent / f"{path.stem}-formats"
+        return Solved(Checkpoint(resolve(original)), lambda: chosen.read(path), recipe, (), home)
+    run = RunDirectory(path)
+    config = run.config()
+    identity = config["identity"]
+    source = Checkpoint(resolve(original or config["source"]))
+    if model_digest(source.sha256(), source.config()) != identity["source_digest"]:
+        raise CheckpointError(
+            f"export: the model at {source.path} is not the one that the run in {path} rounded"
+        )
+    recipe = dict(identity["config"])
+    if (path / SUMMARY).is_file():
+        recipe["summary"] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    return Solved(source, run.coded_layers, recipe, tuple(recipe.get("ignore", ())), path)
+
+
+def export(
+    path: Path,
+    names: Sequence[str],
+    out: Path | None = None,
+    *,
+    original: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Path]:
+    """Write a run or a quantized model in each of the named formats, one after the other.
+
+    Args:
+        path: Run directory, or a quantized model.
+        names: Formats of the registry.
+        out: Parent of a folder per format; None is the run itself.
+        original: See `open_solved`.
+        say: Receives notes and what was written.
+
+    Returns:
+        Folder of every format.
+
+    Raises:
+        UnrepresentableError: A format cannot hold a grid or shape; nothing has been written then.
+        UserError: See `open_solved` and `formats.export.write_model`.
+    """
+    solved = open_solved(path, original)
+    targets = {name: (out or solved.home) / name for name in names}
+    _preflight(solved, targets, say)
+    for name, target in targets.items():
+        registry.by_name(name).write(
+            solved.source,
+            target,
+            solved.layers(),
+            recipe=solved.recipe,
+            ignore=solved.ignore or ("lm_head",),
+            prove_from=solved.layers,
+        )
+        say(f"{name}: {target}")
+    return targets
+
+
+def _preflight(solved: Solved, targets: dict[str, Path], say: Callable[[str], None]) -> None:
+    """Ask every format about every layer, one layer in memory at a time."""
+    chosen = {name: registry.by_name(name) for name in targets}
+    for target in targets.values():
+        check_target(target)
+    schemes: dict[str, Scheme] = {}
+    for layer in solved.layers():
+        shape = weight_shape(solved.source, layer.name)
+        schemes[layer.name] = Scheme.of_grid(layer.grid)
+        for found in chosen.values():
+            if isinstance(found, SafetensorsFormat):
+                found.check_scheme(layer.name, shape, schemes[layer.name])
+            found.check_grid(layer.name, layer.grid)
+    for name, target in targets.items():
+        if isinstance(chosen[name], SafetensorsFormat):
+            for warning in plan_export(solved.source.path, target, schemes, name).warnings:
+                say(f"note: {name}: {warning}")
