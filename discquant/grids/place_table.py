@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from discquant.errors import UnrepresentableError
-from discquant.grids.table import E2M1_LEVELS, E8M0_BIAS, NF4_LEVELS, TableGrid
+from discquant.grids.table import E2M1_LEVELS, E8M0_BIAS, NF4_LEVELS, TableGrid, power_of_two
 
 E2M1_TOP, E4M3_TOP = 6.0, 448.0
 E4M3_LEAST = 2.0**-9  # the smallest float8_e4m3fn above zero: no block scale of ours is zero
@@ -100,7 +100,7 @@ def _mxfp4(values: Tensor, search: bool) -> Tensor:
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 127)
     if search:
         options = [(exponent + move).clamp(-126, 127) for move in (0, -1, 1)]
-        scales = [torch.ldexp(torch.ones((), device=values.device), option) for option in options]
+        scales = [power_of_two(option + E8M0_BIAS) for option in options]
         best = _least(values, scales, torch.tensor(E2M1_LEVELS, device=values.device))
         exponent = torch.frexp(best)[1] - 1
     return (exponent + E8M0_BIAS).to(torch.uint8)
@@ -113,11 +113,12 @@ def _nvfp4(values: Tensor, divisor: Tensor, search: bool) -> Tensor:
     def stored(scale: Tensor) -> Tensor:
         return scale.clamp(E4M3_LEAST, E4M3_TOP).to(torch.float8_e4m3fn).float()
 
+    # Rounded up, so that the largest weight stays covered.
+    rounded = stored(full)
+    covering = torch.where(rounded < full, stored(rounded * 1.125), rounded)
     if not search:
-        # Rounded up, so that the largest weight stays covered.
-        rounded = stored(full)
-        return torch.where(rounded < full, stored(rounded * 1.125), rounded)
-    candidates = [stored(full), *(stored(full * ratio) for ratio in _RATIOS)]
+        return covering
+    candidates = [covering, *(stored(full * ratio) for ratio in _RATIOS)]
     levels = torch.tensor(E2M1_LEVELS, device=values.device)
     real = [candidate / divisor for candidate in candidates]
     least = _error(values, real[0], levels)

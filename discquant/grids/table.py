@@ -34,6 +34,13 @@ def e2m1_nibbles(codes: Tensor) -> Tensor:
     return torch.where(codes < 8, 15 - codes, codes - 8)
 
 
+def power_of_two(exponents: Tensor) -> Tensor:
+    """Return 2^(e - 127) in float32, exactly, for e8m0 exponents 0 .. 254 of any integer dtype."""
+    biased = exponents.int()
+    # The exponent field of float32 has the same bias; its 0 means a subnormal number.
+    return torch.where(biased == 0, 1 << 22, biased << 23).int().view(torch.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class TableGrid(Grid):
     """Look-up grid of one weight matrix; made by `nf4`, `mxfp4` or `nvfp4`.
@@ -83,8 +90,7 @@ class TableGrid(Grid):
         """
         if exponents.dtype != torch.uint8 or bool((exponents == 255).any()):
             raise ValueError("TableGrid.mxfp4: exponents must be uint8 below 255 (255 is NaN)")
-        scale = torch.ldexp(torch.ones((), device=exponents.device), exponents.int() - E8M0_BIAS).float()
-        return cls(4, 32, _e2m1(exponents), scale, block_scale=exponents, kind="mxfp4")
+        return cls(4, 32, _e2m1(exponents), power_of_two(exponents), block_scale=exponents, kind="mxfp4")
 
     @classmethod
     def nvfp4(cls, block_scale: Tensor, tensor_scale: Tensor) -> TableGrid:

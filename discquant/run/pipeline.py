@@ -263,8 +263,13 @@ class Pipeline:
             chosen, target = registry.by_name(name), self.directory.path / name
             for layer, (rows, columns) in shapes.items():
                 chosen.check((rows, columns), self.config.grid, layer)
-            if target.exists() or not isinstance(chosen, SafetensorsFormat):
-                continue  # a resumed run that had already exported; or a format that checks for itself
+            if target.exists():
+                continue  # a resumed run that had already exported
+            if not isinstance(chosen, SafetensorsFormat):
+                # Formats that rebuild the model (GGUF, ONNX) ask for an architecture and tokenizer they know.
+                for warning in chosen.check_source(Checkpoint(source.path)):
+                    self.events.say(f"note: {warning}")
+                continue
             schemes = {
                 layer: Scheme.planned((rows, columns), self.config.grid)
                 for layer, (rows, columns) in shapes.items()

@@ -86,6 +86,22 @@ def grid(request: pytest.FixtureRequest) -> Grid:
     return MADE[request.param]()
 
 
+# GPTQ and greedy take a step per column: one grid of each arithmetic is enough.
+@pytest.fixture(
+    params=[
+        "negative scales",
+        "act-order",
+        "file q3_k",
+        "file q4_k",
+        "mlx float16",
+        "nf4",
+        "placed nvfp4 search",
+    ]
+)
+def some_grid(request: pytest.FixtureRequest) -> Grid:
+    return MADE[request.param]()
+
+
 def _levels(grid: Grid) -> Tensor:
     """Every level of every coordinate, float32, [2^b, out_features, in_features]."""
     return torch.stack(
@@ -190,8 +206,9 @@ def test_a_group_of_one_level_never_moves(make: Callable[[Tensor], Grid]) -> Non
         assert bool(torch.isfinite(grid.dequantize(codes, torch.float32)).all())
 
 
-def test_layerwise_methods_work_on_every_grid(grid: Grid) -> None:
+def test_layerwise_methods_work_on_every_kind(some_grid: Grid) -> None:
     """GPTQ and greedy beat nearest on the layer's own loss, with codes in range."""
+    grid = some_grid
     x = torch.randn(512, COLUMNS) @ torch.randn(COLUMNS, COLUMNS).tril() / 16
     hessian = x.T @ x
     weight = _weight()
@@ -207,13 +224,20 @@ def test_layerwise_methods_work_on_every_grid(grid: Grid) -> None:
         assert loss(codes) < nearest
 
 
-def test_gptq_of_an_identity_hessian_is_nearest(grid: Grid) -> None:
+def test_gptq_of_an_identity_hessian_is_nearest(some_grid: Grid) -> None:
     """With uncorrelated inputs nothing is fed on: the column rounding of GPTQ is the grid's own nearest."""
+    grid = some_grid
     weight = _weight()
     found = grid.dequantize(gptq(weight, torch.eye(COLUMNS), grid), torch.float32) - weight
     nearest = grid.dequantize(grid.nearest(weight), torch.float32) - weight
     unit = torch.finfo(torch.float16).eps if _in_half(grid) else 4e-7
     assert bool((found.abs() <= nearest.abs() + unit * _levels(grid).abs().amax(dim=0)).all())
+
+
+def test_e8m0_scales_are_powers_of_two() -> None:
+    exponents = torch.arange(255, dtype=torch.uint8)
+    expected = torch.tensor([2.0 ** (e - 127) for e in range(255)], dtype=torch.float64)
+    assert torch.equal(TableGrid.mxfp4(exponents.unsqueeze(0)).scale.double().squeeze(0), expected)
 
 
 def test_e2m1_nibbles() -> None:
