@@ -183,7 +183,11 @@ def check_derivation(
             raise CheckpointError(f"refine: the file has a tensor {name} that the original lacks")
         if not _same(stored, original):
             coded = not isinstance(chosen, SafetensorsFormat) and stored.dim() == 2
-            if coded and stored.shape == original.shape and distance(original.float(), stored.float()) < CODED:
+            if (
+                coded
+                and stored.shape == original.shape
+                and distance(original.float(), stored.float()) < CODED
+            ):
                 seen.discard(name)  # in a type that is not refined: near, and told as not compared
                 continue
             different[name] = stored
