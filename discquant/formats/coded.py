@@ -168,6 +168,14 @@ class Format(Protocol):
         """
         ...
 
+    def check_source(self, source: Checkpoint) -> list[str]:
+        """Refuse before any work a model whose architecture or tokenizer has no place; return warnings.
+
+        Raises:
+            UnrepresentableError, CheckpointError: The message says what is in the way.
+        """
+        ...
+
     def write(
         self,
         source: Checkpoint,

@@ -25,7 +25,7 @@ from discquant.formats.gguf_blocks import TYPES, BlockType, fit_grid, grid_of, r
 from discquant.formats.gguf_file import MAGIC, PLAIN, GgufFile, GgufTensor, byte_diff
 from discquant.formats.gguf_model import Heads, from_gguf, heads_of_file
 from discquant.formats.gguf_write import check_source, write_gguf
-from discquant.formats.output import atomic_directory, check_space
+from discquant.formats.output import atomic_directory, check_space, check_target
 from discquant.formats.rewrite import MANIFEST, PROOF, digest
 from discquant.grids import Grid
 from discquant.grids.gguf import gguf_kind
@@ -85,17 +85,28 @@ class Gguf:
                 raise CheckpointError(f"{file.path}: {tensor.name}: {cause}") from cause
             yield CodedLayer(module, q, grid)
 
+    def plain_tensors(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that is not quantized in any way, by its name in transformers, rows in its order.
+
+        Raises:
+            CheckpointError, MissingModelError, NotImplementedError: As `read`.
+        """
+        yield from self._others(path, tuple(PLAIN))
+
     def rest(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that `read` leaves out, by its name in transformers, decoded where it is quantized.
 
         Raises:
             CheckpointError, MissingModelError, NotImplementedError: As `read`.
         """
+        yield from self._others(path, None)
+
+    def _others(self, path: Path, types: tuple[str, ...] | None) -> Iterator[tuple[str, Tensor]]:
         file, heads = self._open(path)
         coded = {tensor.name for _, tensor in _coded(file)}
         for name, tensor in file.tensors.items():
             ours = from_gguf(name)
-            if ours is not None and name not in coded:
+            if ours is not None and name not in coded and (types is None or tensor.type in types):
                 module = ours.rpartition(".")[0]
                 yield ours, _unpermuted(file.plain(name), _rows_of(file, heads, module, tensor))
 
@@ -122,11 +133,7 @@ class Gguf:
         fit_grid(grid, columns if columns % 32 == 0 else 32 * columns, name)
 
     def check_source(self, source: Checkpoint) -> list[str]:
-        """Refuse before any work a model whose architecture or tokenizer has no place in GGUF; return warnings.
-
-        Raises:
-            UnrepresentableError, CheckpointError: The message says what is in the way.
-        """
+        """See `coded.Format`."""
         return check_source(source)
 
     def write(
@@ -144,7 +151,10 @@ class Gguf:
         return write_gguf(source, out, layers, recipe=recipe, prove_from=prove_from)
 
     def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
-        """See `coded.Format`: a folder with the file of the same name."""
+        """See `coded.Format`: a folder with the file of the same name; for a file also a file, if `out` is named so.
+
+        The manifest of a lone file lies beside it, `.manifest.json` added to its name.
+        """
         file, heads = self._open(path)
         stored = dict(_coded(file))
         unknown = sorted(set(codes) - set(stored))
@@ -155,7 +165,10 @@ class Gguf:
         for module, q in codes.items():
             _check_codes(module, stored[module], q)
         check_space(out, file.size + file.size // 16)
-        with atomic_directory(out) as partial:
+        lone = path.is_file() and out.suffix == path.suffix
+        if lone:
+            check_target(out)
+        with atomic_directory(out.with_name(f"{out.name}.folder") if lone else out) as partial:
             _copy_beside(path, partial)
             target = partial / file.path.name
             shutil.copyfile(file.path, target)
@@ -180,6 +193,11 @@ class Gguf:
                 },
             }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if lone:
+            folder = out.with_name(f"{out.name}.folder")
+            (folder / MANIFEST).rename(out.with_name(f"{out.name}.manifest.json"))
+            (folder / file.path.name).rename(out)
+            folder.rmdir()
         return manifest
 
     def _prove_rewritten(

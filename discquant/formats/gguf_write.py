@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -283,7 +284,13 @@ def _add_tokenizer(writer: Any, source: Checkpoint, found: GgufVocabulary) -> No
         writer.add_add_space_prefix(found.space_prefix)
     if found.merges:
         writer.add_token_merges(found.merges)
-    special = gguf.SpecialVocab(source.path, n_vocab=len(found.tokens))
+    logger = logging.getLogger("gguf.vocab")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns about templates for pairs of texts, which no decoder uses
+    try:
+        special = gguf.SpecialVocab(source.path, n_vocab=len(found.tokens))
+    finally:
+        logger.setLevel(level)
     # llama.cpp's own habit differs by model type; transformers does what the tokenizer's template says.
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)

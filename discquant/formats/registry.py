@@ -17,6 +17,8 @@ _HOMES = {
     "autoround": "discquant.formats.autoround:FORMAT",
     "awq": "discquant.formats.awq:FORMAT",
     "mlx": "discquant.formats.mlx:FORMAT",
+    "gguf": "discquant.formats.gguf:FORMAT",
+    "onnx": "discquant.formats.onnx:FORMAT",
 }
 
 

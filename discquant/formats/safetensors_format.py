@@ -167,6 +167,10 @@ class SafetensorsFormat(ABC):
         # The smallest matrix that has this grid's scales: codes are all zero, which is cheap to pack.
         self.encode(CodedLayer(name, torch.zeros(rows, columns, dtype=torch.uint8), grid), torch.bfloat16)
 
+    def check_source(self, source: Checkpoint) -> list[str]:
+        """See `coded.Format`: any model has a place here."""
+        return []
+
     def write(
         self,
         source: Checkpoint,

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole GGUF files: written from codes, read by the gguf package, rewritten, damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from discquant.config import GridConfig
+from discquant.errors import CheckpointError, MissingModelError, UnrepresentableError, UserError
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer
+from discquant.formats.gguf import FORMAT
+from discquant.formats.gguf_file import GgufFile
+from discquant.formats.gguf_model import Heads, from_gguf, rope_factors, to_gguf
+from discquant.formats.gguf_tokenizer import read_vocabulary
+from discquant.grids import place_grid
+
+gguf = pytest.importorskip("gguf")
+HIDDEN, MIDDLE, VOCABULARY, HEADS, SHARED = 256, 288, 300, 4, 2
+CONFIG: dict[str, Any] = {
+    "hidden_size": HIDDEN, "intermediate_size": MIDDLE, "num_hidden_layers": 2, "num_attention_heads": HEADS,
+    "num_key_value_heads": SHARED, "vocab_size": VOCABULARY, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def byte_level_tokenizer(pre: dict[str, Any]) -> dict[str, Any]:
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "Ġ": 5, "ab": 6, "Ġab": 7}
+    special = [{"id": n, "content": t, "special": True} for t, n in vocab.items() if n < 3]
+    return {
+        "added_tokens": [*special, {"id": 8, "content": "<tool>", "special": False}],
+        "pre_tokenizer": pre,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+            "pair": [{"Sequence": {"id": "A"}}, {"Sequence": {"id": "B"}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [["a", "b"], ["Ġ", "ab"]], "byte_fallback": False},
+    }
+
+
+def make_model(folder: Path, architecture: str = "LlamaForCausalLM", **config: Any) -> Checkpoint:
+    generator = torch.Generator().manual_seed(1)
+    folder.mkdir(parents=True)
+    size = config.get("head_dim") or HIDDEN // HEADS
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.05).bfloat16()
+
+    tensors = {"model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN), "model.norm.weight": matrix(HIDDEN)}
+    if not config.get("tie_word_embeddings"):
+        tensors["lm_head.weight"] = matrix(VOCABULARY, HIDDEN)
+    for layer in range(2):
+        base = f"model.layers.{layer}"
+        shapes = {"q": (HEADS * size, HIDDEN), "k": (SHARED * size, HIDDEN), "v": (SHARED * size, HIDDEN)}
+        for kind, shape in shapes.items():
+            tensors[f"{base}.self_attn.{kind}_proj.weight"] = matrix(*shape)
+            if architecture.startswith("Qwen2"):
+                tensors[f"{base}.self_attn.{kind}_proj.bias"] = matrix(shape[0])
+            if architecture.startswith("Qwen3") and kind != "v":
+                tensors[f"{base}.self_attn.{kind}_norm.weight"] = matrix(size)
+        tensors[f"{base}.self_attn.o_proj.weight"] = matrix(HIDDEN, HEADS * size)
+        for kind in ("gate", "up"):
+            tensors[f"{base}.mlp.{kind}_proj.weight"] = matrix(MIDDLE, HIDDEN)
+        tensors[f"{base}.mlp.down_proj.weight"] = matrix(HIDDEN, MIDDLE)
+        for kind in ("input", "post_attention"):
+            tensors[f"{base}.{kind}_layernorm.weight"] = matrix(HIDDEN)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture], **CONFIG, **config}))
+    tokenizer = byte_level_tokenizer({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ messages }}"})
+    )
+    return Checkpoint(folder)
+
+
+def solve(source: Checkpoint, grid: GridConfig, only: str = "_proj") -> list[CodedLayer]:
+    found = []
+    for key in source.tensors:
+        if key.endswith(".weight") and only in key:
+            weight = source.read(key).float()
+            name = key.removesuffix(".weight")
+            FORMAT.check((weight.shape[0], weight.shape[1]), grid, name)
+            laid = place_grid(weight, grid)
+            FORMAT.check_grid(name, laid)
+            q = torch.randint(0, 2**laid.num_bits, weight.shape, dtype=torch.uint8)
+            found.append(CodedLayer(name, q, laid))
+    return found
+
+
+@pytest.mark.parametrize(
+    "architecture, kind, more",
+    [
+        ("LlamaForCausalLM", "q4_0", {}),
+        ("LlamaForCausalLM", "q3_k", {"tie_word_embeddings": True}),
+        ("MistralForCausalLM", "uniform", {"head_dim": 32}),
+        ("Qwen2ForCausalLM", "q4_1", {"tie_word_embeddings": True}),
+        ("Qwen3ForCausalLM", "q4_k", {"head_dim": 96}),
+    ],
+)
+def test_a_written_model_is_what_the_package_reads(
+    tmp_path: Path, architecture: str, kind: Any, more: dict[str, Any]
+) -> None:
+    source = make_model(tmp_path / "model", architecture, **more)
+    layers = solve(source, GridConfig.of_kind(kind, bits=4, group_size=64))
+    out = tmp_path / "out"
+    manifest = FORMAT.write(
+        source, out, layers, recipe={"seed": 1, "grid": {"kind": kind}}, prove_from=lambda: layers
+    )
+    assert json.loads((out / "discquant_proof.json").read_text())["layers"] == 14
+    reader = gguf.GGUFReader(out / "model.gguf")
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    name = {"L": "llama", "M": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}[
+        architecture[:5] if architecture[0] == "Q" else architecture[0]
+    ]
+    size = more.get("head_dim") or HIDDEN // HEADS
+    expected = {
+        "general.architecture": name, f"{name}.block_count": 2, f"{name}.embedding_length": HIDDEN,
+        f"{name}.feed_forward_length": MIDDLE, f"{name}.attention.head_count": HEADS,
+        f"{name}.attention.head_count_kv": SHARED, f"{name}.attention.key_length": size,
+        f"{name}.rope.dimension_count": size, f"{name}.rope.freq_base": 10000.0, f"{name}.context_length": 128,
+        f"{name}.vocab_size": VOCABULARY, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.merges": ["a b", "Ġ ab"], "tokenizer.chat_template": "{{ messages }}",
+        "general.quantization_version": 2,
+    }  # fmt: skip
+    assert {key: meta.get(key) for key in expected} == expected
+    assert meta[f"{name}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == VOCABULARY
+    assert tokens[6:10] == ["ab", "Ġab", "<tool>", "[PAD9]"] and types[:4] + types[7:10] == [
+        3,
+        3,
+        3,
+        1,
+        1,
+        4,
+        5,
+    ]
+    # Every weight, permuted by the converter's own formula.
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    by_name = {layer.name: layer for layer in layers}
+    for key in source.tensors:
+        module = key.rpartition(".")[0]
+        layer = by_name.get(module) if key.endswith(".weight") else None
+        wanted = source.read(key).float() if layer is None else layer.dequantize(torch.float32)
+        if name == "llama" and module.endswith(("q_proj", "k_proj")):
+            heads = HEADS if module.endswith("q_proj") else SHARED
+            wanted = wanted.reshape(heads, 2, -1, HIDDEN).swapaxes(1, 2).reshape(wanted.shape)
+        tensor = stored.pop(to_gguf(key))
+        values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type)).reshape(wanted.shape)
+        np.testing.assert_array_equal(values, wanted.numpy(), err_msg=key)
+        assert wanted.dim() > 1 or tensor.tensor_type.name == "F32"
+    assert not stored
+    # A row of 288 columns has no 256-column block.
+    row = manifest["layers"]["model.layers.0.mlp.down_proj"]
+    assert row["type"] == {"q4_k": "Q4_1", "q3_k": "Q4_0", "q4_1": "Q4_1"}.get(kind, "Q4_0")
+    assert row["fallback"] == (kind in ("q4_k", "q3_k"))
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q4_k", "q3_k"])
+def test_read_rest_and_rewrite(tmp_path: Path, kind: Any) -> None:
+    source = make_model(tmp_path / "model")
+    layers = {layer.name: layer for layer in solve(source, GridConfig.of_kind(kind))}
+    FORMAT.write(source, tmp_path / "out", layers.values())
+    assert FORMAT.detects(tmp_path / "out") and FORMAT.detects(tmp_path / "out" / "model.gguf")
+    found = {layer.name: layer for layer in FORMAT.read(tmp_path / "out")}
+    assert found.keys() == layers.keys()
+    for name, layer in layers.items():
+        assert torch.equal(found[name].q, layer.q), name
+        assert torch.equal(found[name].dequantize(torch.float32), layer.dequantize(torch.float32)), name
+    rest = dict(FORMAT.plain_tensors(tmp_path / "out"))
+    assert rest.keys() == {key for key in source.tensors if key.removesuffix(".weight") not in layers}
+    for key, values in rest.items():
+        assert torch.equal(values.float(), source.read(key).float()), key
+    codes = {
+        name: torch.randint(0, 2**layer.grid.num_bits, layer.q.shape, dtype=torch.uint8)
+        for name, layer in layers.items()
+        if "layers.1." in name
+    }
+    manifest = FORMAT.rewrite(tmp_path / "out" / "model.gguf", tmp_path / "new", codes)
+    diff = manifest["byte_diff"]
+    assert diff["outside"] == 0 and diff["layers"].keys() == codes.keys() and diff["changed"] > 0
+    for layer in FORMAT.read(tmp_path / "new"):
+        assert torch.equal(layer.q, codes.get(layer.name, layers[layer.name].q))
+        assert torch.equal(layer.grid.scale, found[layer.name].grid.scale)
+    lone = FORMAT.rewrite(tmp_path / "out" / "model.gguf", tmp_path / "lone.gguf", codes)
+    assert lone["byte_diff"] == diff and (tmp_path / "lone.gguf.manifest.json").is_file()
+    assert (tmp_path / "lone.gguf").read_bytes() == (tmp_path / "new" / "model.gguf").read_bytes()
+    rows = {row.name: row for row in FORMAT.describe(tmp_path / "new").layers}
+    assert rows.keys() == layers.keys() and rows["model.layers.0.mlp.up_proj"].kind == kind.upper().replace(
+        "_K", "_K"
+    )
+    name = "model.layers.0.mlp.up_proj"
+    with pytest.raises(UnrepresentableError, match=r"up_proj.*shape"):
+        FORMAT.rewrite(tmp_path / "out", tmp_path / "bad", {name: layers[name].q[:1]})
+    with pytest.raises(UnrepresentableError, match="no quantized layers"):
+        FORMAT.rewrite(tmp_path / "out", tmp_path / "bad", {"nobody": layers[name].q})
+    with pytest.raises(UnrepresentableError, match="below"):
+        FORMAT.rewrite(tmp_path / "out", tmp_path / "bad", {name: layers[name].q + 16})
+    assert not (tmp_path / "bad").exists()
+
+
+def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    layers = solve(source, GridConfig.of_kind("q4_0"))
+    first = FORMAT.write(source, tmp_path / "a", layers)
+    second = FORMAT.write(source, tmp_path / "b", reversed(layers))
+    assert first["shards"] == second["shards"]
+
+
+def test_a_package_made_file_is_read(tmp_path: Path) -> None:
+    """The producer of the file is gguf's own quantizer and writer; nothing of ours."""
+    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama")
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    permuted = weight.reshape(2, 2, 2, 64).swapaxes(1, 2).reshape(8, 64)
+    for name, values, qtype in (
+        ("blk.0.attn_q.weight", permuted, "Q4_0"),
+        ("blk.0.ffn_up.weight", weight, "Q4_1"),
+        ("token_embd.weight", weight, "Q8_0"),
+    ):
+        kind = gguf.GGMLQuantizationType[qtype]
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = {layer.name: layer for layer in FORMAT.read(tmp_path / "theirs.gguf")}
+    assert found.keys() == {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
+    for name, qtype in (("model.layers.0.self_attn.q_proj", "Q4_0"), ("model.layers.0.mlp.up_proj", "Q4_1")):
+        kind = gguf.GGMLQuantizationType[qtype]
+        wanted = gguf.dequantize(gguf.quantize(weight, kind), kind)
+        np.testing.assert_array_equal(found[name].dequantize(torch.float32).numpy(), wanted)
+    assert not list(FORMAT.plain_tensors(tmp_path / "theirs.gguf"))
+    ((name, embedding),) = FORMAT.rest(tmp_path / "theirs.gguf")
+    assert name == "model.embed_tokens.weight" and embedding.shape == (8, 64)
+    assert FORMAT.describe(tmp_path / "theirs.gguf").notes == (
+        "1 tensors are Q8_0: decoded for evaluation, never rewritten",
+    )
+
+
+def test_names_are_the_package_s() -> None:
+    for architecture in ("LLAMA", "QWEN2", "QWEN3"):
+        arch = gguf.MODEL_ARCH[architecture]
+        table = gguf.get_tensor_name_map(arch, 3)
+        for ours in (
+            "model.embed_tokens", "model.norm", "lm_head", "model.layers.2.input_layernorm",
+            "model.layers.2.post_attention_layernorm", "model.layers.2.self_attn.q_proj",
+            "model.layers.2.self_attn.k_proj", "model.layers.2.self_attn.v_proj", "model.layers.2.self_attn.o_proj",
+            "model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj",
+        ):  # fmt: skip
+            assert to_gguf(f"{ours}.weight") == table.get_name(f"{ours}.weight", try_suffixes=(".weight",))
+            assert from_gguf(to_gguf(f"{ours}.weight")) == f"{ours}.weight"
+    assert from_gguf("rope_freqs.weight") is None and from_gguf("blk.0.ffn_gate_exps.weight") is None
+    with pytest.raises(UnrepresentableError, match="no place"):
+        to_gguf("model.layers.0.block_sparse_moe.gate.weight")
+
+
+def test_rows_of_heads() -> None:
+    rows = Heads(4, 2, True).rows("model.layers.0.self_attn.q_proj", 24)
+    assert rows is not None and rows[:6].tolist() == [0, 3, 1, 4, 2, 5]
+    assert Heads(4, 2, False).rows("model.layers.0.self_attn.q_proj", 24) is None
+    assert Heads(4, 2, True).rows("model.layers.0.self_attn.v_proj", 24) is None
+    with pytest.raises(ValueError, match="no 4 heads"):
+        Heads(4, 2, True).rows("model.layers.0.self_attn.q_proj", 20)
+
+
+def test_rotary_factors_are_those_of_transformers() -> None:
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=rope
+    )
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    ours = rope_factors({"hidden_size": 256, "num_attention_heads": 4, "rope_parameters": rope})
+    assert ours is not None
+    plain = 1.0 / 500000.0 ** (torch.arange(0, 64, 2).float() / 64)
+    torch.testing.assert_close(plain / ours, theirs, rtol=1e-5, atol=0)
+    assert rope_factors(CONFIG) is None
+
+
+def test_tokenizers(tmp_path: Path) -> None:
+    def read(data: dict[str, Any]) -> Any:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+        return read_vocabulary(tmp_path, 12)
+
+    level = {"type": "ByteLevel", "use_regex": True}
+    digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]}
+    assert read(byte_level_tokenizer(digits)).pre == "smollm"
+    qwen = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    split = {"type": "Split", "pattern": {"Regex": qwen}, "behavior": "Isolated"}
+    steps = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]}
+    assert read(byte_level_tokenizer(steps)).pre == "qwen2"
+    other = read(
+        byte_level_tokenizer({"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, level]})
+    )
+    assert other.pre == "default" and "split differently" in other.warnings[0]
+    pieces = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x0A>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7, "▁ab": 8}
+    spm = {
+        "added_tokens": [{"id": n, "content": t, "special": True} for t, n in pieces.items() if n < 3],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]},
+        "pre_tokenizer": None,
+        "model": {
+            "type": "BPE",
+            "byte_fallback": True,
+            "unk_token": "<unk>",
+            "vocab": pieces,
+            "merges": ["a b", "▁ ab"],
+        },
+    }
+    found = read(spm)
+    assert (
+        found.model == "llama" and found.space_prefix and found.types == [2, 3, 3, 6, 1, 1, 1, 1, 1, 5, 5, 5]
+    )
+    # The earlier merge wins, and everything that no merge makes comes last.
+    assert found.scores[7] > found.scores[8] > found.scores[5] == found.scores[4]
+    with pytest.raises(UnrepresentableError, match="no row"):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spm))
+        read_vocabulary(tmp_path, 8)
+    with pytest.raises(UnrepresentableError, match="WordPiece"):
+        read({"model": {"type": "WordPiece"}})
+    (tmp_path / "tokenizer.json").unlink()
+    assert read_vocabulary(tmp_path, 8).model == "no_vocab"
+
+
+def test_refuses_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UnrepresentableError, match=r"down_proj: Q4_0 .*ignore"):
+        FORMAT.check((64, 172), GridConfig(bits=4, group_size=32), "down_proj")
+    with pytest.raises(UnrepresentableError, match=r"Q3_K .*172"):
+        FORMAT.check((64, 172), GridConfig.of_kind("q3_k"))
+    with pytest.raises(UnrepresentableError, match="multiple of 32"):
+        FORMAT.check((64, 256), GridConfig(bits=4, group_size=16))
+    with pytest.raises(UnrepresentableError, match="asymmetric"):
+        FORMAT.check((64, 256), GridConfig(bits=4, group_size=32, sym=False))
+    with pytest.raises(UnrepresentableError, match="nvfp4"):
+        FORMAT.check((64, 256), GridConfig.of_kind("nvfp4"))
+    strange = make_model(tmp_path / "gemma", "GemmaForCausalLM")
+    with pytest.raises(UnrepresentableError, match="GemmaForCausalLM"):
+        FORMAT.check_source(strange)
+    scaled = make_model(tmp_path / "scaled", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(UnrepresentableError, match="dynamic"):
+        FORMAT.check_source(scaled)
+
+
+def test_damaged_files_are_told_not_trusted(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    FORMAT.write(source, tmp_path / "out", solve(source, GridConfig.of_kind("q4_0"), "layers.0.mlp.up_proj"))
+    good = (tmp_path / "out" / "model.gguf").read_bytes()
+    header = GgufFile(tmp_path / "out" / "model.gguf").data_start
+    generator = random.Random(0)
+    file = tmp_path / "bad.gguf"
+    told: list[str] = []
+    for trial in range(150):
+        data = bytearray(good)
+        if trial % 3 == 0:
+            del data[generator.randrange(len(data)) :]
+        elif trial % 3 == 1:
+            for _ in range(4):
+                data[generator.randrange(header)] = generator.randrange(256)
+        else:  # a count or length becomes huge
+            at = generator.choice([8, 16, generator.randrange(24, header - 8)])
+            data[at : at + 8] = generator.choice([2**63, 2**40, 2**31, 0]).to_bytes(8, "little")
+        file.write_bytes(data)
+        try:
+            for layer in FORMAT.read(file):
+                assert bool(torch.isfinite(layer.dequantize(torch.float32)).all())
+            dict(FORMAT.rest(file))
+        except (UserError, NotImplementedError) as problem:
+            told.append(str(problem))
+    assert len(told) > 75 and max(map(len, told)) < 1000
+    file.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="truncated"):
+        list(FORMAT.read(file))
+    with pytest.raises(MissingModelError):
+        list(FORMAT.read(tmp_path / "nothing"))
+    assert not FORMAT.detects(tmp_path / "nothing") and not FORMAT.detects(tmp_path / "model")
+
+
+def test_scales_that_are_not_finite(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model")
+    FORMAT.write(source, tmp_path / "out", solve(source, GridConfig.of_kind("q4_0"), "layers.0.mlp.up_proj"))
+    path = tmp_path / "out" / "model.gguf"
+    tensor = GgufFile(path).tensors["blk.0.ffn_up.weight"]
+    assert tensor.num_bytes == math.prod(tensor.shape) // 32 * 18
+    data = bytearray(path.read_bytes())
+    data[tensor.start : tensor.start + 2] = np.float16("nan").tobytes()
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up.*finite"):
+        list(FORMAT.read(path))
