@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test fuzz kill-resume sanitize lint bench gpu interop clean
+.PHONY: help install quickstart test fuzz kill-resume sanitize lint bench gpu run-gpu interop clean
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 EXTENSION := setup.py $(shell find csrc -type f 2>/dev/null)
@@ -72,7 +72,7 @@ test: install
 kill-resume: install
 	$(BIN)/pytest -m full -k twenty_random_kills tests/run
 
-# Writes benchmarks/results/fuzz.json. FUZZ_ARGS: --count N --first N --formats a,b
+# Writes benchmarks/results/fuzz.json and continues from it. FUZZ_ARGS: --count N --formats a,b
 fuzz: install
 	$(PYTHON) tests/fuzz/harness.py --out benchmarks/results/fuzz.json $(FUZZ_ARGS)
 
@@ -88,12 +88,15 @@ lint: install
 bench: install
 	$(BIN)/pytest benchmarks -o addopts=--import-mode=importlib --benchmark-only $(PYTEST_ARGS)
 
-# Compiles for the GPU that is here, so that the build takes seconds instead of minutes.
-gpu: $(STAMPS)/.dependencies
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make gpu: no CUDA device is visible to $(PYTHON)" >&2; exit 1; }
+# Builds for the GPU that is here, tests, measures, compares with the targets; GPU_ARGS: --set quick|all, --tune, --steps ...
+# Without .venv the python3 whose torch sees a GPU is taken as it is, and no network is needed.
+gpu:
+	@if [ -z "$(DISCQUANT_PYTHON)" ] && [ ! -x .venv/bin/python ] && python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(MAKE) run-gpu DISCQUANT_PYTHON=python3; else $(MAKE) run-gpu; fi
+
+run-gpu: $(STAMPS)/.dependencies
 	@rm -f $(STAMPS)/.extension
-	DISCQUANT_BUILD=cuda TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}.{minor}" + "a" * (major >= 9))')" $(MAKE) install
-	$(PYTHON) benchmarks/run_gpu.py
+	$(PYTHON) benchmarks/run_gpu.py $(GPU_ARGS)
 
 # One environment per tool under .venvs/ (about 12 GB; llama.cpp is compiled); finished rows are kept. Writes docs/interop.md.
 # INTEROP_ARGS: --only 'gguf*' ..., --again, --list, --build [TOOL ...], --produce.

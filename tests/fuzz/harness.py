@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -366,9 +366,7 @@ def check(chosen: Format, path: Path, result: Result, case: int) -> None:
     result.slowest_seconds = max(result.slowest_seconds, time.perf_counter() - begin)
 
 
-def fuzz(
-    name: str, count: int, folder: Path, *, first: int = 0, progress: Callable[[int], None] | None = None
-) -> Result:
+def fuzz(name: str, count: int, folder: Path, *, first: int = 0) -> Result:
     """Damage a valid file of a format `count` times; case numbers are the seeds."""
     chosen, base = base_files(name, folder)
     files, single = snapshot(base), base.is_file()
@@ -384,34 +382,56 @@ def fuzz(
                 (place / file).parent.mkdir(parents=True, exist_ok=True)
                 (place / file).write_bytes(data)
             check(chosen, place / base.name if single else place, result, case)
-            if progress is not None:
-                progress(result.cases)
     return result
 
 
+def merged(row: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any]:
+    """The counts of two runs over different cases together."""
+    if row is None:
+        return more
+    refused = Counter(row["refused"]) + Counter(more["refused"])
+    return {
+        "cases": row["cases"] + more["cases"],
+        "read": row["read"] + more["read"],
+        "refused": dict(sorted(refused.items())),
+        "slowest_seconds": max(row["slowest_seconds"], more["slowest_seconds"]),
+        "failures": row["failures"] + more["failures"],
+        "cpu_seconds": round(row["cpu_seconds"] + more["cpu_seconds"], 1),
+    }
+
+
 def main() -> None:
-    """Fuzz the named formats and write the counts."""
+    """Fuzz the named formats up to the count, some cases of each in turn, and write the counts after every turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--turn", type=int, default=500)
     parser.add_argument("--formats", default=",".join(registry.names()))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--out", type=Path, help="continued where it exists; a finding stays in it until it is removed"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     if options.out is not None and options.out.exists():
         found = json.loads(options.out.read_text())
-    for name in options.formats.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            begin = time.process_time()
-            result = fuzz(name, options.count, Path(folder), first=options.first)
-        found[name] = {**result.to_dict(), "cpu_seconds": round(time.process_time() - begin, 1)}
-        print(name, json.dumps({k: v for k, v in found[name].items() if k != "failures"}))
-        for failure in result.failures[:20]:
-            print("  ", failure)
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
+    for end in range(options.turn, options.count + options.turn, options.turn):
+        for name in options.formats.split(","):
+            done = found[name]["cases"] if name in found else 0
+            count = min(end, options.count) - done
+            if count <= 0:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                begin = time.process_time()
+                result = fuzz(name, count, Path(folder), first=done)
+            spent = round(time.process_time() - begin, 1)
+            found[name] = merged(found.get(name), {**result.to_dict(), "cpu_seconds": spent})
+            shown = {key: value for key, value in found[name].items() if key != "failures"}
+            print(name, json.dumps({**shown, "failures": len(found[name]["failures"])}), flush=True)
+            for failure in result.failures[:20]:
+                print("  ", failure, flush=True)
+            if options.out is not None:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(found, indent=1) + "\n")
     raise SystemExit(1 if any(row["failures"] for row in found.values()) else 0)
 
 
