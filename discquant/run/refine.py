@@ -221,7 +221,7 @@ class RefinePipeline(Pipeline):
             "kl_after": after if better else before,
             "kl_ratio": (after if better else before) / max(before, 1e-30),
             "improved": better,
-            "start": FILE if self._started_from_file() else "gptq",
+            "start": self._started_from(),
             **self._counts,
             "derivation": dataclasses.asdict(self.derivation),
         }
@@ -233,9 +233,15 @@ class RefinePipeline(Pipeline):
         summary["sizes"]["packed_bytes"] = weight_bytes(target)
         summary["sizes"]["formats"] = {self.chosen.name: weight_bytes(target)}
 
-    def _started_from_file(self) -> bool:
+    def _started_from(self) -> str | None:
+        """Name what the solve started from; None for methods without a start."""
+        if self.config.method != "discquant":
+            return None
         kept = self._start_codes()
-        return kept is not None and all(torch.equal(q, self.file_layers[name].q) for name, q in kept.items())
+        if kept is None:
+            return self.config.solver.start
+        same = all(torch.equal(q, self.file_layers[name].q) for name, q in kept.items())
+        return FILE if same else "gptq"
 
 
 def _outside(chain: Chain, layers: Mapping[str, CodedLayer]) -> dict[str, int]:
