@@ -18,6 +18,7 @@ from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
+from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.grids import UniformGrid
 from discquant.modules import PackedReport, load_packed
 from discquant.ops.pack import SCALE_DTYPES
@@ -85,8 +86,8 @@ def load_packed_model(
         trust_remote_code: Passed to transformers.
 
     Returns:
-        The model in evaluation mode, with its `PackedReport` as `packed_report`; None if transformers names its
-        weights differently from the file (mixtures of experts, say): such a model needs plain weights.
+        The model in evaluation mode, with its `PackedReport` as `packed_report`; None if the file is of another kind,
+        or transformers names its weights differently (mixtures of experts, say): that model needs plain weights.
 
     Raises:
         MissingModelError, CheckpointError: The directory cannot be read, or does not fill the model.
@@ -99,7 +100,11 @@ def load_packed_model(
     folder = Path(path)
     found = find(folder)
     checkpoint = Checkpoint(folder)
-    quantized = {row.name for row in found.describe(folder).layers}
+    if not isinstance(found, SafetensorsFormat):
+        return None
+    stored = list(found.layers(checkpoint))
+    quantized = {layer.name for layer in stored}
+    consumed = {f"{layer.name}.{suffix}" for layer in stored for suffix in layer.tensors}
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Without this entry transformers takes the weights for what they now are: plain.
     if hasattr(config, "quantization_config"):
@@ -111,19 +116,24 @@ def load_packed_model(
     with _parameters_on_meta():
         model: Any = model_class._from_config(config, dtype=dtype)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    others = [
-        key for key in checkpoint.tensors if key.rpartition(".")[0] not in quantized or key.endswith(".bias")
-    ]
+    others = [key for key in checkpoint.tensors if key not in consumed]
     names = {*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))}
     if not quantized <= linear or not names.issuperset(others) or model._keep_in_fp32_modules:
         return None
+    for layer in stored:
+        shape = tuple(model.get_submodule(layer.name).weight.shape)
+        if shape != tuple(layer.shape):
+            raise CheckpointError(
+                f"{path}: {layer.name} has the shape {list(layer.shape)}, config.json makes it {list(shape)}"
+            )
     for key in others:
         _put(model, key, checkpoint.read(key))
     # Kernels read their own layout, made where the codes are; everything else moves at the end.
     target = torch.device(device) if device is not None else None
 
     def layers() -> Iterator[QuantizedLinear]:
-        for layer in found.read(folder):
+        for entry in stored:
+            layer = found.decoded(entry)
             codes = packable(layer)
             if codes is None:
                 _put(model, f"{layer.name}.weight", layer.dequantize(dtype))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +203,14 @@ def test_rejects_bad_input(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="generate: device must be cpu"):
             stream(out, "x", max_new_tokens=1, temperature=0.0, seed=0, device="cuda")
+    config = (out / "config.json").read_text()
+    assert '"intermediate_size": 160' in config
+    (out / "config.json").write_text(config.replace('"intermediate_size": 160', '"intermediate_size": 192'))
+    with pytest.raises(CheckpointError, match=r"has the shape \[160, 64\], config.json makes it \[192, 64\]"):
+        discquant.load(out)
+    (out / "config.json").write_text(config)
     file = out / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError):
         discquant.load(out)
-    assert "safetensors" in sys.modules
