@@ -24,6 +24,8 @@ from discquant.formats.safetensors_file import TORCH_DTYPES, TensorInfo, read_by
 from discquant.formats.safetensors_format import StoredLayer
 from discquant.formats.scheme import Scheme
 
+_CHUNK = 1 << 22  # weights that are decoded in float64 at a time
+
 
 def prove(
     source_dir: str | Path, out_dir: str | Path, layers: Iterable[CodedLayer | QuantizedLinear]
@@ -129,19 +131,24 @@ def _check_layer(
         return
     size = -(-shape[1] // groups) if claim.group_size == -1 else claim.group_size
     group = np.arange(shape[1]) // max(1, size)
-    if found.zero is None:
-        steps = layouts.levels(claim.kind)[found.q]
-    else:
+    if found.zero is not None:
         _same(f"{name}: zero point", found.zero, zero)
-        steps = found.q.astype(np.int64) - found.zero[:, group]
-    # In float64 the product of a 16-bit scale and a small integer is exact, and so is that of a float32 and a level.
-    decoded = torch.from_numpy((steps * found.scale[:, group]).astype(np.float32))
-    for dtype in {torch.float32: None, served: None}:
-        _same(
-            f"{name}: weight in {dtype}",
-            _as_integers(decoded.to(dtype)),
-            _as_integers(layer.dequantize(dtype).cpu()),
-        )
+    served_weights = {dtype: layer.dequantize(dtype).cpu() for dtype in {torch.float32: None, served: None}}
+    step = max(1, _CHUNK // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
+        if found.zero is None:
+            steps = layouts.levels(claim.kind)[found.q[rows]]
+        else:
+            steps = found.q[rows].astype(np.int64) - found.zero[rows][:, group]
+        # In float64 the product of a 16-bit scale and a small integer is exact; so is that of a float32 and a level.
+        decoded = torch.from_numpy((steps * found.scale[rows][:, group]).astype(np.float32))
+        for dtype, weight in served_weights.items():
+            _same(
+                f"{name}: weight in {dtype}, from row {start}",
+                _as_integers(decoded.to(dtype)),
+                _as_integers(weight[rows]),
+            )
 
 
 def _check_claim(name: str, claim: layouts.Claim, layer: CodedLayer, scheme: Scheme) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from discquant.formats import Checkpoint, QuantizedLinear
+from discquant.formats import Checkpoint, QuantizedLinear, export_compressed_tensors
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -90,3 +90,11 @@ def make_layers() -> Callable[..., Iterator[QuantizedLinear]]:
 def make_layer() -> Callable[..., QuantizedLinear]:
     """grid_layer."""
     return grid_layer
+
+
+@pytest.fixture(scope="session")
+def exported(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random Llama at 3 bits, symmetric, groups of 32. Tests that change it copy it first."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    export_compressed_tensors(llama_dir, out, grid_layers(llama_dir, 3, 32, True), recipe={"seed": 5})
+    return out

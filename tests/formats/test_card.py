@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card parses as the hub's own reader wants it, and every number on it is the manifest's or the summary's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from discquant.formats import read_manifest
+from discquant.formats.card import hub_name, write_card
+from discquant.formats.engines import engine_rows, problems
+from discquant.formats.scheme import Scheme
+
+SUMMARY = {
+    "method": "discquant",
+    "held_out": {"source": "some text", "tokens": 1234},
+    "methods": {
+        "rtn": {"kl_mean": 0.75, "kl_stderr": 0.01, "kl_median": 0.5, "kl_p999": 3.0, "kl_max": 4.0, "top1": 0.6,
+                "perplexity_ratio": 1.5},
+        "discquant": {"kl_mean": 0.125, "kl_stderr": 0.002, "kl_median": 0.1, "kl_p999": 1.0, "kl_max": None,
+                      "top1": 0.9, "perplexity_ratio": 1.05},
+    },
+}  # fmt: skip
+
+
+def test_card(exported: Path, llama_dir: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    folder = tmp_path / "out"
+    shutil.copytree(exported, folder)
+    source = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    source.mkdir(parents=True)
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# original\n")
+    write_card(folder, source, SUMMARY)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.language == "en"
+    assert card.data.library_name == "transformers"
+    assert {"discquant", "compressed-tensors", "int3"} <= set(card.data.tags)
+    manifest = read_manifest(folder)
+    text = card.content
+    assert "| **discquant** | 0.12500 | 0.00200 | 0.10000 | 1.0000 | n/a | 0.9000 | 1.0500 |" in text
+    assert "| rtn | 0.75000 |" in text
+    assert manifest["source"]["sha256"] in text
+    for name, row in manifest["shards"].items():
+        assert f"- {name}: `{row['sha256']}`" in text
+    assert f"{manifest['bits_per_weight']:.3f} bits per quantized weight" in text
+    assert "| vLLM | yes | Humming (#46389; MoE #48918) |" in text
+    assert "Needs compressed-tensors >= 0.18.0." in text
+    assert "Seed 5." in text
+    assert str(tmp_path) not in text
+
+
+def test_card_says_when_nothing_was_measured(exported: Path) -> None:
+    text = (exported / "README.md").read_text()
+    assert "was not measured" in text
+    assert "| method |" not in text
+
+
+def test_a_broken_card_of_the_original_costs_only_the_licence(exported: Path, tmp_path: Path) -> None:
+    folder, source = tmp_path / "out", tmp_path / "source"
+    shutil.copytree(exported, folder)
+    source.mkdir()
+    (source / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+    write_card(folder, source)
+    assert "license" not in (folder / "README.md").read_text().split("---")[1]
+
+
+def test_hub_name(tmp_path: Path) -> None:
+    assert hub_name(tmp_path / "models--owner--a-name" / "snapshots" / "abc") == "owner/a-name"
+    assert hub_name(tmp_path / "plain") is None
+
+
+def test_engines_give_the_worst_answer() -> None:
+    good, bad = Scheme(3, 64, True), Scheme(3, 64, False)
+    rows = {row["engine"]: row["verdict"] for row in engine_rows("compressed-tensors", {"a": good})}
+    assert rows["vLLM"] == "yes"
+    rows = {row["engine"]: row["verdict"] for row in engine_rows("compressed-tensors", {"a": good, "b": bad})}
+    assert rows["vLLM"] == "no"
+    assert engine_rows("mlx", {"a": Scheme(4, 64, False, "affine")})[0]["engine"] == "MLX"
+    # Widths that nobody looked up are never a yes.
+    for row in engine_rows("gptq", {"a": Scheme(2, 64, True)}):
+        assert row["verdict"] == "unclear", row
+
+
+def test_problems() -> None:
+    schemes = {"x.gate_proj": Scheme(3, 64, True), "x.up_proj": Scheme(4, 64, True)}
+    shapes = {"x.gate_proj": (48, 64), "x.up_proj": (64, 64)}
+    found = problems("gptq", schemes, shapes)
+    assert found == [
+        "x.gate_proj is 48 x 64: some engines want multiples of 32",
+        "x: engines fuse gate_proj, up_proj, which do not share one grid",
+    ]
+    assert "group size 24" in problems("gptq", {"a": Scheme(4, 24, True)}, {"a": (32, 48)})[0]
+    assert json.dumps(found)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`discquant export` and `discquant inspect` on a run: same codes in every format, refusals before any byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from discquant.cli import app
+from discquant.config import DataConfig, GridConfig, QuantizeConfig
+from discquant.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingModelError,
+    OutputExistsError,
+    UnrepresentableError,
+)
+from discquant.formats.registry import by_name, find, parse_names
+from discquant.run.directory import RunDirectory
+from discquant.run.export import export
+from discquant.run.inspection import inspect
+from discquant.run.pipeline import Pipeline
+
+FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "autoround", "awq", "mlx")
+
+
+@pytest.fixture(scope="module")
+def run_dir(model_dir: Path, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of rounding to nearest, 4 bits, groups of 32, nothing exported."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    config = QuantizeConfig(
+        grid=GridConfig(4, 32, True),
+        method="rtn",
+        data=DataConfig(dataset, 16, 32),
+        format="none",
+        baselines=(),
+    )
+    Pipeline(model_dir, out, config).execute()
+    return out
+
+
+def test_every_format_holds_the_codes_of_the_run(run_dir: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    written = export(run_dir, FORMATS, tmp_path / "out", say=said.append)
+    assert [path.name for path in written.values()] == list(FORMATS)
+    expected = {layer.name: layer for layer in RunDirectory(run_dir).coded_layers()}
+    assert expected
+    for name, folder in written.items():
+        assert find(folder).name == name
+        found = {layer.name: layer for layer in by_name(name).read(folder)}
+        assert found.keys() == expected.keys()
+        for key, layer in found.items():
+            assert torch.equal(layer.q, expected[key].q)
+        assert json.loads((folder / "discquant_proof.json").read_text())["layers"] == len(expected)
+        card = (folder / "README.md").read_text()
+        assert "| **rtn** |" in card, "the run's summary did not reach the card"
+        facts = inspect(folder)
+        assert facts["format"] == name
+        assert facts["quantized_weights"] == sum(layer.q.numel() for layer in expected.values())
+        assert facts["bits_per_weight"] > 4
+        assert {row["engine"] for row in facts["engines"]}
+    assert not (run_dir / "gptq").exists()
+
+
+def test_default_place_is_the_run(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    assert export(tmp_path / "run", ["gptq"]) == {"gptq": tmp_path / "run" / "gptq"}
+    with pytest.raises(OutputExistsError):
+        export(tmp_path / "run", ["mlx", "gptq"])
+    assert not (tmp_path / "run" / "mlx").exists(), "refused before the first byte"
+
+
+def test_a_model_in_one_format_becomes_another(run_dir: Path, model_dir: Path, tmp_path: Path) -> None:
+    export(run_dir, ["awq"], tmp_path)
+    with pytest.raises(ConfigError, match="--original"):
+        export(tmp_path / "awq", ["gptq"], tmp_path)
+    export(tmp_path / "awq", ["gptq"], tmp_path, original=str(model_dir))
+    first, second = by_name("awq").read(tmp_path / "awq"), by_name("gptq").read(tmp_path / "gptq")
+    for one, two in zip(first, second, strict=True):
+        assert one.name == two.name
+        assert torch.equal(one.q, two.q)
+
+
+def test_refuses(run_dir: Path, model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no format 'gtpq'"):
+        parse_names("awq,gtpq")
+    with pytest.raises(ConfigError, match="name at least one"):
+        parse_names(" , ")
+    with pytest.raises(MissingModelError):
+        export(tmp_path / "nowhere", ["gptq"])
+    changed = tmp_path / "changed"
+    shutil.copytree(model_dir, changed)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps({**config, "rope_theta": 3.0}))
+    with pytest.raises(CheckpointError, match="is not the one that the run"):
+        export(run_dir, ["gptq"], tmp_path / "out", original=str(changed))
+    with pytest.raises(CheckpointError, match="in no quantized format"):
+        inspect(model_dir)
+    assert not (tmp_path / "out").exists()
+
+
+def test_preflight_refuses_all_for_one(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    """3 bits fit GPTQ but not AWQ: neither is written."""
+    config = QuantizeConfig(
+        grid=GridConfig(3, 32, True),
+        method="rtn",
+        data=DataConfig(dataset, 16, 32),
+        format="none",
+        baselines=(),
+    )
+    Pipeline(model_dir, tmp_path / "run", config).execute()
+    with pytest.raises(UnrepresentableError, match="awq holds integers of 4 bits"):
+        export(tmp_path / "run", ["gptq", "awq"])
+    assert not (tmp_path / "run" / "gptq").exists()
+
+
+def test_command_line(run_dir: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["export", str(run_dir), "--format", "gptq, awq", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["awq", "gptq"]
+    shown = runner.invoke(app, ["inspect", str(tmp_path / "gptq"), "--json"])
+    facts = json.loads(shown.output)
+    assert facts["schemes"] == ["int4 group 32 symmetric"]
+    table = runner.invoke(app, ["inspect", str(tmp_path / "gptq")])
+    assert table.exit_code == 0
+    assert "int4 group 32 symmetric" in table.output
+    run = runner.invoke(app, ["inspect", str(run_dir), "--json"])
+    assert json.loads(run.output)["format"] == "run"
