@@ -31,10 +31,10 @@ def register() -> None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    _registered.append(register_quantization_config(NAME)(_config_class()))
+    _registered.append(register_quantization_config(NAME)(_config_class(_method_class())))
 
 
-def _config_class() -> type:
+def _config_class(method: Any) -> type:
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
@@ -82,17 +82,36 @@ def _config_class() -> type:
             """Packed layers where the folder is quantized, vLLM's plain ones elsewhere."""
             if not isinstance(layer, LinearBase):
                 return None
-            if any(prefix == name or prefix.endswith(f".{name}") for name in self.ignore):
+            # vLLM fuses q, k, v and gate, up; the folder names the parts.
+            parent, dot, last = prefix.rpartition(".")
+            parts = getattr(self, "packed_modules_mapping", {}).get(last, [last])
+            names = [f"{parent}{dot}{part}" for part in parts]
+            left = [
+                any(name == other or name.endswith(f".{other}") for other in self.ignore) for name in names
+            ]
+            schemes = {self.scheme_of(name) for name, plain in zip(names, left, strict=True) if not plain}
+            if not schemes:
                 return UnquantizedLinearMethod()
-            return _method_class()(self.scheme_of(prefix))
+            if any(left) or len(schemes) > 1:
+                raise ValueError(f"discquant: {', '.join(names)} are fused and must share one grid")
+            return method(schemes.pop())
 
     return DiscquantConfig
 
 
 def _method_class() -> Any:
-    from vllm.model_executor.layers.linear import LinearMethodBase
-    from vllm.model_executor.parameter import BasevLLMParameter, GroupQuantScaleParameter, PackedvLLMParameter
+    from vllm.model_executor.layers.linear import (
+        LinearMethodBase,
+        register_weight_loader_v2_supported_method,
+    )
+    from vllm.model_executor.parameter import (
+        BasevLLMParameter,
+        ChannelQuantScaleParameter,
+        GroupQuantScaleParameter,
+        PackedvLLMParameter,
+    )
 
+    @register_weight_loader_v2_supported_method
     class DiscquantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """One linear layer: parameters as the file has them, repacked for our kernels after loading."""
 
@@ -126,13 +145,13 @@ def _method_class() -> Any:
                     input_dim=1, output_dim=0, packed_dim=1, packed_factor=Fraction(32, bits), weight_loader=loader,
                 ),
             )  # fmt: skip
-            layer.register_parameter(
-                SCALE,
-                GroupQuantScaleParameter(
-                    data=torch.empty(rows, groups, dtype=params_dtype),
-                    input_dim=1, output_dim=0, weight_loader=loader,
-                ),
-            )  # fmt: skip
+            scales = torch.empty(rows, groups, dtype=params_dtype)
+            if size == -1:
+                # One scale per row belongs to every part of a row that is cut across ranks.
+                scale = ChannelQuantScaleParameter(data=scales, output_dim=0, weight_loader=loader)
+            else:
+                scale = GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=loader)
+            layer.register_parameter(SCALE, scale)
             if not self.scheme.symmetric:
                 layer.register_parameter(
                     ZERO,

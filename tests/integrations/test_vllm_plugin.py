@@ -59,11 +59,18 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
             "LinearBase": _LinearBase,
             "LinearMethodBase": object,
             "UnquantizedLinearMethod": type("UnquantizedLinearMethod", (), {}),
+            "register_weight_loader_v2_supported_method": lambda cls: cls,
         },
         f"{base}.layers.quantization": {"register_quantization_config": _register},
         f"{base}.layers.quantization.base_config": {"QuantizationConfig": object},
         f"{base}.parameter": dict.fromkeys(
-            ("BasevLLMParameter", "GroupQuantScaleParameter", "PackedvLLMParameter"), _Parameter
+            (
+                "BasevLLMParameter",
+                "ChannelQuantScaleParameter",
+                "GroupQuantScaleParameter",
+                "PackedvLLMParameter",
+            ),
+            _Parameter,
         ),
     }
     for name, attributes in contents.items():
@@ -102,7 +109,9 @@ def _layer(grid_config: GridConfig) -> tuple[QuantizedLinear, dict[str, Tensor],
 @pytest.mark.usefixtures("vllm")
 @pytest.mark.skipif(not _extension.available(), reason="packed layers need the compiled extension")
 @pytest.mark.parametrize(
-    "grid_config", [GridConfig(3, 32, True), GridConfig(4, 64, True), GridConfig(4, 32, False)], ids=str
+    "grid_config",
+    [GridConfig(3, 32, True), GridConfig(4, 64, True), GridConfig(4, 32, False), GridConfig(4, -1, True)],
+    ids=str,
 )
 def test_a_layer_through_vllms_steps(grid_config: GridConfig) -> None:
     layer, tensors, said = _layer(grid_config)
@@ -133,6 +142,12 @@ def test_what_is_left_to_vllm() -> None:
     config = chosen.from_config(said)
     assert type(config.get_quant_method(_LinearBase(), "lm_head")).__name__ == "UnquantizedLinearMethod"
     assert config.get_quant_method(nn.LayerNorm(4), "norm") is None
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    method = config.get_quant_method(_LinearBase(), "model.layers.0.qkv_proj")
+    assert method.scheme == Scheme(4, 32, True)
+    config.ignore = ("lm_head", "model.layers.0.k_proj")
+    with pytest.raises(ValueError, match="share one grid"):
+        config.get_quant_method(_LinearBase(), "model.layers.0.qkv_proj")
     assert chosen.override_quantization_method(said, "discquant") == "discquant"
     assert chosen.override_quantization_method(said, None) is None
     assert chosen.override_quantization_method({"quant_method": "gptq"}, "discquant") is None
