@@ -12,13 +12,18 @@ from collections import defaultdict
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+NEEDED = {"op", "provider", "mode", "shape", "ms_p50"}
 
 
 def latest(path: Path) -> dict[str, dict[tuple[str, str], dict[str, float]]]:
     """op -> (mode, shape) -> provider -> median milliseconds."""
     found: dict[str, dict[tuple[str, str], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     with path.open() as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        if not set(reader.fieldnames or ()) >= NEEDED:
+            print(f"{path.name}: skipped, it is no table of the harness")
+            return {}
+        for row in reader:
             if row.get("ms_p50"):
                 found[row["op"]][(row["mode"], row["shape"])][row["provider"]] = float(row["ms_p50"])
     return found
@@ -62,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the measurement tables.")
     parser.add_argument("tables", nargs="*", type=Path)
     options = parser.parse_args()
-    for path in options.tables or [p for p in sorted(RESULTS.glob("*.csv")) if p.stem != "aot"]:
+    for path in options.tables or sorted(RESULTS.glob("*.csv")):
         for target in draw(path):
             print(target.name)
 

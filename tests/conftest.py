@@ -6,6 +6,7 @@ Runs before any test module is imported, and so before any kernel is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import zlib
@@ -18,7 +19,6 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
-import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -32,10 +32,14 @@ if _WORKERS > 1:
 # Fills every `empty` tensor with NaN or the largest integer, so that a read of unwritten memory shows.
 torch.use_deterministic_algorithms(True, warn_only=True)
 
-hypothesis.settings.register_profile(
-    "discquant", deadline=None, max_examples=50, derandomize=True, database=None
-)
-hypothesis.settings.load_profile("discquant")
+# Absent on a bare GPU machine, where the kernels' tests need none of it.
+with contextlib.suppress(ModuleNotFoundError):
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "discquant", deadline=None, max_examples=50, derandomize=True, database=None
+    )
+    hypothesis.settings.load_profile("discquant")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -118,35 +118,93 @@ def _state(
 
 def _projected_step_cases() -> Iterator[Case]:
     scalars, keys = dict.fromkeys(SCALARS, 0.5), dict.fromkeys(KEYS, 12345)
+    codes, levels = _grid()[0], _meta(16, dtype=torch.float32)
     for optimizer in _MOMENTS:
         for storage in _STORAGE:
-            for group in (64, 32, 96) if (optimizer, storage) == ("momentum", "8bit") else (64,):
+            for group in (64, 32, 96, -1) if (optimizer, storage) == ("momentum", "8bit") else (64,):
                 frac, ref, grad, first, second = _state(storage, optimizer)
-                default = (storage in ("8bit", "8bit-f32grad") and optimizer != "sgd") or (
+                default = storage in ("8bit", "8bit-f32grad", "f32") and optimizer != "sgd" and group != 96
+                scale = _meta(ROWS, 1 if group == -1 else -(-COLS // group), dtype=torch.bfloat16)
+                arguments = (
+                    frac,
+                    ref,
+                    grad,
+                    scale,
+                    first,
+                    second,
+                    None,
+                    None,
+                    group,
                     optimizer,
-                    storage,
-                ) == ("adamw", "f32")
-                scale = _meta(ROWS, -(-COLS // group), dtype=torch.bfloat16)
-                arguments = (frac, ref, grad, scale, first, second, group, optimizer, scalars, keys)
-                yield Case(f"projected_step/{optimizer}-{storage}-g{group}", default and group != 96,
+                    scalars,
+                    keys,
+                )
+                yield Case(f"projected_step/{optimizer}-{storage}-g{group}", default,
                            projected_step.projected_step_fwd, arguments)  # fmt: skip
+        frac, ref, grad, first, second = _state("8bit-f32grad", optimizer)
+        scale = _meta(ROWS, COLS // 16, dtype=torch.float32)
+        arguments = (frac, ref, grad, scale, first, second, codes, levels, 16, optimizer, scalars, keys)
+        yield Case(f"projected_step/{optimizer}-8bit-table", optimizer != "sgd", projected_step.projected_step_fwd,
+                   arguments)  # fmt: skip
+
+
+def _step_cases() -> Iterator[Case]:
+    """The epilogue step; the op takes `compact` for two moments, look-up tables and odd widths."""
+    scalars, keys = dict.fromkeys(SCALARS, 0.5), dict.fromkeys(KEYS, 12345)
+    codes, levels = _grid()[0], _meta(16, dtype=torch.float32)
+    y = _meta(TOKENS, ROWS, dtype=torch.bfloat16)
+    variants: tuple[tuple[str, str, int, bool], ...] = (
+        ("", "8bit", COLS, False), ("-table", "8bit", COLS, True), ("-f32state", "f32", COLS, False),
+        ("-ragged", "8bit", COLS - 1, False),
+    )  # fmt: skip
     for tile, config in soft_linear.STEP_CONFIGS.items():
         for optimizer in _MOMENTS:
-            if (optimizer, tile) == ("adamw", "square"):
-                continue  # the op takes `compact` for two moments
-            frac, ref, _, first, second = _state("8bit", optimizer)
-            activations = (
-                _meta(TOKENS, ROWS, dtype=torch.bfloat16),
-                _meta(TOKENS, COLS, dtype=torch.bfloat16),
-            )
-            scale = _meta(ROWS, COLS // 64, dtype=torch.bfloat16)
-            arguments = (*activations, frac, ref, scale, first, second, 64, optimizer, scalars, keys, config)
-            yield Case(f"soft_linear_step/{optimizer}-{tile}", optimizer != "sgd", soft_linear.soft_linear_step,
-                       arguments)  # fmt: skip
+            for name, storage, cols, table in variants:
+                small = optimizer == "adamw" or table or cols % 16 or storage != "8bit"
+                if small and tile != "compact":
+                    continue
+                frac, ref, _, first, second = _state(storage, optimizer, cols)
+                x, group = _meta(TOKENS, cols, dtype=torch.bfloat16), 16 if table else 64
+                scale = _meta(ROWS, -(-cols // group), dtype=torch.bfloat16)
+                grid = (codes, levels) if table else (None, None)
+                arguments = (
+                    y,
+                    x,
+                    frac,
+                    ref,
+                    scale,
+                    first,
+                    second,
+                    *grid,
+                    group,
+                    optimizer,
+                    scalars,
+                    keys,
+                    config,
+                )
+                yield Case(f"soft_linear_step/{optimizer}-{tile}{name}", optimizer != "sgd",
+                           soft_linear.soft_linear_step, arguments)  # fmt: skip
 
 
-# Tiles that soft_linear_table chooses, and for which capability; look-up tables take `compact`, odd widths `ragged`.
-_CHOSEN = {"compact": (), "ragged": (), "square": (80,), "deep": (90,)}
+# Tile -> capabilities for which soft_linear_table chooses it, empty for all; look-up tables take `compact`, odd widths
+# `ragged`. Tuning may choose any other tile too (those of LARGE on sm_90 only): they are compiled with --all.
+_CHOSEN: dict[str, tuple[int, ...]] = {"compact": (), "ragged": (), "square": (80,), "deep": (90,)}
+_USUAL = ("u8-g64", "u8-g32-zero", "u8-g128-zero", "u8-g64-table", "u8-ragged")
+_ONLY_TILE = {"u8-g64-table": "compact", "u8-ragged": "ragged"}
+
+
+def _pair(
+    name: str, tile: str, kwargs: dict[str, Any], default: bool, targets: tuple[int, ...]
+) -> Iterator[Case]:
+    """Forward and dX on one grid with one tile."""
+    q_down, frac, scale, zero, table = _grid(**kwargs)
+    group, cols, config = kwargs.get("group", 64), kwargs.get("cols", COLS), soft_linear.CONFIGS[tile]
+    weight = (q_down, frac, scale, zero, table)
+    x, y = (_meta(TOKENS, size, dtype=torch.bfloat16) for size in (cols, ROWS))
+    yield Case(f"soft_linear_fwd/{name}-{tile}", default, soft_linear.soft_linear_fwd,
+               (x, *weight, None, 4, group, False, config), targets)  # fmt: skip
+    yield Case(f"soft_linear_dx/{name}-{tile}", default, soft_linear.soft_linear_dx,
+               (y, *weight, 4, group, False, config), targets)  # fmt: skip
 
 
 def _soft_linear_cases() -> Iterator[Case]:
@@ -154,31 +212,22 @@ def _soft_linear_cases() -> Iterator[Case]:
     for tile, config in soft_linear.CONFIGS.items():
         targets = _CHOSEN.get(tile, (90,))
         for name, _, kwargs in _WEIGHTS:
-            wanted = {"u8-g64-table": "compact", "u8-ragged": "ragged"}.get(name)
-            if tile != wanted and (wanted is not None or tile in ("compact", "ragged")) and name != "u8-g64":
+            if _ONLY_TILE.get(name, tile) != tile or (
+                tile == "ragged" and name not in ("u8-ragged", "u8-g64")
+            ):
                 continue
-            q_down, frac, scale, zero, table = _grid(**kwargs)
-            group, cols = kwargs.get("group", 64), kwargs.get("cols", COLS)
-            default = (
-                tile in _CHOSEN
-                and (name != "u8-g64" or tile != "ragged")
-                and name
-                in (
-                    "u8-g64",
-                    "u8-g32-zero",
-                    "u8-g128-zero",
-                    "u8-g64-table",
-                    "u8-ragged",
-                )
-            )
-            inner = _meta(TOKENS, cols, dtype=torch.bfloat16)
-            yield Case(f"soft_linear_fwd/{name}-{tile}", default, soft_linear.soft_linear_fwd,
-                       (inner, q_down, frac, scale, zero, table, None, 4, group, False, config), targets)  # fmt: skip
-            yield Case(f"soft_linear_dx/{name}-{tile}", default, soft_linear.soft_linear_dx,
-                       (y, q_down, frac, scale, zero, table, 4, group, False, config), targets)  # fmt: skip
-        q_down, _, scale, _, _ = _grid()
-        yield Case(f"soft_linear_dfrac/g64-{tile}", tile in ("compact", "deep"), soft_linear.soft_linear_dfrac,
-                   (y, x, q_down, scale, None, 4, 64, torch.float32, config), targets)  # fmt: skip
+            # `compact` is every other device's tile and small: its plain grid stands for the usual ones by default.
+            usual = name in ("u8-g64", "u8-g64-table") if tile == "compact" else name in _USUAL
+            default = tile in _CHOSEN and usual and (tile, name) != ("ragged", "u8-g64")
+            yield from _pair(name, tile, kwargs, default, targets)
+        for name, table in (("g64", False), ("table", True)):
+            if table and tile != "compact":
+                continue
+            q_down, _, scale, _, levels = _grid(table=table)
+            yield Case(f"soft_linear_dfrac/{name}-{tile}", tile in ("compact", "deep"), soft_linear.soft_linear_dfrac,
+                       (y, x, q_down, scale, levels, 4, 64, torch.float32, config), targets)  # fmt: skip
+    # What tuning may choose on sm_90 beside its first guess.
+    yield from _pair("u8-g64-tuned", "square", {}, False, (90,))
     deep, weight = soft_linear.CONFIGS["deep"], _grid()
     bias = _meta(ROWS, dtype=torch.bfloat16)
     yield Case("soft_linear_fwd/reference-bias-deep", False, soft_linear.soft_linear_fwd,
@@ -220,6 +269,7 @@ def cases() -> Iterator[Case]:
     """All cases, op by op."""
     yield from _soft_weight_cases()
     yield from _projected_step_cases()
+    yield from _step_cases()
     yield from _soft_linear_cases()
     yield from _linear_kl_cases()
     yield from _hadamard_cases()

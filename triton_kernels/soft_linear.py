@@ -48,6 +48,8 @@ CONFIGS = {
     "deep": Config(128, 128, 64, 8, 3),
     "wide": Config(128, 256, 64, 8, 3),
 }
+# Tiles that only the shared memory of sm_90 holds in every variant.
+LARGE = ("deep", "wide")
 STEP_CONFIGS = {"compact": Config(64, 64, 32, 4, 2), "square": Config(128, 128, 64, 8, 3)}
 BAND = tl.constexpr(8)
 

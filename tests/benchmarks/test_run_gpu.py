@@ -60,7 +60,7 @@ def test_a_slow_step_is_cut_and_the_others_run(run_gpu: ModuleType) -> None:
 
 def test_plan(run_gpu: ModuleType, repo_root: Path) -> None:
     """Limits fit the budget of nine minutes, every benchmark of the solver's ops is in it, sets are expressions."""
-    assert sum(run_gpu.BENCHES[stem] for stem in run_gpu.BENCHES) <= 480
+    assert sum(run_gpu.BENCHES.values()) <= 9 * 60
     for stem in ("soft_weight", "soft_linear", "projected_step", "linear_kl", "hadamard", "solver_step"):
         assert stem in run_gpu.BENCHES
         assert (repo_root / "benchmarks" / f"bench_{stem}.py").exists()
