@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run planned from config.json alone: memory, traffic, work and time per phase; by measured rates if there are any."""
+"""A run planned from config.json alone: memory, traffic, work and time per phase, by measured rates where known."""

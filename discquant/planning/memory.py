@@ -45,8 +45,8 @@ class Setting:
         accelerator: Whether there is a device besides the host.
         element: Bytes per element of computing, 2 or 4 (8 in float64).
         process: What the process holds before it opens a model.
-        whole_model: The original weights stay in memory in the compute dtype (every placement on the CPU but
-            block-wise loading; on an accelerator only with float32 state, whose teacher they are).
+        stored: Bytes per weight in the checkpoint, or of the smallest dtype that holds the weights exactly.
+        experts: The model has fused experts, which block-wise loading does not read.
     """
 
     config: QuantizeConfig
@@ -54,13 +54,36 @@ class Setting:
     accelerator: bool = False
     element: int = 4
     process: float = 0.0
-    whole_model: bool = True
+    stored: int = 2
+    experts: bool = False
+
+    @property
+    def streamed(self) -> bool:
+        """Whether states live elsewhere than on the compute device."""
+        return self.placement != "resident"
+
+    @property
+    def teacher_in_state(self) -> bool:
+        """Whether the teacher is computed from the state (the solver's own rule)."""
+        source = getattr(self.config.solver, "teacher_source", None)
+        return self.config.solver.state == "u8" if source is None else source == "state"
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether the original weights stay in memory; streamed, they are read block by block, after any sampling."""
+        return not self.streamed or self.experts or self.config.data.dataset == "self"
 
     @property
     def layout(self) -> StateLayout:
         """Bytes per weight of the state."""
         solver = self.config.solver
-        return state_layout(solver.state, solver.optimizer, self.config.grid.bits)
+        return state_layout(
+            solver.state,
+            solver.optimizer,
+            self.config.grid.bits,
+            both=self.teacher_in_state and solver.start == "gptq",
+            weight=float(self.stored) if self.streamed and not self.teacher_in_state else 0.0,
+        )
 
     @property
     def tokens(self) -> int:
@@ -128,12 +151,15 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     depth = len(shape.blocks)
     wide = 4 if element < 8 else 8
     saved = largest.saved_elements * element
-    # The teacher's weights are made beside the student's where the state is their only home.
-    sides = 1 if setting.whole_model else 2
+    # The teacher's weights are made beside the student's, unless the loaded model is the teacher.
+    sides = 2 if setting.teacher_in_state or setting.streamed else 1
     students = depth if keep else 1
+    # Micro-batches are summed in float32 (the GPU kernels accumulate in place).
+    summed = setting.tokens > setting.micro_tokens or element < wide
+    gradient = float(wide + (element if summed and not setting.accelerator else 0))
     return {
         "student and teacher weights": float(sides + students - 1) * largest.weights * element,
-        "weight gradient": float(wide) * largest.weights,
+        "weight gradient": gradient * largest.weights,
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
         "hidden states": 4.0 * tokens * shape.hidden * element,
         "logits": _logit_tensors(shape, setting) * wide,

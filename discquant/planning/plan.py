@@ -35,6 +35,8 @@ from discquant.planning.traffic import (
     work_per_token,
 )
 
+# The engine fetches a block's whole state for either pass.
+FORWARD_PREFIX = False
 # State formats compared with the one asked for.
 STATES: tuple[tuple[str, str], ...] = (("fp32", "adamw"), ("u8", "adamw"), ("u8", "momentum"))
 
@@ -146,7 +148,8 @@ def _seconds(
     work = work_per_token(shape, setting.config.data.seqlen)
     moved = None
     if setting.placement != "resident":
-        moved = moved_per_step(shape, setting.layout, setting.tokens, grid=grid_share(shape, setting.config))
+        grid = grid_share(shape, setting.config)
+        moved = moved_per_step(shape, setting.layout, setting.tokens, grid=grid, prefix=FORWARD_PREFIX)
     modelled = step_time(work, moved, setting.tokens, machine.device)
     if rates is None:
         return moved, modelled, modelled.total
@@ -164,17 +167,17 @@ def _seconds(
 
 
 def setting_for(
-    config: QuantizeConfig, placement: Placement, machine: Machine, *, process: float = 0.0
+    shape: ModelShape,
+    config: QuantizeConfig,
+    placement: Placement,
+    machine: Machine,
+    *,
+    process: float = 0.0,
 ) -> Setting:
-    """Return the setting of a run on a machine.
-
-    On an accelerator the teacher comes from the state (`frac_ref`), so no other copy of the weights is held; on the
-    CPU the loaded model stays.
-    """
+    """Return the setting of a run of a model on a machine."""
     element = {"bfloat16": 2, "float32": 4, "float64": 8}[config.solver.compute_dtype]
-    return Setting(
-        config, placement, machine.accelerated, element, process, whole_model=not machine.accelerated
-    )
+    experts = any(matrix.active < 1 for block in shape.blocks for matrix in block.matrices)
+    return Setting(config, placement, machine.accelerated, element, process, shape.file_bytes, experts)
 
 
 def _option(
@@ -185,7 +188,7 @@ def _option(
     rates: Rates | None,
     process: float,
 ) -> Option:
-    setting = setting_for(config, placement, machine, process=process)
+    setting = setting_for(shape, config, placement, machine, process=process)
     peaks = phase_peaks(shape, setting)
     moved, _, seconds = _seconds(shape, setting, machine, rates)
     return Option(
@@ -304,14 +307,14 @@ def make_plan(
     wanted = PLACEMENTS if placement == "auto" else (placement,)
     chosen: Setting | None = None
     for candidate in wanted:
-        setting = setting_for(config, candidate, machine, process=process)
+        setting = setting_for(shape, config, candidate, machine, process=process)
         if _fits(phase_peaks(shape, setting), machine):
             chosen = setting
             break
     if chosen is None:
         raise _refuse(shape, config, wanted, machine, process)
     moved, modelled, seconds = _seconds(shape, chosen, machine, rates)
-    hide = tokens_to_hide(shape, chosen.layout, machine.device)
+    hide = tokens_to_hide(shape, chosen.layout, machine.device, prefix=FORWARD_PREFIX)
     own = (config.solver.state, config.solver.optimizer)
     states = [own, *(other for other in STATES if other != own)]
     options = tuple(
@@ -320,13 +323,14 @@ def make_plan(
         for other in states
     )
     warnings = []
-    if chosen.placement != "resident" and machine.accelerated and chosen.tokens < hide.serial:
+    enough = max(hide.serial, hide.forward)
+    if chosen.placement != "resident" and machine.accelerated and chosen.tokens < enough:
         slowed = modelled.total / max(1e-30, modelled.forward + modelled.backward + modelled.head)
-        batch = -(-int(hide.serial) // config.data.seqlen)
+        batch = -(-int(enough) // config.data.seqlen)
         warnings.append(
-            f"{chosen.tokens} tokens per step are too few for the transfers to hide: {hide.serial:,.0f} are needed "
-            f"({hide.duplex:,.0f} if both directions run at once), e.g. --batch-size {batch}; a step takes "
-            f"{slowed:.1f} times its work"
+            f"{chosen.tokens} tokens per step are too few for the transfers to hide: {enough:,.0f} are needed "
+            f"({max(hide.duplex, hide.forward):,.0f} if both directions run at once), e.g. --batch-size {batch}; "
+            f"a step takes {slowed:.1f} times its work"
         )
     if chosen.placement == "disk":
         warnings.append(

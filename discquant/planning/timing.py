@@ -21,21 +21,22 @@ from discquant.planning.rates import Rates, machine_name
 from discquant.planning.shape import ModelShape, _config, empty_model
 from discquant.planning.traffic import ATTENTION_BACKWARD, ATTENTION_FORWARD, HEAD_FLOP, state_layout
 
+Clock = Callable[[], float]
 REPEATS = 3
 HEAD_ROWS = 8192
 COPY_BYTES = 1 << 28
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object], clock: Clock) -> float:
     """Return the median time of a call after one that is not counted."""
     call()
     times = []
     for _ in range(REPEATS):
         _synchronize()
-        begin = time.perf_counter()
+        begin = clock()
         call()
         _synchronize()
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return sorted(times)[REPEATS // 2]
 
 
@@ -70,7 +71,12 @@ def one_block_model(model: str | Path, dtype: torch.dtype, *, trust_remote_code:
 
 
 def measure(
-    model: str | Path, shape: ModelShape, config: QuantizeConfig, *, trust_remote_code: bool = False
+    model: str | Path,
+    shape: ModelShape,
+    config: QuantizeConfig,
+    *,
+    trust_remote_code: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> Rates:
     """Time this machine on one block of a model.
 
@@ -79,6 +85,7 @@ def measure(
         shape: Its sizes.
         config: Decides dtype, tokens per pass, state and optimizer.
         trust_remote_code: As for `read_shape`.
+        clock: Gives seconds; the processor's own time (time.process_time, one thread) on a machine under other load.
 
     Returns:
         Rates of this machine.
@@ -117,6 +124,7 @@ def measure(
         ]
     ]
     solver = Solver(chain, states, options)
+    states = solver.states
     windows = min(options.micro_batch, options.batch_size)
     ids = torch.randint(0, chain.head.weight.shape[0], (windows, config.data.seqlen))
     batch = chain.prepare(ids.to(chain.head.weight.device))
@@ -139,15 +147,16 @@ def measure(
             made = chain.run_block(0, hidden, batch.calls[0], leaves)
         return list(torch.autograd.grad(made, [hidden, *leaves.values()], pull, allow_unused=True))
 
-    forward_seconds, backward_seconds = _seconds(forward), _seconds(backward)
+    forward_seconds, backward_seconds = _seconds(forward, clock), _seconds(backward, clock)
     head_seconds = _seconds(
-        lambda: head_loss(chain, batch, output + 1e-3 * pull, output, loss="kl", normalizer=float(tokens))
+        lambda: head_loss(chain, batch, output + 1e-3 * pull, output, loss="kl", normalizer=float(tokens)),
+        clock,
     )
     largest = max(refs, key=lambda ref: ref.parameter.numel()).matrix()
     rows = torch.randn(tokens, largest.shape[1], dtype=dtype, device=largest.device)
-    matmul_seconds = _seconds(lambda: rows @ largest.T)
+    matmul_seconds = _seconds(lambda: rows @ largest.T, clock)
     gradients = {ref.param_name: torch.randn_like(ref.parameter, dtype=torch.float32) for ref in refs}
-    soft_seconds = _seconds(lambda: solver.student(0))
+    soft_seconds = _seconds(lambda: solver.student(0), clock)
     step = StepOptions(
         optimizer=options.optimizer,
         lr=0.01,
@@ -173,10 +182,10 @@ def measure(
                 second_moment=state.second_moment,
             )
 
-    step_seconds = _seconds(update)
+    step_seconds = _seconds(update, clock)
     buffer = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8)
     target = torch.empty_like(buffer, device=largest.device)
-    copy_seconds = _seconds(lambda: target.copy_(buffer))
+    copy_seconds = _seconds(lambda: target.copy_(buffer), clock)
     return Rates(
         machine=machine_name(),
         dtype=options.compute_dtype,

@@ -25,6 +25,8 @@ class StateLayout:
         frac_ref: Original position.
         frac: Current position.
         moments: Optimizer state.
+        side: What the linear term prefers, where that is not the original position and both are kept.
+        weight: The original weight, where it travels with the state.
     """
 
     name: str
@@ -32,16 +34,18 @@ class StateLayout:
     frac_ref: float
     frac: float
     moments: float
+    side: float = 0.0
+    weight: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.code + self.frac_ref + self.frac + self.moments
+        return self.forward + self.moments + self.side
 
     @property
     def forward(self) -> float:
         """What the forward pass needs: teacher and student."""
-        return self.code + self.frac_ref + self.frac
+        return self.code + self.frac_ref + self.frac + self.weight
 
     @property
     def written(self) -> float:
@@ -49,15 +53,26 @@ class StateLayout:
         return self.frac + self.moments
 
 
-def state_layout(state: str, optimizer: str, bits: int) -> StateLayout:
+def state_layout(
+    state: str, optimizer: str, bits: int, *, both: bool = False, weight: float = 0.0
+) -> StateLayout:
     """Return bytes per weight of a state format and optimizer.
 
-    u8: code in 4 bits up to 4 bits wide, one byte each for the rest.  fp32: one byte for the code, 4 for the rest.
+    u8: code in 4 bits up to 4 bits wide, one byte each for the rest.  fp32, bf16: one byte for the code, 4 or 2 for the
+    rest.
+
+    Args:
+        state: Format.
+        optimizer: Decides the moments.
+        bits: Code width.
+        both: The original position and another one, which the linear term prefers, are kept: one bit more in u8.
+        weight: Bytes of the original weight where that travels with the state.
     """
-    size = 1.0 if state == "u8" else 4.0
+    size = {"u8": 1.0, "bf16": 2.0, "fp32": 4.0}[state]
     code = 0.5 if state == "u8" and bits <= 4 else 1.0
     moments = {"sgd": 0, "momentum": 1, "lion": 1, "adamw": 2}[optimizer]
-    return StateLayout(f"{state} {optimizer}", code, size, size, moments * size)
+    side = (0.125 if state == "u8" else size) if both else 0.0
+    return StateLayout(f"{state} {optimizer}", code, size, size, moments * size, side, weight)
 
 
 def grid_bytes_per_weight(group_size: int, columns: int, sym: bool) -> float:
@@ -106,7 +121,13 @@ class Moved:
 
 
 def moved_per_step(
-    shape: ModelShape, layout: StateLayout, tokens: int, *, grid: float = 0.0, offload: bool = True
+    shape: ModelShape,
+    layout: StateLayout,
+    tokens: int,
+    *,
+    grid: float = 0.0,
+    offload: bool = True,
+    prefix: bool = True,
 ) -> Moved:
     """Return bytes per step of a streamed model.
 
@@ -116,10 +137,11 @@ def moved_per_step(
         tokens: Per step.
         grid: Bytes of scales and zero points per weight, which travel with the codes.
         offload: Whether the student's block inputs (bfloat16) leave the device; they go out and come back.
+        prefix: The forward pass fetches only what it reads, not the moments.
     """
     weights = float(shape.weights)
     return Moved(
-        weights * (layout.forward + grid),
+        weights * ((layout.forward if prefix else layout.total) + grid),
         weights * (layout.total + grid),
         weights * layout.written,
         (len(shape.blocks) + 1) * tokens * shape.hidden * 2.0 if offload else 0.0,
@@ -138,14 +160,16 @@ class HidingTokens:
     serial: float
 
 
-def tokens_to_hide(shape: ModelShape, layout: StateLayout, device: Device) -> HidingTokens:
+def tokens_to_hide(
+    shape: ModelShape, layout: StateLayout, device: Device, *, prefix: bool = True
+) -> HidingTokens:
     """Return bytes per weight / (FLOP per weight and token) * FLOP rate / link rate, per device.
 
     Of a mixture of experts every weight is moved and only the active ones work, which raises it in proportion.
     """
     ratio = device.flops / device.link * shape.weights / max(1.0, shape.active_weights)
     return HidingTokens(
-        layout.forward / FORWARD_FLOP * ratio,
+        (layout.forward if prefix else layout.total) / FORWARD_FLOP * ratio,
         max(layout.total, layout.written) / BACKWARD_FLOP * ratio,
         (layout.total + layout.written) / BACKWARD_FLOP * ratio,
     )

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured rates: timed on a real block, kept, found again, used by plans; and a run held against its plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.errors import CapacityError
+from discquant.planning import compare
+from discquant.planning.hardware import DEVICES
+from discquant.planning.memory import needed
+from discquant.planning.plan import Machine, make_plan
+from discquant.planning.rates import Rates, keep_rates, load_rates, machine_name, nearest_rates
+from discquant.planning.shape import read_shape
+from discquant.planning.timing import measure
+
+CONFIG = QuantizeConfig(
+    grid=GridConfig(bits=3, group_size=16),
+    solver=SolverConfig(iters=4, batch_size=4, micro_batch=2, warmup=1),
+    data=DataConfig("text.txt", 8, 16),
+)
+BLANK = Rates(
+    machine="a machine", dtype="float32", state="fp32 adamw", hidden=32, weights=10_000, tokens=32, forward=1e9,
+    backward=2e9, matmul=3e9, head=4e9, soft=1e-9, step=2e-9, copy=5e9,
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder that holds only the config.json of a small model."""
+    import transformers
+
+    transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("state", ["fp32", "u8"])
+def test_measure_times_a_real_block(state: str, folder: Path) -> None:
+    """Every rate is finite and positive; a clock that never moves twice as fast halves no rate by accident."""
+    ticks = iter(range(10_000))
+    solver = dataclasses.replace(CONFIG.solver, state=state)  # type: ignore[arg-type]
+    config = dataclasses.replace(CONFIG, solver=solver)
+    shape = read_shape(folder)
+    rates = measure(folder, shape, config, clock=lambda: float(next(ticks)))
+    assert rates.weights == shape.largest.weights and rates.tokens == 32 and rates.hidden == 32
+    # Each timed call takes one tick, so the rates are the counts themselves.
+    scores = 16 * 32
+    assert rates.forward == 32 * (2 * shape.largest.weights + 2 * scores)
+    assert rates.backward == 32 * (6 * shape.largest.weights + 7 * scores)
+    assert rates.head == 32 * 6 * 96 * 32
+    assert rates.soft == rates.step == 1 / shape.largest.weights
+    assert rates.copy == 1 << 28
+
+
+def test_rates_are_kept_and_found(tmp_path: Path) -> None:
+    """Another measurement of the same kind replaces the first; a damaged file is as good as none."""
+    file = tmp_path / "deep" / "calibration.json"
+    assert load_rates(file) == []
+    keep_rates(BLANK, file)
+    keep_rates(dataclasses.replace(BLANK, weights=80_000), file)
+    keep_rates(dataclasses.replace(BLANK, forward=9e9), file)
+    kept = load_rates(file)
+    assert [entry.weights for entry in kept] == [80_000, 10_000] and kept[1].forward == 9e9
+
+    def find(**changed: Any) -> Rates | None:
+        wanted = {
+            "machine": "a machine",
+            "dtype": "float32",
+            "state": "fp32 adamw",
+            "weights": 12_000,
+            "tokens": 32,
+        }
+        return nearest_rates(kept, **{**wanted, **changed})
+
+    assert find() == kept[1]
+    assert find(weights=70_000) == kept[0]
+    assert find(state="u8 momentum") == kept[1]
+    assert find(machine="another") is None and find(dtype="bfloat16") is None
+    assert find(weights=10_000_000) is None
+    file.write_text("{")
+    assert load_rates(file) == []
+
+
+def test_plan_uses_measured_rates(folder: Path) -> None:
+    """A measured plan's step follows from the rates alone, and says that it is measured."""
+    shape = read_shape(folder)
+    machine = Machine(DEVICES["cpu"], 1e12, 1e12)
+    assumed = make_plan(shape, CONFIG, machine)
+    assert not assumed.measured and "assumed" in assumed.to_dict()["rates"]
+    made = make_plan(shape, CONFIG, machine, rates=BLANK)
+    tokens, scores = 64, 16 * 32 * 3
+    # 4 steps of 4 windows go twice over 8 rows: the teacher is remembered; so small a model keeps its graph.
+    expected = (
+        tokens * (6 * shape.weights + 7 * scores) / 2e9 + tokens * 6 * 96 * 32 / 4e9 + shape.weights * 3e-9
+    )
+    assert made.step_seconds == pytest.approx(expected)
+    assert made.total_seconds == pytest.approx(4 * expected)
+    assert made.to_dict()["rates"] == "measured on this machine"
+
+
+def test_run_against_plan(folder: Path) -> None:
+    """Ratios are of peaks and of the median step; the verdicts are at 10 % and 25 %."""
+    made = make_plan(
+        read_shape(folder), CONFIG, Machine(DEVICES["cpu"], 1e12, 1e12), rates=BLANK, process=1e8
+    )
+    solve = max(peak.total("host") for peak in made.peaks if peak.name in ("start", "solve"))
+    highest = needed(list(made.peaks), "host")
+
+    def found(memory: float, time: float) -> dict[str, Any]:
+        phases = [
+            {"name": "round", "peak_rss_bytes": solve * memory},
+            {"name": "evaluate", "peak_rss_bytes": highest * memory},
+            {"name": "a phase of its own", "peak_rss_bytes": 1},
+        ]
+        steps = [{"seconds": made.step_seconds * factor} for factor in (40.0, time, time)]
+        return compare.against_plan(made, phases, steps)
+
+    good = found(1.05, 0.9)
+    assert [row["phase"] for row in good["memory"]] == ["round", "evaluate"]
+    assert good["memory"][0]["ratio"] == pytest.approx(1.05, abs=1e-4)
+    assert good["step_seconds"]["ratio"] == pytest.approx(0.9, abs=1e-4)
+    assert good["within"] == {"memory": True, "time": True}
+    assert found(1.12, 1.3)["within"] == {"memory": False, "time": False}
+    unmeasured = make_plan(read_shape(folder), CONFIG, Machine(DEVICES["cpu"], 1e12, 1e12))
+    assert compare.against_plan(unmeasured, [], [{"seconds": 1.0}])["within"] == {
+        "memory": None,
+        "time": None,
+    }
+
+
+def test_a_run_that_cannot_fit_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plan of a run knows this machine's memory; 10 % above it is not refused."""
+    import transformers
+
+    monkeypatch.setenv("DISCQUANT_CACHE", str(tmp_path))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    made = compare.plan_of_run(model, CONFIG, process=1e9)
+    peak = needed(list(made.peaks), "host")
+    monkeypatch.setattr(compare, "host_memory", lambda: peak / 1.09)
+    assert compare.plan_of_run(model, CONFIG, process=1e9).setting.placement == "resident"
+    monkeypatch.setattr(compare, "host_memory", lambda: peak / 1.2)
+    with pytest.raises(CapacityError, match="of host memory"):
+        compare.plan_of_run(model, CONFIG, process=1e9)
+
+
+def test_machine_is_named_with_its_threads() -> None:
+    """Rates of one thread are not taken for those of two."""
+    assert f"{torch.get_num_threads()} threads" in machine_name() or torch.cuda.is_available()
+    assert math.isfinite(DEVICES["cpu"].flops)
