@@ -41,6 +41,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_LIST = 1 << 22
 _MAX_KEY = 1 << 16
 _MAX_DIMENSIONS = 4
+_MAX_SIZE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class GgufFile:
         number, offset = cursor.number("I"), cursor.number("Q")
         if number not in SIZES:
             raise CheckpointError(f"{self.path}: {name!r} has the unknown type {number}")
+        if not all(0 < size < _MAX_SIZE for size in shape):
+            raise CheckpointError(f"{self.path}: corrupt: {name!r} has the shape {list(shape)}")
         kind, columns, size = SIZES[number]
         if shape[-1] % columns:
             raise CheckpointError(

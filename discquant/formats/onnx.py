@@ -96,7 +96,7 @@ class Onnx:
     def describe(self, path: Path) -> Description:
         """See `coded.Format`."""
         file = _require(path)
-        nodes = list(_nodes(file, _load(file)))
+        nodes = _nodes(file, _load(file))
         rows = [
             LayerFacts(
                 node.name,
@@ -287,7 +287,15 @@ def _load(file: Path) -> Any:
     return model
 
 
-def _nodes(file: Path, model: Any) -> Iterator[_Node]:
+def _nodes(file: Path, model: Any) -> list[_Node]:
+    """Every MatMulNBits node; see `_parse`."""
+    try:
+        return list(_parse(file, model))
+    except UnicodeError as cause:  # protobuf decodes text when it is asked for
+        raise CheckpointError(f"{file}: a name in it is no UTF-8") from cause
+
+
+def _parse(file: Path, model: Any) -> Iterator[_Node]:
     """Every MatMulNBits node.
 
     Raises:
@@ -368,7 +376,7 @@ def _external(file: Path, tensor: Any, count: int) -> _External:
     """An initializer's place in its data file, checked against the file's length."""
     label = f"{file}: {tensor.name!r}"
     shape = tuple(int(size) for size in tensor.dims)
-    if any(size < 0 for size in shape) or math.prod(shape) != count:
+    if any(size < 1 for size in shape) or math.prod(shape) != count:
         raise CheckpointError(f"{label} must have {count} elements, got shape {list(shape)[:8]}")
     if tensor.data_type not in _BYTES:
         raise CheckpointError(f"{label} has the type {tensor.data_type}, which is not read")
@@ -379,7 +387,7 @@ def _external(file: Path, tensor: Any, count: int) -> _External:
     entries = {row.key: row.value for row in tensor.external_data}
     location, size = entries.get("location", ""), count * _BYTES[tensor.data_type]
     # The name comes from the file: it must not lead out of the folder.
-    if not location or Path(location).name != location or "\0" in location:
+    if not 0 < len(location.encode()) <= 255 or Path(location).name != location or "\0" in location:
         raise CheckpointError(f"{label}: {location[:80]!r} is no file name in this folder")
     place = file.parent / location
     try:

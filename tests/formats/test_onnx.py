@@ -247,7 +247,7 @@ def test_refuses_before_any_work(tmp_path: Path) -> None:
         FORMAT.check_grid("up", AffineGrid(4, 32, torch.ones(1, 1), torch.ones(1, 1)))
     for more, message in (
         ({"architectures": ["GemmaForCausalLM"]}, "Gemma"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),
     ):
         folder = tmp_path / message
