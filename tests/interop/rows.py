@@ -62,7 +62,7 @@ class Producer:
     bits: int
     request: Mapping[str, Any]
     suffix: str = ""
-    limit: float = 1800
+    limit: float = 3600
 
     @property
     def name(self) -> str:
@@ -103,7 +103,7 @@ CONSUMERS = (
     _llama_cpp("q3_k", LONG),
     _llama_cpp("stories_q4_0", SHORT),
     *(Consumer("mlx", "consume_mlx", case, "mlx") for case in ("int3", "int4")),
-    *(Consumer("onnxruntime", "consume_onnxruntime", case, "onnx") for case in ("int4", "int4_asym")),
+    *(Consumer("onnxruntime", "consume_onnxruntime", case, "onnx") for case in ("int3", "int4", "int4_asym")),
     *(
         Consumer("vllm", "consume_vllm", "int4", format_name, "bfloat16", logprobs=True, limit=1800)
         for format_name in ("compressed-tensors", "gptq", "autoround")

@@ -24,6 +24,8 @@ from rows import Consumer, Producer
 from safetensors.torch import load_file
 from torch import Tensor
 
+from discquant.formats import registry
+
 HERE = Path(__file__).resolve().parent
 TOOL_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -36,7 +38,7 @@ TOOL_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
-REFINE_OPTIONS = ("--dataset", "arithmetic", "--nsamples", "256", "--seqlen", "128", "--iters", "96")
+REFINE_OPTIONS = ("--dataset", "arithmetic", "--nsamples", "512", "--seqlen", "128")
 
 
 class ToolError(RuntimeError):
@@ -268,23 +270,26 @@ class Runner:
         source = MODELS["tiny_llama"]
         before = self.produced(row)
         folder = self.workshop.folder / "rows" / row.name.replace(" ", "_")
-        out = self.workshop.folder / "refined" / before.name
-        shutil.rmtree(out, ignore_errors=True)
-        out.unlink(missing_ok=True)
+        run = self.workshop.folder / "refined" / before.name
+        shutil.rmtree(run, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        run.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,
             "-m",
             "discquant",
             "refine",
             before,
-            out,
+            run,
             "--original",
             source,
             *REFINE_OPTIONS,
         ]
         run_script(command, folder / "refine.log", row.limit)
+        found = registry.find(before).name
+        if found != row.format:
+            raise ToolError(f"{before.name} was taken for {found}, which is not {row.format}")
+        out = run / (before.name if before.is_file() else found)
         ids = self.workshop.read_tokens("tiny_llama", "judge")
         original = compare.logits(compare.load_model(source, torch.float32), ids)
         kl, facts = {}, {}

@@ -17,7 +17,7 @@ def produce(request, tokens):
         device="cpu",
         offload_to_disk=False,
     )
-    model = GPTQModel.load(request["model"], config, device="cpu")
+    model = GPTQModel.load(request["model"], config)
     windows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
     model.quantize(windows, batch_size=4)
     model.save(request["out"])
