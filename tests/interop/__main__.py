@@ -52,7 +52,8 @@ def _save(results: dict[str, Any]) -> None:
 def _describe(row: Consumer | Producer) -> dict[str, Any]:
     if isinstance(row, Consumer):
         return {"kind": "consumer", "tool": row.tool, "case": row.case, "format": row.format}
-    return {"kind": "refine", "tool": row.tool, "label": row.label, "format": row.format, "bits": row.bits}
+    tool = row.maker or row.tool
+    return {"kind": "refine", "tool": tool, "label": row.label, "format": row.format, "bits": row.bits}
 
 
 def _one(

@@ -23,6 +23,8 @@ BUILD_ENVIRONMENT = {
 # vLLM's CPU build brings these for another torch; with the pinned one they fail on import.
 REMOVE = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 NICE = 19
+# transformers with compressed-tensors, gguf and ONNX Runtime are among the project's own packages.
+PROJECT = "project"
 
 
 class EnvironmentFailedError(RuntimeError):
@@ -36,16 +38,18 @@ def folder(tool: str) -> Path:
 
 def python(tool: str) -> Path:
     """Its interpreter."""
-    return folder(tool) / "bin" / "python"
+    return Path(sys.executable) if tool == PROJECT else folder(tool) / "bin" / "python"
 
 
 def requirements(tool: str) -> Path:
     """Its pinned requirements."""
-    return HERE / "requirements" / f"{tool}.txt"
+    return ROOT / "constraints.txt" if tool == PROJECT else HERE / "requirements" / f"{tool}.txt"
 
 
 def is_built(tool: str) -> bool:
     """Whether the environment was completed from the present requirements."""
+    if tool == PROJECT:
+        return True
     stamp = folder(tool) / STAMP
     return stamp.is_file() and stamp.read_text(encoding="utf-8") == _digest(tool)
 

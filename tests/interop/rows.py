@@ -51,6 +51,7 @@ class Producer:
         bits: Of the codes; decides the bar.
         request: For the script.
         suffix: Of the file; empty for a folder.
+        maker: The tool's name where the environment is called otherwise.
         limit: Seconds for each of making, refining, decoding.
     """
 
@@ -62,12 +63,13 @@ class Producer:
     bits: int
     request: Mapping[str, Any]
     suffix: str = ""
+    maker: str = ""
     limit: float = 3600
 
     @property
     def name(self) -> str:
         """Unique, sortable, usable as a file name."""
-        return f"refine {self.tool} {self.label}"
+        return f"refine {self.maker or self.tool} {self.label}"
 
     @property
     def bar(self) -> float:
@@ -83,7 +85,7 @@ HALF = "float16"  # gptqmodel's torch kernels take float16 and bfloat16 only
 SHORT, LONG = "int8 activations, blocks of 32", "int8 activations, blocks of 256"
 CONSUMERS = (
     *(
-        Consumer("transformers", "consume_transformers", case, "compressed-tensors")
+        Consumer("project", "consume_transformers", case, "compressed-tensors")
         for case in ("int3", "int4", "int4_asym", "nvfp4", "mxfp4", "stories_int3", "stories_int4")
     ),
     *(
@@ -94,7 +96,7 @@ CONSUMERS = (
     Consumer("gptqmodel", "consume_gptqmodel", "int4_asym", "awq", HALF),
     *(Consumer("autoround", "consume_autoround", case, "autoround") for case in ("int3", "int4")),
     *(
-        Consumer("gguf", "consume_gguf", case, "gguf", None)
+        Consumer("project", "consume_gguf", case, "gguf", None)
         for case in ("q4_0", "q4_1", "q4_k", "q3_k", "stories_q4_0")
     ),
     _llama_cpp("q4_0", SHORT),
@@ -103,26 +105,27 @@ CONSUMERS = (
     _llama_cpp("q3_k", LONG),
     _llama_cpp("stories_q4_0", SHORT),
     *(Consumer("mlx", "consume_mlx", case, "mlx") for case in ("int3", "int4")),
-    *(Consumer("onnxruntime", "consume_onnxruntime", case, "onnx") for case in ("int3", "int4", "int4_asym")),
+    *(Consumer("project", "consume_onnxruntime", case, "onnx") for case in ("int3", "int4", "int4_asym")),
     *(
         Consumer("vllm", "consume_vllm", "int4", format_name, "bfloat16", logprobs=True, limit=1800)
         for format_name in ("compressed-tensors", "gptq", "autoround")
     ),
     *(
-        Consumer("transformers", "consume_lm_eval", case, "compressed-tensors", None, limit=1800)
+        Consumer("lm_eval", "consume_lm_eval", case, "compressed-tensors", None, limit=1800)
         for case in ("int3", "int4")
     ),
 )
 
 _GPTQ = ("gptqmodel", "consume_gptqmodel", HALF)
 _AUTO = ("autoround", "consume_autoround", "float32")
-_COMPRESSED = ("transformers", "consume_transformers", "float32")
-_GGUF = ("gguf", "consume_gguf", "float32")
+_COMPRESSED = ("project", "consume_transformers", "float32")
+_GGUF = ("project", "consume_gguf", "float32")
 
 
 def _gguf(quantizer: str, kind: str, bits: int) -> Producer:
     request = {"quantizer": quantizer, "type": kind}
-    return Producer(quantizer, "produce_gguf", kind, "gguf", _GGUF, bits, request, ".gguf")
+    tool = "project" if quantizer == "gguf" else quantizer
+    return Producer(tool, "produce_gguf", kind, "gguf", _GGUF, bits, request, ".gguf", quantizer)
 
 
 PRODUCERS = (

@@ -244,7 +244,11 @@ class Runner:
     def produced(self, row: Producer) -> Path:
         """The tool's own file, made again when the model changes."""
         source = MODELS["tiny_llama"]
-        place = self.workshop.folder / "produced" / f"{row.tool}_{row.label}{row.suffix}".replace(" ", "_")
+        place = (
+            self.workshop.folder
+            / "produced"
+            / f"{row.maker or row.tool}_{row.label}{row.suffix}".replace(" ", "_")
+        )
         scripts = [HERE / "tools" / f"{name}.py" for name in (row.script, "exchange", "gguf_names")]
 
         def make(out: Path) -> None:

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import torch
-from auto_round import AutoRoundConfig
 from exchange import serve, versions
 from torch_models import logits_of, weights_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 
 def consume(request, tokens):

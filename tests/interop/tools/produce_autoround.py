@@ -19,7 +19,7 @@ def produce(request, tokens):
         bits=request["bits"],
         group_size=request["group_size"],
         sym=request.get("sym", True),
-        dataset=torch.from_numpy(tokens),
+        dataset=list(torch.from_numpy(tokens).split(1)),
         seqlen=tokens.shape[1],
         nsamples=len(tokens),
         batch_size=4,
