@@ -7,6 +7,7 @@ State formats (memory.md section 2): `frac` float32 / bfloat16 / uint8 / uint16;
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,8 @@ Optimizer = Literal["adamw", "momentum", "lion", "sgd"]
 FRAC_REF_ZERO = 63  # uint8 code of frac_ref = 0
 FRAC_REF_RANGE = 126  # codes per unit: covers [-0.5, 1.5] with 0, 1/2 and 1 on codes
 FRAC_STREAM, MOMENT_STREAM, SECOND_STREAM = 0, 1, 2
+# Coordinates stepped at once: a dozen temporaries of a large layer would outweigh its state.
+SLICE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,35 @@ def projected_step_(
     Source:
         DiscQuant, arXiv 2501.06417, update rule; 8-bit layout and hardening are this project's.
     """
+    rows = max(1, SLICE // max(1, frac.shape[1]))
+    counts = StepCounts(0, 0, 0, 0, 0)
+    for begin in range(0, frac.shape[0], rows):
+        part = slice(begin, begin + rows)
+        found = _step_rows_(
+            frac[part],
+            frac_ref[part],
+            weight_grad[part],
+            scale[part],
+            group_size,
+            dataclasses.replace(options, first_index=options.first_index + begin * frac.shape[1]),
+            None if momentum is None else momentum[part],
+            None if second_moment is None else second_moment[part],
+        )
+        counts = StepCounts(*(a + b for a, b in zip(counts, found, strict=True)))
+    return counts
+
+
+def _step_rows_(
+    frac: Tensor,
+    frac_ref: Tensor,
+    weight_grad: Tensor,
+    scale: Tensor,
+    group_size: int,
+    options: StepOptions,
+    momentum: Tensor | None,
+    second_moment: Tensor | None,
+) -> StepCounts:
+    """Take the step of some rows; see `projected_step_`."""
     compute = accumulate_dtype(frac, weight_grad)
     position = decode_frac(frac, compute)
     reference = decode_frac_ref(frac_ref, compute)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference steps a large matrix some rows at a time: same bits, temporaries of a slice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from discquant.ops import StepOptions
+from discquant.ops.reference import projected_step as reference
+from discquant.run.phases import Phases
+
+
+def state(rows: int, columns: int, small: bool) -> dict[str, Any]:
+    """Return arguments of a momentum step, seeded."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw() -> Tensor:
+        return torch.rand(rows, columns, generator=generator)
+
+    frac, frac_ref, grad = draw(), draw() * 1.4 - 0.2, draw() - 0.5
+    momentum = (draw() - 0.5) * 2
+    if small:
+        frac, frac_ref = (frac * 255).to(torch.uint8), reference.encode_frac_ref(frac_ref)
+        momentum = (momentum * 100).to(torch.int8)
+    return {
+        "frac": frac,
+        "frac_ref": frac_ref,
+        "weight_grad": grad,
+        "scale": draw()[:, : -(-columns // 8)] + 0.1,
+        "group_size": 8,
+        "options": StepOptions(
+            optimizer="momentum", lr=0.1, kl_weight=3.0, step=3, moment_bound=2.0, first_index=40
+        ),
+        "momentum": momentum,
+    }
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("slice_size", [1, 50, 100])
+def test_slices_change_no_bit(slice_size: int, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of one row, of some, and of a size that does not divide; counts add up."""
+    whole, parts = state(13, 20, small), state(13, 20, small)
+    expected = reference.projected_step_(**whole)
+    monkeypatch.setattr(reference, "SLICE", slice_size)
+    assert reference.projected_step_(**parts) == expected
+    assert torch.equal(parts["frac"], whole["frac"]) and torch.equal(parts["momentum"], whole["momentum"])
+
+
+def test_memory_is_that_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident memory rises by less than one float32 copy of the matrix."""
+    arguments = state(512, 8192, True)
+    monkeypatch.setattr(reference, "SLICE", 1 << 16)
+    phases = Phases()
+    with phases.phase("before"):
+        pass
+    with phases.phase("step"):
+        reference.projected_step_(**arguments)
+    before, during = (record["peak_rss_bytes"] for record in phases.records)
+    assert during - before < 4 * arguments["frac"].numel()
