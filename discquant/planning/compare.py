@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from discquant.config import QuantizeConfig
 from discquant.planning.hardware import DEVICES, host_memory
@@ -18,7 +18,7 @@ from discquant.planning.shape import shape_of
 PROCESS_BYTES = 0.45e9
 MEMORY_TOLERANCE, TIME_TOLERANCE = 0.10, 0.25
 # Plan phases that one phase of a run spans.
-SPANS = {"round": ("start", "solve")}
+SPANS = {"round": ("teacher", "start", "solve")}
 
 
 def plan_of_run(
@@ -26,7 +26,7 @@ def plan_of_run(
     config: QuantizeConfig,
     *,
     process: float,
-    placement: Placement = "resident",
+    placement: Placement | Literal["auto"] = "resident",
     disk: float = 1e18,
 ) -> Plan:
     """Plan a run of a model in memory on this machine's CPU, with this machine's rates where they were measured.

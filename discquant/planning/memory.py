@@ -167,7 +167,10 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
 
 
 def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
-    """Return the peaks of the phases open, calibrate, grid, start, solve, export, evaluate, in that order."""
+    """Return the peak of each phase: open, calibrate, grid, teacher, start, solve, export, evaluate, in that order.
+
+    `teacher` and `start` are there where the run has them: the teacher's last hidden states remembered, GPTQ.
+    """
     config, layout, element = setting.config, setting.layout, setting.element
     grid = grid_share(shape, config)
     weights, largest = float(shape.weights), shape.largest
@@ -209,6 +212,14 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held["windows"] = windows
     (held if setting.accelerator and setting.placement != "resident" else device)["scales"] = grids
     peaks.append(peak("grid", {"searching scales": 6 * 4.0 * matrix}, {}))
+    if config.method == "discquant" and teacher:
+        # All rows enter, pass block by block, and are joined: each time two sets exist beside the result.
+        passing = {
+            "hidden states": 2 * teacher,
+            "activations of a block": largest.saved_elements * element * setting.micro_tokens,
+        }
+        peaks.append(peak("teacher", {**passing, "teacher's last hidden states": teacher}, {}))
+        device["teacher's last hidden states"] = teacher
     if started or config.method in ("gptq", "greedy"):
         rows = min(config.gptq_samples, config.data.nsamples) * config.data.seqlen
         extra = {
@@ -219,8 +230,6 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         peaks.append(peak("start", extra, {"codes": weights}))
     if config.method == "discquant":
         held["codes at the start"] = codes
-        if teacher:
-            device["teacher's last hidden states"] = teacher
         work = _working(shape, setting)
         where = {"resident": device, "host": held, "disk": stored}[setting.placement]
         where["state"] = state

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from discquant.config import QuantizeConfig
 from discquant.planning.compare import against_plan, plan_of_run
@@ -15,7 +15,9 @@ from discquant.run.directory import METRICS, RunDirectory
 from discquant.run.phases import resident_bytes
 
 
-def plan_run(model: Any, config: QuantizeConfig, *, placement: Placement = "resident") -> Plan:
+def plan_run(
+    model: Any, config: QuantizeConfig, *, placement: Placement | Literal["auto"] = "resident"
+) -> Plan:
     """Plan a run whose model is open.
 
     Args:

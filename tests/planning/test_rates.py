@@ -113,7 +113,7 @@ def test_run_against_plan(folder: Path) -> None:
     made = make_plan(
         read_shape(folder), CONFIG, Machine(DEVICES["cpu"], 1e12, 1e12), rates=BLANK, process=1e8
     )
-    solve = max(peak.total("host") for peak in made.peaks if peak.name in ("start", "solve"))
+    solve = max(peak.total("host") for peak in made.peaks if peak.name in ("teacher", "start", "solve"))
     highest = needed(list(made.peaks), "host")
 
     def found(memory: float, time: float) -> dict[str, Any]:
@@ -125,6 +125,7 @@ def test_run_against_plan(folder: Path) -> None:
         steps = [{"seconds": made.step_seconds * factor} for factor in (40.0, time, time)]
         return compare.against_plan(made, phases, steps)
 
+    assert [peak.name for peak in made.peaks][3:6] == ["teacher", "start", "solve"]
     good = found(1.05, 0.9)
     assert [row["phase"] for row in good["memory"]] == ["round", "evaluate"]
     assert good["memory"][0]["ratio"] == pytest.approx(1.05, abs=1e-4)
