@@ -136,12 +136,12 @@ def gptq_bytes(block: Block) -> float:
 
 
 def _logit_tensors(shape: ModelShape, setting: Setting) -> float:
-    """Return entries of all tensors over the vocabulary that exist at once in the head: 2 on a device, 7 here."""
+    """Return entries of all tensors over the vocabulary that exist at once in the head: 2 on a device, 10 here."""
     from discquant.solver.losses import head_chunk
 
     if setting.accelerator:
         return 2.0 * min(CHUNK, setting.micro_tokens) * shape.vocab
-    return 7.0 * min(head_chunk(shape.vocab, torch.device("cpu")), setting.micro_tokens) * shape.vocab
+    return 10.0 * min(head_chunk(shape.vocab, torch.device("cpu")), setting.micro_tokens) * shape.vocab
 
 
 def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:

@@ -13,7 +13,7 @@ from discquant.ops import linear_kl
 from discquant.ops.reference.linear_kl import cap_logits
 from discquant.solver.chain import Chain, Prepared
 
-# On the CPU the logits of a chunk and what is derived from them are seven float32 tensors of this size at most.
+# On the CPU the logits of a chunk and what is derived from them are ten float32 tensors of this size at most.
 LOGIT_BYTES = 1 << 27
 
 

@@ -50,8 +50,8 @@ def test_memory_of_the_head_does_not_grow_with_tokens() -> None:
     few, many = peak_of_head(chunk, vocab, chunk), peak_of_head(8 * chunk, vocab, chunk)
     assert few >= one, "the measurement must see the logits"
     assert many <= few + one
-    # Seven tensors of a chunk, as the plan counts; the allocator may keep one more.
-    assert many <= 8 * one < 2 * 8 * one
+    # Ten tensors of a chunk, as the plan counts; the allocator may keep one more.
+    assert many <= 11 * one
 
 
 @pytest.mark.parametrize("vocab", [LLAMA3, QWEN3, GEMMA3])
