@@ -149,10 +149,11 @@ def gemlite(layer: Layer, x: Tensor) -> list[Call] | None:
 
 def providers(layer: Layer, x: Tensor) -> Iterator[tuple[str, int, list[Call]]]:
     """(name, bytes of one weight, calls); a peer that is absent or refuses this layer is told and left out."""
+    # First: the others are told as multiples of it.
+    yield "cuBLAS", 2 * layer.n * layer.k, cublas(layer, x)
     yield "discquant", layer.num_bytes, ours(layer, x)
     yield "discquant exact", layer.num_bytes, ours(layer, x, mode="exact")
     yield "discquant batch_invariant", layer.num_bytes, ours(layer, x, batch_invariant=True)
-    yield "cuBLAS", 2 * layer.n * layer.k, cublas(layer, x)
     for name, make in (("torch tinygemm", tinygemm), ("gemlite", gemlite)):
         try:
             calls = make(layer, x)

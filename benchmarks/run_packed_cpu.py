@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cpu_providers as providers
 from ggml_peer import Ggml
 from harness import machine
+from packed_targets import verdicts
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {
@@ -229,6 +230,8 @@ def main() -> int:
                 record(block_rows(count, 12, (4096, 14336)))
         for shape in options.shapes.split(","):
             record(measure_shape(shape, *SHAPES[shape], threads, tokens, options.seconds, library))
+    for verdict in verdicts(options.out):
+        print(verdict.text())
     return 0
 
 
