@@ -67,7 +67,9 @@ def cpu(rows: list[Row]) -> Iterator[Verdict]:
             yield worst(f"{head}: M=1, 4 bit, share of plain read", shares, 0.85)
             gains = [
                 (float(three["gweights_s"]) / float(four["gweights_s"]), four["shape"])
-                for three, four in zip(ours(1, "3"), ours(1, "4"), strict=True)
+                for three in ours(1, "3")
+                for four in ours(1, "4")
+                if three["shape"] == four["shape"]
             ]
             yield worst(f"{head}: M=1, weights/s of 3 bit over 4 bit", gains, 1.2)
             for tokens, limit in ((1, 1.5), (4, 3.0), (16, 3.0)):
@@ -104,7 +106,9 @@ def gpu(rows: list[Row]) -> Iterator[Verdict]:
     ratios = [
         (float(three["ms_p50"]) / float(four["ms_p50"]), f"{shape}, M={m}")
         for shape in ("8B gate_up", "70B gate_up")
-        for (m, three), (_, four) in zip(ours(shape, (1, 4, 16), 3), ours(shape, (1, 4, 16), 4), strict=True)
+        for m, three in ours(shape, (1, 4, 16), 3)
+        for same, four in ours(shape, (1, 4, 16), 4)
+        if same == m
     ]
     yield worst("decode, time of 3 bit over 4 bit on layers from 60 MB", ratios, 0.8, at_most=True)
     rivals = [
