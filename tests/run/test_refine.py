@@ -28,7 +28,7 @@ Make = Callable[..., Path]
 
 def _config(dataset: str) -> QuantizeConfig:
     return QuantizeConfig(
-        solver=SolverConfig(iters=16, batch_size=4, micro_batch=4, warmup=2),
+        solver=SolverConfig(iters=12, batch_size=4, micro_batch=4, warmup=2),
         data=DataConfig(dataset, 24, 32),
         gptq_samples=8,
         checkpoint_every=4,

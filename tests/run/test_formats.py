@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run, several formats; and grids that are not uniform through the run directory and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import discquant
+from discquant.config import DataConfig, GridConfig, QuantizeConfig
+from discquant.errors import ConfigError, UnrepresentableError
+from discquant.formats import registry
+from discquant.grids import AffineGrid, TableGrid, UniformGrid
+from discquant.grids.storage import restore, store
+from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.pipeline import Pipeline
+
+
+def _config(dataset: str, grid: GridConfig, formats: str) -> QuantizeConfig:
+    return QuantizeConfig(
+        grid=grid, method="rtn", data=DataConfig(dataset, 8, 32), format=formats, baselines=()
+    )
+
+
+def test_one_run_in_two_formats(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    config = _config(dataset, GridConfig(4, 32, True), "compressed-tensors, gptq")
+    summary = Pipeline(model_dir, tmp_path / "out", config).execute()
+    assert set(summary["sizes"]["formats"]) == {"compressed-tensors", "gptq"}
+    assert summary["sizes"]["packed_bytes"] == summary["sizes"]["formats"]["compressed-tensors"] > 0
+    codes = {layer.name: layer for layer in RunDirectory(tmp_path / "out").coded_layers()}
+    for name in ("compressed-tensors", "gptq"):
+        read = {layer.name: layer for layer in registry.by_name(name).read(tmp_path / "out" / name)}
+        assert read.keys() == codes.keys()
+        for layer, found in read.items():
+            assert torch.equal(found.q, codes[layer].q)
+            assert torch.equal(found.dequantize(torch.float32), codes[layer].dequantize(torch.float32))
+    ids = torch.randint(3, 97, (1, 12))
+    with torch.no_grad():
+        of_run = load_run_model(tmp_path / "out")(ids).logits
+        of_gptq = discquant.load(tmp_path / "out" / "gptq")(ids).logits
+    assert torch.equal(of_run, of_gptq)
+
+
+def test_a_look_up_grid_through_a_run(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    config = _config(dataset, GridConfig.of_kind("nvfp4"), "compressed-tensors")
+    summary = Pipeline(model_dir, tmp_path / "out", config).execute()
+    assert summary["sizes"]["bits_per_weight"] == pytest.approx(4.5)
+    layers = list(RunDirectory(tmp_path / "out").coded_layers())
+    assert len(layers) == 14 and all(isinstance(layer.grid, TableGrid) for layer in layers)
+    with pytest.raises(UnrepresentableError, match="uniform"):
+        next(RunDirectory(tmp_path / "out").layers())
+    ids = torch.randint(3, 97, (1, 12))
+    with torch.no_grad():
+        assert torch.equal(
+            load_run_model(tmp_path / "out")(ids).logits, discquant.load(tmp_path / "out")(ids).logits
+        )
+
+
+def test_refused_before_any_work(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    for formats, grid, error in (
+        ("gptq,nonsense", GridConfig(4, 32, True), ConfigError),
+        ("gptq", GridConfig.of_kind("nvfp4"), UnrepresentableError),
+        ("awq", GridConfig(3, 32, True), UnrepresentableError),
+    ):
+        with pytest.raises(error):
+            Pipeline(model_dir, tmp_path / "out", _config(dataset, grid, formats)).execute()
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="format"):
+        QuantizeConfig(format=" , ")
+
+
+def test_store_and_restore() -> None:
+    scale, zero = torch.rand(3, 2).half() + 0.1, torch.full((3, 2), 7, dtype=torch.uint8)
+    block = (torch.rand(3, 4) * 100 + 1).to(torch.float8_e4m3fn)
+    grids = [
+        UniformGrid(3, 32, True, scale),
+        UniformGrid(4, 32, False, -scale, zero, g_idx=torch.randperm(64) // 32),
+        AffineGrid(4, 32, scale, -scale, torch.float16),
+        TableGrid.nf4(scale.float(), 32),
+        TableGrid.mxfp4(torch.full((3, 2), 120, dtype=torch.uint8)),
+        TableGrid.nvfp4(block, torch.tensor([100.0])),
+    ]
+    for grid in grids:
+        tensors, facts = store(grid)
+        again = restore(tensors, facts)
+        assert type(again) is type(grid)
+        q = torch.randint(0, 2**grid.num_bits, (3, 64), dtype=torch.uint8)
+        assert torch.equal(again.dequantize(q, torch.float32), grid.dequantize(q, torch.float32))
+        assert store(again)[1] == facts
+    with pytest.raises(ValueError, match="scale"):
+        restore({}, {"num_bits": 4, "group_size": 32})
