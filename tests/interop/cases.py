@@ -36,7 +36,7 @@ DATASETS["stories260k"] = tuple(
 )
 WINDOWS, SEQLEN = 8, 128  # of held-out text that every consumer runs
 CALIBRATION_WINDOWS = 64  # for the solver and for the tools that quantize
-SOLVER = SolverConfig(iters=4, batch_size=4, micro_batch=4, warmup=1, start="ref")
+SOLVER = SolverConfig(iters=4, batch_size=4, micro_batch=4, warmup=1, lr=0.03, start="ref")
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,6 @@ class Workshop:
         self.folder = folder
 
     @cached_property
-    def rounding_digest(self) -> str:
-        """Of the code that chooses codes."""
-        package = ROOT / "discquant"
-        return file_digest(*(package / part for part in ("grids", "rounding", "solver", "run", "config.py")))
-
-    @cached_property
     def format_digest(self) -> str:
         """Of the code that writes files."""
         return file_digest(ROOT / "discquant" / "formats", ROOT / "discquant" / "grids")
@@ -161,7 +155,8 @@ class Workshop:
             baselines=(),
             validation_windows=4,
         )
-        key = f"{file_digest(model)} {self.rounding_digest} {json.dumps(config.to_dict(), sort_keys=True)}"
+        # The solver's code is not part of the key: any codes on the grid prove the formats.
+        key = f"{file_digest(model)} {json.dumps(config.to_dict(), sort_keys=True)}"
         place = self.kept(
             self.folder / "solved" / case.name, key, lambda out: Pipeline(str(model), out, config).execute()
         )
@@ -185,6 +180,5 @@ class Workshop:
                 prove_from=lambda: layers,
             )
 
-        suffix = ".gguf" if format_name == "gguf" else ""
         key = f"{file_digest(run / 'codes.safetensors')} {self.format_digest}"
-        return self.kept(self.folder / "exported" / f"{case.name}.{format_name}{suffix}", key, make)
+        return self.kept(self.folder / "exported" / f"{case.name}.{format_name}", key, make)

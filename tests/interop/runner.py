@@ -130,7 +130,7 @@ class Runner:
         path = self.workshop.exported(case, row.format)
         folder = self.workshop.folder / "rows" / row.name.replace(" ", "_")
         request: dict[str, Any] = {
-            "model": path,
+            "model": path / "model.gguf" if row.format == "gguf" else path,
             "dtype": row.arithmetic if row.arithmetic in compare.EPSILON else "float32",
             "layers": [[layer.name, layer.q.shape[1]] for layer in layers],
             **row.extra,

@@ -105,7 +105,8 @@ def produce(request, tokens):
     # Embedding and head stay as they are, as in every other producer here.
     parameters.output_tensor_type = llama_cpp.GGML_TYPE_F32
     parameters.token_embedding_type = llama_cpp.GGML_TYPE_F32
-    parameters.pure = request.get("pure", True)
+    # Not pure: llama.cpp itself chooses other types where rows fill no block of 256, as its users get them.
+    parameters.pure = False
     import ctypes
 
     status = llama_cpp.llama_model_quantize(str(plain).encode(), str(out).encode(), ctypes.byref(parameters))
