@@ -131,7 +131,7 @@ class SolverConfig:
     harden_from: float = 0.15
     harden_soft: float = 1.4
     harden_until: float = 0.85
-    harden_final: float = 13.4
+    harden_final: float = 4.0
     snap_from: float = 0.95
     state: StateFormat = "fp32"
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
