@@ -8,6 +8,7 @@ inputs are the same; the same command continues.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -37,16 +38,24 @@ def _load() -> dict[str, Any]:
     return json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"rows": {}}
 
 
-def _save(results: dict[str, Any]) -> None:
-    """Both files, whole or not at all, rows in the order of rows.py."""
-    order = {row.name: index for index, row in enumerate((*CONSUMERS, *PRODUCERS))}
-    kept = {name: row for name, row in results["rows"].items() if name in order}
-    results["rows"] = dict(sorted(kept.items(), key=lambda entry: order[entry[0]]))
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in ((RESULT, json.dumps(results, indent=1) + "\n"), (DOCUMENT, table.document(results))):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+def _store(name: str, row: dict[str, Any]) -> None:
+    """Put one row into both files, rows in the order of rows.py; several drivers may run side by side."""
+    order = {known.name: index for index, known in enumerate((*CONSUMERS, *PRODUCERS))}
+    WORK.mkdir(parents=True, exist_ok=True)
+    with (WORK / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = _load()
+        results["machine"] = {"cpu": _cpu(), "python": platform.python_version(), "torch": torch.__version__}
+        kept = {key: value for key, value in {**results["rows"], name: row}.items() if key in order}
+        results["rows"] = dict(sorted(kept.items(), key=lambda entry: order[entry[0]]))
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in (
+            (RESULT, json.dumps(results, indent=1) + "\n"),
+            (DOCUMENT, table.document(results)),
+        ):
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
 
 
 def _describe(row: Consumer | Producer) -> dict[str, Any]:
@@ -56,11 +65,9 @@ def _describe(row: Consumer | Producer) -> dict[str, Any]:
     return {"kind": "refine", "tool": tool, "label": row.label, "format": row.format, "bits": row.bits}
 
 
-def _one(
-    runner: Runner, row: Consumer | Producer, results: dict[str, Any], again: bool, limit: float
-) -> None:
-    """Make a row unless it is there."""
-    known = results["rows"].get(row.name, {})
+def _one(runner: Runner, row: Consumer | Producer, again: bool, limit: float) -> bool:
+    """Make a row unless it is there; whether it is as it must be."""
+    known = _load()["rows"].get(row.name, {})
     tools = [row.tool] if isinstance(row, Consumer) else [row.tool, row.decoder[0]]
 
     def make() -> dict[str, Any]:
@@ -77,9 +84,9 @@ def _one(
         made["made"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     else:
         made["seconds"] = known["seconds"]
-    results["rows"][row.name] = {**_describe(row), **made}
-    _save(results)
+    _store(row.name, {**_describe(row), **made})
     print(f"{'ok ' if made['ok'] else 'NO '} {row.name}  {made.get('message', '')}", flush=True)
+    return bool(made["ok"])
 
 
 def main() -> int:
@@ -108,11 +115,7 @@ def main() -> int:
     runner = Runner(Workshop(WORK))
     if arguments.produce:
         return _produce(runner, [row for row in rows if isinstance(row, Producer)], arguments.build_limit)
-    results = _load()
-    results["machine"] = {"cpu": _cpu(), "python": platform.python_version(), "torch": torch.__version__}
-    for row in rows:
-        _one(runner, row, results, arguments.again, arguments.build_limit)
-    failed = [row.name for row in rows if not results["rows"][row.name]["ok"]]
+    failed = [row for row in rows if not _one(runner, row, arguments.again, arguments.build_limit)]
     print(
         f"{len(rows) - len(failed)} of {len(rows)} rows as they must be; table: {DOCUMENT.relative_to(ROOT)}"
     )
