@@ -66,7 +66,9 @@ def _classes() -> tuple[Any, Any]:
             self.folder = Path(checkpoint_files[0]).parent
             self.format = registry.find(self.folder)
             self.dtype = dtype
-            self.shapes = {row.name: row.shape for row in self.format.describe(self.folder).layers}
+            # transformers builds the model where tensors have no values; those of the file must have some.
+            with torch.device("cpu"):
+                self.shapes = {row.name: row.shape for row in self.format.describe(self.folder).layers}
             unread = set(model._keys_to_ignore_on_load_unexpected or ())
             for name, shape in self.shapes.items():
                 module = _linear(model, name)

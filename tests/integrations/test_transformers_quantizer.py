@@ -103,7 +103,8 @@ def test_refuses_a_file_of_another_model(original: Path, tmp_path: Path) -> None
     _export(original, tmp_path / "out", "compressed-tensors", GridConfig(4, 32, True))
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "num_hidden_layers": 1}), encoding="utf-8")
+    fewer = {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
+    path.write_text(json.dumps({**config, **fewer}), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"layers\.1"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with pytest.raises(NotImplementedError, match="device_map"):
