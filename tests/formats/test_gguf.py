@@ -409,3 +409,16 @@ def test_scales_that_are_not_finite(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up.*finite"):
         list(FORMAT.read(path))
+
+
+def test_stories260k_where_its_shapes_allow(tmp_path: Path, shared_dir: Path) -> None:
+    source = Checkpoint(shared_dir / "models" / "stories260k")
+    grid = GridConfig.of_kind("q4_0")
+    with pytest.raises(UnrepresentableError, match="172 columns"):
+        solve(source, grid, "down_proj")
+    layers = [layer for part in ("self_attn", "gate_proj", "up_proj") for layer in solve(source, grid, part)]
+    manifest = FORMAT.write(source, tmp_path / "out", layers, prove_from=lambda: layers)
+    assert len(manifest["layers"]) == len(layers) == 30 and "no tokenizer" in manifest["warnings"][0]
+    meta = GgufFile(tmp_path / "out" / "model.gguf").metadata
+    assert meta["tokenizer.ggml.model"] == "no_vocab" and meta["llama.vocab_size"] == 512
+    assert {layer.name for layer in FORMAT.read(tmp_path / "out")} == {layer.name for layer in layers}
