@@ -150,15 +150,18 @@ def onnx_runtime(weight: Weight, level: int, threads: int) -> Provider | None:
     return Provider(f"onnxruntime {runtime.__version__} level {level}", 4, num_bytes, calls, torch.float32)
 
 
-def llama_cpp(weight: Weight, library: Ggml, kind: str, threads: int) -> Provider:
-    """ggml's mul_mat over blocks that it quantised itself, in the buffer that llama.cpp would choose for them."""
-    bits = 3 if kind == "Q3_K" else 4
-    full = weight.dense(bits)
-    blocks = library.quantize(full, kind)
+def ggml_blocks(weight: Weight, library: Ggml) -> dict[str, Tensor]:
+    """The weight as ggml quantises it, as bytes by type: half a minute for a large one, so once for all threads."""
+    return {kind: library.quantize(weight.dense(bits), kind) for kind, bits in (("Q4_0", 4), ("Q3_K", 3))}
+
+
+def llama_cpp(weight: Weight, library: Ggml, kind: str, blocks: Tensor, threads: int) -> Provider:
+    """ggml's mul_mat in the buffer that llama.cpp would choose for these blocks."""
     layers = [
         library.linear(blocks, kind, weight.n, weight.k, threads) for _ in range(copies(blocks.numel()))
     ]
     calls: list[Call] = [lambda x, f=f: f(x) for f in layers]  # type: ignore[misc]
+    bits = 3 if kind == "Q3_K" else 4
     return Provider(f"ggml {kind} ({layers[0].buffer})", bits, blocks.numel(), calls, torch.float32)
 
 

@@ -54,17 +54,20 @@ def measure_shape(
     """Rows of one weight: its providers are built once and shared by all numbers of threads and tokens."""
     weight = providers.Weight(n, k)
     common = [
-        *providers.ours(weight, 4, ("a15", "a8", "fp32")), *providers.ours(weight, 3, ("a15", "a8", "fp32")),
+        *providers.ours(weight, 4, ("a15", "a8", "fp32")), *providers.ours(weight, 3, ("a15", "a8")),
         providers.exact(weight, 3), providers.dense(weight, torch.bfloat16), providers.dense(weight, torch.float32),
         providers.torch_int4(weight),
     ]  # fmt: skip
     roof = providers.plain_read(next(p for p in common if p is not None).num_bytes)
+    blocks = providers.ggml_blocks(weight, library) if library is not None and k % 256 == 0 else {}
     rows: list[Row] = []
     for count in threads:
         torch.set_num_threads(count)
         peers = [*common, *(providers.onnx_runtime(weight, level, count) for level in (4, 0))]
-        if library is not None and k % 256 == 0:
-            peers += [providers.llama_cpp(weight, library, kind, count) for kind in ("Q4_0", "Q3_K")]
+        if library is not None:
+            peers += [
+                providers.llama_cpp(weight, library, kind, data, count) for kind, data in blocks.items()
+            ]
         present = [peer for peer in peers if peer is not None]
         for m in tokens:
             x = torch.randn(m, k).bfloat16()
@@ -195,7 +198,7 @@ def main() -> int:
     parser.add_argument("--threads", default="1,2", help="numbers of threads, comma-separated")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--shapes", default="8B qkv,8B o,8B gate_up,8B down", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per shape, threads and tokens")
+    parser.add_argument("--seconds", type=float, default=2.5, help="per shape, threads and tokens")
     parser.add_argument("--ggml", type=Path, help="folder with libggml-base and libggml-cpu (llama.cpp)")
     parser.add_argument("--skip-models", action="store_true", help="no tokens/s")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "packed_linear_cpu.csv")
