@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE / "tiny_llama"
 METHODS = ("rtn", "gptq", "discquant")
 GRID = GridConfig(bits=3, group_size=64, sym=True, grid="search")
-DATA = DataConfig(dataset="arithmetic", nsamples=2048, seqlen=256)
+DATA = DataConfig(dataset="arithmetic", nsamples=4096, seqlen=256)
 
 
 def _run(method: str, out: Path) -> float:
