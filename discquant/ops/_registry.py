@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+ZERO_DTYPES = (torch.uint8, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Impl = Literal["auto", "reference", "triton", "cpp"]
 
 # One library object for the life of the process: dropping it would unregister the operators.
@@ -115,6 +116,21 @@ def require_tensors(op: str, **arguments: object) -> None:
             raise TypeError(f"{op}: {name} must be of type = Tensor, got {type(value).__name__}")
 
 
+def require_given(op: str, **arguments: object) -> None:
+    """Raise TypeError for the first argument that is not a Tensor; None is not one either."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be of type = Tensor, got {type(value).__name__}")
+
+
+def require_group_size(op: str, group_size: int) -> None:
+    """Raise ValueError unless it is -1 or a positive integer."""
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+    require(
+        whole and (group_size == -1 or group_size > 0), op, "group_size", "be positive or", -1, group_size
+    )
+
+
 def require_device(op: str, first: Tensor, **arguments: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on the device of `first`."""
     for name, value in arguments.items():
@@ -135,7 +151,7 @@ def require_grid(
     require(
         isinstance(num_bits, int) and 2 <= num_bits <= 8, op, "num_bits", "be an integer in", "2..8", num_bits
     )
-    require(group_size == -1 or group_size > 0, op, "group_size", "be positive or", -1, group_size)
+    require_group_size(op, group_size)
     require_codes(op, q_down, shape, num_bits)
     require_groups(op, scale, "scale", shape, group_size)
     require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
@@ -148,6 +164,7 @@ def require_grid(
             scale.shape,
             zero_point.shape,
         )
+        require_dtype(op, "zero_point", zero_point, ZERO_DTYPES)
     if table is not None:
         require(table.shape == (2**num_bits,), op, "table", "have shape", [2**num_bits], table.shape)
         require(zero_point is None, op, "zero_point", "with a table be", None, "a Tensor")

@@ -41,11 +41,18 @@ def _resolve(
     return found if strategy == "auto" else strategy, registry.triton_module("soft_linear").CONFIGS[tile]
 
 
-def step_tile(device: torch.device, optimizer: str, tokens: int, weights: int) -> str:
-    """Tile of the epilogue step; what the table chooses, and the smallest one where that would spill."""
-    _, tile = rule(device, "step", tokens, weights)
-    # Two moments do not fit the registers beside a large accumulator.
-    return "compact" if optimizer == "adamw" else tile
+def step_tile(device: torch.device, optimizer: str, tokens: int, shape: Sequence[int], plain: bool) -> str:
+    """Tile of the epilogue step: what the table chooses, or the smallest one where others spill.
+
+    Args:
+        device: Where the tensors are.
+        optimizer: Two moments do not fit the registers beside a large accumulator.
+        tokens: Rows of the activation.
+        shape: Of the weight.
+        plain: 8-bit state on a uniform grid.
+    """
+    _, tile = rule(device, "step", tokens, shape[0] * shape[1])
+    return tile if plain and optimizer != "adamw" and shape[1] % 16 == 0 else "compact"
 
 
 def _fwd_fake(x: Tensor, q_down: Tensor, frac: Tensor, *args: Any) -> Tensor:
@@ -123,7 +130,8 @@ def _step_launch(
 ) -> Tensor:  # fmt: skip
     kernels = registry.triton_module("soft_linear")
     optimizer, scalars, keys = launch_arguments(*options)
-    tile = step_tile(x.device, optimizer, x.shape[0], frac.numel())
+    plain = table is None and frac.dtype == torch.uint8
+    tile = step_tile(x.device, optimizer, x.shape[0], frac.shape, plain)
     counts: Tensor = kernels.soft_linear_step(
         grad_output, x, frac, frac_ref, scale, momentum, second_moment, q_down, table, group_size,
         optimizer, scalars, keys, kernels.STEP_CONFIGS[tile],

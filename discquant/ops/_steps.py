@@ -72,9 +72,8 @@ def check_state(
     group_size: int, options: StepOptions,
 ) -> None:  # fmt: skip
     """Validate the state and the scalars of a step."""
-    registry.require_tensors(
-        op, frac=frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment
-    )
+    registry.require_given(op, frac=frac, frac_ref=frac_ref, scale=scale)
+    registry.require_tensors(op, momentum=momentum, second_moment=second_moment)
     if not isinstance(options, StepOptions):
         raise TypeError(f"{op}: options must be of type = StepOptions, got {type(options).__name__}")
     registry.require(frac.dim() == 2, op, "frac", "have shape", "[out_features, in_features]", frac.shape)
@@ -83,7 +82,7 @@ def check_state(
     registry.require(
         frac_ref.shape == frac.shape, op, "frac_ref", "have the shape of frac", frac.shape, frac_ref.shape
     )
-    registry.require(group_size == -1 or group_size > 0, op, "group_size", "be positive or", -1, group_size)
+    registry.require_group_size(op, group_size)
     registry.require_groups(op, scale, "scale", frac.shape, group_size)
     registry.require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
     registry.require(
@@ -92,6 +91,24 @@ def check_state(
     registry.require(options.step >= 1, op, "step", "be at least", 1, options.step)
     registry.require(options.moment_bound > 0, op, "moment_bound", "be above", 0, options.moment_bound)
     registry.require(options.grad_clamp >= 0, op, "grad_clamp", "be at least", 0, options.grad_clamp)
+    betas = options.betas
+    registry.require(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        op,
+        "betas",
+        "be two numbers in",
+        "[0, 1)",
+        betas,
+    )
+    registry.require(options.eps >= 0, op, "eps", "be at least", 0, options.eps)
+    registry.require(
+        0 <= options.weight_decay < INFINITY,
+        op,
+        "weight_decay",
+        "be finite and at least",
+        0,
+        options.weight_decay,
+    )
     last = options.first_index + frac.numel()
     registry.require(
         0 <= options.first_index and last <= 2**32, op, "first_index", "keep indices in", "[0, 2^32)", last

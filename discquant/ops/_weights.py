@@ -19,7 +19,8 @@ def check(
     num_bits: int, group_size: int, dtype: torch.dtype | None, is_reference: bool,
 ) -> torch.dtype:  # fmt: skip
     """Validate what `soft_weight` and `soft_linear` share; return the weight's dtype."""
-    registry.require_tensors(op, q_down=q_down, frac=frac, scale=scale, zero_point=zero_point, table=table)
+    registry.require_given(op, q_down=q_down, frac=frac, scale=scale)
+    registry.require_tensors(op, zero_point=zero_point, table=table)
     registry.require(frac.dim() == 2, op, "frac", "have shape", "[out_features, in_features]", frac.shape)
     registry.require_dtype(op, "frac", frac, FRAC_DTYPES)
     if is_reference:

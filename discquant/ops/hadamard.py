@@ -84,7 +84,8 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, i
     Source:
         Randomized Hadamard transform; matrices by Sylvester, Paley and Williamson.
     """
-    registry.require_tensors(_OP, x=x, signs=signs)
+    registry.require_given(_OP, x=x)
+    registry.require_tensors(_OP, signs=signs)
     registry.require_dtype(_OP, "x", x, _DTYPES)
     registry.require(x.dim() >= 1, _OP, "x", "have at least dimensions", 1, x.dim())
     factors = factor(x.shape[-1])

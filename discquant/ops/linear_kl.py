@@ -81,7 +81,8 @@ def _check(
     student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     normalizer: float | None, logit_scale: float, softcap: float | None, chunk_size: int,
 ) -> None:  # fmt: skip
-    registry.require_tensors(_OP, student=student, teacher=teacher, weight=weight, bias=bias, mask=mask)
+    registry.require_given(_OP, student=student, teacher=teacher, weight=weight)
+    registry.require_tensors(_OP, bias=bias, mask=mask)
     registry.require(
         student.dim() == 2, _OP, "student", "have shape", "[num_tokens, hidden_size]", student.shape
     )
@@ -112,12 +113,14 @@ def _check(
         registry.require(
             bias.shape == weight.shape[:1], _OP, "bias", "have shape", list(weight.shape[:1]), bias.shape
         )
+        registry.require_dtype(_OP, "bias", bias, _DTYPES)
     if mask is not None:
         registry.require(
             mask.shape == student.shape[:1], _OP, "mask", "have shape", list(student.shape[:1]), mask.shape
         )
         registry.require_dtype(_OP, "mask", mask, (torch.bool,))
-    registry.require(chunk_size >= 1, _OP, "chunk_size", "be at least", 1, chunk_size)
+    whole = isinstance(chunk_size, int) and chunk_size >= 1
+    registry.require(whole, _OP, "chunk_size", "be an integer of at least", 1, chunk_size)
     registry.require(normalizer is None or normalizer >= 0, _OP, "normalizer", "be at least", 0, normalizer)
     registry.require(abs(logit_scale) < float("inf"), _OP, "logit_scale", "be", "finite", logit_scale)
     registry.require(softcap is None or softcap > 0, _OP, "softcap", "be None or above", 0, softcap)

@@ -74,13 +74,13 @@ def _run(
     frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor | None, group_size: int, options: StepOptions,
     momentum: Tensor | None, second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, impl: str,
 ) -> Tensor | StepCounts:  # fmt: skip
-    registry.require_tensors(_OP, frac=frac, scale=scale, table=table)
+    registry.require_given(_OP, frac=frac, weight_grad=weight_grad)
+    registry.require_tensors(_OP, scale=scale, table=table)
     if scale is None:
         registry.require(table is None, _OP, "table", "without scale be", None, "a Tensor")
         # The gradient is by frac already: the factor 1 for every row.
         scale, group_size = frac.new_ones((frac.shape[0], 1), dtype=torch.float32), -1
     check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
-    registry.require_tensors(_OP, weight_grad=weight_grad)
     registry.require_dtype(_OP, "weight_grad", weight_grad, GRADIENT_DTYPES)
     shape = weight_grad.shape
     registry.require(shape == frac.shape, _OP, "weight_grad", "have the shape of frac", frac.shape, shape)

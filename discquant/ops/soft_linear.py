@@ -58,9 +58,7 @@ class SoftLinearFunction(torch.autograd.Function):
 
 def check_activation(op: str, name: str, x: Tensor, features: int) -> None:
     """Validate an activation or the gradient of one: floating, [..., features]."""
-    registry.require_tensors(op, **{name: x})
-    if x is None:
-        raise TypeError(f"{op}: {name} must be of type = Tensor, got NoneType")
+    registry.require_given(op, **{name: x})
     registry.require_dtype(op, name, x, X_DTYPES)
     registry.require(
         x.dim() >= 1 and x.shape[-1] == features, op, name, "have a last dimension of", features, x.shape
@@ -261,7 +259,8 @@ def soft_linear_dfrac(
         Deterministic. Not differentiable.
     """
     op = "soft_linear_dfrac"
-    registry.require_tensors(op, grad_output=grad_output, x=x, q_down=q_down, scale=scale, table=table)
+    registry.require_given(op, grad_output=grad_output, x=x, q_down=q_down, scale=scale)
+    registry.require_tensors(op, table=table)
     for name, tensor in (("grad_output", grad_output), ("x", x)):
         registry.require(tensor.dim() >= 1, op, name, "have at least dimensions", 1, tensor.dim())
     shape = (grad_output.shape[-1], x.shape[-1])

@@ -20,8 +20,10 @@ from discquant.ops import (
     soft_linear_dfrac,
     soft_linear_dx,
     soft_linear_strategy,
+    soft_weight,
     weight_gradient,
 )
+from discquant.ops._registry import differentiable
 from discquant.solver.state import WeightState
 from discquant.solver.weight_ref import WeightRef, assemble
 
@@ -49,9 +51,28 @@ def grid_arguments(grid: Grid, frac: Tensor) -> dict[str, Any] | None:
     }
 
 
+def step_grid(state: WeightState) -> dict[str, Any]:
+    """Return scale and group_size (and codes and table) of a state as the projected steps take them."""
+    grid = state.grid
+    if state.frac.is_cuda and grid.table is not None:
+        # The kernel looks the gap up: half a byte per weight in place of a float32 matrix.
+        return {
+            "scale": grid.scale,
+            "group_size": grid.group_size,
+            "q_down": state.q_down,
+            "table": grid.table,
+        }
+    gap, group_size = grid.gap(state.codes_down())
+    return {"scale": gap, "group_size": group_size}
+
+
 def _takes_layer(module: nn.Module) -> bool:
     """Say whether a module is a plain linear layer whose forward may be replaced."""
     return type(module) is nn.Linear and "forward" not in module.__dict__
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 class SoftLayer:
@@ -82,7 +103,10 @@ class SoftLayer:
         if strategy == "fused":
             return None
         if self._dense is None:
-            self._dense = self.state.soft_weight(x.dtype)
+            # The op, not the grid's own way: what the fused matmul makes tile by tile.
+            self._dense = soft_weight(
+                self.state.q_down, self.state.frac, **self.grid, dtype=x.dtype, impl=self.owner.impl
+            )
         return self._dense
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,33 +115,35 @@ class SoftLayer:
         dense = self._weight("forward", x)
         if dense is not None:
             return nn.functional.linear(x, dense, self.module.bias)
-        args, state = self.grid, self.state
+        state = self.state
         return soft_linear(
-            x, state.q_down, state.frac, args["scale"], args["zero_point"], self.module.bias,
-            num_bits=args["num_bits"], group_size=args["group_size"], table=args["table"], strategy="fused",
+            x,
+            state.q_down,
+            state.frac,
+            bias=self.module.bias,
+            **self.grid,
+            strategy="fused",
             impl=self.owner.impl,
-        )  # fmt: skip
+        )
 
     def input_gradient(self, grad_output: Tensor) -> Tensor:
         """dX = dY W(frac)."""
         dense = self._weight("dx", grad_output)
         if dense is not None:
             return grad_output @ dense
-        args, state = self.grid, self.state
+        state = self.state
         return soft_linear_dx(
-            grad_output, state.q_down, state.frac, args["scale"], args["zero_point"], num_bits=args["num_bits"],
-            group_size=args["group_size"], table=args["table"], strategy="fused", impl=self.owner.impl,
-        )  # fmt: skip
+            grad_output, state.q_down, state.frac, **self.grid, strategy="fused", impl=self.owner.impl
+        )
 
     def receive(self, grad_output: Tensor, x: Tensor) -> None:
         """Take the step in the epilogue where that is wanted and exact, else add to the gradient."""
         owner = self.owner
-        if owner.on_layer is not None and self.calls == 1:
-            owner.on_layer(self.state, grad_output, x)
+        if owner.on_layer is not None and self.calls == 1 and owner.on_layer(self.state, grad_output, x):
             owner.stepped.add(self.state.name)
             return
         if owner.by == "weight":
-            found = weight_gradient(grad_output.flatten(0, -2), x.flatten(0, -2))
+            found = weight_gradient(_rows(grad_output), _rows(x))
         else:
             args = {k: self.grid[k] for k in ("scale", "num_bits", "group_size", "table")}
             found = soft_linear_dfrac(grad_output, x, self.state.q_down, **args, impl=owner.impl)
@@ -160,7 +186,7 @@ class SoftWeights(dict[str, Tensor]):
         by: By = "weight",
         strategy: str = "auto",
         impl: str = "auto",
-        on_layer: Callable[[WeightState, Tensor, Tensor], None] | None = None,
+        on_layer: Callable[[WeightState, Tensor, Tensor], bool] | None = None,
     ) -> None:
         """Decide for each weight of a block.
 
@@ -176,8 +202,9 @@ class SoftWeights(dict[str, Tensor]):
             strategy: "auto" by the table, "fused", or "materialise" (one dense weight per layer and visit, shared
                 by recomputation and input gradient).
             impl: Implementation of the ops.
-            on_layer: Takes the step of a layer from (state, dY, x) during backward, in place of a gradient; only exact
-                with one micro-batch per step. A layer that is called more than once still gets a gradient.
+            on_layer: May take the step of a layer from (state, dY, x) during backward and then returns True: no
+                gradient is made. Only exact with one micro-batch per step on one rank. A layer that is called more
+                than once always gets a gradient.
         """
         self.by, self.strategy, self.impl, self.on_layer = by, strategy, impl, on_layer
         self.stepped: set[str] = set()
@@ -209,7 +236,7 @@ class SoftWeights(dict[str, Tensor]):
 
         Their own weights are NaN meanwhile: code that reads a weight past the layer's forward cannot go unnoticed.
         """
-        saved = {name: layer.module.weight for name, layer in self.layers.items()}
+        saved = {name: layer.module._parameters["weight"] for name, layer in self.layers.items()}
         try:
             for layer in self.layers.values():
                 module = layer.module
@@ -217,7 +244,7 @@ class SoftWeights(dict[str, Tensor]):
                 module._parameters["weight"] = nn.Parameter(
                     nan.expand(module.weight.shape), requires_grad=False
                 )
-                module.forward = _forward_of(layer, self.trigger)  # type: ignore[method-assign]
+                module.__dict__["forward"] = _forward_of(layer, self.trigger)
             yield
         finally:
             for name, weight in saved.items():
@@ -243,7 +270,7 @@ _MIXED = (torch.float16, torch.bfloat16)
 
 def _forward_of(layer: SoftLayer, trigger: Tensor) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        y: Tensor = _SoftLayerFunction.apply(x, trigger, layer)
+        y: Tensor = differentiable(_SoftLayerFunction, x, trigger, layer)
         return y
 
     return forward

@@ -114,9 +114,17 @@ def test_rejects_bad_input(device):
         ),
         (ValueError, r"hadamard: signs must have shape = \[8\], got \[7\]", (x, x[0, :7])),
         (ValueError, "hadamard: signs must have a dtype of", (x, x[0].int())),
+        (TypeError, "hadamard: x must be of type = Tensor, got NoneType", (None,)),
+        (TypeError, "hadamard: signs must be of type = Tensor, got list", (x, [1.0] * 8)),
+        (ValueError, "hadamard: x must have at least dimensions = 1, got 0", (x[0, 0],)),
+        (ValueError, "hadamard: signs must be on the device = .*, got meta", (x, x[0].to("meta"))),
     ):
         with pytest.raises(error, match=message):
             hadamard(*args, impl="triton")
+    with pytest.raises(NotImplementedError, match="hadamard: impl must cover these arguments = cpp"):
+        hadamard(x, impl="cpp")
+    with pytest.raises(ValueError, match="hadamard: impl must be one of"):
+        hadamard(x, impl="fast")
     with pytest.raises(NotImplementedError, match="got a power-of-two part of 65536"):
         hadamard(torch.zeros(1, 65536, device=device), impl="triton")
 
@@ -131,6 +139,14 @@ def test_round_trip(size, impl, device):
     assert (turned - hadamard(x, signs, impl=impl)).abs().max() < 1e-12
     assert (turned.norm(dim=-1) - x.norm(dim=-1)).abs().max() < 1e-12
     assert (hadamard(turned, signs, inverse=True, impl=impl) - x).abs().max() < 1e-12
+
+
+def test_deterministic(device):
+    """Two runs, bit for bit, through both kernels."""
+    x, signs = torch.randn(5, 28 * 16, device=device), _signs(28 * 16, device)
+    for inverse in (False, True):
+        first, second = (hadamard(x, signs, inverse=inverse, impl="triton") for _ in range(2))
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 16), (16,), (2, 3, 16)])

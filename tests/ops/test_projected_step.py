@@ -398,6 +398,38 @@ def test_rejects_bad_input(make_state):
             {"options": dataclasses.replace(OPTIONS, first_index=2**32 - 1)},
         ),
         (
+            ValueError,
+            "projected_step_: frac_ref must be on the device = .*, got meta",
+            {"frac_ref": state["frac_ref"].to("meta")},
+        ),
+        (
+            ValueError,
+            r"projected_step_: betas must be two numbers in = \[0, 1\), got \(1.0, 0.5\)",
+            {"options": dataclasses.replace(OPTIONS, betas=(1.0, 0.5))},
+        ),
+        (
+            ValueError,
+            "projected_step_: eps must be at least = 0, got -1",
+            {"options": dataclasses.replace(OPTIONS, eps=-1.0)},
+        ),
+        (
+            ValueError,
+            "projected_step_: weight_decay must be finite and at least = 0, got -0.1",
+            {"options": dataclasses.replace(OPTIONS, weight_decay=-0.1)},
+        ),
+        (
+            ValueError,
+            "projected_step_: grad_clamp must be at least = 0, got -1",
+            {"options": dataclasses.replace(OPTIONS, grad_clamp=-1.0)},
+        ),
+        (
+            ValueError,
+            "projected_step_: moment_bound must be above = 0, got 0",
+            {"options": dataclasses.replace(OPTIONS, moment_bound=0.0)},
+        ),
+        (ValueError, "projected_step_: group_size must be positive or = -1, got -2", {"group_size": -2}),
+        (TypeError, "projected_step_: frac_ref must be of type = Tensor, got NoneType", {"frac_ref": None}),
+        (
             NotImplementedError,
             "projected_step_: impl must cover these arguments = triton, got float64",
             {"weight_grad": state["weight_grad"].double()},

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from discquant.config import GridConfig
+from discquant.config import GridConfig, SolverConfig
 from discquant.grids import Grid, place_grid
 from discquant.ops import StepOptions, projected_step_, soft_linear_step_
 from discquant.ops.reference.soft_weight import expand_groups
@@ -156,8 +156,9 @@ def test_step_in_the_epilogue(impl: str, make_model: Callable[..., Any], token_i
         batch = chain.prepare(token_ids[:2].to(DEVICE))
         left: list[dict[str, Tensor]] = [{} for _ in chain.blocks]
 
-        def on_layer(state: WeightState, grad_output: Tensor, x: Tensor) -> None:
+        def on_layer(state: WeightState, grad_output: Tensor, x: Tensor) -> bool:
             _step(state, grad_output, x, impl, True)
+            return True
 
         def sink(
             index: int, grads: dict[str, Tensor], *, fused: bool = fused, states: Any = states,
@@ -213,7 +214,12 @@ def test_layers_that_stay_dense_twice_and_unused() -> None:
     _assert_near(found, expected, 1e-12)
     assert not found[0]["unused.weight"].any()
     stepped: list[str] = []
-    options = {"on_layer": lambda state, grad_output, x: stepped.append(state.name)}
+
+    def on_layer(state: WeightState, grad_output: Tensor, x: Tensor) -> bool:
+        stepped.append(state.name)
+        return True
+
+    options = {"on_layer": on_layer}
     _, rest = _gradients(chain, _soft(chain, states, torch.float64, **options), [batch])
     assert stepped == ["direct"]
     assert set(rest[0]) == {"conv.weight", "twice.weight", "unused.weight"}
@@ -265,3 +271,71 @@ def test_what_the_op_cannot_serve_stays_dense(make_model: Callable[..., Any]) ->
     module.forward = module.forward  # what an offloading hook does
     assert set(_soft(chain, states, single)(0)) == {chain.weights[0][0].param_name}
     del module.forward
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_solver_steps_on_the_state(
+    windows: int, make_model: Callable[..., Any], token_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Solver(soft=True) equals the dense solver in float64, also where a measured table asks for the epilogue step."""
+    from discquant.solver import solver as module
+
+    fused: list[tuple[int, ...]] = []
+
+    def measured(x: Tensor, *shape: int) -> bool:
+        fused.append(shape)
+        return True
+
+    results = []
+    for soft in (False, True):
+        monkeypatch.setattr(module, "step_is_fused", measured)
+        chain = _chain(make_model("phi3-fused"))
+        states = _states(chain)
+        config = SolverConfig(
+            iters=8, lr=0.01, lr_floor=0.01, optimizer="momentum", compute_dtype="float64", kl_weight=50.0
+        )
+        solver = module.Solver(chain, states, config, soft=soft)
+        ids = token_ids.to(DEVICE)
+        batches = (
+            [chain.prepare(ids[:2])] if windows == 1 else [chain.prepare(ids[i : i + 1]) for i in range(2)]
+        )
+        records = [solver.step(batches) for _ in range(2)]
+        results.append(([state.frac for block in states for state in block], records))
+    # Two steps of every layer, inside backward where there is one micro-batch only.
+    assert len(fused) == (0 if windows == 2 else 2 * len(results[1][0]))
+    assert max(float((a - b).abs().max()) for a, b in zip(results[0][0], results[1][0], strict=True)) < 1e-10
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        assert abs(one.loss - other.loss) <= 1e-10 * abs(one.loss)
+        assert (one.moved, one.fractional, one.saturated) == (other.moved, other.fractional, other.saturated)
+
+
+def test_gradient_that_is_not_finite_is_named(
+    make_model: Callable[..., Any], token_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NaN on the road backward stops the step with the weight's name, and every state is as it was."""
+    from discquant.solver import gradients
+    from discquant.solver import solver as module
+
+    chain = _chain(make_model("llama"))
+    states = _states(chain)
+    before = [state.frac.clone() for block in states for state in block]
+    solver = module.Solver(
+        chain,
+        states,
+        SolverConfig(iters=2, lr=0.01, lr_floor=0.01, compute_dtype="float64", optimizer="momentum"),
+        soft=True,
+    )
+    monkeypatch.setattr(module, "step_is_fused", lambda *_: True)
+    honest = gradients.head_loss
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        part = honest(*args, **kwargs)
+        return part._replace(grad=torch.full_like(part.grad, torch.nan))
+
+    monkeypatch.setattr(gradients, "head_loss", spoiled)
+    with pytest.raises(
+        module.NonFiniteGradientError, match=r"solver: the gradient of model\.layers\.2\.\S+ must be"
+    ):
+        solver.step([chain.prepare(token_ids[:1].to(DEVICE))])
+    after = [state.frac for block in states for state in block]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
