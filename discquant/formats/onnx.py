@@ -96,7 +96,7 @@ class Onnx:
     def describe(self, path: Path) -> Description:
         """See `coded.Format`."""
         file = _require(path)
-        nodes = _nodes(file, _load(file))
+        nodes = list(_nodes(file, _load(file)))
         rows = [
             LayerFacts(
                 node.name,
@@ -284,18 +284,28 @@ def _load(file: Path) -> Any:
         raise CheckpointError(f"{file}: no ONNX file, or a damaged one: {cause}") from cause
     if not model.graph.node:
         raise CheckpointError(f"{file}: no ONNX file, or a damaged one: its graph is empty")
+    _check_text(file, model)
     return model
 
 
-def _nodes(file: Path, model: Any) -> list[_Node]:
-    """Every MatMulNBits node; see `_parse`."""
+def _check_text(file: Path, model: Any) -> None:
+    """Refuse names that are no UTF-8: protobuf hands those out as bytes, or fails when they are asked for."""
     try:
-        return list(_parse(file, model))
-    except UnicodeError as cause:  # protobuf decodes text when it is asked for
-        raise CheckpointError(f"{file}: a name in it is no UTF-8") from cause
+        texts = [entry.key for entry in model.metadata_props] + [
+            entry.value for entry in model.metadata_props
+        ]
+        for node in model.graph.node:
+            texts += [node.name, node.op_type, *node.input, *(row.name for row in node.attribute)]
+        for tensor in model.graph.initializer:
+            texts += [tensor.name, *(part for row in tensor.external_data for part in (row.key, row.value))]
+        sound = all(isinstance(text, str) for text in texts)
+    except UnicodeError:
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{file}: a damaged ONNX file: a name in it is no UTF-8")
 
 
-def _parse(file: Path, model: Any) -> Iterator[_Node]:
+def _nodes(file: Path, model: Any) -> Iterator[_Node]:
     """Every MatMulNBits node.
 
     Raises:

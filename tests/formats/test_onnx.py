@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -136,8 +137,9 @@ def make_model(folder: Path, architecture: str = "LlamaForCausalLM", **more: Any
             spread = 0.3 if value.dim() == 1 else 0.08
             value.copy_(torch.randn_like(value) * spread + (1.0 if "norm" in name else 0.0))
             value.copy_(value.bfloat16())
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return model.float()
+    # A copy, since the cast also rounds the rotary frequencies, which no served model has in bfloat16.
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    return model
 
 
 def solve(source: Checkpoint, grid: GridConfig) -> list[CodedLayer]:
