@@ -63,6 +63,8 @@ class CompressedTensors(SafetensorsFormat):
                 f"{checkpoint.path} is not quantized: config.json has no quantization_config"
             )
         scheme_of = parse_config(said, f"{checkpoint.path}/config.json")
+        # parse_config has seen that the groups are well formed.
+        ordered = any(group["weights"].get("actorder") == "group" for group in said["config_groups"].values())
         suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUP_INDEX, fp4.GLOBAL)
         for name, tensors in grouped(checkpoint, PACKED, suffixes):
             scheme = scheme_of(name)
@@ -80,7 +82,7 @@ class CompressedTensors(SafetensorsFormat):
             if scheme.group_size > columns or columns % max(1, scheme.group_size):
                 raise CheckpointError(f"{name}: {columns} columns are no multiple of {scheme.group_size}")
             expect(name, tensors, SCALE, _FLOATS, (rows, scheme.groups(columns)))
-            if GROUP_INDEX in tensors:
+            if GROUP_INDEX in tensors or ordered:  # without it nobody knows which scale a column has
                 expect(name, tensors, GROUP_INDEX, "I32 I64", (columns,))
             yield StoredLayer(name, (rows, columns), scheme, tensors)
 

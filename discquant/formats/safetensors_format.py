@@ -160,12 +160,12 @@ class SafetensorsFormat(ABC):
         """See `coded.Format`."""
         self.check_scheme(name, shape, Scheme.planned(shape, grid))
 
-    def check_grid(self, name: str, grid: Grid) -> None:
-        """See `coded.Format`: encodes the grid with no codes in it."""
+    def check_grid(self, name: str, grid: Grid, served: torch.dtype = torch.bfloat16) -> None:
+        """See `coded.Format`: encodes the grid with no codes in it; `served` as for `encode`."""
         rows, groups = grid.scale.shape
         columns = groups * grid.group_size if grid.group_size > 0 else 32
         # The smallest matrix that has this grid's scales: codes are all zero, which is cheap to pack.
-        self.encode(CodedLayer(name, torch.zeros(rows, columns, dtype=torch.uint8), grid), torch.bfloat16)
+        self.encode(CodedLayer(name, torch.zeros(rows, columns, dtype=torch.uint8), grid), served)
 
     def check_source(self, source: Checkpoint) -> list[str]:
         """See `coded.Format`: any model has a place here."""

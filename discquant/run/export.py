@@ -17,7 +17,8 @@ from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.export import plan_export, weight_shape
-from discquant.formats.output import check_target
+from discquant.formats.output import check_space, check_target
+from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import model_digest, resolve
@@ -121,17 +122,27 @@ def export(
 def _preflight(solved: Solved, targets: dict[str, Path], say: Callable[[str], None]) -> None:
     """Ask every format about every layer, one layer in memory at a time."""
     chosen = {name: registry.by_name(name) for name in targets}
-    for target in targets.values():
+    for name, target in targets.items():
         check_target(target)
+        for warning in chosen[name].check_source(solved.source):
+            say(f"note: {name}: {warning}")
     schemes: dict[str, Scheme] = {}
     for layer in solved.layers():
         shape = weight_shape(solved.source, layer.name)
-        schemes[layer.name] = Scheme.of_grid(layer.grid)
+        scheme = schemes[layer.name] = Scheme.of_grid(layer.grid)
+        served = TORCH_DTYPES[solved.source.tensors[f"{layer.name}.weight"].dtype]
         for found in chosen.values():
             if isinstance(found, SafetensorsFormat):
-                found.check_scheme(layer.name, shape, schemes[layer.name])
-            found.check_grid(layer.name, layer.grid)
+                found.check_scheme(layer.name, shape, scheme)
+                found.check_grid(layer.name, layer.grid, served)
+            else:
+                found.check_grid(layer.name, layer.grid)
+    needed = 0
     for name, target in targets.items():
         if isinstance(chosen[name], SafetensorsFormat):
-            for warning in plan_export(solved.source.path, target, schemes, name).warnings:
+            plan = plan_export(solved.source.path, target, schemes, name)
+            needed += plan.weight_bytes
+            for warning in plan.warnings:
                 say(f"note: {name}: {warning}")
+    # Each fits by itself; all of them must.
+    check_space(next(iter(targets.values())), needed)

@@ -230,6 +230,22 @@ def test_act_order_is_read_by_its_index(tmp_path: Path) -> None:
         list(by_name("gptq").read(out))
 
 
+def test_act_order_of_compressed_tensors(tmp_path: Path) -> None:
+    """A file that declares it is read by its index; without the index it is refused, not read in plain groups."""
+    layer = layer_of(4, 8, 64, 32, True, 5)
+    out, chosen = write(tmp_path, "compressed-tensors", layer), by_name("compressed-tensors")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="weight_g_idx is missing"):
+        list(chosen.read(out))
+    index = torch.randperm(64) % 2
+    change(out, {"weight_g_idx": index.int()})
+    (found,) = chosen.read(out)
+    expected = layer.grid.scale.float()[:, index] * (layer.q.float() - 8)
+    assert torch.equal(found.dequantize(torch.float32), expected)
+
+
 def test_old_three_bit_layout_is_read_and_kept(tmp_path: Path) -> None:
     """10 codes a word, as compressed-tensors wrote 3 bits before 0.18; a rewrite stays in that layout."""
     layer = layer_of(3, 4, 64, 32, True, 7)
@@ -284,7 +300,7 @@ def refusals() -> Iterator[tuple[str, CodedLayer, str]]:
     yield "mlx", layer_of(4, 8, 64, 32, False, 0), "use a symmetric grid"
 
 
-@pytest.mark.parametrize(("name", "layer", "message"), refusals())
+@pytest.mark.parametrize(("name", "layer", "message"), list(refusals()))
 def test_refuses(name: str, layer: CodedLayer, message: str, tmp_path: Path) -> None:
     with pytest.raises(UnrepresentableError, match=message):
         write(tmp_path, name, layer)
