@@ -7,6 +7,7 @@ that rounds again is caught.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -36,7 +37,8 @@ DATASETS["stories260k"] = tuple(
 )
 WINDOWS, SEQLEN = 8, 128  # of held-out text that every consumer runs
 CALIBRATION_WINDOWS = 64  # for the solver and for the tools that quantize
-SOLVER = SolverConfig(iters=4, batch_size=4, micro_batch=4, warmup=1, lr=0.03, start="ref")
+RECIPE = {"iters": 4, "batch_size": 4, "micro_batch": 4, "warmup": 1, "lr": 0.03, "start": "ref"}
+SOLVER = SolverConfig(**RECIPE)
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,18 @@ class Workshop:
     def kept(self, place: Path, key: str, make: Callable[[Path], Any]) -> Path:
         """Return `place`, made by `make(place)` unless it was made under the same key."""
         stamp = place.with_name(f"{place.name}.key")
-        if place.exists() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
-            return place
-        stamp.unlink(missing_ok=True)
-        if place.is_dir():
-            shutil.rmtree(place)
-        place.unlink(missing_ok=True)
         place.parent.mkdir(parents=True, exist_ok=True)
-        make(place)
-        stamp.write_text(key, encoding="utf-8")
+        # Drivers side by side wait for one another here rather than make the same thing twice.
+        with place.with_name(f"{place.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if place.exists() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
+                return place
+            stamp.unlink(missing_ok=True)
+            if place.is_dir():
+                shutil.rmtree(place)
+            place.unlink(missing_ok=True)
+            make(place)
+            stamp.write_text(key, encoding="utf-8")
         return place
 
     def tokens(self, model: str, part: str) -> Path:
@@ -156,7 +161,7 @@ class Workshop:
             validation_windows=4,
         )
         # The solver's code is not part of the key: any codes on the grid prove the formats.
-        key = f"{file_digest(model)} {json.dumps(config.to_dict(), sort_keys=True)}"
+        key = f"{file_digest(model)} {case} {json.dumps(RECIPE)} {CALIBRATION_WINDOWS} {SEQLEN}"
         place = self.kept(
             self.folder / "solved" / case.name, key, lambda out: Pipeline(str(model), out, config).execute()
         )
@@ -175,7 +180,7 @@ class Workshop:
                 Checkpoint(MODELS[case.model]),
                 place,
                 layers,
-                recipe={"case": case.name, **SOLVER.__dict__},
+                recipe={"case": case.name, **RECIPE},
                 ignore=("lm_head", *case.ignore),
                 prove_from=lambda: layers,
             )
