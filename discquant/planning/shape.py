@@ -108,7 +108,13 @@ class ModelShape:
         return self.vocab * self.hidden
 
 
-def _config(model: str | Path, trust_remote_code: bool) -> Any:
+def open_config(model: str | Path, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a model: a folder with config.json, that file, or a hub name.
+
+    Raises:
+        MissingModelError: There is none.
+        CheckpointError: It cannot be used.
+    """
     from transformers import AutoConfig
 
     path = Path(model).expanduser()
@@ -158,7 +164,7 @@ def read_shape(
         CheckpointError: It describes no causal language model.
         NotImplementedError: The model is no chain of blocks.
     """
-    config = _config(model, trust_remote_code)
+    config = open_config(model, trust_remote_code)
     return shape_of(empty_model(config, trust_remote_code), ignore, name=Path(str(model)).name)
 
 

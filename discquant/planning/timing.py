@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from discquant.config import QuantizeConfig
 from discquant.planning.rates import Rates, machine_name
-from discquant.planning.shape import ModelShape, _config, empty_model
+from discquant.planning.shape import ModelShape, empty_model, open_config
 from discquant.planning.traffic import ATTENTION_BACKWARD, ATTENTION_FORWARD, HEAD_FLOP, state_layout
 
 Clock = Callable[[], float]
@@ -47,7 +47,7 @@ def _synchronize() -> None:
 
 def one_block_model(model: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """Return a model of this configuration with one real block, random weights, and a head of at most 8192 rows."""
-    config = copy.deepcopy(_config(model, trust_remote_code))
+    config = copy.deepcopy(open_config(model, trust_remote_code))
     built = empty_model(config, trust_remote_code)
     decoder = built.get_decoder()
     lists = [(n, m) for n, m in decoder.named_children() if isinstance(m, nn.ModuleList) and len(m)]
