@@ -196,7 +196,7 @@ def heads_of_file(metadata: Mapping[str, Any], path: object) -> Heads:
         raise NotImplementedError(
             f"{path}: architecture {architecture!r} is not read; these are: {', '.join(PERMUTED)}"[:300]
         )
-    counts = []
+    counts: list[int] = []
     for key in ("head_count", "head_count_kv"):
         value = metadata.get(f"{architecture}.attention.{key}", counts[0] if counts else None)
         if type(value) is not int or not 1 <= value <= 1 << 16:

@@ -103,8 +103,11 @@ def _type(text: str | None, added: Mapping[str, Any] | None, model: str, unknown
 
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = model.get("merges") or []
-    return [tuple(row.split(" ", 1)) if isinstance(row, str) else tuple(row) for row in rows]
+    found = []
+    for row in model.get("merges") or []:
+        left, right = row.split(" ", 1) if isinstance(row, str) else row
+        found.append((str(left), str(right)))
+    return found
 
 
 def _ranks(model: Mapping[str, Any]) -> dict[str, int]:

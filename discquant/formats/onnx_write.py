@@ -141,15 +141,15 @@ def write_onnx(
         _copy_beside(source.path, partial)
         weights = sum(row["shape"][0] * row["shape"][1] for row in table.values())
         widened = sorted({row["num_bits"] for row in table.values() if row["stored_bits"] != row["num_bits"]})
-        name = hub_name(source.path)
+        hub = hub_name(source.path)
         manifest = {
             "manifest_version": 2,
             "format": "onnx",
             "requires": {"onnxruntime": "1.22"},
             "versions": environment.versions(),
             "source": {
-                "name": (name or source.path.resolve().name).rpartition("/")[2],
-                "hub": name,
+                "name": (hub or source.path.resolve().name).rpartition("/")[2],
+                "hub": hub,
                 "revision": None,
                 "sha256": source.sha256(),
             },
@@ -245,7 +245,8 @@ def _graph(
 
 def _lost(form: NBits) -> int:
     """Bits by which symmetric codes were widened: offset = 2^(wide-1) - 2^(narrow-1)."""
-    return form.bits - (2 ** (form.bits - 1) - form.offset).bit_length()
+    narrow: int = 2 ** (form.bits - 1) - form.offset
+    return form.bits - narrow.bit_length()
 
 
 def prove_onnx(source: Checkpoint, file: Path, layers: Iterable[CodedLayer]) -> dict[str, Any]:
