@@ -149,7 +149,7 @@ def _projected_step_cases() -> Iterator[Case]:
 
 
 def _step_cases() -> Iterator[Case]:
-    """The epilogue step; the op takes `compact` for two moments, look-up tables and odd widths."""
+    """The epilogue step; `compact` for two moments, look-up tables and wide state, `ragged` for odd widths."""
     scalars, keys = dict.fromkeys(SCALARS, 0.5), dict.fromkeys(KEYS, 12345)
     codes, levels = _grid()[0], _meta(16, dtype=torch.float32)
     y = _meta(TOKENS, ROWS, dtype=torch.bfloat16)
@@ -160,8 +160,8 @@ def _step_cases() -> Iterator[Case]:
     for tile, config in soft_linear.STEP_CONFIGS.items():
         for optimizer in _MOMENTS:
             for name, storage, cols, table in variants:
-                small = optimizer == "adamw" or table or cols % 16 or storage != "8bit"
-                if small and tile != "compact":
+                small = optimizer == "adamw" or table or storage != "8bit"
+                if (tile == "ragged") != bool(cols % 16) or (small and tile == "square"):
                     continue
                 frac, ref, _, first, second = _state(storage, optimizer, cols)
                 x, group = _meta(TOKENS, cols, dtype=torch.bfloat16), 16 if table else 64

@@ -50,7 +50,7 @@ CONFIGS = {
 }
 # Tiles that only the shared memory of sm_90 holds in every variant.
 LARGE = ("deep", "wide")
-STEP_CONFIGS = {"compact": Config(64, 64, 32, 4, 2), "square": Config(128, 128, 64, 8, 3)}
+STEP_CONFIGS = {k: CONFIGS[k] for k in ("compact", "ragged")} | {"square": Config(128, 128, 64, 8, 3)}
 BAND = tl.constexpr(8)
 
 

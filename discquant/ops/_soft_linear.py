@@ -52,7 +52,9 @@ def step_tile(device: torch.device, optimizer: str, tokens: int, shape: Sequence
         plain: 8-bit state on a uniform grid.
     """
     _, tile = rule(device, "step", tokens, shape[0] * shape[1])
-    return tile if plain and optimizer != "adamw" and shape[1] % 16 == 0 else "compact"
+    if shape[1] % 16:
+        return "ragged"
+    return tile if plain and optimizer != "adamw" else "compact"
 
 
 def _fwd_fake(x: Tensor, q_down: Tensor, frac: Tensor, *args: Any) -> Tensor:
