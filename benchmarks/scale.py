@@ -108,9 +108,8 @@ def options(given: argparse.Namespace) -> Any:
 
 def _lazy(folder: Path, dtype: Any) -> Any:
     """Return the model with its weights left in the checkpoint."""
-    from discquant.formats.lazy import build_lazy
-
     from discquant.formats.checkpoint import Checkpoint
+    from discquant.formats.lazy import build_lazy
 
     model = build_lazy(folder, Checkpoint(folder), dtype)
     assert model is not None
