@@ -354,8 +354,7 @@ def _original_rows(values: np.ndarray[Any, Any], module: str, heads: Heads) -> n
         return values
     number = heads.query if last == "q_proj" else heads.key
     split = values.reshape(number, -1, *values.shape[1:])
-    ordered: np.ndarray[Any, Any] = np.concatenate((split[:, 0::2], split[:, 1::2]), axis=1)
-    return ordered.reshape(values.shape)
+    return np.asarray(np.concatenate((split[:, 0::2], split[:, 1::2]), axis=1).reshape(values.shape))
 
 
 def _same(name: str, actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
