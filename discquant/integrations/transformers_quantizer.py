@@ -21,6 +21,7 @@ from discquant.formats import registry
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.load_packed import packable
 from discquant.modules import load_packed
+from discquant.ops.packed_linear import Mode
 
 NAME = "discquant"
 TAKEN_OVER = ("compressed-tensors", "gptq", "auto-round", "awq")
@@ -97,7 +98,7 @@ def _classes() -> tuple[Any, Any]:
                     weight = layer.dequantize(dtype).to(device)
                     _linear(model, layer.name).weight = nn.Parameter(weight, requires_grad=False)
 
-            mode = getattr(self.quantization_config, "mode", "exact")
+            mode: Mode = getattr(self.quantization_config, "mode", "exact")
             # "exact" promises the rounded model's logits; fused rows may be summed in another order.
             model.packed_report = load_packed(model, layers(), device=device, mode=mode, fuse=mode != "exact")
             return model

@@ -91,7 +91,7 @@ class RefinePipeline(Pipeline):
             events=events,
         )
 
-    def _chain(self, source: Source) -> Chain:
+    def _chain(self, source: Source) -> DecoderChain:
         """Check that the file derives from the original; quantize exactly what the file has quantized."""
         every = DecoderChain(source.model, ("lm_head",))
         tokens = torch.arange(16).unsqueeze(0) % int(source.model.get_input_embeddings().weight.shape[0])
