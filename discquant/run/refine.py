@@ -109,6 +109,10 @@ class RefinePipeline(Pipeline):
             raise CheckpointError("refine: the file quantizes no layer of the decoder blocks")
         return DecoderChain(source.model, ("lm_head", *absent))
 
+    def _lazy(self) -> bool:
+        """Original weights are in memory: they are compared with the file, and scaled where its basis asks for it."""
+        return False
+
     def _check_formats(self, source: Source, chain: Chain) -> None:
         """Nothing to refuse: the file exists in its format already."""
 
