@@ -11,7 +11,8 @@ Method = Literal["rtn", "greedy", "gptq", "discquant"]
 GridSearch = Literal["absmax", "search"]
 GridKind = Literal["uniform", "nf4", "mxfp4", "nvfp4", "q4_0", "q4_1", "q4_k", "q3_k"]
 OptimizerName = Literal["adamw", "momentum", "lion", "sgd"]
-StateFormat = Literal["fp32", "u8"]
+StateFormat = Literal["fp32", "bf16", "u8"]
+TeacherSource = Literal["auto", "weights", "state"]
 PresetName = Literal["default", "paper"]
 LossName = Literal["kl", "ce", "mse"]
 Start = Literal["random", "ref", "gptq"]
@@ -110,6 +111,8 @@ class SolverConfig:
             all of them by the last step, while the others still move (1 leaves it to the last rounding).
         state: Width of the per-weight state.
         compute_dtype: Dtype of the forward and backward passes.
+        teacher: Where the original weights come from: `weights` as they are, `state` computed from the grid state,
+            which needs no second copy of them; `auto` is `state` with u8 state, else `weights`.
     """
 
     preset: PresetName = "default"
@@ -135,6 +138,7 @@ class SolverConfig:
     snap_from: float = 0.95
     state: StateFormat = "fp32"
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    teacher: TeacherSource = "auto"
 
     def __post_init__(self) -> None:
         """Validate.
@@ -161,9 +165,17 @@ class SolverConfig:
             ("start", Start),
             ("state", StateFormat),
             ("preset", PresetName),
+            ("teacher", TeacherSource),
         ):
             value = getattr(self, name)
             _check(name, f"one of {get_args(kind)}", value in get_args(kind), value)
+
+    @property
+    def teacher_source(self) -> Literal["weights", "state"]:
+        """Where the teacher comes from, `auto` decided; never by where the state lives."""
+        if self.teacher == "auto":
+            return "state" if self.state == "u8" else "weights"
+        return self.teacher
 
 
 def paper_preset(bits: int, group_size: int) -> SolverConfig:
@@ -196,6 +208,7 @@ def paper_preset(bits: int, group_size: int) -> SolverConfig:
         harden_until=1.0,
         harden_final=0.0,
         snap_from=1.0,
+        state="bf16",
     )
 
 

@@ -47,6 +47,10 @@ class ResumeError(UserError, RuntimeError):
     """A run cannot be resumed because model, data or configuration changed."""
 
 
+class RankLostError(UserError, RuntimeError):
+    """Another process of a run on several ranks stopped or cannot be reached."""
+
+
 class ProofError(UserError, RuntimeError):
     """A written checkpoint does not hold exactly what was solved."""
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,7 +65,7 @@ def quantize(
     loss: Annotated[str | None, typer.Option(help="kl, or the paper's variants ce and mse.")] = None,
     start: Annotated[str | None, typer.Option(help="Where frac starts: ref, gptq or random.")] = None,
     state: Annotated[
-        str | None, typer.Option(help="Solver state: fp32, or u8 (3.5-4.5 bytes per weight).")
+        str | None, typer.Option(help="Solver state: fp32, bf16, or u8 (3.5-4.5 bytes per weight).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and rounding noise.")] = 0,
     ignore: Annotated[
@@ -83,6 +84,17 @@ def quantize(
     ] = "rtn,gptq",
     gptq_samples: Annotated[int, typer.Option(help="Windows for GPTQ and greedy.")] = 256,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 16,
+    placement: Annotated[
+        str, typer.Option(help="Where the solver's state lives: resident, host, disk, or auto. Same bytes.")
+    ] = "auto",
+    activations: Annotated[
+        str | None,
+        typer.Option(help="Where activations between blocks are kept: resident, host or disk. Same bytes."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Original weights: weights, or state (computed from it; no second copy), or auto."),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume/--no-resume", help="Continue a run that is there (same command, same bytes)."),
@@ -112,6 +124,7 @@ def quantize(
         "loss": loss,
         "start": start,
         "state": state,
+        "teacher": teacher,
     }
     chosen: tuple[Method, ...] = ()
     if baselines != "none":
@@ -121,7 +134,7 @@ def quantize(
         method=method,  # type: ignore[arg-type]
         solver=_solver(grid_config, preset_name, given),
         data=DataConfig(dataset, nsamples, seqlen),
-        format=format_name,  # type: ignore[arg-type]
+        format=format_name,
         ignore=tuple(ignore or ["lm_head"]),
         gptq_samples=gptq_samples,
         seed=seed,
@@ -133,9 +146,13 @@ def quantize(
 
         torch.set_num_threads(threads)
     from discquant.progress import ProgressBar
+    from discquant.solver.engine import Engine
+    from discquant.solver.ranks import Ranks
 
-    with ProgressBar() as bar:
-        events = Events(phase=bar.phase, step=bar.step, message=bar.message)
+    ranks = Ranks.from_environment()
+    engine = Engine(placement, activations, ranks=ranks)  # type: ignore[arg-type]
+    with ProgressBar() as bar, contextlib.closing(ranks):
+        events = Events(phase=bar.phase, step=bar.step, message=bar.message) if ranks.first else Events()
         pipeline = Pipeline(
             model,
             out,
@@ -144,13 +161,15 @@ def quantize(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             events=events,
+            engine=engine,
         )
         try:
             summary = pipeline.execute()
         except RunStoppedError as stopped:
             bar.message(str(stopped))
             raise typer.Exit(STOPPED) from stopped
-    _print_summary(summary, out)
+    if ranks.first:
+        _print_summary(summary, out)
 
 
 def _print_summary(summary: dict[str, Any], out: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from discquant.errors import CalibrationError, CheckpointError, MissingModelError, OutputExistsError
 from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json
+from discquant.formats.lazy import build_lazy
 from discquant.formats.output import check_space
 from discquant.formats.safetensors_file import TORCH_DTYPES, read_bytes, read_tensor, tensor_bytes
 
@@ -222,6 +223,7 @@ def open_source(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    lazy: bool = False,
 ) -> Source:
     """Open an original model after checking it.
 
@@ -230,6 +232,7 @@ def open_source(
         dtype: Of the model in memory; None keeps the checkpoint's.
         trust_remote_code: Allow a model whose configuration names code of its own; that code then runs.
         allow_pickle: Allow pickled weights where there are no safetensors; read without running code.
+        lazy: Leave the blocks' matrices in the checkpoint until a block runs (`lazy.build_lazy`), where that can be.
 
     Returns:
         The opened source.
@@ -262,7 +265,11 @@ def open_source(
             _check_vocabulary(folder, tokenizer, info.shape[0])
     weights = digest_and_check(checkpoint) if checkpoint else _digest_and_check_pickles(pickles)
     digest = model_digest(weights, config)
-    model = _build(folder, dtype=dtype, trust_remote_code=trust_remote_code, pickled=checkpoint is None)
+    model = None
+    if lazy and checkpoint is not None and dtype is not None:
+        model = build_lazy(folder, checkpoint, dtype, trust_remote_code=trust_remote_code)
+    if model is None:
+        model = _build(folder, dtype=dtype, trust_remote_code=trust_remote_code, pickled=checkpoint is None)
     _check_vocabulary(folder, tokenizer, int(model.get_input_embeddings().weight.shape[0]))
     return Source(model, tokenizer, folder, digest, config)
 

@@ -1,44 +1,211 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a solve: one safetensors file per checkpoint, written atomically, the last two kept."""
+"""Checkpoints of a solve, written while it goes on: one file per block that changed, then the manifest that counts.
+
+The writer goes through the blocks from the last, the order in which the next step changes them, and that step waits
+only where it catches up: no second copy of the state is needed. The last two checkpoints are kept.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
 import logging
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from discquant.run.directory import save_tensors_atomic
+from discquant.errors import DiskSpaceError
+from discquant.run.directory import save_tensors_atomic, write_atomic
+from discquant.solver.block import BlockState
 from discquant.solver.schedule import GainControl
 from discquant.solver.solve import Solve
 
 logger = logging.getLogger(__name__)
 KEPT = 2
+MANIFESTS = "step-*.json"
 
 
-def save_checkpoint(folder: Path, run: Solve) -> Path:
-    """Write the state after the current step; older checkpoints beyond the last two are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a checkpoint was completed in `folder`."""
+    return any(folder.glob(MANIFESTS))
+
+
+def _tensors(block: BlockState) -> dict[str, Tensor]:
+    return {f"{state.name}.{key}": tensor for state in block.states for key, tensor in state.tensors()}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Hash names, dtypes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _facts(run: Solve) -> dict[str, Any]:
     solver = run.solver
-    tensors = {
-        f"{state.name}.{key}": tensor
-        for block in solver.states
-        for state in block
-        for key, tensor in state.tensors()
-    }
-    facts = {
+    return {
         "step": solver.step_number,
         # Exact: the resumed gain must be the same float64.
         "gain": solver.gain.gain.hex(),
         "initial": solver.gain.initial.hex(),
         "target": solver.gain.target,
     }
-    path = folder / f"step-{solver.step_number:07d}.safetensors"
-    save_tensors_atomic(path, tensors, {"solve": json.dumps(facts)})
-    for old in sorted(folder.glob("step-*.safetensors"))[:-KEPT]:
-        old.unlink()
-    return path
+
+
+def _full(error: BaseException) -> bool:
+    """Return whether an error means that the disk is full (safetensors tells it in words only)."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+        text in str(error) for text in ("os error 28", "os error 122", "os error 27", "No space left")
+    )
+
+
+class Checkpointer:
+    """Writes checkpoints of one solve in the background.
+
+    Attributes:
+        count, bytes_written: Checkpoints begun, and bytes of the block files written for them.
+        stalled: Seconds that the solve waited for the writer.
+        busy: Seconds that the writer took, beside the solve.
+    """
+
+    def __init__(self, folder: Path, run: Solve) -> None:
+        """Bind; steps of `run` wait for blocks that are still to be written."""
+        self.folder, self.run = folder, run
+        self.count = self.bytes_written = 0
+        self.stalled = self.busy = 0.0
+        self._known: dict[int, tuple[str, str]] = {}  # newest file and digest of each block
+        self._left: set[int] = set()
+        self._moved = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        run.solver.before_change = self._await_block
+
+    def save(self) -> None:
+        """Begin to write the state after the current step.
+
+        Raises:
+            DiskSpaceError: The one before could not be written; the last complete one is untouched.
+        """
+        self.wait()
+        self.run.solver.check()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._left = set(range(len(self.run.solver.placement)))
+        self.count += 1
+        self._thread = threading.Thread(
+            target=self._write, args=(_facts(self.run),), name="discquant-checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is complete.
+
+        Raises:
+            DiskSpaceError: It could not be written; the last complete one is untouched.
+        """
+        if self._thread is not None:
+            begin = time.perf_counter()
+            self._thread.join()
+            self._thread = None
+            self.stalled += time.perf_counter() - begin
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the background.
+
+        Raises:
+            DiskSpaceError: The disk is full.
+        """
+        error, self._error = self._error, None
+        if error is None:
+            return
+        if _full(error):
+            raise DiskSpaceError(
+                f"checkpoint: no room in {self.folder} ({error}); the last checkpoint is intact: "
+                "make room and give the same command again"
+            ) from error
+        raise error
+
+    def summary(self, run_seconds: float) -> dict[str, Any]:
+        """Return the cost, as plain data; `share` is the part of the run that waited for checkpoints."""
+        return {
+            "count": self.count,
+            "bytes": self.bytes_written,
+            "stalled_seconds": round(self.stalled, 3),
+            "background_seconds": round(self.busy, 3),
+            "share": round(self.stalled / max(run_seconds, 1e-9), 5),
+        }
+
+    def _await_block(self, index: int) -> None:
+        """Hold a step back until block `index` is written."""
+        with self._moved:
+            if index not in self._left:
+                return
+            begin = time.perf_counter()
+            while index in self._left:
+                self._moved.wait()
+            self.stalled += time.perf_counter() - begin
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        begin = time.perf_counter()
+        try:
+            blocks = {}
+            for index in reversed(range(len(self.run.solver.placement))):
+                blocks[index] = self._write_block(index, facts["step"])
+                self._done({index})
+            entries = [dict(zip(("file", "digest"), blocks[index], strict=True)) for index in sorted(blocks)]
+            text = json.dumps({**facts, "blocks": entries}) + "\n"
+            write_atomic(self.folder / f"step-{facts['step']:07d}.json", text)
+            self._known = blocks
+        except BaseException as error:  # handed to the solve's thread, which raises it
+            self._error = error
+        finally:
+            self._done(set(self._left))
+            with contextlib.suppress(OSError):
+                prune(self.folder)
+            self.busy += time.perf_counter() - begin
+
+    def _done(self, indices: set[int]) -> None:
+        with self._moved:
+            self._left -= indices
+            self._moved.notify_all()
+
+    def _write_block(self, index: int, step: int) -> tuple[str, str]:
+        tensors = {
+            name: tensor.cpu() for name, tensor in _tensors(self.run.solver.placement.home(index)).items()
+        }
+        digest = _digest(tensors)
+        known = self._known.get(index)
+        if known is not None and known[1] == digest:
+            return known
+        name = f"block-{index:04d}-{step:07d}.safetensors"
+        save_tensors_atomic(self.folder / name, {key: tensor.clone() for key, tensor in tensors.items()}, {})
+        self.bytes_written += (self.folder / name).stat().st_size
+        return name, digest
+
+
+def prune(folder: Path) -> None:
+    """Keep the last two checkpoints; remove what no kept one names, parts of a killed write included."""
+    manifests = sorted(folder.glob(MANIFESTS))
+    needed: set[str] = set()
+    for path in manifests[-KEPT:]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            needed |= {entry["file"] for entry in json.loads(path.read_text(encoding="utf-8"))["blocks"]}
+    for path in manifests[:-KEPT]:
+        path.unlink()
+    for path in (*folder.glob("block-*.safetensors"), *folder.glob(".*.tmp")):
+        if path.name not in needed:
+            path.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, run: Solve) -> int | None:
@@ -46,22 +213,36 @@ def load_checkpoint(folder: Path, run: Solve) -> int | None:
 
     A checkpoint that cannot be read (a damaged disk: writing is atomic) is passed over with a warning.
     """
-    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+    for path in sorted(folder.glob(MANIFESTS), reverse=True):
         try:
-            with safe_open(path, framework="pt") as handle:
-                facts = json.loads(handle.metadata()["solve"])
-                loaded = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            gain = GainControl(float.fromhex(facts["gain"]), facts["target"])
+            gain.initial = float.fromhex(facts["initial"])
+            step, entries = int(facts["step"]), facts["blocks"]
+            for index, entry in enumerate(entries):
+                _restore(folder / Path(entry["file"]).name, entry["digest"], run, index)
+            if len(entries) != len(run.solver.placement):
+                raise ValueError(f"{len(entries)} blocks instead of {len(run.solver.placement)}")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning("checkpoint %s cannot be read (%s); using the one before", path.name, error)
             continue
-        solver = run.solver
-        for block in solver.states:
-            for state in block:
-                for key, tensor in state.tensors():
-                    tensor.copy_(loaded[f"{state.name}.{key}"])
-        solver.step_number = facts["step"]
-        solver.gain = GainControl(float.fromhex(facts["gain"]), facts["target"])
-        solver.gain.initial = float.fromhex(facts["initial"])
-        run.skip_rows(facts["step"])
-        return int(facts["step"])
+        run.solver.placement.changed_at_home()
+        run.solver.step_number, run.solver.gain = step, gain
+        run.skip_rows(step)
+        return step
     return None
+
+
+def _restore(path: Path, digest: str, run: Solve, index: int) -> None:
+    """Copy a block's file into the state.
+
+    Raises:
+        ValueError: It holds other bytes than were written.
+    """
+    target = _tensors(run.solver.placement.home(index))
+    with safe_open(path, framework="pt") as handle:
+        loaded = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+    if _digest(loaded) != digest or loaded.keys() != target.keys():
+        raise ValueError(f"{path.name} is damaged")
+    for name, tensor in target.items():
+        tensor.copy_(loaded[name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from discquant.errors import CheckpointError, MissingModelError, OutputExistsError, ResumeError
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
+from discquant.formats.lazy import substitute
 from discquant.grids.storage import restore, store
 
 CONFIG, METRICS, CODES, SUMMARY = "config.json", "metrics.jsonl", "codes.safetensors", "summary.json"
@@ -211,6 +212,11 @@ def served_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
+def _served(layer: CodedLayer | QuantizedLinear, served: torch.dtype, weight: Tensor) -> Callable[[], Tensor]:
+    dtype, shape = weight.dtype, weight.shape
+    return lambda: layer.dequantize(served).to(dtype).reshape(shape)
+
+
 @torch.no_grad()
 def apply_layers(
     model: torch.nn.Module, layers: Iterable[CodedLayer | QuantizedLinear], served: torch.dtype
@@ -233,6 +239,9 @@ def apply_layers(
                 weight = model.get_submodule(layer.name).weight  # type: ignore[assignment]
             except AttributeError as error:
                 raise CheckpointError(f"run: the model has no module {layer.name}") from error
+        if weight.is_meta:
+            substitute(model, f"{layer.name}.weight", _served(layer, served, weight))
+            continue
         value = layer.dequantize(served).to(weight.dtype)
         if value.numel() != weight.numel():
             raise CheckpointError(

@@ -31,12 +31,13 @@ from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
-from discquant.run.checkpoint import load_checkpoint, save_checkpoint
+from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoint
 from discquant.run.directory import RunDirectory, save_tensors_atomic, served_dtype, write_atomic
 from discquant.run.phases import Phases, resident_bytes
 from discquant.run.planned import compare_run, plan_run
 from discquant.run.summary import START, coded_layers, frac_histogram, summarize_run
 from discquant.solver.chain import Chain, DecoderChain
+from discquant.solver.engine import Engine
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.measure import mean_kl
 from discquant.solver.solve import Solve, TokenRows, lay_grids
@@ -46,6 +47,7 @@ VALIDATIONS = 16  # per run
 VALIDATION_ROWS = 8
 CALIBRATION = "calibration.safetensors"
 START_CODES = "start_codes.safetensors"
+COMPLETE = "complete"
 
 
 class RunStoppedError(RuntimeError):
@@ -133,14 +135,20 @@ class Pipeline:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         events: Events | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        """Name inputs and output; nothing is read yet."""
+        """Name inputs and output; nothing is read yet. `engine` changes no byte of the result."""
         self.model_path, self.config, self.resume = str(model_path), config, resume
         self.directory = RunDirectory(Path(out).expanduser())
         self.trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         self.events = events or Events()
         self.phases = Phases()
         self._stop = _StopSignal()
+        self.engine = engine or Engine()
+        if self.engine.folder is None:
+            self.engine.folder = self.directory.path / "state"
+        self._open: Solve | None = None
+        self._checkpoints: dict[str, Any] | None = None
 
     def execute(self) -> dict[str, Any]:
         """Run to the end.
@@ -152,15 +160,33 @@ class Pipeline:
             UserError: Bad input, found before any long work.
             RunStoppedError: A signal arrived; the same command continues.
         """
-        with self._stop:
-            return self._execute()
+        try:
+            with self._stop:
+                return self._execute() if self.engine.ranks.first else self._follow()
+        finally:
+            if self._open is not None:
+                self._open.close()
+
+    def _follow(self) -> dict[str, Any]:
+        """Take part in the solve of another rank; nothing is written."""
+        source = open_source(self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust)
+        chain = self._chain(source)
+        if self.engine.ranks.share(None) == COMPLETE:
+            return {}
+        train, held = self._split(self._windows(source))
+        if self.config.method == "discquant":
+            rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
+            self._solve(chain, self._grids(chain), rows, held, source)
+        return {}
 
     def _execute(self) -> dict[str, Any]:
         check_output_dir(self.directory.path, self.resume)
         for name in self.config.formats:
             registry.by_name(name)
         with self._phase("open"):
-            source = open_source(self.model_path, dtype=self._compute_dtype(), **self.trust)
+            source = open_source(
+                self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust
+            )
             chain = self._chain(source)
             self._check_formats(source, chain)
             self._refuse_early(source)
@@ -168,8 +194,9 @@ class Pipeline:
             continued = self.directory.check(identity, resume=self.resume)
         if continued and self.directory.complete:
             self.events.say(f"{self.directory.path} is complete already")
+            self.engine.ranks.share(COMPLETE)
             return dict(json.loads((self.directory.path / "summary.json").read_text(encoding="utf-8")))
-        plan = plan_run(source.model, self.config)
+        plan = plan_run(source.model, self.config, placement=self.engine.where)
         with self._phase("calibrate"):
             windows = self._windows(source)
             train, held = self._split(windows)
@@ -177,6 +204,7 @@ class Pipeline:
             if not continued:  # nothing has been written before all input is known to be good
                 self.directory.start(self._record(source), identity)
             self._keep_windows(windows)
+            self.engine.ranks.share("calibrated")
         with self._phase("grid"):
             grids = self._grids(chain)
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
@@ -197,12 +225,13 @@ class Pipeline:
         with self._phase("export"):
             self._export(source, codes, grids, summary)
         summary["phases"] = self.phases.records
+        summary["checkpoints"] = self._checkpoints
         summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)
         self.directory.write_summary(summary)
         self._report()
         return summary
 
-    def _chain(self, source: Source) -> Chain:
+    def _chain(self, source: Source) -> DecoderChain:
         """Return the original model as a chain."""
         check_ignore(source.model, self.config.ignore)
         return DecoderChain(source.model, self.config.ignore)
@@ -250,6 +279,11 @@ class Pipeline:
         if self.events.phase is not None:
             self.events.phase(name)
         return self.phases.phase(name)
+
+    def _lazy(self) -> bool:
+        """Whether original weights stay on disk: not where the calibration text is yet to be sampled from the model."""
+        sampled = self.config.data.dataset == "self" and not (self.directory.path / CALIBRATION).exists()
+        return self.engine.streams(Path(self.model_path)) and not sampled
 
     def _compute_dtype(self) -> torch.dtype:
         dtype = getattr(torch, self.config.solver.compute_dtype)
@@ -340,7 +374,8 @@ class Pipeline:
         self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, held: Windows, source: Source
     ) -> Solve:
         folder = self.directory.path / "checkpoints"
-        fresh = not any(folder.glob("step-*.safetensors"))
+        ranks = self.engine.ranks
+        fresh = bool(ranks.share(not has_checkpoint(folder)))
         start = kept = self._start_codes()
         if start is None:
             start = self._choose_start(chain, grids, rows, source)
@@ -352,8 +387,12 @@ class Pipeline:
             served=self._served(source),
             fresh=fresh,
             start_codes=start,
+            engine=self.engine,
         )
-        if solve.start_codes is not None and kept is None:
+        self._open = solve
+        for note in solve.solver.placement.notes:
+            self.events.say(f"note: {note}")
+        if solve.start_codes is not None and kept is None and ranks.first:
             save_tensors_atomic(self.directory.path / START_CODES, solve.start_codes, {})
         if not fresh and load_checkpoint(folder, solve) is None:
             raise ResumeError(
@@ -361,7 +400,11 @@ class Pipeline:
             )
         if solve.solver.step_number:
             self.events.say(f"continuing after step {solve.solver.step_number}")
+        if not ranks.first:
+            self._advance_with_others(solve)
+            return solve
         self.directory.truncate_metrics(solve.solver.step_number)
+        writer = Checkpointer(folder, solve)
         sample = TokenRows(
             chain, held.input_ids[:VALIDATION_ROWS], held.mask[:VALIDATION_ROWS], VALIDATION_ROWS
         )
@@ -369,15 +412,18 @@ class Pipeline:
         if fresh:
             self._save_start(solve)
             self._validate(solve, watched)
-            save_checkpoint(folder, solve)
+            writer.save()
         iters = self.config.solver.iters
         interval = max(1, iters // VALIDATIONS)
         stop = self._stop
+        started = time.perf_counter()
         with stop.deferred():
             while not solve.done:
                 begin = time.perf_counter()
                 record = solve.advance()
                 seconds = round(time.perf_counter() - begin, 4)
+                stopping = any(ranks.gather([stop.caught or 0]))
+                writer.check()
                 self.directory.append_metrics(
                     {**asdict(record), "seconds": seconds, "rss_bytes": resident_bytes()}
                 )
@@ -385,14 +431,29 @@ class Pipeline:
                     self._validate(solve, watched)
                 if self.events.step is not None:
                     self.events.step(record, iters)
-                if record.step % self.config.checkpoint_every == 0 or solve.done or stop.caught is not None:
-                    save_checkpoint(folder, solve)
-                if stop.caught is not None and not solve.done:
-                    raise RunStoppedError(
-                        f"stopped by {signal.Signals(stop.caught).name} after step {record.step} of {iters}; "
-                        "the same command continues"
-                    )
+                if record.step % self.config.checkpoint_every == 0 or solve.done or stopping:
+                    writer.save()
+                if stopping and not solve.done:
+                    writer.wait()
+                    raise self._stopped(record.step)
+        writer.wait()
+        self._checkpoints = writer.summary(time.perf_counter() - started)
         return solve
+
+    def _stopped(self, step: int) -> RunStoppedError:
+        caught = self._stop.caught
+        by = signal.Signals(caught).name if caught is not None else "a signal to another rank"
+        return RunStoppedError(
+            f"stopped by {by} after step {step} of {self.config.solver.iters}; the same command continues"
+        )
+
+    def _advance_with_others(self, solve: Solve) -> None:
+        """Take every step that the first rank takes."""
+        with self._stop.deferred():
+            while not solve.done:
+                record = solve.advance()
+                if any(self.engine.ranks.gather([self._stop.caught or 0])) and not solve.done:
+                    raise self._stopped(record.step)
 
     def _choose_start(
         self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, source: Source

@@ -31,7 +31,9 @@ def plan_run(
     Raises:
         CapacityError: The run cannot fit this machine's memory.
     """
-    held = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    held = sum(
+        p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values() if not p.is_meta
+    )
     return plan_of_run(model, config, process=max(0.0, float(resident_bytes() - held)), placement=placement)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from discquant.solver.experts import expert_refs, settle_kernel
+from discquant.solver.weight_ref import LAZY
 from discquant.solver.weight_ref import WeightRef as WeightRef
 
 
@@ -52,16 +53,27 @@ class Head:
     softcap: float | None = None
 
 
+def lazy_weights(block: nn.Module) -> Any | None:
+    """Return what reads a block's weights when it runs (`formats.lazy`), None where they are in memory."""
+    return getattr(block, LAZY, None)
+
+
 @contextlib.contextmanager
 def _replaced_forward(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Give modules another forward; attributes and hooks that the model reads stay in place."""
     try:
         for module, forward in zip(modules, forwards, strict=True):
             module.forward = forward
+            lazy = lazy_weights(module)
+            if lazy is not None:
+                lazy.paused = True
         yield
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
+            lazy = lazy_weights(module)
+            if lazy is not None:
+                lazy.paused = False
 
 
 def _first(output: Any) -> Tensor:
@@ -132,12 +144,51 @@ class Chain:
         raise NotImplementedError
 
     @torch.no_grad()
-    def teacher_output(self, prepared: Prepared) -> Tensor:
-        """Return the original model's last block output on a micro-batch."""
+    def teacher_output(
+        self, prepared: Prepared, teacher: Callable[[int], Mapping[str, Tensor] | None] | None = None
+    ) -> Tensor:
+        """Return the original model's last block output on a micro-batch, with `teacher`'s weights where given."""
         hidden = prepared.hidden
         for index, call in enumerate(prepared.calls):
-            hidden = self.run_block(index, hidden, call)
+            hidden = self.run_block(index, hidden, call, None if teacher is None else teacher(index))
         return hidden
+
+    @torch.no_grad()
+    def teacher_outputs(
+        self,
+        batches: Sequence[Prepared],
+        teacher: Callable[[int], Mapping[str, Tensor] | None] | None = None,
+    ) -> list[Tensor]:
+        """Return `teacher_output` of every micro-batch, visiting each block once."""
+        hidden = [batch.hidden for batch in batches]
+        for index in range(len(self.blocks)):
+            weights = None if teacher is None else teacher(index)
+            with self.opened(index):
+                hidden = [
+                    self.run_block(index, h, batch.calls[index], weights)
+                    for h, batch in zip(hidden, batches, strict=True)
+                ]
+        return hidden
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the blocks' own weights are read from the checkpoint whenever a block runs."""
+        return any(lazy_weights(block) is not None for block in self.blocks)
+
+    def opened(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Keep the own weights of a block in memory meanwhile, where they are not always."""
+        lazy = lazy_weights(self.blocks[index])
+        held: contextlib.AbstractContextManager[None] = (
+            contextlib.nullcontext() if lazy is None else lazy.held()
+        )
+        return held
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must be: the device of the head, or of a plain module's first parameter."""
+        if self.head is not None:
+            return self.head.weight.device
+        return next(self.model.parameters()).device
 
     def run_block(
         self, index: int, hidden: Tensor, call: BlockCall, weights: Mapping[str, Tensor] | None = None

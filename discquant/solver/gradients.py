@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from discquant.config import LossName
+from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.losses import counted_tokens, head_loss
+from discquant.solver.ranks import Ranks, TreeSum
 from discquant.solver.soft_block import SoftWeights
 
 StudentWeights = Callable[[int], Mapping[str, Tensor]]
+TeacherWeights = Callable[[int], Mapping[str, Tensor] | None]
 BlockSink = Callable[[int, dict[str, Tensor]], None]
 
 
@@ -27,10 +30,15 @@ class _Forward:
     """The student's forward pass: boundaries always, and the blocks' graphs where `keep_graph` asks for them."""
 
     def __init__(
-        self, chain: Chain, student: StudentWeights, batches: Sequence[Prepared], keep_graph: bool
+        self,
+        chain: Chain,
+        student: StudentWeights,
+        batches: Sequence[Prepared],
+        keep_graph: bool,
+        boundaries: Boundaries,
     ) -> None:
         self.chain, self.student, self.batches, self.keep_graph = chain, student, batches, keep_graph
-        self.inputs: list[list[Tensor]] = []
+        self.inputs = boundaries
         self.outputs: list[list[Tensor]] = []
         self.leaves: list[dict[str, Tensor]] = []
 
@@ -48,7 +56,7 @@ class _Forward:
     def run(self, index: int, hidden: list[Tensor]) -> list[Tensor]:
         """Run block `index` on all micro-batches; return detached outputs."""
         if not self.keep_graph:
-            self.inputs.append(hidden)
+            self.inputs.push(hidden)
             with torch.no_grad():
                 weights = self.student(index)
                 return [
@@ -61,17 +69,20 @@ class _Forward:
             outputs = [
                 self._call(index, h, batch, leaves) for h, batch in zip(hidden, self.batches, strict=True)
             ]
-        self.inputs.append(hidden)
+        self.inputs.push(hidden)
         self.outputs.append(outputs)
         self.leaves.append(leaves)
         return [h.detach() for h in outputs]
 
     def backward(self, index: int, grads: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return the gradients at the inputs of block `index` and of its weights, summed over micro-batches."""
+        """Return the gradients at the inputs of block `index` and of its weights, summed over micro-batches.
+
+        A sum is taken in the order of a binary tree over the micro-batches, so that ranks can share it.
+        """
         leaves = self.leaves.pop() if self.keep_graph else self._leaves(index)
         outputs = self.outputs.pop() if self.keep_graph else None
         inputs = self.inputs.pop()
-        sums: dict[str, Tensor] = {}
+        tree = TreeSum()
         for position, batch in enumerate(self.batches):
             hidden = inputs[position]
             if outputs is None:
@@ -88,16 +99,19 @@ class _Forward:
             if index > 0:
                 grad_input = found.pop(0)
                 grads[position] = torch.zeros_like(hidden) if grad_input is None else grad_input
-            for name, grad in zip(leaves, found, strict=True):
-                if grad is not None:
-                    wide = grad if grad.dtype == torch.float64 else grad.float()
-                    sums[name] = sums[name].add_(wide) if name in sums else wide
-        for name, leaf in leaves.items():
-            if name not in sums:
-                sums[name] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
-        if isinstance(leaves, SoftWeights):
-            sums |= leaves.take_gradients()
-        return grads, sums
+            sums = {name: _wide(leaf, grad) for (name, leaf), grad in zip(leaves.items(), found, strict=True)}
+            if isinstance(leaves, SoftWeights):
+                sums |= leaves.take_gradients()
+            del found
+            tree.add(sums)
+        return grads, tree.total()
+
+
+def _wide(leaf: Tensor, grad: Tensor | None) -> Tensor:
+    """Return a gradient in float32 or wider, zeros where the weight was not used."""
+    if grad is None:
+        return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+    return grad if grad.dtype == torch.float64 else grad.float()
 
 
 def block_gradients(
@@ -109,6 +123,10 @@ def block_gradients(
     loss: LossName = "kl",
     chunk_size: int = 1024,
     keep_graph: bool = False,
+    teacher: TeacherWeights | None = None,
+    boundaries: Boundaries | None = None,
+    ranks: Ranks | None = None,
+    tokens: int | None = None,
 ) -> float:
     """Compute the loss of a step and hand each block's weight gradient to `on_block`, last block first.
 
@@ -116,16 +134,20 @@ def block_gradients(
     called; the block is not visited again, so the callee may change the block's weights at once.
 
     Args:
-        chain: Teacher weights are the model's own.
-        student: Returns the student's weights of a block by parameter name, dense or on the state (`SoftWeights`);
-            called in the forward and again in the backward pass of each block (once with `keep_graph`), with the
-            same result.
-        batches: Micro-batches; their order fixes the order of sums.
+        chain: The model.
+        student: Returns the student's weights of a block by parameter name; called in the forward and again
+            in the backward pass of each block (once with `keep_graph`), with the same result.
+        batches: Micro-batches of this rank; their order fixes the order of sums.
         on_block: Receives (block index, gradient by parameter name), float32 or wider.
         loss: Which loss.
         chunk_size: Tokens whose logits exist at once.
         keep_graph: Keep the student's activations instead of recomputing each block: a fifth less work, the
             same bits, memory for the activations of the whole model.
+        teacher: Returns the teacher's weights of a block by parameter name, None where they are the model's own;
+            called right after `student` in the forward pass.
+        boundaries: Where the student's block inputs are kept; None keeps them as they are.
+        ranks: Who else computes micro-batches of this step; None is nobody.
+        tokens: Counted tokens of the whole step, None where `batches` are all of it.
 
     Returns:
         The loss, mean over the counted tokens of all batches.
@@ -134,36 +156,46 @@ def block_gradients(
         ValueError: No token counts, or the loss is not finite.
     """
     depth = len(chain.blocks)
-    total = float(sum(counted_tokens(batch, loss, chain.head is not None) for batch in batches))
+    ranks = ranks or Ranks()
+    boundaries = boundaries or Boundaries()
+    boundaries.clear()
+    own = sum(counted_tokens(batch, loss, chain.head is not None) for batch in batches)
+    total = float(own if tokens is None else tokens)
     if total == 0:
         raise ValueError("block_gradients: no token of the step counts in the loss")
-    forward = _Forward(chain, student, batches, keep_graph)
+    forward = _Forward(chain, student, batches, keep_graph, boundaries)
     pulls: list[list[Tensor]] = []  # mse only: gradient entering at each block's output
     known = loss != "mse" and all(batch.teacher is not None for batch in batches)
     teacher_hidden = [
         batch.teacher if known and batch.teacher is not None else batch.hidden for batch in batches
     ]
     student_hidden = [batch.hidden for batch in batches]
-    value = 0.0
+    parts: list[float] = []  # of the loss, in the order of micro-batches
     for index in range(depth):
         student_hidden = forward.run(index, student_hidden)
         if loss == "ce" or known:
             continue
         with torch.no_grad():
-            teacher_hidden = [
-                chain.run_block(index, h, batch.calls[index])
-                for h, batch in zip(teacher_hidden, batches, strict=True)
-            ]
+            weights = None if teacher is None else teacher(index)
+            with chain.opened(index) if weights is None else contextlib.nullcontext():
+                teacher_hidden = [
+                    chain.run_block(index, h, batch.calls[index], weights)
+                    for h, batch in zip(teacher_hidden, batches, strict=True)
+                ]
             if loss == "mse":
                 gaps = [s - t for s, t in zip(student_hidden, teacher_hidden, strict=True)]
-                count = float(sum(gap.numel() for gap in gaps)) * depth
-                value += sum(float(gap.double().square().sum()) for gap in gaps) / count
+                count = sum(ranks.gather([float(sum(gap.numel() for gap in gaps))])) * depth
+                parts += [float(gap.double().square().sum()) / count for gap in gaps]
                 pulls.append([gap * (2 / count) for gap in gaps])
     grads: list[Tensor] = []
+    losses: list[Tensor] = []
     for batch, s, t in zip(batches, student_hidden, teacher_hidden, strict=True):
         part = head_loss(chain, batch, s, t, loss=loss, normalizer=total, chunk_size=chunk_size)
-        value += part.loss
+        losses.append(part.loss)
         grads.append(part.grad)
+    if losses:
+        parts += torch.stack(losses).tolist()  # the only wait for the device in a step before its end
+    value = sum(ranks.gather(parts))
     if not math.isfinite(value):
         raise ValueError(f"block_gradients: the loss must be finite, got {value}")
     del student_hidden, teacher_hidden
@@ -172,6 +204,7 @@ def block_gradients(
         if loss == "mse":
             grads = [g + pull for g, pull in zip(grads, pulls.pop(), strict=True)]
         grads, sums = forward.backward(index, grads)
+        ranks.join(sums)
         on_block(index, sums)
         del sums
     return value

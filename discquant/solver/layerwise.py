@@ -135,10 +135,11 @@ def layerwise_codes(
     for index, refs in enumerate(chain.weights):
         hooks = _watch(chain, refs, strict)
         try:
-            for h, batch in zip(hidden, batches, strict=True):
-                for hook in hooks.values():
-                    hook.mask = batch.mask
-                chain.run_block(index, h, batch.calls[index])
+            with chain.opened(index):
+                for h, batch in zip(hidden, batches, strict=True):
+                    for hook in hooks.values():
+                        hook.mask = batch.mask
+                    chain.run_block(index, h, batch.calls[index])
         finally:
             for hook in hooks.values():
                 hook.remove()

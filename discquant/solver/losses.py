@@ -26,9 +26,9 @@ def head_chunk(vocab_size: int, device: torch.device, most: int = 1024) -> int:
 
 
 class HeadLoss(NamedTuple):
-    """Sum of the loss over this micro-batch divided by the step's token count, and its gradient."""
+    """Sum of the loss over this micro-batch divided by the step's token count, float64, [], and its gradient."""
 
-    loss: float
+    loss: Tensor
     grad: Tensor
 
 
@@ -60,7 +60,7 @@ def _module_kl(student: Tensor, teacher: Tensor, normalizer: float) -> HeadLoss:
         per_item = kl_of_logits(leaf, teacher)
         loss = per_item.sum() / (normalizer * max(1, per_item.numel() // per_item.shape[0]))
     (grad,) = torch.autograd.grad(loss, leaf)
-    return HeadLoss(loss.item(), grad)
+    return HeadLoss(loss.detach().double(), grad)
 
 
 def _cross_entropy(
@@ -90,7 +90,7 @@ def _cross_entropy(
         total += loss.item()
         (grad_flat[rows],) = torch.autograd.grad(loss, leaf)
     grad[:, :-1] = grad_flat.view_as(grad[:, :-1])
-    return HeadLoss(total, grad)
+    return HeadLoss(grad.new_full((), total, dtype=torch.float64), grad)
 
 
 def head_loss(
@@ -115,16 +115,15 @@ def head_loss(
         teacher: The same of the teacher.
         loss: Which loss.
         normalizer: Counted tokens of the whole step.
-        chunk_size: Tokens whose logits exist at once, at most; see `head_chunk`.
+        chunk_size: Tokens whose logits exist at once.
 
     Returns:
         HeadLoss with a gradient of the shape of `student`.
     """
     if loss == "mse":
-        return HeadLoss(0.0, torch.zeros_like(student))
+        return HeadLoss(student.new_zeros((), dtype=torch.float64), torch.zeros_like(student))
     if chain.head is None:
         return _module_kl(student, teacher, normalizer)
-    chunk_size = head_chunk(chain.head.weight.shape[0], student.device, chunk_size)
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
         features = chain.finish(leaf, prepared)
@@ -145,6 +144,6 @@ def head_loss(
             softcap=head.softcap,
             chunk_size=chunk_size,
         )
-        value, grad = float(result.loss), result.grad_student.view_as(features)
+        value, grad = result.loss.double(), result.grad_student.view_as(features)
     (grad_hidden,) = torch.autograd.grad(features, leaf, grad)
     return HeadLoss(value, grad_hidden)

@@ -9,18 +9,25 @@ import torch
 
 from discquant.ops import linear_kl
 from discquant.solver.chain import Chain, Prepared
-from discquant.solver.gradients import StudentWeights
-from discquant.solver.losses import counted_tokens, head_chunk, kl_of_logits
+from discquant.solver.gradients import StudentWeights, TeacherWeights
+from discquant.solver.losses import counted_tokens, kl_of_logits
 
 
 @torch.no_grad()
-def mean_kl(chain: Chain, student: StudentWeights, batches: Sequence[Prepared]) -> float:
+def mean_kl(
+    chain: Chain,
+    student: StudentWeights,
+    batches: Sequence[Prepared],
+    *,
+    teacher: TeacherWeights | None = None,
+) -> float:
     """Return the mean over counted positions of KL(original || student), in nats.
 
     Args:
-        chain: Model whose own weights are the teacher.
+        chain: The model.
         student: Weights of a block by parameter name.
-        batches: Micro-batches.
+        batches: Micro-batches; those that know the teacher's last hidden state need no teacher.
+        teacher: Weights of the teacher's blocks, None where they are the model's own.
 
     Returns:
         Mean KL; 0.0 where nothing counts.
@@ -32,23 +39,24 @@ def mean_kl(chain: Chain, student: StudentWeights, batches: Sequence[Prepared]) 
             chain.run_block(index, h, b.calls[index], weights) for h, b in zip(hidden, batches, strict=True)
         ]
     total, count = 0.0, 0
+    unknown = [batch for batch in batches if batch.teacher is None]
+    found = iter(chain.teacher_outputs(unknown, teacher))
     for h, batch in zip(hidden, batches, strict=True):
-        teacher = batch.teacher if batch.teacher is not None else chain.teacher_output(batch)
+        known = batch.teacher if batch.teacher is not None else next(found)
         count += counted_tokens(batch, "kl", chain.head is not None)
         if chain.head is None:
-            per_item = kl_of_logits(h, teacher)
+            per_item = kl_of_logits(h, known)
             total += float(per_item.double().sum()) / max(1, per_item.numel() // per_item.shape[0])
             continue
         features = chain.finish(h, batch).flatten(0, 1)
         result = linear_kl(
             features,
-            chain.finish(teacher, batch).flatten(0, 1),
+            chain.finish(known, batch).flatten(0, 1),
             chain.head.weight.to(features.dtype),
             bias=chain.head.bias,
             mask=None if batch.mask is None else batch.mask.flatten(),
             logit_scale=chain.head.logit_scale,
             softcap=chain.head.softcap,
-            chunk_size=head_chunk(chain.head.weight.shape[0], features.device),
         )
         total += float(result.per_token.double().sum())
     return total / max(1, count)

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.config import GridConfig, LossName, QuantizeConfig, SolverConfig
 from discquant.grids import Grid, place_grid
 from discquant.solver.chain import Chain, Prepared
+from discquant.solver.engine import Engine
+from discquant.solver.gradients import TeacherWeights
 from discquant.solver.layerwise import layerwise_codes, rtn_codes
+from discquant.solver.losses import counted_tokens
 from discquant.solver.measure import mean_kl
 from discquant.solver.schedule import GainControl, resolve
 from discquant.solver.solver import Solver, StepRecord, row_order
-from discquant.solver.state import WeightState
+from discquant.solver.state import Kept, WeightState
 from discquant.solver.usage import unseen_experts
 from discquant.solver.weight_ref import assemble
 
@@ -49,10 +52,15 @@ class TokenRows:
         """Return the number of rows."""
         return int(self.input_ids.shape[0])
 
-    def remember_teacher(self) -> None:
+    def remember_teacher(self, teacher: TeacherWeights | None = None) -> None:
         """Compute the teacher's last block output of every row once, in a fixed order."""
-        parts = [self.chain.teacher_output(batch) for batch in self.batches(range(len(self)))]
-        self._teacher = torch.cat(parts)
+        self._teacher = torch.cat(self.chain.teacher_outputs(self.batches(range(len(self))), teacher))
+
+    def tokens(self, rows: Sequence[int], loss: LossName) -> int:
+        """Return how many positions of the rows count in a loss."""
+        index = torch.tensor(list(rows))
+        ids, mask = self.input_ids[index], None if self.mask is None else self.mask[index]
+        return counted_tokens(Prepared(ids, [], ids, mask), loss, self.chain.head is not None)
 
     def stream(self) -> Iterator[Prepared]:
         """Yield micro-batches of all rows, made one at a time."""
@@ -64,10 +72,11 @@ class TokenRows:
         found = []
         for begin in range(0, len(rows), self.micro_batch):
             index = torch.tensor(list(rows[begin : begin + self.micro_batch]))
-            mask = None if self.mask is None else self.mask[index]
-            prepared = self.chain.prepare(self.input_ids[index], mask)
+            device = self.chain.device
+            mask = None if self.mask is None else self.mask[index].to(device)
+            prepared = self.chain.prepare(self.input_ids[index].to(device), mask)
             if self._teacher is not None:
-                prepared = prepared._replace(teacher=self._teacher[index])
+                prepared = prepared._replace(teacher=self._teacher[index.to(self._teacher.device)])
             found.append(prepared)
         return found
 
@@ -152,6 +161,7 @@ class Solve:
         served: torch.dtype | None = None,
         fresh: bool = True,
         start_codes: Mapping[str, Tensor] | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """Build the state and set the gain.
 
@@ -163,30 +173,37 @@ class Solve:
             served: See `Solver`.
             fresh: False when a checkpoint will overwrite state and gain.
             start_codes: GPTQ's codes if they are known already.
+            engine: Where state and activations live, and who else takes part; changes no bit of the result.
         """
+        self.engine = engine or Engine()
         self.chain, self.rows, self.config = chain, rows, config
         self.served = served or torch.float32
         options = config.solver
         tokens = options.batch_size * int(rows.input_ids[0].numel())
-        if options.iters * options.batch_size > len(rows) and options.loss == "kl":
-            hidden = chain.head.weight.shape[1] if chain.head is not None else 0
-            if 0 < len(rows) * rows.input_ids.shape[1] * hidden * 4 <= KEEP_TEACHER_BYTES:
-                rows.remember_teacher()
+        hidden = chain.head.weight.shape[1] if chain.head is not None else 0
+        remember = options.iters * options.batch_size > len(rows) and options.loss == "kl"
+        remember = remember and 0 < len(rows) * rows.input_ids.shape[1] * hidden * 4 <= KEEP_TEACHER_BYTES
+        if remember and options.teacher_source == "weights":
+            rows.remember_teacher()
         self.unseen = unseen_experts(chain, rows.stream())
         # Where the solve started from; also the GPTQ baseline. A resumed run brings those of its beginning.
         self.start_codes = start_codes
         if options.start == "gptq" and start_codes is None:
             self.start_codes = self.gptq_codes(grids)
         if options.lr is None or options.lr_floor is None:
-            options = resolve(options, self._start_kl(grids))
-        states: list[list[WeightState]] = []
+            options = self.engine.ranks.share(resolve(options, self._start_kl(grids)))
         wide = torch.float64 if options.compute_dtype == "float64" else torch.float32
+        placement = self.engine.placement(chain, options)
+        kept: Kept = "state" if options.teacher_source == "state" else "none"
+        if kept == "none" and (placement.where != "resident" or chain.lazy):
+            kept = "weights"
         for refs, starts in zip(
             chain.weights,
             start_positions(chain, grids, options, self.start_codes, config.seed),
             strict=True,
         ):
-            states.append(
+            # One block at a time: its original weights and its wide intermediates are gone before the next.
+            placement.add(
                 [
                     WeightState(
                         ref.name,
@@ -198,13 +215,26 @@ class Solve:
                         state=options.state,
                         optimizer=options.optimizer,
                         wide=wide,
+                        kept=kept,
                     )
                     for ref, start in zip(refs, starts, strict=True)
                 ]
             )
-        keep = activation_bytes(chain, tokens) <= KEEP_GRAPH_BYTES
-        self.solver = Solver(chain, states, options, seed=config.seed, keep_graph=keep, served=served)
+        keep = placement.where == "resident" and activation_bytes(chain, tokens) <= KEEP_GRAPH_BYTES
+        self.solver = Solver(
+            chain,
+            placement,
+            options,
+            seed=config.seed,
+            keep_graph=keep,
+            served=served,
+            boundaries=self.engine.boundary_store(placement),
+            ranks=self.engine.ranks,
+        )
+        if remember and options.teacher_source == "state":
+            rows.remember_teacher(self.solver.teacher)
         self._order = row_order(len(rows), config.seed)
+        self._rows: list[int] = []  # of a step that has begun; a step that fails does not use them up
         if fresh:
             self._set_gain(grids)
 
@@ -240,6 +270,8 @@ class Solve:
             self.solver.gain = GainControl(published_gain(self.chain, grids, options.kl_weight), None)
         else:
             self.solver.calibrate_gain(self.rows.batches(range(min(options.batch_size, len(self.rows)))))
+            # Every rank has computed it alike; one value all the same, should their libraries differ.
+            self.solver.gain = self.engine.ranks.share(self.solver.gain)
 
     @property
     def done(self) -> bool:
@@ -248,8 +280,14 @@ class Solve:
 
     def advance(self) -> StepRecord:
         """Take the next step."""
-        rows = [next(self._order) for _ in range(self.config.solver.batch_size)]
-        return self.solver.step(self.rows.batches(rows))
+        options = self.config.solver
+        rows = self._rows = self._rows or [next(self._order) for _ in range(options.batch_size)]
+        size = options.micro_batch
+        mine = self.engine.ranks.span(-(-len(rows) // size))
+        batches = self.rows.batches(rows[mine.start * size : mine.stop * size])
+        record = self.solver.step(batches, self.rows.tokens(rows, options.loss))
+        self._rows = []
+        return record
 
     def skip_rows(self, steps: int) -> None:
         """Move the row order past `steps` steps that a checkpoint already holds."""
@@ -258,7 +296,14 @@ class Solve:
 
     def codes(self) -> dict[str, Tensor]:
         """Return the rounded codes by module name."""
-        return {state.name: state.codes() for block in self.solver.states for state in block}
+        self.solver.check()
+        homes = self.solver.placement.homes()
+        return {state.name: state.codes().cpu() for block in homes for state in block.states}
+
+    def close(self) -> None:
+        """Stop copies, leave no files of the placement behind; states at home stay readable."""
+        self.solver.boundaries.close()
+        self.solver.placement.close()
 
 
 def solve(
@@ -269,9 +314,10 @@ def solve(
     on_step: OnStep | None = None,
     *,
     served: torch.dtype | None = None,
+    engine: Engine | None = None,
 ) -> Solve:
     """Run all steps; the result holds the states and the codes."""
-    run = Solve(chain, grids, rows, config, served=served)
+    run = Solve(chain, grids, rows, config, served=served, engine=engine)
     while not run.done:
         record = run.advance()
         if on_step is not None:

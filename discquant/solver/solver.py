@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +13,26 @@ from torch import Tensor
 
 from discquant.config import SolverConfig
 from discquant.ops import (
-    StepCounts,
     StepOptions,
     expand_groups,
-    projected_step_,
+    projected_step_deferred_,
     soft_linear_step_,
     step_is_fused,
 )
+from discquant.solver.block import BlockState
+from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.gradients import block_gradients
+from discquant.solver.journal import Journal
+from discquant.solver.placement import Placement
+from discquant.solver.ranks import Ranks
 from discquant.solver.schedule import GainControl, moment_bound, settings
 from discquant.solver.soft_block import SoftWeights, step_grid
 from discquant.solver.state import WeightState
 from discquant.solver.weight_ref import assemble, first_not_finite, take_matrices
+
+# A step keeps the bytes it replaces up to this much; above it a failed step cannot be taken back in memory.
+JOURNAL_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -59,146 +67,260 @@ def row_order(num_rows: int, seed: int) -> Iterator[int]:
 
 
 class Solver:
-    """Solve for `frac` of every state in place."""
+    """Solve for `frac` of every state in place.
+
+    Attributes:
+        placement: The states, by block.
+        step_number: Steps taken.
+        gain: Gain on the KL gradient.
+        before_change: Called with a block's index before a step changes its state (a checkpoint that is still being
+            written wants the old bytes).
+    """
 
     def __init__(
         self,
         chain: Chain,
-        states: Sequence[Sequence[WeightState]],
+        states: Sequence[Sequence[WeightState]] | Placement,
         config: SolverConfig,
         *,
         seed: int = 0,
         keep_graph: bool = False,
         served: torch.dtype | None = None,
+        boundaries: Boundaries | None = None,
+        ranks: Ranks | None = None,
         soft: bool | None = None,
     ) -> None:
         """Bind states (one list per block, in the order of `chain.weights`) to the chain.
 
         Args:
-            chain: Model whose own weights are the teacher.
-            states: Per block, per weight.
+            chain: The model; its own weights are the teacher unless the states hold it.
+            states: Per block, per weight; or where they live.
             config: Solver options.
             seed: Keys stochastic rounding.
             keep_graph: See `block_gradients`; changes speed and memory, not results.
             served: Dtype in which the file will be dequantized; student weights are rounded to it, so that
                 what is trained is what is served. None is the compute dtype.
+            boundaries: Where activations between blocks are kept.
+            ranks: Who else takes part.
             soft: Run linear layers on the state (`SoftWeights`) instead of writing a block's weights out; None does
                 so on CUDA.
         """
         self.chain = chain
-        self.states = [list(block) for block in states]
+        self.soft = soft
+        if isinstance(states, Placement):
+            self.placement = states
+        else:
+            device = next((s.frac.device for block in states for s in block), torch.device("cpu"))
+            self.placement = Placement("resident", device)
+            for index, block in enumerate(states):
+                self.placement.add(block)
+                # The caller's states stay what is solved for: they become views into the block, too.
+                for given, packed in zip(block, self.placement.home(index).states, strict=True):
+                    vars(given).update(vars(packed))
         self.config = config
         self.seed = seed
         self.keep_graph = keep_graph
+        self.boundaries = boundaries or Boundaries()
+        self.ranks = ranks or Ranks()
         self.step_number = 0
         self.dtype: torch.dtype = getattr(torch, config.compute_dtype)
         self.gain = GainControl(config.kl_weight or 1.0, None if config.kl_weight else config.saturation)
         self.served = served or self.dtype
-        self.soft = soft
-        self._tensor_ids = {
-            state.name: index for index, state in enumerate(s for block in self.states for s in block)
-        }
+        self.before_change: Callable[[int], None] | None = None
+        self._journal = Journal(JOURNAL_BYTES)
+        names = [ref.name for refs in chain.weights for ref in refs]
+        self._tensor_ids = {name: index for index, name in enumerate(names)}
+
+    @property
+    def states(self) -> list[list[WeightState]]:
+        """The states where they live, per block and weight; to be read between steps."""
+        return [block.states for block in self.placement.homes()]
+
+    def check(self) -> None:
+        """Refuse to read a state that a failed step left half-way.
+
+        Raises:
+            RuntimeError: There is such a state.
+        """
+        self._journal.check()
 
     def student(self, index: int) -> dict[str, Tensor]:
         """Return the interpolated weights of a block by parameter name."""
-        refs = self.chain.weights[index]
-        return assemble(refs, (state.soft_weight(self.served).to(self.dtype) for state in self.states[index]))
+        states = self.placement.fetch(index).states
+        return assemble(
+            self.chain.weights[index], (state.soft_weight(self.served).to(self.dtype) for state in states)
+        )
 
     def student_block(
         self, index: int, on_layer: Callable[[WeightState, Tensor, Tensor], bool] | None = None
     ) -> dict[str, Tensor]:
         """Return what a step runs a block with: `SoftWeights` where they are wanted, else `student`."""
-        states = self.states[index]
+        states = self.placement.fetch(index).states
         if not (any(state.frac.is_cuda for state in states) if self.soft is None else self.soft):
             return self.student(index)
         block, refs = self.chain.blocks[index], self.chain.weights[index]
         return SoftWeights(block, refs, states, dtype=self.dtype, served=self.served, on_layer=on_layer)
 
+    def teacher(self, index: int) -> Mapping[str, Tensor] | None:
+        """Return the original weights of a block as its state holds them, None where they are the model's own."""
+        states = self.placement.fetch(index).states
+        if not all(state.holds_teacher for state in states) or not states:
+            return None
+        matrices = (state.teacher_weight(self.dtype) for state in states)
+        return assemble(self.chain.weights[index], (matrix for matrix in matrices if matrix is not None))
+
     def rounded(self, index: int) -> dict[str, Tensor]:
         """Return the weights of a block with `frac` rounded."""
-        refs = self.chain.weights[index]
-        return assemble(refs, (state.hard_weight(self.served).to(self.dtype) for state in self.states[index]))
+        states = self.placement.fetch(index).states
+        return assemble(
+            self.chain.weights[index], (state.hard_weight(self.served).to(self.dtype) for state in states)
+        )
 
-    def _checked(self, index: int, grads: dict[str, Tensor]) -> None:
-        name = first_not_finite(self.chain.weights[index], grads)
-        if name is not None:
-            raise NonFiniteGradientError(
-                f"solver: the gradient of {name} must be finite, got NaN or Inf at step "
-                f"{self.step_number + 1}; its state is unchanged"
-            )
+    def _not_finite(self, name: str) -> NonFiniteGradientError:
+        return NonFiniteGradientError(
+            f"solver: the gradient of {name} must be finite, got NaN or Inf at step {self.step_number + 1}; "
+            f"{self._journal.outcome}"
+        )
 
-    def step(self, batches: Sequence[Prepared]) -> StepRecord:
+    def step(self, batches: Sequence[Prepared], tokens: int | None = None) -> StepRecord:
         """Take one step on the mean loss over `batches`.
 
+        Whatever stops a step half-way, the state is afterwards as it was before (see `Journal`).
+
+        Args:
+            batches: Micro-batches of this rank.
+            tokens: Counted tokens of the whole step; None where `batches` are all of it.
+
         Raises:
-            NonFiniteGradientError: A gradient is not finite; that block was not changed (but for layers of it that
-                had stepped inside backward, where a measured table asks for that).
+            NonFiniteGradientError: A gradient is not finite; the message names the weight.
             ValueError: The loss is not finite; nothing was changed.
+            RankLostError: Another rank is gone.
+            RuntimeError: An earlier step failed half-way and was too large to be taken back.
         """
+        self._journal.begin()
+        try:
+            record = self._take_step(batches, tokens)
+        except BaseException:
+            self.boundaries.clear()
+            if self._journal.restore(self.placement):
+                self.placement.changed_at_home()
+            raise
+        self._journal.forget()
+        return record
+
+    def _take_step(self, batches: Sequence[Prepared], tokens: int | None) -> StepRecord:
         number = self.step_number + 1
         now = settings(self.config, number)
-        live = fractional = moved = saturated = 0
-        bound = moment_bound(self.config)
+        options = StepOptions(
+            optimizer=self.config.optimizer,
+            lr=now.lr,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+            kl_weight=self.gain.gain,
+            grad_clamp=self.config.grad_clamp,
+            linear_weight=now.linear_weight,
+            hardening=now.hardening,
+            step=number,
+            moment_bound=moment_bound(self.config),
+            seed=self.seed,
+        )
+        # Read once, after the last block: on a GPU a read would hold up the blocks that wait behind it.
+        names: list[str] = []
+        finite: list[Tensor] = []
+        counts: list[Tensor] = []
 
-        def options(state: WeightState) -> StepOptions:
-            return StepOptions(
-                optimizer=self.config.optimizer,
-                lr=now.lr,
-                betas=self.config.betas,
-                weight_decay=self.config.weight_decay,
-                kl_weight=self.gain.gain,
-                grad_clamp=self.config.grad_clamp,
-                linear_weight=now.linear_weight,
-                hardening=now.hardening,
-                step=number,
-                moment_bound=bound,
-                seed=self.seed,
-                tensor_id=self._tensor_ids[state.name],
-            )
+        opened: set[int] = set()
 
-        def count(state: WeightState, counts: StepCounts) -> None:
-            nonlocal live, fractional, moved, saturated
-            live += counts.live
+        def open_block(index: int) -> BlockState:
+            """Return a block whose bytes may be changed: kept for undoing, and free of a checkpoint's writer."""
+            block = self.placement.fetch(index)
+            if index not in opened:
+                opened.add(index)
+                if self.before_change is not None:
+                    self.before_change(index)
+                self._journal.keep(index, block.changed())
+            return block
+
+        def count(state: WeightState, found: Tensor) -> None:
             if now.snap > 0:
                 state.snap_(now.snap)
-                fractional += state.count_fractional()
-            else:
-                fractional += counts.fractional
-            moved += counts.moved
-            saturated += counts.saturated
+                found[1] = state.count_fractional()
+            counts.append(found)
+
+        def own(state: WeightState) -> StepOptions:
+            return dataclasses.replace(options, tensor_id=self._tensor_ids[state.name])
 
         def take(index: int, grads: dict[str, Tensor]) -> None:
-            self._checked(index, grads)
-            pairs = zip(self.chain.weights[index], self.states[index], strict=True)
+            refs = self.chain.weights[index]
+            on_cpu = all(grad.device.type == "cpu" for grad in grads.values())
             # A layer that took its step inside backward left no gradient.
-            left = [(ref, state) for ref, state in pairs if ref.param_name in grads]
-            matrices = take_matrices([ref for ref, _ in left], grads)
-            for grad, (_, state) in zip(matrices, left, strict=True):
+            left = [place for place, ref in enumerate(refs) if ref.param_name in grads]
+            bad = first_not_finite([refs[place] for place in left], grads) if on_cpu else None
+            if bad is not None:
+                raise self._not_finite(bad)
+            block = open_block(index)
+            matrices = take_matrices([refs[place] for place in left], grads)
+            for place, grad in zip(left, matrices, strict=True):
+                state = block.states[place]
+                if not on_cpu:
+                    names.append(state.name)
+                    finite.append(torch.isfinite(grad).all())
                 grid: dict[str, Any] = step_grid(state)
-                count(state, projected_step_(
-                    state.frac, state.anchor, grad, **grid, options=options(state), momentum=state.momentum,
+                found = projected_step_deferred_(
+                    state.frac,
+                    state.anchor,
+                    grad,
+                    **grid,
+                    options=own(state),
+                    momentum=state.momentum,
                     second_moment=state.second_moment,
-                ))  # fmt: skip
-
-        def step_at_once(state: WeightState, grad_output: Tensor, x: Tensor) -> bool:
-            if not step_is_fused(x.reshape(-1, x.shape[-1]), *state.shape):
-                return False
-            if not bool(torch.isfinite(grad_output).all()) or not bool(torch.isfinite(x).all()):
-                return False  # the gradient is made, found not finite, and named
-            count(state, soft_linear_step_(
-                grad_output, x, state.frac, state.anchor, **step_grid(state), options=options(state),
-                momentum=state.momentum, second_moment=state.second_moment,
-            ))  # fmt: skip
-            return True
+                )
+                count(state, found)
+            self.placement.write_back(index)
 
         def student(index: int) -> dict[str, Tensor]:
+            def step_at_once(state: WeightState, grad_output: Tensor, x: Tensor) -> bool:
+                if not step_is_fused(x.reshape(-1, x.shape[-1]), *state.shape):
+                    return False
+                names.append(state.name)
+                finite.append(torch.isfinite(grad_output).all() & torch.isfinite(x).all())
+                open_block(index)
+                grid: dict[str, Any] = step_grid(state)
+                found = soft_linear_step_(
+                    grad_output,
+                    x,
+                    state.frac,
+                    state.anchor,
+                    **grid,
+                    options=own(state),
+                    momentum=state.momentum,
+                    second_moment=state.second_moment,
+                )
+                count(state, torch.tensor(found, device=state.frac.device))
+                return True
+
             # The clamp acts on the whole step's gradient, which one backward pass sees with one micro-batch only.
-            return self.student_block(index, step_at_once if len(batches) == 1 else None)
+            alone = len(batches) == 1 and self.ranks.world == 1
+            return self.student_block(index, step_at_once if alone else None)
 
         gain = self.gain.gain
         loss = block_gradients(
-            self.chain, student, batches, take, loss=self.config.loss, keep_graph=self.keep_graph
+            self.chain,
+            student,
+            batches,
+            take,
+            loss=self.config.loss,
+            keep_graph=self.keep_graph,
+            teacher=self.teacher,
+            boundaries=self.boundaries,
+            ranks=self.ranks,
+            tokens=tokens,
         )
+        fine = torch.stack(finite).tolist() if finite else []
+        for name, good in zip(names, fine, strict=True):
+            if not good:
+                raise self._not_finite(name)
+        live, fractional, moved, saturated, _ = torch.stack(counts).sum(dim=0).tolist()
         self.step_number = number
         self.gain.update(saturated, live)
         total = max(1, live)
@@ -226,22 +348,34 @@ class Solver:
 
         def sink(index: int, grads: dict[str, Tensor]) -> None:
             refs = self.chain.weights[index]
-            for matrix, state in zip(take_matrices(refs, grads), self.states[index], strict=True):
+            states = self.placement.fetch(index).states
+            for matrix, state in zip(take_matrices(refs, grads), states, strict=True):
                 grad = matrix.float()
-                gap, group_size = state.grid.gap(state.codes_down())
+                gap, group_size = state.gap()
                 flat = (grad * expand_groups(gap.float(), group_size, grad.shape[1])).abs()[state.live()]
                 samples.append(flat[:: max(1, flat.numel() // 65536)].clone())
 
         def nearest(index: int) -> dict[str, Tensor]:
-            refs = self.chain.weights[index]
-            grids = [state.grid for state in self.states[index]]
             served = (
-                grid.dequantize(grid.nearest(ref.matrix()), self.served).to(self.dtype)
-                for ref, grid in zip(refs, grids, strict=True)
+                state.nearest_weight(original, self.served).to(self.dtype)
+                for state, original in zip(self.placement.fetch(index).states, originals(index), strict=True)
             )
-            return assemble(refs, served)
+            return assemble(self.chain.weights[index], served)
 
-        block_gradients(self.chain, nearest, batches, sink, loss=self.config.loss)
+        def originals(index: int) -> Iterator[Tensor]:
+            for ref, state in zip(self.chain.weights[index], self.placement.fetch(index).states, strict=True):
+                known = state.teacher_weight(self.dtype)
+                yield ref.matrix() if known is None else known
+
+        block_gradients(
+            self.chain,
+            nearest,
+            batches,
+            sink,
+            loss=self.config.loss,
+            teacher=self.teacher,
+            boundaries=self.boundaries,
+        )
         pooled = torch.cat(samples) if samples else torch.ones(1)
         level = float(
             torch.quantile(pooled[:: max(1, pooled.numel() // 1_000_000)], 1 - self.config.saturation)

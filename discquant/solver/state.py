@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-weight state of the solver: lower code, `anchor`, `frac`, moments; float32 or the 8-bit layout.
+"""Per-weight state of the solver: lower code, `anchor`, `frac`, moments; float32, bfloat16 or the 8-bit layout.
 
-`anchor` is the position that the linear term prefers, in the format of `frac_ref`: usually `frac_ref` itself.
+`anchor` is the position that the linear term prefers, in the format of `frac_ref`: usually `frac_ref` itself. Where
+the teacher is computed from the state, `frac_ref` is kept uncut (memory.md, traps 1 to 3).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +17,16 @@ from torch import Tensor
 from discquant.config import OptimizerName, StateFormat
 from discquant.grids import Grid
 from discquant.ops import StepOptions, decode_frac, decode_frac_ref, encode_frac_ref, unpack_nibbles
-from discquant.ops.reference.projected_step import store_frac_
+from discquant.ops.reference.projected_step import FRAC_REF_RANGE, FRAC_REF_ZERO, store_frac_
 
 FRAC_REF_LOW, FRAC_REF_HIGH = -0.5, 1.5
+# An anchored weight is drawn to the point half-way between its own position and the chosen neighbour.
+ANCHOR_SHARE = 0.5
+# Weights whose position the 8-bit code cannot hold are kept apart, 6 to 8 B each; above this share all are kept.
+OUTLIER_SHARE = 0.125
+
+# What the state holds of the original weight: nothing, the weight, or what the weight can be computed from.
+Kept = Literal["none", "weights", "state"]
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
@@ -25,11 +35,24 @@ def pack_nibbles(q: Tensor) -> Tensor:
     return padded[:, 0::2] | (padded[:, 1::2] << 4)
 
 
+def pack_bits(flags: Tensor) -> Tensor:
+    """Pack booleans eight per byte along the rows, lowest bit first; a row is padded with 0."""
+    padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -flags.shape[1] % 8))
+    places = torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (padded.view(flags.shape[0], -1, 8) << places).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, in_features: int) -> Tensor:
+    """Return the booleans of `pack_bits`, [out_features, in_features]."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> places) & 1).flatten(1)[:, :in_features].bool()
+
+
 def pack_frac_ref(frac_ref: Tensor) -> Tensor:
     """Encode `frac_ref` in 8 bits, keeping "on the grid" (exactly 0 or 1) apart from "very near to it".
 
-    Beyond [-0.5, 1.5] it is cut: it only enters the step as clamp(frac_ref, 0, 1). (The teacher reads the
-    original weight; a teacher made from this code would need it uncut.)
+    Beyond [-0.5, 1.5] it is cut: the step only needs clamp(frac_ref, 0, 1), and a teacher made from this code keeps
+    what was cut beside it.
     """
     code = encode_frac_ref(frac_ref.clamp(FRAC_REF_LOW, FRAC_REF_HIGH))
     for exact, neighbour in ((63, 1), (189, -1)):
@@ -39,12 +62,48 @@ def pack_frac_ref(frac_ref: Tensor) -> Tensor:
     return code
 
 
+def narrow_anchor(anchor: Tensor) -> Tensor:
+    """Round an anchor to bfloat16 without putting one on the grid (exactly 0 or 1) that is not there."""
+    narrow = anchor.bfloat16()
+    off = (anchor != 0) & (anchor != 1)
+    narrow = torch.where(off & (narrow == 1), torch.full_like(narrow, 1 - 2.0**-8), narrow)
+    return torch.where(off & (narrow == 0), torch.full_like(narrow, 2.0**-8), narrow)
+
+
+def _outward(position: Tensor) -> Tensor:
+    """Move a position that is exactly 0 or 1 by chance off the grid, which those two values mean."""
+    return torch.where(position == 0, position - 1e-6, torch.where(position == 1, position + 1e-6, position))
+
+
+@functools.lru_cache
+def _anchor_table(device: torch.device) -> Tensor:
+    """Anchor code by 256 * side + code of `frac_ref`, uint8, [512]; codes on the grid stay."""
+    code = torch.arange(256, device=device)
+    own = (code - FRAC_REF_ZERO).double() / FRAC_REF_RANGE
+    rows = []
+    for side in (0.0, 1.0):
+        position = (1 - ANCHOR_SHARE) * own.clamp(0, 1) + ANCHOR_SHARE * side
+        drawn = pack_frac_ref(_outward(position))
+        rows.append(torch.where((own == 0) | (own == 1), code.to(torch.uint8), drawn))
+    return torch.cat(rows)
+
+
+def _smallest(weight: Tensor) -> Tensor:
+    """Return the weight in the narrowest dtype that holds every value exactly."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = weight.to(dtype)
+        if torch.equal(narrow.to(weight.dtype), weight):
+            return narrow
+    return weight.clone()
+
+
 class WeightState:
     """State of one weight matrix [out_features, in_features].
 
-    float32: 1 B code + 4 B each for anchor, frac and the moments. u8: code (two per byte up to 4 bits),
-    anchor u8, frac u8 with stochastic rounding, momentum int8, root of the second moment u8
-    (memory.md section 2).
+    float32: 1 B code + 4 B each for anchor, frac and the moments. bf16: 2 B each, as the paper ran it. u8: code (two
+    per byte up to 4 bits), anchor u8, frac u8 with stochastic rounding, momentum int8, root of the second moment u8
+    (memory.md section 2). With a teacher from the state the anchor is `frac_ref` itself, or, where the linear term
+    prefers another point, in u8 one more bit per weight, else a tensor of its own.
     """
 
     def __init__(
@@ -59,6 +118,7 @@ class WeightState:
         state: StateFormat,
         optimizer: OptimizerName,
         wide: torch.dtype = torch.float32,
+        kept: Kept = "none",
     ) -> None:
         """Find the neighbours of `weight` and start from `start`.
 
@@ -72,29 +132,48 @@ class WeightState:
             state: Width.
             optimizer: Decides which moments exist.
             wide: Dtype of the wide state.
+            kept: What is kept for `teacher_weight`: nothing, the weight, or `frac_ref` in the state's own width.
         """
-        q_down, frac_ref = grid.neighbours(weight)
-        if frozen:  # as if every weight lay on the grid, at its nearest point
-            frac_ref = (frac_ref > 0.5).to(frac_ref.dtype)
+        q_down, own = grid.neighbours(weight)
+        # Frozen: as if every weight lay on the grid, at its nearest point.
+        frac_ref = (own > 0.5).to(own.dtype) if frozen else own
         self.name = name
         self.grid = grid
         self.shape = tuple(weight.shape)
         self.state: StateFormat = state
         self.optimizer: OptimizerName = optimizer
+        self.frozen = frozen
+        small = state == "u8"
+        wide = torch.bfloat16 if state == "bf16" else wide
+
+        def stored(position: Tensor) -> Tensor:
+            if small:
+                return pack_frac_ref(position)
+            return narrow_anchor(position) if state == "bf16" else position.to(wide)
+
         live = (frac_ref != 0) & (frac_ref != 1)
         begin = frac_ref if start is None else torch.where(live, start.to(frac_ref.dtype), frac_ref)
-        anchor = frac_ref
-        if anchored:
-            # Exactly 0 and 1 mean "on the grid": one that lands there by chance is moved off it.
-            outward = torch.where(begin == 0, begin - 1e-6, torch.where(begin == 1, begin + 1e-6, begin))
-            anchor = torch.where(live, outward, frac_ref)
-        begin = begin.clamp(0, 1)
+        anchor = torch.where(live, _outward(begin), frac_ref) if anchored else frac_ref
         self.num_live = int(live.sum())
-        small = state == "u8"
         self.q_down = pack_nibbles(q_down) if small and grid.num_bits <= 4 else q_down
-        self.anchor = pack_frac_ref(anchor) if small else anchor.to(wide)
+        self.weight: Tensor | None = _smallest(weight) if kept == "weights" else None
+        self.outlier_index: Tensor | None = None
+        self.outlier_value: Tensor | None = None
+        self.side: Tensor | None = None
+        self._anchor: Tensor | None = None
+        self.frac_ref = self._reference(weight, own, stored(own)) if kept == "state" else None
+        if self.frac_ref is None:
+            self._anchor = stored(anchor)
+        elif anchored or frozen:
+            if small:
+                # At 1 and beyond, the start equals the position where the upper side was chosen.
+                cut = own.clamp(0, 1)
+                upper = torch.where(cut == 1, begin >= cut, begin > cut)
+                self.side = pack_bits(own > 0.5 if frozen else upper)
+            else:
+                self._anchor = stored(anchor)
         self.frac = torch.empty(self.shape, dtype=torch.uint8 if small else wide, device=weight.device)
-        store_frac_(self.frac, begin, StepOptions(step=0))
+        store_frac_(self.frac, begin.clamp(0, 1), StepOptions(step=0))
         self.momentum: Tensor | None = None
         self.second_moment: Tensor | None = None
         if optimizer != "sgd":
@@ -102,11 +181,60 @@ class WeightState:
         if optimizer == "adamw":
             self.second_moment = torch.zeros_like(self.frac, dtype=torch.uint8 if small else wide)
 
+    def _reference(self, weight: Tensor, own: Tensor, code: Tensor) -> Tensor | None:
+        """Return `frac_ref` to keep, beside it the weights that its code would move; None where those are many."""
+        if self.state == "u8":
+            beyond = ((own < FRAC_REF_LOW) | (own > FRAC_REF_HIGH)).flatten().nonzero().flatten()
+            if beyond.numel() > OUTLIER_SHARE * weight.numel():
+                self.weight = _smallest(weight)
+                return None
+            if beyond.numel():
+                self.outlier_index = beyond.to(torch.int32)
+                self.outlier_value = _smallest(weight.flatten()[beyond])
+        return code
+
+    @property
+    def anchor(self) -> Tensor:
+        """Position that the linear term prefers, in the format of `frac_ref`, [out_features, in_features]."""
+        if self._anchor is not None:
+            return self._anchor
+        assert self.frac_ref is not None
+        if self.side is None:
+            return self.frac_ref
+        upper = unpack_bits(self.side, self.shape[1])
+        if self.frozen:
+            return torch.where(upper, 189, 63).to(torch.uint8)
+        index = self.frac_ref.int().add_(upper.int(), alpha=256)
+        return _anchor_table(self.frac_ref.device)[index]
+
+    @property
+    def holds_teacher(self) -> bool:
+        """Whether the original weight can be had from this state."""
+        return self.weight is not None or self.frac_ref is not None
+
+    def teacher_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the original weight as the state holds it, [out_features, in_features]; None where it does not."""
+        if self.weight is not None:
+            return self.weight.to(dtype)
+        if self.frac_ref is None:
+            return None
+        compute = torch.float64 if self.frac_ref.dtype == torch.float64 else torch.float32
+        value = self.grid.soft_weight(self.q_down, decode_frac_ref(self.frac_ref, compute), dtype)
+        if self.outlier_index is not None and self.outlier_value is not None:
+            value.view(-1)[self.outlier_index.long()] = self.outlier_value.to(dtype)
+        return value
+
     def codes_down(self) -> Tensor:
         """Return the lower codes, uint8, [out_features, in_features]."""
         if self.q_down.shape[1] == self.shape[1]:
             return self.q_down
         return unpack_nibbles(self.q_down, self.shape[1])
+
+    def gap(self) -> tuple[Tensor, int]:
+        """Return Delta of each coordinate and its group size; see `Grid.gap`."""
+        if type(self.grid).gap is Grid.gap:  # one gap per group: the codes need not be unpacked
+            return self.grid.scale, self.grid.group_size
+        return self.grid.gap(self.codes_down())
 
     def live(self) -> Tensor:
         """Return which coordinates may move, bool."""
@@ -129,10 +257,10 @@ class WeightState:
         self.frac.masked_fill_(high & ~low, top)
         self.frac.masked_fill_(low, 0)
 
-    def count_fractional(self) -> int:
-        """Return how many coordinates are further than 0.01 from both ends."""
+    def count_fractional(self) -> Tensor:
+        """Return how many coordinates are further than 0.01 from both ends, int64, [], not read from the device."""
         position = self.position()
-        return int(((position > 0.01) & (position < 0.99)).sum())
+        return ((position > 0.01) & (position < 0.99)).sum()
 
     def codes(self) -> Tensor:
         """Return final codes q_down + round(frac), ties down, uint8."""
@@ -142,6 +270,10 @@ class WeightState:
         """Return the served weight of the final codes."""
         return self.grid.dequantize(self.codes(), dtype)
 
+    def nearest_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the served weight of `weight` rounded to nearest on this grid."""
+        return self.grid.dequantize(self.grid.nearest(weight), dtype)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what a checkpoint must hold to continue (codes and anchor are recomputed)."""
         yield "frac", self.frac
@@ -150,10 +282,18 @@ class WeightState:
         if self.second_moment is not None:
             yield "second_moment", self.second_moment
 
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor by attribute, `grid.` before those of the grid."""
+        for key, value in vars(self.grid).items():
+            if isinstance(value, Tensor):
+                yield f"grid.{key}", value
+        for key in ("q_down", "weight", "frac_ref", "outlier_index", "outlier_value", "side", "_anchor"):
+            value = getattr(self, key)
+            if value is not None:
+                yield key, value
+        yield from self.tensors()
+
     @property
     def nbytes(self) -> int:
         """Bytes of this state, grid parameters included."""
-        held = [self.q_down, self.anchor, *(t for _, t in self.tensors()), self.grid.scale]
-        if self.grid.zero_point is not None:
-            held.append(self.grid.zero_point)
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(t.numel() * t.element_size() for _, t in self.held())

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+LAZY = "_discquant_lazy"  # see `formats.lazy`
+
 
 class Part(NamedTuple):
     """Where a matrix lies in a fused parameter: rows `begin` to `end` of expert `expert`.
@@ -49,7 +51,16 @@ class WeightRef:
 
     def matrix(self) -> Tensor:
         """Return the weight as a contiguous [out_features, in_features]."""
-        return self.view(self.parameter.detach()).contiguous()
+        read = getattr(self.parameter, LAZY, None)  # a parameter without memory has one
+        return self.view(self.parameter.detach() if read is None else read()).contiguous()
+
+    @property
+    def matrix_size(self) -> int:
+        """Number of elements of the matrix."""
+        if self.part is None:
+            return self.parameter.numel()
+        shape = self.parameter.shape
+        return (self.part.end - self.part.begin) * int(shape[1] if self.part.transposed else shape[2])
 
     def shaped(self, matrix: Tensor) -> Tensor:
         """Return a matrix in the shape of the parameter; only for a parameter that is one matrix."""

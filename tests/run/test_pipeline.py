@@ -71,9 +71,12 @@ def test_what_a_run_leaves(finished: Path) -> None:
     ]
     assert [line["step"] for line in lines if "kind" not in line] == list(range(1, 13))
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {
-        "step-0000009.safetensors",
-        "step-0000012.safetensors",
+        *(f"step-00000{step}.json" for step in ("09", "12")),
+        *(f"block-000{block}-00000{step}.safetensors" for block in (0, 1) for step in ("09", "12")),
     }
+    assert summary["checkpoints"]["count"] == 5
+    assert 0 <= summary["checkpoints"]["share"] <= 1
+    assert not (finished / "state").exists()
     proof = json.loads((finished / "compressed-tensors" / "discquant_proof.json").read_text(encoding="utf-8"))
     assert proof
 
@@ -104,14 +107,18 @@ def test_file_holds_the_solvers_rounded_weights(finished: Path) -> None:
     run = {layer.name: layer for layer in RunDirectory(finished).layers()}
     exported = {layer.name: layer for layer in read_layers(finished / "compressed-tensors")}
     assert run.keys() == exported.keys()
-    with safe_open(finished / "checkpoints" / "step-0000012.safetensors", framework="pt") as handle:
-        for name, layer in run.items():
-            assert torch.equal(layer.q, exported[name].q)
-            assert torch.equal(layer.scale, exported[name].scale)
-            frac = handle.get_tensor(f"{name}.frac")
-            up = (frac > 0.5).to(torch.uint8)
-            assert int((layer.q - up).max()) <= 6
-            assert Scheme.of(layer) == Scheme(3, 32, True)
+    last: dict[str, torch.Tensor] = {}
+    for path in (finished / "checkpoints").glob("block-*-0000012.safetensors"):
+        with safe_open(path, framework="pt") as handle:
+            last |= {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+    assert last
+    for name, layer in run.items():
+        assert torch.equal(layer.q, exported[name].q)
+        assert torch.equal(layer.scale, exported[name].scale)
+        frac = last[f"{name}.frac"]
+        up = (frac > 0.5).to(torch.uint8)
+        assert int((layer.q - up).max()) <= 6
+        assert Scheme.of(layer) == Scheme(3, 32, True)
 
 
 def test_same_command_again_says_complete_and_changes_nothing(
@@ -149,8 +156,8 @@ def _duration(arguments: list[str], cwd: Path) -> float:
 def test_killed_and_resumed_ends_in_the_same_bytes(finished: Path, command: Command, tmp_path: Path) -> None:
     """kill -9 as soon as each of four stages has begun, then the same command: the same bytes."""
     out = tmp_path / "killed"
-    signs = ("calibration", "checkpoints/step-0000000", "checkpoints/step-0000006", "codes")
-    for sign in (f"{name}.safetensors" for name in signs):
+    signs = ("calibration.safetensors", "checkpoints/step-0000000.json", "checkpoints/step-0000006.json")
+    for sign in (*signs, "codes.safetensors"):
         process = subprocess.Popen(
             command(out), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -169,7 +176,7 @@ def test_sigterm_stops_cleanly_and_resumes(finished: Path, command: Command, tmp
     process = subprocess.Popen(
         command(out), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    while not (out / "checkpoints" / "step-0000000.safetensors").exists() and process.poll() is None:
+    while not (out / "checkpoints" / "step-0000000.json").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     _, messages = process.communicate(timeout=120)
@@ -213,11 +220,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     process = subprocess.Popen(
         command(out), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not (out / "checkpoints" / "step-0000006.safetensors").exists() and process.poll() is None:
+    while not (out / "checkpoints" / "step-0000006.json").exists() and process.poll() is None:
         time.sleep(0.005)
     process.kill()
     process.wait()
-    newest = sorted((out / "checkpoints").glob("step-*.safetensors"))[-1]
+    manifest = json.loads(sorted((out / "checkpoints").glob("step-*.json"))[-1].read_text(encoding="utf-8"))
+    newest = out / "checkpoints" / manifest["blocks"][-1]["file"]
     newest.write_bytes(newest.read_bytes()[:100])
     done = subprocess.run(command(out), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

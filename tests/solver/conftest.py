@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
 # What is special about each is named in its id.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
+    "llama-six-blocks": ("Llama", {"num_hidden_layers": 6, "hidden_size": 16, "intermediate_size": 32}),
     "llama-tied-bias": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "qwen2-bias": ("Qwen2", {}),
     "qwen3-qk-norm": ("Qwen3", {"head_dim": 8}),

@@ -69,7 +69,7 @@ def test_better_than_nearest_and_nothing_fractional(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "lion", "sgd"])
-@pytest.mark.parametrize("state", ["fp32", "u8"])
+@pytest.mark.parametrize("state", ["fp32", "bf16", "u8"])
 def test_every_optimizer_and_layout_lowers_the_loss(
     optimizer: str, state: str, make_model: Callable[..., Any]
 ) -> None:
@@ -207,3 +207,55 @@ def test_presets_run(make_model: Callable[..., Any]) -> None:
         config = QuantizeConfig(grid=grid, solver=options)
         run = solve(chain, lay_grids(chain, grid), _rows(chain), config)
         assert run.done
+
+
+def _bytes(run: Solve) -> list[Tensor]:
+    return [tensor.clone() for block in run.solver.states for state in block for _, tensor in state.tensors()]
+
+
+def _poison(chain: DecoderChain, block: int) -> Any:
+    """Make every gradient below the MLP of a block NaN; the loss stays finite."""
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * torch.nan
+
+    module = chain.blocks[block].mlp.down_proj
+    return module.register_forward_pre_hook(lambda module, args: (Poison.apply(args[0]),))
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16", "u8"])
+def test_a_step_that_fails_below_changes_no_block(state: str, make_model: Callable[..., Any]) -> None:
+    """Blocks 3 and 2 have stepped when block 1's gradient is NaN: all are as before, and the solve can go on."""
+    chain = _chain(make_model)
+    run = Solve(chain, lay_grids(chain, GridConfig(3, 32)), _rows(chain), _config(iters=4, state=state))
+    run.advance()
+    before, gain = _bytes(run), run.solver.gain.gain
+    hook = _poison(chain, 0)
+    with pytest.raises(
+        NonFiniteGradientError, match=r"model\.layers\.0\..*step 2; the state is as it was before"
+    ):
+        run.advance()
+    assert all(torch.equal(one, other) for one, other in zip(before, _bytes(run), strict=True))
+    assert (run.solver.step_number, run.solver.gain.gain) == (1, gain)
+    hook.remove()
+    assert run.advance().step == 2
+    assert not all(torch.equal(one, other) for one, other in zip(before, _bytes(run), strict=True))
+
+
+def test_a_failed_step_too_large_to_take_back_closes_the_solver(make_model: Callable[..., Any]) -> None:
+    chain = _chain(make_model)
+    run = Solve(chain, lay_grids(chain, GridConfig(3, 32)), _rows(chain), _config(iters=4))
+    run.solver._journal.limit = 1000
+    hook = _poison(chain, 0)
+    with pytest.raises(NonFiniteGradientError, match="continue from the last checkpoint"):
+        run.advance()
+    hook.remove()
+    for attempt in (run.advance, run.codes):
+        with pytest.raises(RuntimeError, match="failed half-way"):
+            attempt()

@@ -47,7 +47,7 @@ def test_bytes_per_weight() -> None:
         ("adamw", 4.5, 17),
         ("sgd", 2.5, 9),
     ):
-        for state, per_weight in (("u8", small), ("fp32", wide)):
+        for state, per_weight in (("u8", small), ("fp32", wide), ("bf16", (wide + 1) // 2)):
             held = WeightState("w", grid, weight, None, state=state, optimizer=optimizer)  # type: ignore[arg-type]
             assert held.nbytes == weight.numel() * per_weight + scales, (optimizer, state)
 
@@ -59,7 +59,9 @@ def test_frozen_is_exactly_on_the_grid_in_both_layouts() -> None:
         WeightState("w", grid, weight, None, state=state, optimizer="sgd")  # type: ignore[arg-type]
         for state in ("fp32", "u8")
     )
+    third = WeightState("w", grid, weight, None, state="bf16", optimizer="sgd")
     assert torch.equal(one.live(), other.live())
+    assert torch.equal(one.live(), third.live())
     assert int((~one.live()).sum()) >= 5
     assert one.num_live == int(one.live().sum())
 

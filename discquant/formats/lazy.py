@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose blocks' matrices stay in the checkpoint: they are read when a block runs and dropped after it.
+
+The model is built without memory for its weights; embedding, head, norms and buffers are real. So at most one block's
+original weights exist at a time, however large the model is, and the model's own code runs unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discquant.formats.checkpoint import Checkpoint
+
+ATTRIBUTE = "_discquant_lazy"  # of a block: its LazyBlock; of a parameter without memory: what reads it
+
+
+class LazyBlock:
+    """The matrices of one block, in memory only while it runs or within `held`."""
+
+    def __init__(self, block: nn.Module, readers: dict[str, Callable[[], Tensor]]) -> None:
+        """Watch a block.
+
+        Args:
+            block: Its parameters named in `readers` have no memory.
+            readers: What reads a parameter, by its name within the block.
+        """
+        self._block = block
+        self._places: list[tuple[nn.Module, str, nn.Parameter, Callable[[], Tensor]]] = []
+        for name, reader in readers.items():
+            owner, _, key = name.rpartition(".")
+            module = block.get_submodule(owner)
+            parameter = module._parameters[key]
+            assert parameter is not None
+            setattr(parameter, ATTRIBUTE, reader)
+            self._places.append((module, key, parameter, reader))
+        self.paused = False  # while the block's own code is bypassed
+        self._depth = 0
+        self._loaded: list[tuple[nn.Module, str, nn.Parameter]] = []
+        setattr(block, ATTRIBUTE, self)
+        block.register_forward_pre_hook(self._enter)
+        block.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, *args: Any) -> None:
+        self._depth += 1
+        if self._depth > 1 or self.paused:
+            return
+        for module, key, parameter, reader in self._places:
+            # Substituted weights (`functional_call`) are in place already.
+            if module._parameters[key] is parameter:
+                module._parameters[key] = nn.Parameter(reader(), requires_grad=False)
+                self._loaded.append((module, key, parameter))
+
+    def _leave(self, *args: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        for module, key, parameter in self._loaded:
+            module._parameters[key] = parameter
+        self._loaded.clear()
+
+    def replace(self, name: str, reader: Callable[[], Tensor]) -> None:
+        """Read a parameter from elsewhere from now on."""
+        places = []
+        owner, _, key = name.rpartition(".")
+        for module, own, parameter, read in self._places:
+            wanted = own == key and module is self._block.get_submodule(owner)
+            places.append((module, own, parameter, reader if wanted else read))
+        self._places = places
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the matrices from here to the end of the context, to run the block several times."""
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+
+def substitute(model: nn.Module, name: str, reader: Callable[[], Tensor]) -> None:
+    """Let a lazy model read the parameter `name` from elsewhere.
+
+    Raises:
+        KeyError: No lazy block holds it.
+    """
+    parts = name.split(".")
+    for place in range(1, len(parts)):
+        lazy = getattr(model.get_submodule(".".join(parts[:place])), ATTRIBUTE, None)
+        if isinstance(lazy, LazyBlock):
+            lazy.replace(".".join(parts[place:]), reader)
+            return
+    raise KeyError(name)
+
+
+def _reader(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        return checkpoint.read(name).to(dtype)
+
+    return read
+
+
+def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Return the largest list of modules of a model with its name."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    sizes = [sum(p.numel() for p in module.parameters()) for _, module in found]
+    return found[sizes.index(max(sizes))] if found else None
+
+
+def _real_buffers(model: Any) -> None:
+    """Give buffers that no checkpoint holds (rotary frequencies, scales) memory and their values."""
+    for module in model.modules():
+        missing = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        if not missing:
+            continue
+        for key in missing:
+            module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
+        model._init_weights(module)
+
+
+def build_lazy(
+    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> Any | None:
+    """Return a model with lazy blocks in eval mode, or None where only the library's own loader will do.
+
+    That is so where a checkpoint's tensors are not the model's parameters one to one (fused experts, say).
+
+    Args:
+        folder: With config.json.
+        checkpoint: Its weights.
+        dtype: Of the model in memory.
+        trust_remote_code: As for `open_source`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    found = _blocks(model)
+    parameters = dict(model.named_parameters())  # tied ones once
+    if found is None or any(
+        name not in checkpoint.tensors or tuple(parameter.shape) != tuple(checkpoint.tensors[name].shape)
+        for name, parameter in parameters.items()
+    ):
+        return None
+    _real_buffers(model)
+    prefix, blocks = found
+    for index, block in enumerate(blocks):
+        inside = f"{prefix}.{index}."
+        LazyBlock(
+            block,
+            {
+                name[len(inside) :]: _reader(checkpoint, name, dtype)
+                for name, parameter in parameters.items()
+                if name.startswith(inside) and parameter.dim() >= 2
+            },
+        )
+    for name, parameter in parameters.items():
+        if hasattr(parameter, ATTRIBUTE):
+            continue
+        owner, _, key = name.rpartition(".")
+        value = checkpoint.read(name).to(dtype)
+        model.get_submodule(owner)._parameters[key] = nn.Parameter(value, requires_grad=False)
+    for name in dict(model.named_buffers()):
+        if name in checkpoint.tensors:
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._buffers[key].copy_(checkpoint.read(name))
+    model.tie_weights()
+    return model.eval()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that block states live in outside the compute device: an arena that a GPU can copy from, and mapped files.
+
+Not `pin_memory()`: it rounds up to powers of two (memory.md section 4). Here one anonymous map per block is
+registered with CUDA as it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+from discquant.errors import DiskSpaceError
+
+PAGE = mmap.PAGESIZE
+REGISTER_BYTES = 2 << 30  # cudaHostRegister is called in pieces of this size
+
+
+def _advise(area: mmap.mmap, advice: str) -> None:
+    option = getattr(mmap, advice, None)  # not on every system
+    if option is not None:
+        area.madvise(option)
+
+
+class HostArena:
+    """Anonymous memory of one block, registered with CUDA where `pin` asks for it."""
+
+    def __init__(self, num_bytes: int, pin: bool) -> None:
+        """Map `num_bytes`; `problem` says why it could not be pinned, None where it is or need not be."""
+        self._map = mmap.mmap(-1, max(PAGE, -(-num_bytes // PAGE) * PAGE))
+        _advise(self._map, "MADV_HUGEPAGE")
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
+        self._registered: list[int] = []
+        self.problem = self._register(num_bytes) if pin and num_bytes else None
+
+    def _register(self, num_bytes: int) -> str | None:
+        runtime = torch.cuda.cudart()
+        base = self.tensor.data_ptr()
+        for begin in range(0, num_bytes, REGISTER_BYTES):
+            size = min(REGISTER_BYTES, num_bytes - begin)
+            code = int(runtime.cudaHostRegister(base + begin, size, 0))
+            if code != 0:
+                self.close()
+                return f"cudaHostRegister of {size} bytes failed with error {code}"
+            self._registered.append(base + begin)
+        if not self.tensor.is_pinned():
+            return "torch does not see registered memory as pinned"
+        return None
+
+    def written(self) -> None:
+        """Nothing to do: memory keeps what is copied into it."""
+
+    def release(self) -> None:
+        """Nothing to do: there is no file behind this memory."""
+
+    def close(self) -> None:
+        """Unregister; the memory itself goes with the last tensor on it."""
+        for address in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._registered.clear()
+
+
+class MappedFile:
+    """Memory of one block on a file, reserved in full so that a full disk is noticed before the solve."""
+
+    problem: str | None = None
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        """Make the file.
+
+        Raises:
+            DiskSpaceError: The file system has not that much room.
+        """
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        length = max(PAGE, num_bytes)
+        try:
+            os.posix_fallocate(handle, 0, length)
+            self._map = mmap.mmap(handle, length)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise
+            raise DiskSpaceError(f"placement: {path.parent} has no room for {length} bytes more") from error
+        finally:
+            os.close(handle)
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
+
+    def written(self) -> None:
+        """Write changed pages to the file before the next block's are: dirty pages never pile up."""
+        self._map.flush()
+        self.release()
+
+    def release(self) -> None:
+        """Give the pages back; the next read takes them from the file (usually the system's cache of it)."""
+        _advise(self._map, "MADV_DONTNEED")
+
+    def close(self) -> None:
+        """Remove the file; its pages go with the last tensor on it."""
+        self.path.unlink(missing_ok=True)

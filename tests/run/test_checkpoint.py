@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what is written beside the solve restores it bit for bit; a full disk leaves the last one intact."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.errors import DiskSpaceError
+from discquant.run import checkpoint
+from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoint
+from discquant.solver.chain import DecoderChain
+from discquant.solver.engine import Engine
+from discquant.solver.solve import Solve, TokenRows, lay_grids
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A Llama of two blocks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def _solve(model: Any, engine: Engine | None = None, **changes: Any) -> Solve:
+    options = SolverConfig(
+        **{"iters": 6, "batch_size": 2, "micro_batch": 1, "warmup": 1, "start": "ref", **changes}
+    )
+    config = QuantizeConfig(grid=GridConfig(3, 32), solver=options)
+    chain = DecoderChain(model)
+    ids = torch.randint(3, 61, (8, 8), generator=torch.Generator().manual_seed(1))
+    return Solve(chain, lay_grids(chain, config.grid), TokenRows(chain, ids, None, 1), config, engine=engine)
+
+
+def _bytes(run: Solve) -> list[Tensor]:
+    return [tensor.clone() for block in run.solver.states for state in block for _, tensor in state.tensors()]
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("where", ["resident", "host", "disk"])
+def test_steps_go_on_while_it_is_written(where: str, model: Any, tmp_path: Path) -> None:
+    """The checkpoint holds the state of its step although the next steps are taken at once."""
+    run = _solve(model, Engine(where, folder=tmp_path / "state"), state="u8")  # type: ignore[arg-type]
+    writer = Checkpointer(tmp_path / "checkpoints", run)
+    run.advance()
+    at_one = _bytes(run)
+    writer.save()
+    run.advance()
+    writer.wait()
+    assert not _same(at_one, _bytes(run))
+    again = _solve(model, state="u8")
+    assert load_checkpoint(tmp_path / "checkpoints", again) == 1
+    assert _same(at_one, _bytes(again))
+    assert (again.solver.gain.gain, again.solver.gain.initial) == (
+        again.solver.gain.gain,
+        run.solver.gain.initial,
+    )
+    again.advance()
+    assert _same(_bytes(again), _bytes(run))
+    assert writer.count == 1
+    assert writer.bytes_written > 0
+    assert writer.summary(10.0)["share"] == pytest.approx(writer.stalled / 10, abs=1e-4)
+    run.close()
+
+
+def test_a_step_waits_for_the_block_that_is_being_written(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _solve(model)
+    writer = Checkpointer(tmp_path, run)
+    go, real = threading.Event(), checkpoint.save_tensors_atomic
+
+    def slow(path: Path, tensors: Any, metadata: Any) -> None:
+        assert go.wait(60)
+        real(path, tensors, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_tensors_atomic", slow)
+    before = _bytes(run)
+    writer.save()
+    stepping = threading.Thread(target=run.advance)
+    stepping.start()
+    stepping.join(1.0)
+    assert stepping.is_alive()
+    assert _same(before, _bytes(run)), "a block was changed before it was written"
+    go.set()
+    stepping.join(60)
+    writer.wait()
+    assert run.solver.step_number == 1
+    assert writer.stalled > 0
+    again = _solve(model)
+    assert load_checkpoint(tmp_path, again) == 0
+    assert _same(before, _bytes(again))
+
+
+def test_an_unchanged_block_is_not_written_again(model: Any, tmp_path: Path) -> None:
+    run = _solve(model)
+    writer = Checkpointer(tmp_path, run)
+    writer.save()
+    writer.wait()
+    first = writer.bytes_written
+    with torch.no_grad():
+        run.solver.states[1][0].frac.mul_(0.5)
+    run.solver.step_number = 1
+    writer.save()
+    writer.wait()
+    assert 0 < writer.bytes_written - first < 0.7 * first
+    files = [entry["file"] for entry in json.loads((tmp_path / "step-0000001.json").read_text())["blocks"]]
+    assert files == ["block-0000-0000000.safetensors", "block-0001-0000001.safetensors"]
+    again = _solve(model)
+    assert load_checkpoint(tmp_path, again) == 1
+    assert _same(_bytes(run), _bytes(again))
+
+
+def test_two_are_kept_and_parts_of_killed_writes_go(model: Any, tmp_path: Path) -> None:
+    run = _solve(model)
+    writer = Checkpointer(tmp_path, run)
+    (tmp_path / "block-0000-0000099.safetensors").write_bytes(b"part")
+    (tmp_path / ".step-0000001.json.tmp").write_bytes(b"part")
+    for _ in range(3):
+        run.advance()
+        writer.save()
+    writer.wait()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in names if name.startswith("step")] == ["step-0000002.json", "step-0000003.json"]
+    assert len(names) == 2 + 4
+
+
+@pytest.mark.parametrize("kind", ["python", "safetensors", "manifest"])
+def test_a_full_disk_leaves_the_last_checkpoint(
+    kind: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    run = _solve(model)
+    writer = Checkpointer(tmp_path, run)
+    run.advance()
+    writer.save()
+    writer.wait()
+    good = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    kept = _bytes(run)
+    run.advance()
+    real = checkpoint.save_tensors_atomic
+
+    def full(path: Path, *rest: Any) -> None:
+        if kind == "safetensors":
+            raise SafetensorError('I/O error: Os { code: 28, message: "No space left on device" }')
+        if "0001-" in path.name or kind == "manifest":  # the first block is written, the second finds no room
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_atomic" if kind == "manifest" else "save_tensors_atomic", full)
+    writer.save()
+    with pytest.raises(DiskSpaceError, match="the last checkpoint is intact"):
+        writer.wait()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == good
+    again = _solve(model)
+    assert load_checkpoint(tmp_path, again) == 1
+    assert _same(kept, _bytes(again))
+    monkeypatch.undo()
+    writer.save()
+    writer.wait()
+    assert load_checkpoint(tmp_path, again) == 2
+
+
+def test_other_errors_of_the_writer_arrive_too(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _solve(model)
+    writer = Checkpointer(tmp_path, run)
+
+    def broken(*args: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(checkpoint, "save_tensors_atomic", broken)
+    writer.save()
+    run.advance()  # not held up for ever
+    with pytest.raises(PermissionError, match="read-only"):
+        writer.wait()
+    assert not has_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
+def test_damage_falls_back_to_the_one_before(damage: str, model: Any, tmp_path: Path) -> None:
+    run = _solve(model)
+    writer = Checkpointer(tmp_path, run)
+    for _ in range(2):
+        run.advance()
+        writer.save()
+    writer.wait()
+    victim = tmp_path / ("step-0000002.json" if damage == "manifest" else "block-0001-0000002.safetensors")
+    content = bytearray(victim.read_bytes())
+    if damage == "flipped":
+        content[-5] ^= 1
+        victim.write_bytes(bytes(content))
+    elif damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(bytes(content[:50]))
+    again = _solve(model)
+    assert load_checkpoint(tmp_path, again) == 1
+    assert again.advance().step == 2
+    assert _same(_bytes(again), _bytes(run))

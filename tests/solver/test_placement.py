@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the state lives changes no bit: resident, host and disk give the same state, codes and records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.errors import ConfigError, DiskSpaceError
+from discquant.grids import place_grid
+from discquant.solver.block import BlockState
+from discquant.solver.boundaries import Boundaries
+from discquant.solver.chain import DecoderChain
+from discquant.solver.engine import Engine, bytes_per_weight
+from discquant.solver.memory import HostArena, MappedFile
+from discquant.solver.placement import Placement
+from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.state import WeightState, pack_bits, unpack_bits
+
+
+def _solve(make_model: Callable[..., Any], engine: Engine, **changes: Any) -> tuple[Solve, list[float]]:
+    """Four steps on a chain of six blocks, twice as many as slots; also the loss of each."""
+    options = {"iters": 4, "batch_size": 4, "micro_batch": 2, "warmup": 2, **changes}
+    config = QuantizeConfig(grid=GridConfig(3, 32), solver=SolverConfig(**options), gptq_samples=4)
+    chain = DecoderChain(make_model("llama-six-blocks", torch.float32))
+    ids = torch.randint(3, 61, (12, 12), generator=torch.Generator().manual_seed(1))
+    run = Solve(chain, lay_grids(chain, config.grid), TokenRows(chain, ids, None, 2), config, engine=engine)
+    losses = []
+    while not run.done:
+        losses.append(run.advance().loss)
+    return run, losses
+
+
+def _bytes(run: Solve) -> dict[str, Tensor]:
+    return {
+        f"{state.name}.{key}": tensor.clone()
+        for block in run.solver.states
+        for state in block
+        for key, tensor in state.tensors()
+    }
+
+
+@pytest.mark.parametrize(
+    ("state", "optimizer", "teacher", "start"),
+    [
+        ("fp32", "adamw", "weights", "gptq"),
+        ("u8", "momentum", "state", "gptq"),
+        ("u8", "adamw", "weights", "ref"),
+        ("bf16", "lion", "state", "random"),
+    ],
+)
+def test_same_bytes_everywhere(
+    state: str, optimizer: str, teacher: str, start: str, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    options = {"state": state, "optimizer": optimizer, "teacher": teacher, "start": start}
+    expected, losses = _solve(make_model, Engine(), **options)
+    for where, activations in (("host", "resident"), ("host", "host"), ("disk", "disk")):
+        engine = Engine(where, activations, folder=tmp_path / where)  # type: ignore[arg-type]
+        run, found = _solve(make_model, engine, **options)
+        assert found == losses
+        for key, tensor in _bytes(expected).items():
+            assert torch.equal(tensor, _bytes(run)[key]), (where, key)
+        codes = run.codes()
+        assert all(torch.equal(q, codes[name]) for name, q in expected.codes().items())
+        assert run.solver.placement.bytes_in > run.solver.placement.bytes_out > 0
+        assert run.solver.placement.slot_bytes < 0.6 * run.solver.placement.nbytes
+        run.close()
+        assert not list((tmp_path / where).rglob("*.state"))
+        assert not list((tmp_path / where).rglob("*.act"))
+
+
+def test_teacher_from_the_state_is_the_original(make_model: Callable[..., Any]) -> None:
+    """Also beyond [-0.5, 1.5], where a searched grid cuts: those weights are kept as they are."""
+    chain = DecoderChain(make_model("llama", torch.float32))
+    outliers = 0
+    for ref in chain.weights[0]:
+        weight = ref.matrix().bfloat16().float()
+        grid = place_grid(weight, GridConfig(3, 32))
+        step = grid.scale.float().repeat_interleave(32, 1)[:, : weight.shape[1]]
+        for state, limit in (("u8", 1 / 126), ("fp32", 1e-5)):
+            held = WeightState(ref.name, grid, weight, None, state=state, optimizer="momentum", kept="state")  # type: ignore[arg-type]
+            found = held.teacher_weight(torch.float32)
+            assert found is not None
+            assert float(((found - weight).abs() / step).max()) <= limit
+            if held.outlier_index is not None:
+                outliers += held.outlier_index.numel()
+                exact = held.outlier_index.long()
+                assert torch.equal(found.flatten()[exact], weight.flatten()[exact])
+    assert outliers > 0, "no weight lay outside the range of the code: the test shows nothing"
+
+
+def test_many_outliers_keep_the_whole_weight() -> None:
+    weight = torch.randn(8, 32).bfloat16().float()
+    grid = place_grid(weight * 0.2, GridConfig(3, 32))  # most weights lie far beyond its ends
+    held = WeightState("w", grid, weight, None, state="u8", optimizer="sgd", kept="state")
+    assert held.frac_ref is None
+    assert held.weight is not None
+    assert held.weight.dtype == torch.bfloat16
+    assert torch.equal(held.teacher_weight(torch.float32), weight)  # type: ignore[arg-type]
+
+
+def test_anchor_from_one_bit_is_the_anchor() -> None:
+    """The 8-bit state with its own teacher keeps the side only; within one code it prefers the same point."""
+    weight = torch.randn(16, 64)
+    weight[0, :9] = 0.0
+    grid = place_grid(weight, GridConfig(3, 32))
+    frac_ref = grid.neighbours(weight).frac_ref
+    side = torch.randint(0, 2, weight.shape).float()
+    start = 0.5 * frac_ref.clamp(0, 1) + 0.5 * side
+    own, small = (
+        WeightState("w", grid, weight, start, anchored=True, state="u8", optimizer="sgd", kept=kept)  # type: ignore[arg-type]
+        for kept in ("none", "state")
+    )
+    assert torch.equal(own.live(), small.live())
+    assert int((own.anchor.int() - small.anchor.int()).abs().max()) <= 1
+    assert (
+        small.nbytes - (grid.scale.numel() * 2) <= weight.numel() * (2.5 + 0.125) + 8 * weight.numel() * 0.1
+    )
+
+
+@pytest.mark.parametrize("width", [1, 8, 45])
+def test_pack_bits(width: int) -> None:
+    flags = torch.rand(5, width) > 0.5
+    packed = pack_bits(flags)
+    assert packed.shape == (5, -(-width // 8))
+    assert torch.equal(unpack_bits(packed, width), flags)
+
+
+@pytest.mark.parametrize("grid", [GridConfig(3, 32), GridConfig(4, 32, False), GridConfig(5, -1)])
+def test_a_block_is_one_blob(grid: GridConfig) -> None:
+    """Sections lie in the order of memory.md, views share the blob's memory, and a copy of the bytes is the block."""
+    states = [
+        WeightState(
+            f"w{rows}", place_grid(weight, grid), weight, None, state="u8", optimizer="adamw", kept="state"
+        )
+        for rows, weight in ((7, torch.randn(7, 45)), (16, torch.randn(16, 64)))
+    ]
+    block = BlockState.pack(states)
+    first = [state.frac.data_ptr() - block.blob.data_ptr() for state in block.states]
+    assert min(first) == block.changing
+    for state in block.states:
+        for key, tensor in state.held():
+            offset = tensor.data_ptr() - block.blob.data_ptr()
+            assert 0 <= offset <= block.nbytes - tensor.numel() * tensor.element_size()
+            assert (offset >= block.changing) == (key in ("frac", "momentum", "second_moment"))
+    copied = block.bind(block.blob.clone())
+    block.blob.zero_()
+    for one, other in zip(states, copied.states, strict=True):
+        for (key, expected), (_, found) in zip(one.held(), other.held(), strict=True):
+            assert torch.equal(expected, found), key
+    copied.states[0].frac.fill_(3)
+    assert int(copied.changed()[: states[0].frac.numel()].min()) == 3
+
+
+def test_bytes_per_weight_of_the_recommended_layout() -> None:
+    """memory.md: 3.5 B with momentum, teacher included; 4.5 with Adam; one more bit where GPTQ's side is preferred."""
+    for optimizer, start, expected in (
+        ("momentum", "ref", 3.5), ("lion", "ref", 3.5), ("adamw", "ref", 4.5), ("momentum", "gptq", 3.625),
+    ):  # fmt: skip
+        options = SolverConfig(state="u8", optimizer=optimizer, start=start)  # type: ignore[arg-type]
+        weight = torch.rand(64, 256) - 0.5
+        grid = place_grid(weight, GridConfig(3, 128, False, "absmax"))
+        held = WeightState(
+            "w", grid, weight, torch.rand_like(weight), anchored=start == "gptq", state="u8",
+            optimizer=options.optimizer, kept="state",
+        )  # fmt: skip
+        params = sum(t.numel() * t.element_size() for key, t in held.held() if key.startswith("grid."))
+        assert held.outlier_index is None
+        assert held.nbytes - params == weight.numel() * expected
+        assert bytes_per_weight(options) == expected
+
+
+def test_a_failed_step_is_taken_back_in_streamed_state(
+    make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    from discquant.solver.solver import NonFiniteGradientError
+
+    options = {"iters": 4, "batch_size": 4, "micro_batch": 2, "warmup": 2, "state": "u8"}
+    config = QuantizeConfig(grid=GridConfig(3, 32), solver=SolverConfig(**options), gptq_samples=4)
+    chain = DecoderChain(make_model("llama", torch.float32))
+    ids = torch.randint(3, 61, (12, 12), generator=torch.Generator().manual_seed(1))
+    engine = Engine("disk", "disk", folder=tmp_path)
+    run = Solve(chain, lay_grids(chain, config.grid), TokenRows(chain, ids, None, 2), config, engine=engine)
+    run.advance()
+    before = _bytes(run)
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * torch.nan
+
+    hook = chain.blocks[0].mlp.down_proj.register_forward_pre_hook(
+        lambda module, args: (Poison.apply(args[0]),)
+    )
+    with pytest.raises(NonFiniteGradientError, match=r"model\.layers\.0\..*as it was before"):
+        run.advance()
+    hook.remove()
+    after = _bytes(run)
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    assert run.advance().step == 2
+    run.close()
+
+
+def test_a_full_disk_is_told_before_the_solve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskSpaceError, match="has no room for 10000 bytes"):
+        MappedFile(tmp_path / "x.state", 10_000)
+    assert not (tmp_path / "x.state").exists()
+
+
+def test_an_arena_is_as_long_as_asked() -> None:
+    arena = HostArena(12345, pin=False)
+    assert arena.tensor.numel() == 12345
+    assert arena.problem is None
+    assert int(arena.tensor.sum()) == 0
+
+
+@pytest.mark.parametrize("where", ["resident", "host", "disk"])
+def test_boundaries_return_what_they_were_given(where: str, tmp_path: Path) -> None:
+    store = Boundaries(where, folder=tmp_path)  # type: ignore[arg-type]
+    for step in range(2):
+        given = [[torch.randn(2, 3 + step), torch.randn(4).bfloat16()] for _ in range(5)]
+        for tensors in given:
+            store.push([tensor.clone() for tensor in tensors])
+        for tensors in reversed(given):
+            for expected, found in zip(tensors, store.pop(), strict=True):
+                assert torch.equal(expected, found)
+    store.push(given[0])
+    store.clear()
+    store.push(given[1])
+    assert torch.equal(store.pop()[0], given[1][0])
+    store.close()
+
+
+def test_unknown_places_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="placement must be one of"):
+        Engine("moon")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="activations must be one of"):
+        Engine(activations="moon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="folder must be given"):
+        Placement("disk")
+
+
+def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from discquant.solver import engine
+
+    monkeypatch.setattr(engine, "free_host_bytes", lambda: 1000)
+    assert Engine("auto").chosen(700) == "resident"
+    assert Engine("auto").chosen(900) == "disk"
