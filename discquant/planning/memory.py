@@ -65,8 +65,7 @@ class Setting:
     @property
     def teacher_in_state(self) -> bool:
         """Whether the teacher is computed from the state (the solver's own rule)."""
-        source = getattr(self.config.solver, "teacher_source", None)
-        return self.config.solver.state == "u8" if source is None else source == "state"
+        return self.config.solver.teacher_source == "state"
 
     @property
     def whole_model(self) -> bool:
