@@ -7,6 +7,7 @@ python tests/fuzz/harness.py --count 10000 --out benchmarks/results/fuzz.json
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import resource
@@ -189,7 +190,8 @@ def mutate_json(text: bytes, rng: random.Random) -> bytes:
         elif isinstance(holder[last], int) and rng.random() < 0.5:
             holder[last] = holder[last] + rng.choice((-1, 1, 8, -8, 2**32, -(2**32), 2**62))
         else:
-            holder[last] = rng.choice(JUNK)
+            # A copy: what is put in may itself be changed by the next round.
+            holder[last] = copy.deepcopy(rng.choice(JUNK))
     return json.dumps(value).encode()
 
 
