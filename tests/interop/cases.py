@@ -165,10 +165,7 @@ class Workshop:
         place = self.kept(
             self.folder / "solved" / case.name, key, lambda out: Pipeline(str(model), out, config).execute()
         )
-        return [
-            layer if isinstance(layer, CodedLayer) else CodedLayer.of(layer)
-            for layer in RunDirectory(place).layers()
-        ]
+        return list(RunDirectory(place).coded_layers())
 
     def exported(self, case: Case, format_name: str) -> Path:
         """The case in a format, written by the registry's own writer, with its proof."""

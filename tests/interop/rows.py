@@ -81,7 +81,8 @@ def _llama_cpp(case: str, arithmetic: str) -> Consumer:
     return Consumer("llamacpp", "consume_llamacpp", case, "gguf", arithmetic)
 
 
-HALF = "float16"  # gptqmodel's torch kernels take float16 and bfloat16 only
+# gptqmodel's torch kernels take float16 and bfloat16 only; auto-round's force the model to float16 on the CPU.
+HALF = "float16"
 SHORT, LONG = "int8 activations, blocks of 32", "int8 activations, blocks of 256"
 CONSUMERS = (
     *(
@@ -94,7 +95,7 @@ CONSUMERS = (
         for case in ("int3", "int4")
     ),
     Consumer("gptqmodel", "consume_gptqmodel", "int4_asym", "awq", HALF),
-    *(Consumer("autoround", "consume_autoround", case, "autoround") for case in ("int3", "int4")),
+    *(Consumer("autoround", "consume_autoround", case, "autoround", HALF) for case in ("int3", "int4")),
     *(
         Consumer("project", "consume_gguf", case, "gguf", None)
         for case in ("q4_0", "q4_1", "q4_k", "q3_k", "stories_q4_0")
