@@ -45,7 +45,24 @@ void encode_tile(const uint8_t codes[kTileRows][kTileK], Layout layout, int bits
   }
 }
 
+// kCpu: the bytes of a word under 0x0f are four neighbours, those of the word shifted by four the next four.
+template <int kBits>
+void decode_cpu_tile(const uint32_t* tile, uint8_t codes[kTileRows][kTileK]) {
+  for (int row = 0; row < kTileRows; ++row) {
+    for (int quad = 0; quad < kTileK / kQuadK; ++quad) {
+      uint32_t words[4];
+      load_quad(tile, kLayoutCpu, kBits, row, quad, words);
+      for (int v = 0; v < 4; ++v) {
+        const uint32_t halves[2] = {words[v] & 0x0f0f0f0fu, (words[v] >> 4) & 0x0f0f0f0fu};
+        for (int i = 0; i < 8; ++i)
+          codes[row][kQuadK * quad + 8 * v + i] = static_cast<uint8_t>(halves[i / 4] >> (8 * (i % 4)));
+      }
+    }
+  }
+}
+
 void decode_tile(const uint32_t* tile, Layout layout, int bits, uint8_t codes[kTileRows][kTileK]) {
+  if (layout == kLayoutCpu) return bits == 4 ? decode_cpu_tile<4>(tile, codes) : decode_cpu_tile<3>(tile, codes);
   for (int unit = 0; unit < tile_units(layout); ++unit) {
     for (int quad = 0; quad < unit_words(layout) / 4; ++quad) {
       uint32_t words[4];
