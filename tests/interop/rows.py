@@ -87,7 +87,12 @@ SHORT, LONG = "int8 activations, blocks of 32", "int8 activations, blocks of 256
 CONSUMERS = (
     *(
         Consumer("project", "consume_transformers", case, "compressed-tensors")
-        for case in ("int3", "int4", "int4_asym", "nvfp4", "mxfp4", "stories_int3", "stories_int4")
+        for case in ("int3", "int4", "int4_asym", "stories_int3", "stories_int4")
+    ),
+    # Their modules compute in the dtype of the checkpoint.
+    *(
+        Consumer("project", "consume_transformers", case, "compressed-tensors", "bfloat16")
+        for case in ("nvfp4", "mxfp4")
     ),
     *(
         Consumer("gptqmodel", "consume_gptqmodel", case, format_name, HALF)
