@@ -76,7 +76,7 @@ def cpu(rows: list[Row]) -> Iterator[Verdict]:
                 times = [
                     (float(r["times_torch_int4"]), r["shape"])
                     for r in ours(tokens, "4")
-                    if r["times_torch_int4"]
+                    if r.get("times_torch_int4")
                 ]
                 yield worst(f"{head}: M={tokens}, 4 bit, times torch int4", times, limit)
             for rival in FASTER_THAN[1:]:
