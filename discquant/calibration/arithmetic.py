@@ -46,7 +46,7 @@ class Problem:
 
     Attributes:
         question: The story and what is asked, one line.
-        solution: One line per step, `a*b = c` or, with the value of each column from the units on, `96+19: 15 11 = 115`;
+        solution: One line per step, `a*b = c` or, with each column's value from the units on, `96+19: 15 11 = 115`;
             then `#### answer`.
         answer: The number asked for, 0 to 999.
     """

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -37,7 +38,10 @@ def test_default_preset_shape() -> None:
     assert hardening[-1] > 0.9 * config.harden_final
     assert every[0].linear_weight == 1.0
     assert every[-1].linear_weight == 0.0
-    assert all(s.hardening + 1 + config.grad_clamp <= moment_bound(config) for s in every)
+    assert all(s.hardening + s.linear_weight + config.grad_clamp <= moment_bound(config) for s in every)
+    overlapping = dataclasses.replace(config, linear_until=0.5)
+    every = [settings(overlapping, step) for step in range(1, config.iters + 1)]
+    assert all(s.hardening + s.linear_weight + config.grad_clamp <= moment_bound(overlapping) for s in every)
 
 
 @pytest.mark.parametrize("iters", [1, 2, 7, 60, 256])
