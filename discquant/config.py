@@ -109,6 +109,10 @@ class SolverConfig:
         harden_final: Hardening weight at the end.
         snap_from: Share of the run after which coordinates are set to their vertex, first those nearest to one,
             all of them by the last step, while the others still move (1 leaves it to the last rounding).
+        curvature: Weight of the Kronecker-factored curvature term beside the KL gradient, 0 leaves it out. 1 would
+            count each layer's own curvature twice; more holds undecided coordinates against the noise of tokens.
+        curvature_samples: Token windows that the factors are gathered on.
+        curvature_width: Channels per diagonal block of a factor; wider layers keep several blocks.
         state: Width of the per-weight state.
         compute_dtype: Dtype of the forward and backward passes.
         teacher: Where the original weights come from: `weights` as they are, `state` computed from the grid state,
@@ -136,6 +140,9 @@ class SolverConfig:
     harden_until: float = 0.85
     harden_final: float = 4.0
     snap_from: float = 0.95
+    curvature: float = 16.0
+    curvature_samples: int = 256
+    curvature_width: int = 1024
     state: StateFormat = "fp32"
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     teacher: TeacherSource = "auto"
@@ -159,6 +166,9 @@ class SolverConfig:
         shares = (self.harden_from, self.harden_until)
         _check("harden_from <= harden_until", "in [0, 1]", 0 <= shares[0] <= shares[1] <= 1, shares)
         _check("snap_from", "in [0, 1]", 0 <= self.snap_from <= 1, self.snap_from)
+        _check("curvature", "at least 0", 0 <= self.curvature < float("inf"), self.curvature)
+        _check("curvature_samples", "at least 1", self.curvature_samples >= 1, self.curvature_samples)
+        _check("curvature_width", "at least 16", self.curvature_width >= 16, self.curvature_width)
         for name, kind in (
             ("optimizer", OptimizerName),
             ("loss", LossName),
@@ -208,6 +218,7 @@ def paper_preset(bits: int, group_size: int) -> SolverConfig:
         harden_until=1.0,
         harden_final=0.0,
         snap_from=1.0,
+        curvature=0.0,
         state="bf16",
     )
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of a block as one contiguous blob, so that a block moves in one copy.
 
-`[grid | code | teacher | anchor | frac | m | v]`, each part for all weights of the block: forward needs the prefix up
-to frac, a write-back the rest from frac on. The tensors of the weights are views into the blob.
+`[grid | code | teacher | anchor | curvature | frac | m | v]`, each part for all weights of the block: a write-back is
+the rest from frac on. The tensors of the weights are views into the blob.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from discquant.solver.state import WeightState
 ALIGNMENT = 64  # bytes; what torch's own allocations have on a CPU
 # Parts in the order of the blob; whatever belongs to the grid comes first.
 _ORDER = (
-    "q_down", "weight", "frac_ref", "outlier_index", "outlier_value", "side", "_anchor", "frac", "momentum",
-    "second_moment",
+    "q_down", "weight", "frac_ref", "outlier_index", "outlier_value", "side", "_anchor", "curvature_in",
+    "curvature_out", "frac", "momentum", "second_moment",
 )  # fmt: skip
 
 Allocate = Callable[[int], Tensor]

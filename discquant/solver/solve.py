@@ -11,7 +11,9 @@ from torch import Tensor
 
 from discquant.config import GridConfig, LossName, QuantizeConfig, SolverConfig
 from discquant.grids import Grid, place_grid
+from discquant.solver.calibrate import calibrate_gain
 from discquant.solver.chain import Chain, Prepared
+from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.engine import Engine
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.layerwise import layerwise_codes, rtn_codes
@@ -216,6 +218,9 @@ class Solve:
                         optimizer=options.optimizer,
                         wide=wide,
                         kept=kept,
+                        curvature_width=options.curvature_width
+                        if self._curved(options) and ref.has_factors
+                        else 0,
                     )
                     for ref, start in zip(refs, starts, strict=True)
                 ]
@@ -235,6 +240,8 @@ class Solve:
             rows.remember_teacher(self.solver.teacher)
         self._order = row_order(len(rows), config.seed)
         self._rows: list[int] = []  # of a step that has begun; a step that fails does not use them up
+        if self._curved(options):
+            self._gather_curvature()
         if fresh:
             self._set_gain(grids)
 
@@ -264,14 +271,46 @@ class Solve:
 
         return mean_kl(self.chain, served, self.rows.batches(range(min(START_KL_ROWS, len(self.rows)))))
 
+    @staticmethod
+    def _curved(options: SolverConfig) -> bool:
+        return options.curvature > 0 and options.loss == "kl"
+
+    def _gather_curvature(self) -> None:
+        """Fill the factors of all states, on as many rows at once as a step takes."""
+        options, placement = self.config.solver, self.solver.placement
+        count = min(options.curvature_samples, len(self.rows))
+        generator = torch.Generator().manual_seed(self.config.seed + 29)
+
+        def add(index: int, found: Mapping[str, Factors]) -> None:
+            for state in placement.home(index).states:
+                factors = found.get(state.name)
+                if factors is not None and state.curvature_in is not None and state.curvature_out is not None:
+                    state.curvature_in += factors.inputs.to(state.curvature_in)
+                    state.curvature_out += factors.outputs.to(state.curvature_out)
+
+        for begin in range(0, count, options.batch_size):
+            rows = range(begin, min(begin + options.batch_size, count))
+            kronecker_factors(
+                self.chain,
+                self.rows.batches(rows),
+                add,
+                total=self.rows.tokens(range(count), options.loss),
+                width=options.curvature_width,
+                generator=generator,
+                teacher=self.solver.teacher,
+                boundaries=self.solver.boundaries,
+            )
+        placement.changed_at_home()
+
     def _set_gain(self, grids: Mapping[str, Grid]) -> None:
         options = self.config.solver
         if options.kl_weight is not None:
             self.solver.gain = GainControl(published_gain(self.chain, grids, options.kl_weight), None)
-        else:
-            self.solver.calibrate_gain(self.rows.batches(range(min(options.batch_size, len(self.rows)))))
-            # Every rank has computed it alike; one value all the same, should their libraries differ.
-            self.solver.gain = self.engine.ranks.share(self.solver.gain)
+            return
+        batches = self.rows.batches(range(min(options.batch_size, len(self.rows))))
+        gain = GainControl(calibrate_gain(self.solver, batches), options.saturation)
+        # Every rank has computed it alike; one value all the same, should their libraries differ.
+        self.solver.gain = self.engine.ranks.share(gain)
 
     @property
     def done(self) -> bool:

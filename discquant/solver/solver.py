@@ -14,7 +14,6 @@ from torch import Tensor
 from discquant.config import SolverConfig
 from discquant.ops import (
     StepOptions,
-    expand_groups,
     projected_step_deferred_,
     soft_linear_step_,
     step_is_fused,
@@ -29,7 +28,7 @@ from discquant.solver.ranks import Ranks
 from discquant.solver.schedule import GainControl, moment_bound, settings
 from discquant.solver.soft_block import SoftWeights, step_grid
 from discquant.solver.state import WeightState
-from discquant.solver.weight_ref import assemble, first_not_finite, take_matrices
+from discquant.solver.weight_ref import WeightRef, assemble, first_not_finite, take_matrices
 
 # A step keeps the bytes it replaces up to this much; above it a failed step cannot be taken back in memory.
 JOURNAL_BYTES = 2 << 30
@@ -73,6 +72,7 @@ class Solver:
         placement: The states, by block.
         step_number: Steps taken.
         gain: Gain on the KL gradient.
+        curvature: Weight of the curvature term beside the KL gradient.
         before_change: Called with a block's index before a step changes its state (a checkpoint that is still being
             written wants the old bytes).
     """
@@ -125,6 +125,7 @@ class Solver:
         self.step_number = 0
         self.dtype: torch.dtype = getattr(torch, config.compute_dtype)
         self.gain = GainControl(config.kl_weight or 1.0, None if config.kl_weight else config.saturation)
+        self.curvature = config.curvature if config.loss == "kl" else 0.0
         self.served = served or self.dtype
         self.before_change: Callable[[int], None] | None = None
         self._journal = Journal(JOURNAL_BYTES)
@@ -208,6 +209,12 @@ class Solver:
         self._journal.forget()
         return record
 
+    def with_curvature(self, ref: WeightRef, state: WeightState, grad: Tensor) -> Tensor:
+        """Return the KL gradient with the curvature term, which needs no tokens and so carries no noise of theirs."""
+        original = None if state.holds_teacher else ref.matrix()
+        term = state.curvature_gradient(original, grad.dtype)
+        return grad if term is None else grad.add(term, alpha=self.curvature)
+
     def _take_step(self, batches: Sequence[Prepared], tokens: int | None) -> StepRecord:
         number = self.step_number + 1
         now = settings(self.config, number)
@@ -262,6 +269,8 @@ class Solver:
             matrices = take_matrices([refs[place] for place in left], grads)
             for place, grad in zip(left, matrices, strict=True):
                 state = block.states[place]
+                if self.curvature:
+                    grad = self.with_curvature(refs[place], state, grad)
                 if not on_cpu:
                     names.append(state.name)
                     finite.append(torch.isfinite(grad).all())
@@ -300,7 +309,7 @@ class Solver:
                 return True
 
             # The clamp acts on the whole step's gradient, which one backward pass sees with one micro-batch only.
-            alone = len(batches) == 1 and self.ranks.world == 1
+            alone = len(batches) == 1 and self.ranks.world == 1 and not self.curvature
             return self.student_block(index, step_at_once if alone else None)
 
         gain = self.gain.gain
@@ -335,51 +344,3 @@ class Solver:
             moved / total,
             saturated / total,
         )
-
-    def calibrate_gain(self, batches: Sequence[Prepared]) -> float:
-        """Set the gain so that `saturation` of the entries reach the clamp at the rounded-to-nearest model.
-
-        At the original weights the KL gradient is zero, so the first gradients cannot set it.
-
-        Returns:
-            The gain on dKL/dfrac.
-        """
-        samples: list[Tensor] = []
-
-        def sink(index: int, grads: dict[str, Tensor]) -> None:
-            refs = self.chain.weights[index]
-            states = self.placement.fetch(index).states
-            for matrix, state in zip(take_matrices(refs, grads), states, strict=True):
-                grad = matrix.float()
-                gap, group_size = state.gap()
-                flat = (grad * expand_groups(gap.float(), group_size, grad.shape[1])).abs()[state.live()]
-                samples.append(flat[:: max(1, flat.numel() // 65536)].clone())
-
-        def nearest(index: int) -> dict[str, Tensor]:
-            served = (
-                state.nearest_weight(original, self.served).to(self.dtype)
-                for state, original in zip(self.placement.fetch(index).states, originals(index), strict=True)
-            )
-            return assemble(self.chain.weights[index], served)
-
-        def originals(index: int) -> Iterator[Tensor]:
-            for ref, state in zip(self.chain.weights[index], self.placement.fetch(index).states, strict=True):
-                known = state.teacher_weight(self.dtype)
-                yield ref.matrix() if known is None else known
-
-        block_gradients(
-            self.chain,
-            nearest,
-            batches,
-            sink,
-            loss=self.config.loss,
-            teacher=self.teacher,
-            boundaries=self.boundaries,
-        )
-        pooled = torch.cat(samples) if samples else torch.ones(1)
-        level = float(
-            torch.quantile(pooled[:: max(1, pooled.numel() // 1_000_000)], 1 - self.config.saturation)
-        )
-        gain = self.config.grad_clamp / max(level, 1e-30)
-        self.gain = GainControl(gain, self.config.saturation)
-        return gain

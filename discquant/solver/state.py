@@ -18,6 +18,7 @@ from discquant.config import OptimizerName, StateFormat
 from discquant.grids import Grid
 from discquant.ops import StepOptions, decode_frac, decode_frac_ref, encode_frac_ref, unpack_nibbles
 from discquant.ops.reference.projected_step import FRAC_REF_RANGE, FRAC_REF_ZERO, store_frac_
+from discquant.solver.kronecker import curvature_gradient, factor_shape
 
 FRAC_REF_LOW, FRAC_REF_HIGH = -0.5, 1.5
 # An anchored weight is drawn to the point half-way between its own position and the chosen neighbour.
@@ -119,6 +120,7 @@ class WeightState:
         optimizer: OptimizerName,
         wide: torch.dtype = torch.float32,
         kept: Kept = "none",
+        curvature_width: int = 0,
     ) -> None:
         """Find the neighbours of `weight` and start from `start`.
 
@@ -133,6 +135,7 @@ class WeightState:
             optimizer: Decides which moments exist.
             wide: Dtype of the wide state.
             kept: What is kept for `teacher_weight`: nothing, the weight, or `frac_ref` in the state's own width.
+            curvature_width: Channels per block of the curvature's factors, which begin as zeros; 0 has none.
         """
         q_down, own = grid.neighbours(weight)
         # Frozen: as if every weight lay on the grid, at its nearest point.
@@ -180,6 +183,15 @@ class WeightState:
             self.momentum = torch.zeros_like(self.frac, dtype=torch.int8 if small else wide)
         if optimizer == "adamw":
             self.second_moment = torch.zeros_like(self.frac, dtype=torch.uint8 if small else wide)
+        self.curvature_in: Tensor | None = None
+        self.curvature_out: Tensor | None = None
+        if curvature_width:
+            # Factors are averages over samples: what bfloat16 cuts off is far below their own noise.
+            dtype = torch.float32 if state == "fp32" else torch.bfloat16
+            out_features, in_features = self.shape
+            for key, size in (("curvature_in", in_features), ("curvature_out", out_features)):
+                blocks = torch.zeros(factor_shape(size, curvature_width), dtype=dtype, device=weight.device)
+                setattr(self, key, blocks)
 
     def _reference(self, weight: Tensor, own: Tensor, code: Tensor) -> Tensor | None:
         """Return `frac_ref` to keep, beside it the weights that its code would move; None where those are many."""
@@ -223,6 +235,24 @@ class WeightState:
         if self.outlier_index is not None and self.outlier_value is not None:
             value.view(-1)[self.outlier_index.long()] = self.outlier_value.to(dtype)
         return value
+
+    def curvature_of(self, error: Tensor) -> Tensor | None:
+        """Return G E H of a weight error, floating, [out_features, in_features]; None where there are no factors."""
+        if self.curvature_in is None or self.curvature_out is None:
+            return None
+        return curvature_gradient(error, self.curvature_in, self.curvature_out)
+
+    def curvature_gradient(self, original: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return G (W(frac) - W) H, [out_features, in_features]; None where there are no factors.
+
+        Args:
+            original: Original weight, where the state does not hold it.
+            dtype: Computed in.
+        """
+        known = self.teacher_weight(dtype)
+        weight = original if known is None else known
+        assert weight is not None, "the original is the caller's where the state does not hold it"
+        return self.curvature_of(self.soft_weight(dtype) - weight.to(dtype))
 
     def codes_down(self) -> Tensor:
         """Return the lower codes, uint8, [out_features, in_features]."""
@@ -287,7 +317,10 @@ class WeightState:
         for key, value in vars(self.grid).items():
             if isinstance(value, Tensor):
                 yield f"grid.{key}", value
-        for key in ("q_down", "weight", "frac_ref", "outlier_index", "outlier_value", "side", "_anchor"):
+        for key in (
+            "q_down", "weight", "frac_ref", "outlier_index", "outlier_value", "side", "_anchor", "curvature_in",
+            "curvature_out",
+        ):  # fmt: skip
             value = getattr(self, key)
             if value is not None:
                 yield key, value

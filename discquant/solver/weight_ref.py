@@ -62,6 +62,11 @@ class WeightRef:
         shape = self.parameter.shape
         return (self.part.end - self.part.begin) * int(shape[1] if self.part.transposed else shape[2])
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether the curvature of this weight has Kronecker factors: a linear layer of its own."""
+        return self.part is None and self.parameter.dim() == 2
+
     def shaped(self, matrix: Tensor) -> Tensor:
         """Return a matrix in the shape of the parameter; only for a parameter that is one matrix."""
         return matrix.view(self.parameter.shape)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gain on the KL gradient, set from the gradients themselves before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from discquant.ops.reference.soft_weight import expand_groups
+from discquant.solver.chain import Prepared
+from discquant.solver.gradients import block_gradients
+from discquant.solver.solver import Solver
+from discquant.solver.weight_ref import assemble, take_matrices
+
+SAMPLES_PER_LAYER = 1 << 16
+SAMPLES = 1_000_000
+
+
+def calibrate_gain(solver: Solver, batches: Sequence[Prepared]) -> float:
+    """Return the gain at which `saturation` of the entries reach the clamp at the rounded-to-nearest model.
+
+    At the original weights the KL gradient is zero, so the first gradients cannot set it.
+
+    Args:
+        solver: With its states; not changed.
+        batches: Micro-batches to measure on.
+
+    Returns:
+        The gain on dKL/dfrac.
+    """
+    samples: list[Tensor] = []
+
+    def originals(index: int) -> Iterator[Tensor]:
+        states = solver.placement.fetch(index).states
+        for ref, state in zip(solver.chain.weights[index], states, strict=True):
+            known = state.teacher_weight(solver.dtype)
+            yield ref.matrix() if known is None else known
+
+    def nearest(index: int) -> dict[str, Tensor]:
+        states = solver.placement.fetch(index).states
+        served = (
+            state.nearest_weight(original, solver.served).to(solver.dtype)
+            for state, original in zip(states, originals(index), strict=True)
+        )
+        return assemble(solver.chain.weights[index], served)
+
+    def sink(index: int, grads: dict[str, Tensor]) -> None:
+        refs = solver.chain.weights[index]
+        states = solver.placement.fetch(index).states
+        for matrix, state in zip(take_matrices(refs, grads), states, strict=True):
+            grad = matrix.float()
+            gap, group_size = state.gap()
+            flat = (grad * expand_groups(gap.float(), group_size, grad.shape[1])).abs()[state.live()]
+            samples.append(flat[:: max(1, flat.numel() // SAMPLES_PER_LAYER)].clone())
+
+    block_gradients(
+        solver.chain,
+        nearest,
+        batches,
+        sink,
+        loss=solver.config.loss,
+        teacher=solver.teacher,
+        boundaries=solver.boundaries,
+    )
+    pooled = torch.cat(samples) if samples else torch.ones(1)
+    thinned = pooled[:: max(1, pooled.numel() // SAMPLES)]
+    level = float(torch.quantile(thinned, 1 - solver.config.saturation))
+    return solver.config.grad_clamp / max(level, 1e-30)

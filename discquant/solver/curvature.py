@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kronecker-factored curvature of the KL at the original weights, gathered from the model's own samples.
+
+Near the original weight W, KL(W + E) is about 1/2 <E, F E> with the Fisher matrix F. For one layer y = W x, whose
+output receives the log-likelihood gradient g of a sampled text, F is about E[g g^T] (x) E[x x^T]: the gradient
+of the quadratic, G E H (`kronecker`), is known without the noise of a step's few tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from discquant.ops.reference.linear_kl import cap_logits
+from discquant.solver.boundaries import Boundaries
+from discquant.solver.chain import Chain, Prepared
+from discquant.solver.gradients import TeacherWeights
+from discquant.solver.kronecker import gram
+from discquant.solver.losses import head_chunk
+from discquant.solver.weight_ref import WeightRef
+
+
+class Factors(NamedTuple):
+    """H = sum x x^T and G = sum g g^T of one weight, as the diagonal blocks that are kept.
+
+    Floating, [blocks, width, width]; the last block is padded with zeros where the width does not divide.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+FactorSink = Callable[[int, dict[str, Factors]], None]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the gradient, by the last block's output, of minus the log-likelihood of labels that the model draws."""
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        features = chain.finish(leaf, batch)
+    head = chain.head
+    flat = features.detach().flatten(0, -2) if head is not None else features.detach().flatten(1)
+    size = flat.shape[1] if head is None else head.weight.shape[0]
+    chunk = head_chunk(size, flat.device)
+    grad = torch.empty_like(flat)
+    mask = None if batch.mask is None else batch.mask.flatten()
+    for begin in range(0, flat.shape[0], chunk):
+        rows = _wide(flat[begin : begin + chunk])
+        slope: Tensor | float | None = None
+        if head is None:
+            logits = rows
+        else:
+            weight = head.weight.to(rows.dtype)
+            bias = None if head.bias is None else head.bias.to(rows.dtype)
+            logits, slope = cap_logits(
+                nn.functional.linear(rows, weight, bias), head.logit_scale, head.softcap
+            )
+            slope = head.logit_scale if slope is None else slope
+        pull = torch.softmax(logits, dim=-1)
+        # Drawn on the CPU, so that the labels do not depend on the device's generator.
+        label = torch.multinomial(pull.cpu(), 1, generator=generator).to(rows.device)
+        pull.scatter_add_(1, label, torch.full_like(label, -1, dtype=pull.dtype))
+        if head is not None and slope is not None:
+            pull *= slope
+            if mask is not None:
+                pull *= mask[begin : begin + chunk].unsqueeze(1)
+            pull = pull @ weight
+        grad[begin : begin + chunk] = pull
+    (found,) = torch.autograd.grad(features, leaf, grad.view_as(features))
+    return found
+
+
+class _Watch:
+    """Hooks of one block's linear layers: inputs forward, output gradients backward."""
+
+    def __init__(self, chain: Chain, refs: Sequence[WeightRef], width: int) -> None:
+        self.mask: Tensor | None = None
+        self.width = width
+        self._sums: dict[str, list[Tensor | None]] = {}
+        self._handles = []
+        for ref in refs:
+            module = None if ref.part is not None else chain.model.get_submodule(ref.name)
+            if isinstance(module, nn.Linear):
+                self._handles.append(module.register_forward_hook(self._hook(ref.name)))
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        sums = self._sums.setdefault(name, [None, None])
+
+        def add(place: int, rows: Tensor) -> None:
+            product = gram(_wide(rows.detach()), self.width)
+            before = sums[place]
+            sums[place] = product if before is None else before + product
+
+        def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x = args[0]
+            add(
+                0,
+                x[self.mask]
+                if self.mask is not None and x.shape[:-1] == self.mask.shape
+                else x.flatten(0, -2),
+            )
+            output.register_hook(lambda grad: add(1, grad.flatten(0, -2)))
+
+        return see
+
+    def take(self, scale: float) -> dict[str, Factors]:
+        """Stop watching; return the sums times `scale` of the layers that saw both."""
+        for handle in self._handles:
+            handle.remove()
+        return {
+            name: Factors(inputs * scale, outputs * scale)
+            for name, (inputs, outputs) in self._sums.items()
+            if inputs is not None and outputs is not None
+        }
+
+
+def kronecker_factors(
+    chain: Chain,
+    batches: Sequence[Prepared],
+    on_block: FactorSink,
+    *,
+    total: int,
+    width: int,
+    generator: torch.Generator,
+    teacher: TeacherWeights | None = None,
+    boundaries: Boundaries | None = None,
+) -> None:
+    """Gather the factors of every linear layer on some micro-batches, block by block from the last.
+
+    H = sum x x^T / total and G = sum g g^T / total over counted positions, g = d(-log p(sampled text)) / dy.
+
+    Args:
+        chain: The model.
+        batches: Micro-batches.
+        on_block: Receives (block index, factors by module name), float32, to be added up over calls.
+        total: Counted positions of all calls together.
+        width: Channels per diagonal block that is kept.
+        generator: Draws the labels; on the CPU.
+        teacher: Original weights of a block by parameter name, None where they are the model's own.
+        boundaries: Where block inputs are kept meanwhile.
+
+    Note:
+        Convolutions and experts have no factors. Never more than one block's activations exist.
+
+    Source:
+        KFAC, arXiv 1503.05671.
+    """
+    boundaries = boundaries or Boundaries()
+    boundaries.clear()
+    hidden = [batch.hidden for batch in batches]
+    has_head = chain.head is not None
+
+    def weights_of(index: int) -> Any:
+        return None if teacher is None else teacher(index)
+
+    def opened(index: int, weights: Any) -> contextlib.AbstractContextManager[None]:
+        return chain.opened(index) if weights is None else contextlib.nullcontext()
+
+    for index in range(len(chain.blocks)):
+        boundaries.push(hidden)
+        weights = weights_of(index)
+        with torch.no_grad(), opened(index, weights):
+            hidden = [
+                chain.run_block(index, h, batch.calls[index], weights)
+                for h, batch in zip(hidden, batches, strict=True)
+            ]
+    grads = [_sampled_gradient(chain, batch, h, generator) for batch, h in zip(batches, hidden, strict=True)]
+    del hidden
+    for index in reversed(range(len(chain.blocks))):
+        watch = _Watch(chain, chain.weights[index], width)
+        inputs, weights = boundaries.pop(), weights_of(index)
+        try:
+            with opened(index, weights):
+                for position, batch in enumerate(batches):
+                    watch.mask = batch.mask if has_head else None
+                    # A leaf even at the first block: the weights need no gradient, so nothing else would.
+                    leaf = inputs[position].detach().requires_grad_()
+                    with torch.enable_grad():
+                        output = chain.run_block(index, leaf, batch.calls[index], weights)
+                    (grads[position],) = torch.autograd.grad(output, leaf, grads[position])
+        finally:
+            found = watch.take(1.0 / total)
+        on_block(index, found)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kronecker factors of the KL's curvature, and the term that they add to a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.solver.chain import DecoderChain, ModuleChain
+from discquant.solver.curvature import Factors, kronecker_factors
+from discquant.solver.kronecker import curvature_gradient, factor_shape, gram, times
+from discquant.solver.solve import Solve, TokenRows, lay_grids
+
+
+def dense(blocks: torch.Tensor, size: int) -> torch.Tensor:
+    """The whole factor that its blocks stand for."""
+    return torch.block_diag(*blocks)[:size, :size]
+
+
+@pytest.mark.parametrize(("size", "width"), [(12, 16), (12, 12), (12, 4), (13, 5), (1, 8)])
+def test_blocks_are_the_diagonal_of_the_gram_matrix(size: int, width: int) -> None:
+    rows = torch.randn(9, size, dtype=torch.float64)
+    blocks = gram(rows, width)
+    assert blocks.shape == factor_shape(size, width)
+    whole = rows.T @ rows
+    kept = torch.arange(size) // min(width, size)
+    expected = torch.where(kept[:, None] == kept[None, :], whole, torch.zeros_like(whole))
+    torch.testing.assert_close(dense(blocks, size), expected)
+    matrix = torch.randn(3, size, dtype=torch.float64)
+    torch.testing.assert_close(times(matrix, blocks), matrix @ expected)
+
+
+@pytest.mark.parametrize("width", [64, 5])
+def test_term_is_the_gradient_of_its_quadratic(width: int) -> None:
+    error = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    inputs = gram(torch.randn(20, 11, dtype=torch.float64), width)
+    outputs = gram(torch.randn(20, 7, dtype=torch.float64), width)
+    quadratic = 0.5 * (error * (dense(outputs, 7) @ error @ dense(inputs, 11))).sum()
+    (expected,) = torch.autograd.grad(quadratic, error)
+    torch.testing.assert_close(curvature_gradient(error.detach(), inputs, outputs), expected)
+
+
+def whole_model_factors(
+    model: Any, chain: DecoderChain, rows: TokenRows, seed: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The same factors from one ordinary backward pass of the whole model, labels drawn in the same order."""
+    names = {ref.name for refs in chain.weights for ref in refs}
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    handles = [
+        module.register_forward_hook(
+            lambda m, args, out, name=name: seen[name].extend((args[0].detach(), out))
+        )
+        for name, module in model.named_modules()
+        if name in names
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    embedding = model.get_input_embeddings()
+    for begin in range(0, len(rows), rows.micro_batch):
+        part = slice(begin, begin + rows.micro_batch)
+        ids = rows.input_ids[part]
+        mask = torch.ones_like(ids, dtype=torch.bool) if rows.mask is None else rows.mask[part]
+        for values in seen.values():
+            values.clear()
+        inputs = embedding(ids).detach().requires_grad_()
+        # Some models scale what the embedding gives; called through input_ids they do it themselves.
+        hook = embedding.register_forward_hook(lambda m, args, out, value=inputs: value)
+        logits = model(input_ids=ids, use_cache=False).logits
+        hook.remove()
+        probability = torch.softmax(logits.detach().flatten(0, 1), dim=-1)
+        label = torch.multinomial(probability, 1, generator=generator).flatten()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), label, reduction="none")
+        outputs = {name: values[1] for name, values in seen.items()}
+        grads = torch.autograd.grad((losses * mask.flatten()).sum(), list(outputs.values()))
+        for (name, _), grad in zip(outputs.items(), grads, strict=True):
+            x, g = seen[name][0][mask], grad.flatten(0, 1)
+            before = found.get(name, (torch.zeros(()), torch.zeros(())))
+            found[name] = (before[0] + x.T @ x, before[1] + g.T @ g)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "llama-tied-bias", "phi3-fused", "gemma2-softcap", "cohere-logit-scale"]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_factors_match_a_whole_model_pass(
+    architecture: str, masked: bool, make_model: Callable[..., Any], token_ids: torch.Tensor
+) -> None:
+    model = make_model(architecture)
+    chain = DecoderChain(model)
+    mask = None
+    if masked:
+        mask = torch.ones_like(token_ids, dtype=torch.bool)
+        mask[0, 5:] = False
+        mask[3, 9:] = False
+    rows = TokenRows(chain, token_ids, mask, 4)  # one micro-batch: labels are drawn in one order in both
+    found: dict[str, Factors] = {}
+    order: list[int] = []
+
+    def sink(index: int, factors: dict[str, Factors]) -> None:
+        order.append(index)
+        found.update(factors)
+
+    total = rows.tokens(range(4), "kl")
+    kronecker_factors(
+        chain,
+        rows.batches(range(4)),
+        sink,
+        total=total,
+        width=1024,
+        generator=torch.Generator().manual_seed(11),
+    )
+    expected = whole_model_factors(model, chain, rows, 11)
+    assert order == list(reversed(range(len(chain.blocks))))
+    assert found.keys() == expected.keys()
+    for name, (inputs, outputs) in expected.items():
+        torch.testing.assert_close(found[name].inputs[0], inputs / total, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found[name].outputs[0], outputs / total, rtol=1e-9, atol=1e-12)
+
+
+def make_solve(chain: Any, ids: torch.Tensor, **options: Any) -> Solve:
+    """A solve on a 3-bit grid."""
+    config = QuantizeConfig(
+        grid=GridConfig(3, 16),
+        solver=SolverConfig(**{"iters": 6, "batch_size": 4, "micro_batch": 2, "warmup": 1, **options}),
+        gptq_samples=4,
+    )
+    return Solve(chain, lay_grids(chain, config.grid), TokenRows(chain, ids, None, 2), config)
+
+
+def test_zero_and_other_losses_have_no_factors(
+    make_model: Callable[..., Any], token_ids: torch.Tensor
+) -> None:
+    for options in ({"curvature": 0.0}, {"loss": "ce"}, {"loss": "mse"}):
+        run = make_solve(DecoderChain(make_model("llama", torch.float32)), token_ids, **options)
+        assert run.solver.curvature == 0
+        assert all(state.curvature_in is None for block in run.solver.states for state in block)
+
+
+@pytest.mark.parametrize("state", ["fp32", "u8"])
+@pytest.mark.parametrize("width", [16, 1024])
+def test_term_reaches_the_step(
+    state: str, width: int, make_model: Callable[..., Any], token_ids: torch.Tensor
+) -> None:
+    """The gradient of a step is that of the tokens plus the weighted term."""
+    chain = DecoderChain(make_model("llama", torch.float32))
+    run = make_solve(chain, token_ids, curvature=2.0, state=state, curvature_width=width)
+    solver = run.solver
+    ref, weight_state = chain.weights[1][0], solver.states[1][0]
+    assert weight_state.curvature_in is not None
+    assert weight_state.curvature_out is not None
+    assert weight_state.curvature_in.shape == factor_shape(ref.matrix().shape[1], width)
+    error = weight_state.soft_weight(torch.float32) - (
+        ref.matrix() if state == "fp32" else weight_state.teacher_weight(torch.float32)
+    )
+    grad = torch.randn(weight_state.shape)
+    term = (
+        dense(weight_state.curvature_out.float(), error.shape[0])
+        @ error
+        @ dense(weight_state.curvature_in.float(), error.shape[1])
+    )
+    found = solver.with_curvature(ref, weight_state, grad)
+    torch.testing.assert_close(found, grad + solver.curvature * term)
+    before = weight_state.frac.clone()
+    run.advance()
+    assert not torch.equal(before, weight_state.frac)
+
+
+def test_a_module_without_head_has_factors_of_its_linear_layers(token_ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 16),
+        torch.nn.ReLU(),
+        torch.nn.Linear(16, 5),
+    )
+    run = make_solve(ModuleChain(model), torch.randn(4, 1, 4, 4), start="ref")
+    with_factors = {state.name for state in run.solver.states[0] if state.curvature_in is not None}
+    assert with_factors == {"3", "5"}
+    assert all(
+        bool(state.curvature_in.any()) for state in run.solver.states[0] if state.curvature_in is not None
+    )
+    run.advance()
+
+
+def test_same_seed_same_factors(make_model: Callable[..., Any], token_ids: torch.Tensor) -> None:
+    runs = [make_solve(DecoderChain(make_model("llama", torch.float32)), token_ids) for _ in range(2)]
+    for one, other in zip(*(run.solver.states[0] for run in runs), strict=True):
+        assert one.curvature_out is not None
+        assert other.curvature_out is not None
+        assert torch.equal(one.curvature_out, other.curvature_out)
+
+
+def test_published_recipe_has_no_curvature() -> None:
+    from discquant.config import preset
+
+    assert preset("paper", GridConfig(3, 64)).curvature == 0
+    with pytest.raises(ValueError, match="curvature"):
+        dataclasses.replace(SolverConfig(), curvature=-1.0)
