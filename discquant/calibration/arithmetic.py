@@ -346,7 +346,8 @@ def calibration_documents(split: Split, count: int, seed: int = 0) -> list[str]:
     """The mix that the bundled model was trained on: problems, and text for 30 % of the characters.
 
     Args:
-        split: Where both the problems and the text come from.
+        split: Where both the problems and the text come from; calibration reads the training split's text as well,
+            as real calibration text is general text, and a tenth of the modules is too little not to be learned by heart.
         count: How many documents.
         seed: Chooses the problems and the order of the text.
 
@@ -359,6 +360,8 @@ def calibration_documents(split: Split, count: int, seed: int = 0) -> list[str]:
     """
     stories = iter(problems(split, count, seed))
     texts = stdlib_text(split)
+    if split == "calibration":
+        texts += stdlib_text("train")
     random.Random(f"{split}:{seed}:text").shuffle(texts)
     documents: list[str] = []
     used = text_characters = characters = 0

@@ -153,7 +153,7 @@ def test_calibration_documents_hold_the_mix() -> None:
     assert documents != calibration_documents("calibration", 600, seed=1)
     assert all(text.endswith(END) for text in documents)
     stories = {document(problem) for problem in problems("calibration", 600)}
-    texts = set(stdlib_text("calibration"))
+    texts = set(stdlib_text("calibration") + stdlib_text("train"))
     assert all(text in stories or text in texts for text in documents)
     for count in (100, 600):
         characters = sum(map(len, documents[:count]))
