@@ -346,8 +346,8 @@ def calibration_documents(split: Split, count: int, seed: int = 0) -> list[str]:
     """The mix that the bundled model was trained on: problems, and text for 30 % of the characters.
 
     Args:
-        split: Where both the problems and the text come from; calibration reads the training split's text as well,
-            as real calibration text is general text, and a tenth of the modules is too little not to be learned by heart.
+        split: Where both the problems and the text come from. Calibration reads the training split's text too: a tenth
+            of the modules is so little that a solve learns it by heart.
         count: How many documents.
         seed: Chooses the problems and the order of the text.
 
