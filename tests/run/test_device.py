@@ -146,7 +146,8 @@ def test_steps_through_the_kernels_that_a_gpu_takes(simulate: Callable[..., Any]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_registry, "triton_module", seen)
             actual = losses(GPU)
-    assert {"soft_linear", "projected_step", "linear_kl"} <= set(launched)
+    # In float32 the rules of a GPU write each weight out and multiply by cuBLAS.
+    assert {"soft_weight", "projected_step", "linear_kl"} <= set(launched)
     assert not watch.left_on_cpu
     # Softmax, norms and products of some tens of terms each lie between a rounding and the loss.
     bound = 2**12 * torch.finfo(torch.float32).eps
