@@ -120,9 +120,12 @@ def test_steps_through_the_kernels_that_a_gpu_takes(simulate: Callable[..., Any]
         vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(8 if parameter.dim() == 2 else 1)  # else the loss is no more than its own rounding
     ids = torch.randint(3, 61, (2, 8))
     options = SolverConfig(
-        iters=2, batch_size=2, micro_batch=2, warmup=1, start="ref", lr=0.1, lr_floor=0.1, kl_weight=100.0,
+        iters=2, batch_size=2, micro_batch=2, warmup=1, start="random", lr=0.1, lr_floor=0.1, kl_weight=100.0,
         state="u8", optimizer="momentum",
     )  # fmt: skip
 
@@ -151,7 +154,6 @@ def test_steps_through_the_kernels_that_a_gpu_takes(simulate: Callable[..., Any]
     assert not watch.left_on_cpu
     # Softmax, norms and products of some tens of terms each lie between a rounding and the loss.
     bound = 2**12 * torch.finfo(torch.float32).eps
-    assert actual[1] > 0
     for one, other in zip(actual, expected, strict=True):
         assert abs(one - other) <= bound * abs(other)
 
