@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from discquant import _extension
 from discquant.calibration import Windows, load_windows
 from discquant.config import QuantizeConfig
+from discquant.environment import compute_device
 from discquant.errors import ConfigError, MissingModelError
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
@@ -23,6 +24,7 @@ from discquant.ops.packed_linear import MODES, Mode
 from discquant.run.directory import RunDirectory, load_run_model
 from discquant.run.summary import coded_layers
 from discquant.solver.chain import Chain, DecoderChain, ModuleChain
+from discquant.solver.engine import Engine
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.solve import TokenRows, lay_grids, solve
 from discquant.solver.solver import Solver, StepRecord
@@ -35,8 +37,8 @@ class Quantized:
 
     Attributes:
         model: The model that was given, its weights unchanged until `apply`.
-        codes: Final codes by module name, uint8, [out_features, in_features].
-        grids: Grid of each module.
+        codes: Final codes by module name, uint8, [out_features, in_features], on the CPU.
+        grids: Grid of each module, on the CPU.
         served: Dtype to which served weights are rounded.
         records: Record of every step (empty for layer-wise methods).
         unseen: Expert matrices that no calibration token reached; they are rounded to nearest.
@@ -76,6 +78,7 @@ def _run(
     served: torch.dtype,
     on_step: Callable[[StepRecord], None] | None,
 ) -> Quantized:
+    engine = Engine(device=chain.device)
     grids = lay_grids(chain, config.grid)
     if config.method != "discquant":
         batches = rows.batches(range(min(config.gptq_samples, len(rows))))
@@ -88,7 +91,7 @@ def _run(
         if on_step is not None:
             on_step(record)
 
-    finished = solve(chain, grids, rows, config, note, served=served)
+    finished = solve(chain, grids, rows, config, note, served=served, engine=engine)
     return Quantized(chain.model, finished.codes(), grids, served, tuple(records), finished.unseen)
 
 
@@ -103,7 +106,8 @@ def quantize(
     """Round the linear layers of a causal language model.
 
     Args:
-        model: A `transformers` decoder-only model. Its dtype is the compute dtype; load it in float32 on CPU.
+        model: A `transformers` decoder-only model. Its dtype is the compute dtype (load it in float32 for the CPU), and
+            it is computed where it is: move it to a GPU to solve there.
         tokenizer: Its tokenizer; may be None with token ids or `config.data.dataset = "self"`.
         config: Everything else; default: DiscQuant, 4 bits, group 64, text sampled from the model itself.
         calibration: Windows, or token ids int64 [rows, seqlen]; None loads `config.data`.
@@ -140,7 +144,7 @@ def quantize_module(
     """Round the linear and convolution layers of any module that maps one tensor to logits.
 
     Args:
-        module: A vision transformer or convolutional network, say; a chain of one block.
+        module: A vision transformer or convolutional network, say; a chain of one block, computed where it is.
         inputs: Calibration inputs, [samples, ...].
         config: See `quantize`; `data` and `format` are not used.
         on_step: Called after every step.
@@ -162,6 +166,8 @@ def refine(
     out: str | Path,
     original: str | Path,
     config: QuantizeConfig | None = None,
+    *,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Lower the KL divergence of a quantized file to its original: same format, size and engine, other codes.
 
@@ -170,17 +176,19 @@ def refine(
         out: Run directory; the refined file lands in it under the format's name. An interrupted run is continued.
         original: Folder of the model that it was quantized from.
         config: Solver, data, seed, baselines; grid, format and ignored modules are those of the file.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
 
     Returns:
         The run's summary; its entry `refine` holds the KL on held-out text before and after.
 
     Raises:
-        ValueError: The file is damaged, or does not derive from this original.
+        ValueError: The file is damaged, or does not derive from this original; or the device is not there.
         FileNotFoundError: A path is no model.
     """
     from discquant.run.refine import RefinePipeline
 
-    return RefinePipeline(quantized, out, original, config).execute()
+    engine = Engine(device=compute_device(device))
+    return RefinePipeline(quantized, out, original, config, engine=engine).execute()
 
 
 def load(

@@ -11,8 +11,15 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from discquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+# Without it cuBLAS may split a product differently from run to run; torch asks for it in deterministic mode.
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 VARIABLES = {
     "DISCQUANT_CACHE": "folder of this machine's measured rates (discquant plan --measure); default ~/.cache/discquant",
     "DISCQUANT_BUILD": "what setup.py compiles: auto (default), cpu, cuda or none",
@@ -34,6 +41,48 @@ def variable(name: str) -> str | None:
     if name not in VARIABLES:
         raise KeyError(f"environment: {name} is not one of {sorted(VARIABLES)}")
     return os.environ.get(name) or None
+
+
+def compute_device(name: str, local: int = 0) -> torch.device:
+    """Return the device that a word of the command line means, once it is known to be there.
+
+    Args:
+        name: auto (the GPU where torch sees one, else the CPU), cpu, cuda, or cuda:N.
+        local: Which GPU `auto` and `cuda` mean: this process's number among those of the machine.
+
+    Raises:
+        ConfigError: No such word, or no such device here; the message says how to mend it.
+    """
+    import torch
+
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    kind, colon, number = name.partition(":")
+    if name != "auto" and (kind != "cuda" or bool(colon) != number.isdecimal()):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"device {name}: this torch ({torch.__version__}) is built without CUDA; install one that has it, or take "
+            "--device cpu"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {name}: torch is built for CUDA {torch.version.cuda} but sees no GPU; check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES, or take --device cpu"
+        )
+    index, count = int(number) if number else local, torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(
+            f"device {name}: torch sees {count} GPUs, cuda:0 to cuda:{count - 1}; take one of these"
+        )
+    return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what of a device decides the bytes of a result: "cpu", or the GPU's model."""
+    import torch
+
+    return device.type if device.type != "cuda" else f"cuda {torch.cuda.get_device_name(device)}"
 
 
 def versions() -> dict[str, str | None]:

@@ -106,6 +106,28 @@ def test_no_cycle_between_parts(edges: list[tuple[str, str, str]]) -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
+def test_no_cycle_between_modules(repo_root: Path) -> None:
+    """Imports inside functions count: a late import hides a cycle, it does not undo it."""
+    modules = {}
+    for folder in ("discquant", "triton_kernels"):
+        for path in python_files(repo_root / folder):
+            parts = path.relative_to(repo_root).with_suffix("").parts
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for name, path in modules.items():
+        if name == "discquant":  # its API is imported on first use by name, above that for type checkers only
+            continue
+        found = (module for module, _, _ in imports(path, package_of(path, repo_root)))
+        # `from a.b import c` imports the module a.b.c where there is one, else a.b.
+        whole = {module if module in modules else module.rpartition(".")[0] for module in found}
+        graph[name] = (whole & modules.keys()) - {name}
+    assert any(graph.values()), "no import was found: the test reads the wrong folder"
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail("modules import each other: " + " <- ".join(error.args[1]))
+
+
 def test_references_stand_alone(repo_root: Path) -> None:
     """A reference imports torch and leaves only: no kernel, no other op."""
     wrong = []

@@ -3,26 +3,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from discquant.cli import options
 from discquant.cli.app import app
-from discquant.config import GRID_KINDS, DataConfig, GridConfig, Method, QuantizeConfig, SolverConfig, preset
+from discquant.config import GRID_KINDS, DataConfig, GridConfig, QuantizeConfig
 
-STOPPED = 143  # 128 + SIGTERM
-
-
-def _solver(bits_grid: GridConfig, name: str, given: dict[str, Any]) -> SolverConfig:
-    """Return the preset with what the user gave on top."""
-    base = preset(name, bits_grid)  # type: ignore[arg-type]
-    changed = {key: value for key, value in given.items() if value is not None}
-    if "iters" in changed and "warmup" not in changed:
-        changed["warmup"] = min(base.warmup, max(1, changed["iters"] // 8))
-    return dataclasses.replace(base, **changed)
+if TYPE_CHECKING:
+    from discquant.run.events import Events
+    from discquant.run.pipeline import Pipeline
+    from discquant.solver.engine import Engine
 
 
 @app.command()
@@ -52,22 +45,21 @@ def quantize(
             "FILE.safetensors:KEY (token ids), or a datasets name."
         ),
     ] = "self",
-    nsamples: Annotated[int, typer.Option(help="Calibration windows.")] = 512,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    nsamples: options.Samples = 512,
+    seqlen: options.Seqlen = 256,
     preset_name: Annotated[
         str, typer.Option("--preset", help="default (best known) or paper (the published recipe).")
     ] = "default",
-    iters: Annotated[int | None, typer.Option(help="Optimizer steps; default from the preset.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate on frac.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, momentum, lion or sgd.")] = None,
+    iters: options.Iters = None,
+    batch_size: options.BatchSize = None,
+    micro_batch: options.MicroBatch = None,
+    lr: options.Lr = None,
+    optimizer: options.Optimizer = None,
     loss: Annotated[str | None, typer.Option(help="kl, or the paper's variants ce and mse.")] = None,
     start: Annotated[str | None, typer.Option(help="Where frac starts: ref, gptq or random.")] = None,
-    state: Annotated[
-        str | None, typer.Option(help="Solver state: fp32, bf16, or u8 (3.5-4.5 bytes per weight).")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of data order and rounding noise.")] = 0,
+    state: options.State = None,
+    compute_dtype: options.ComputeDtype = None,
+    seed: options.Seed = 0,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Modules to leave alone (name, last part, or glob); repeatable.")
     ] = None,
@@ -79,96 +71,53 @@ def quantize(
             "or none (codes stay in the run directory).",
         ),
     ] = "compressed-tensors",
-    baselines: Annotated[
-        str, typer.Option(help="Methods to measure beside it, comma separated, or none.")
-    ] = "rtn,gptq",
+    baselines: options.Baselines = "rtn,gptq",
     gptq_samples: Annotated[int, typer.Option(help="Windows for GPTQ and greedy.")] = 256,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 16,
-    placement: Annotated[
-        str, typer.Option(help="Where the solver's state lives: resident, host, disk, or auto. Same bytes.")
-    ] = "auto",
-    activations: Annotated[
-        str | None,
-        typer.Option(help="Where activations between blocks are kept: resident, host or disk. Same bytes."),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Original weights: weights, or state (computed from it; no second copy), or auto."),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume/--no-resume", help="Continue a run that is there (same command, same bytes)."),
-    ] = True,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; part of what fixes the bytes.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Run Python code that comes with the model.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option(help="Read .bin weights with torch's restricted loader.")
-    ] = False,
+    checkpoint_every: options.CheckpointEvery = 16,
+    device: options.Device = "auto",
+    placement: options.Placed = "auto",
+    activations: options.Activations = None,
+    teacher: options.Teacher = None,
+    resume: options.Resume = True,
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Quantize MODEL into the run directory OUT.
 
     Example: discquant quantize examples/tiny_llama out --bits 3 --group-size 64 --dataset arithmetic
     """
-    from discquant.run.pipeline import Events, Pipeline, RunStoppedError
-
     fixed = GRID_KINDS.get(kind, (bits, group_size, sym))
     grid_config = GridConfig(*fixed, grid=grid, kind=kind)  # type: ignore[arg-type]
-    given = {
-        "iters": iters,
-        "batch_size": batch_size,
-        "micro_batch": micro_batch,
-        "lr": lr,
-        "optimizer": optimizer,
-        "loss": loss,
-        "start": start,
-        "state": state,
-        "teacher": teacher,
-    }
-    chosen: tuple[Method, ...] = ()
-    if baselines != "none":
-        chosen = tuple(part.strip() for part in baselines.split(",") if part.strip())  # type: ignore[misc]
+    solver = options.solver_options(
+        grid_config, preset_name, iters=iters, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
+        optimizer=optimizer, loss=loss, start=start, state=state, compute_dtype=compute_dtype, teacher=teacher,
+    )  # fmt: skip
     config = QuantizeConfig(
         grid=grid_config,
         method=method,  # type: ignore[arg-type]
-        solver=_solver(grid_config, preset_name, given),
+        solver=solver,
         data=DataConfig(dataset, nsamples, seqlen),
         format=format_name,
         ignore=tuple(ignore or ["lm_head"]),
         gptq_samples=gptq_samples,
         seed=seed,
         checkpoint_every=checkpoint_every,
-        baselines=chosen,
+        baselines=options.method_names(baselines),
     )
-    if threads is not None:
-        import torch
 
-        torch.set_num_threads(threads)
-    from discquant.progress import ProgressBar
-    from discquant.solver.engine import Engine
-    from discquant.solver.ranks import Ranks
+    def build(events: Events, engine: Engine) -> Pipeline:
+        from discquant.run.pipeline import Pipeline
 
-    ranks = Ranks.from_environment()
-    engine = Engine(placement, activations, ranks=ranks)  # type: ignore[arg-type]
-    with ProgressBar() as bar, contextlib.closing(ranks):
-        events = Events(phase=bar.phase, step=bar.step, message=bar.message) if ranks.first else Events()
-        pipeline = Pipeline(
-            model,
-            out,
-            config,
-            resume=resume,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            events=events,
-            engine=engine,
-        )
-        try:
-            summary = pipeline.execute()
-        except RunStoppedError as stopped:
-            bar.message(str(stopped))
-            raise typer.Exit(STOPPED) from stopped
-    if ranks.first:
+        return Pipeline(
+            model, out, config, resume=resume, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+            events=events, engine=engine,
+        )  # fmt: skip
+
+    summary = options.run_pipeline(
+        build, device=device, placement=placement, activations=activations, threads=threads
+    )
+    if summary is not None:
         _print_summary(summary, out)
 
 

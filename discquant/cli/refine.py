@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from discquant.cli import options
 from discquant.cli.app import app
-from discquant.cli.quantize import STOPPED, _solver
-from discquant.config import DataConfig, GridConfig, Method, QuantizeConfig
+from discquant.config import DataConfig, GridConfig, QuantizeConfig
+
+if TYPE_CHECKING:
+    from discquant.run.events import Events
+    from discquant.run.pipeline import Pipeline
+    from discquant.solver.engine import Engine
 
 
 @app.command()
@@ -19,81 +24,62 @@ def refine(
     out: Annotated[Path, typer.Argument(help="Run directory; the model lands in it, in the same format.")],
     original: Annotated[str, typer.Option("--original", help="The model that it was quantized from.")],
     dataset: Annotated[str, typer.Option(help="Calibration; see `discquant quantize --help`.")] = "self",
-    nsamples: Annotated[int, typer.Option(help="Calibration windows.")] = 512,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    nsamples: options.Samples = 512,
+    seqlen: options.Seqlen = 256,
     method: Annotated[str, typer.Option(help="discquant, gptq or greedy.")] = "discquant",
-    iters: Annotated[int | None, typer.Option(help="Optimizer steps; default from the preset.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate on frac.")] = None,
+    iters: options.Iters = None,
+    batch_size: options.BatchSize = None,
+    micro_batch: options.MicroBatch = None,
+    lr: options.Lr = None,
+    optimizer: options.Optimizer = None,
     start: Annotated[
         str | None,
         typer.Option(help="gptq (the better of the file's and GPTQ's codes), ref or random."),
     ] = None,
-    state: Annotated[str | None, typer.Option(help="Solver state: fp32 or u8.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of data order and rounding noise.")] = 0,
-    baselines: Annotated[
-        str, typer.Option(help="Methods to measure beside the file, comma separated, or none.")
-    ] = "none",
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 16,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Continue a run that is there.")
-    ] = True,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; part of what fixes the bytes.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Run Python code that comes with the model.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option(help="Read .bin weights of the original with torch's restricted loader.")
-    ] = False,
+    state: options.State = None,
+    compute_dtype: options.ComputeDtype = None,
+    seed: options.Seed = 0,
+    baselines: options.Baselines = "none",
+    checkpoint_every: options.CheckpointEvery = 16,
+    device: options.Device = "auto",
+    placement: options.Placed = "auto",
+    activations: options.Activations = None,
+    teacher: options.Teacher = None,
+    resume: options.Resume = True,
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Lower the KL divergence of QUANTIZED to its original without changing its format, size or engine.
 
     Example: discquant refine model-Q4_K.gguf out --original model
     """
-    from discquant.progress import ProgressBar
-    from discquant.run.pipeline import Events, RunStoppedError
-    from discquant.run.refine import RefinePipeline
-
-    given = {
-        "iters": iters,
-        "batch_size": batch_size,
-        "micro_batch": micro_batch,
-        "lr": lr,
-        "start": start,
-        "state": state,
-    }
-    chosen: tuple[Method, ...] = ()
-    if baselines != "none":
-        chosen = tuple(part.strip() for part in baselines.split(",") if part.strip())  # type: ignore[misc]
+    solver = options.solver_options(
+        GridConfig(), "default", iters=iters, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
+        optimizer=optimizer, start=start, state=state, compute_dtype=compute_dtype, teacher=teacher,
+    )  # fmt: skip
     config = QuantizeConfig(
         method=method,  # type: ignore[arg-type]
-        solver=_solver(GridConfig(), "default", given),
+        solver=solver,
         data=DataConfig(dataset, nsamples, seqlen),
         seed=seed,
         checkpoint_every=checkpoint_every,
-        baselines=chosen,
+        baselines=options.method_names(baselines),
     )
-    if threads is not None:
-        import torch
 
-        torch.set_num_threads(threads)
-    with ProgressBar() as bar:
-        pipeline = RefinePipeline(
-            quantized,
-            out,
-            original,
-            config,
-            resume=resume,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            events=Events(phase=bar.phase, step=bar.step, message=bar.message),
-        )
-        try:
-            summary = pipeline.execute()
-        except RunStoppedError as stopped:
-            bar.message(str(stopped))
-            raise typer.Exit(STOPPED) from stopped
+    def build(events: Events, engine: Engine) -> Pipeline:
+        from discquant.run.refine import RefinePipeline
+
+        return RefinePipeline(
+            quantized, out, original, config, resume=resume, trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle, events=events, engine=engine,
+        )  # fmt: skip
+
+    summary = options.run_pipeline(
+        build, device=device, placement=placement, activations=activations, threads=threads
+    )
+    if summary is None:
+        return
     found = summary["refine"]
     typer.echo(
         f"KL to the original on held-out text: {found['kl_before']:.5f} before, {found['kl_after']:.5f} after"

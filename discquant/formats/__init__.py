@@ -6,16 +6,11 @@ from __future__ import annotations
 from discquant.formats.checkpoint import Checkpoint, check_finite
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.export import (
-    ExportPlan,
-    export_compressed_tensors,
-    plan_export,
-    read_manifest,
-    write_model,
-)
+from discquant.formats.export import export_compressed_tensors, plan_export, read_manifest
 from discquant.formats.load import load_quantized, read_layers
 from discquant.formats.proof import prove
 from discquant.formats.scheme import Scheme
+from discquant.formats.write import ExportPlan, write_model
 
 __all__ = [
     "Checkpoint",

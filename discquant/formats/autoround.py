@@ -19,7 +19,8 @@ from discquant.formats import awq, gptq
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.gptq import CODES, INDEX, SCALES, ZEROS, most_common, quantization
-from discquant.formats.safetensors_format import SafetensorsFormat, StoredLayer, grouped, integer
+from discquant.formats.layout import StoredLayer
+from discquant.formats.safetensors_format import SafetensorsFormat, grouped, integer
 from discquant.formats.scheme import Scheme
 
 # The field names the auto-round release that made a file. Ours are not made by it: this is the release that the interop

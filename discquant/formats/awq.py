@@ -17,10 +17,10 @@ from discquant.formats.bitstream import pack, unpack
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.gptq import CODES, FLOATS, SCALES, ZEROS, group_of, quantization
+from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import TensorInfo
 from discquant.formats.safetensors_format import (
     SafetensorsFormat,
-    StoredLayer,
     exact,
     expect,
     expect_matrix,

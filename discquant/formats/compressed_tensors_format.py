@@ -30,14 +30,9 @@ from discquant.formats.compressed_tensors import (
     quantization_config,
     repack_like,
 )
+from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import read_tensor
-from discquant.formats.safetensors_format import (
-    SafetensorsFormat,
-    StoredLayer,
-    expect,
-    expect_matrix,
-    grouped,
-)
+from discquant.formats.safetensors_format import SafetensorsFormat, expect, expect_matrix, grouped
 from discquant.formats.scheme import Scheme
 from discquant.grids import UniformGrid
 

@@ -1,66 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From solved codes to a model directory that engines load: streamed, all or nothing, with a manifest and a proof.
-
-One writer for every safetensors format; a format says how a layer's tensors and the configuration look.
-"""
+"""Before and around writing: what a format cannot hold is refused early; compressed-tensors in one call; manifests."""
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from discquant import environment
-from discquant.errors import UnrepresentableError
-from discquant.formats.card import hub_name, write_card
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.engines import engine_rows, problems
-from discquant.formats.output import ShardWriter, atomic_directory, check_space, check_target
-from discquant.formats.proof import prove
+from discquant.formats.engines import problems
+from discquant.formats.output import MANIFEST, check_space, check_target
 from discquant.formats.registry import by_name
-from discquant.formats.safetensors_file import TORCH_DTYPES, TensorInfo, read_bytes
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
-
-MANIFEST = "discquant_manifest.json"
-PROOF = "discquant_proof.json"
-NOT_COPIED = ("config.json", "quantize_config.json", "quantization_config.json", MANIFEST, PROOF)
-# Tokenizer, generation settings, chat templates, code and licence go along; the original's model card does not,
-# because it describes another model.
-SIDE_FILES = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """What an export will write, known from file headers alone.
-
-    Attributes:
-        schemes: Scheme of every module to quantize.
-        weight_bytes: Bytes of all tensors of the output.
-        warnings: What some engines will refuse, one sentence each.
-        format: Name of the format.
-    """
-
-    schemes: dict[str, Scheme]
-    weight_bytes: int
-    warnings: list[str]
-    format: str = "compressed-tensors"
+from discquant.formats.write import ExportPlan, check_unquantized, weight_shape, write_model
 
 
 def plan_export(
@@ -87,7 +42,7 @@ def plan_export(
     chosen = by_name(format_name)
     if not isinstance(chosen, SafetensorsFormat):
         raise NotImplementedError(f"export: {format_name} is planned by its own module")
-    _check_unquantized(source)
+    check_unquantized(source)
     check_target(out)
     total = sum(info.num_bytes for info in source.tensors.values())
     shapes = {}
@@ -97,107 +52,6 @@ def plan_export(
         total += chosen.encoded_bytes(shapes[name], scheme) - source.tensors[f"{name}.weight"].num_bytes
     check_space(out, total + min(total, DEFAULT_SHARD_BYTES))
     return ExportPlan(dict(schemes), total, problems(format_name, schemes, shapes), format_name)
-
-
-def write_model(
-    chosen: SafetensorsFormat,
-    source: Checkpoint,
-    out: Path,
-    layers: Iterable[CodedLayer],
-    *,
-    ignore: Sequence[str] = ("lm_head",),
-    recipe: Mapping[str, Any] | None = None,
-    plan: ExportPlan | None = None,
-    prove_from: Callable[[], Iterable[CodedLayer]] | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    source_sha256: str | None = None,
-) -> dict[str, Any]:
-    """Write a checkpoint from integer codes.
-
-    Layers are taken one at a time; every other tensor is copied byte for byte. The directory appears under its name
-    only when it is complete (and proven, with prove_from). The same arguments give the same bytes.
-
-    Args:
-        chosen: The format.
-        source: The original model.
-        out: Where to write; must not exist or be empty.
-        layers: Codes, in a fixed order.
-        ignore: Modules the engine must leave alone; every other linear layer that is not among `layers` is added.
-        recipe: Grid, seed, method and so on, for manifest and card; `summary` in it is the run's summary.json.
-        plan: From plan_export; then the layers must be exactly those planned.
-        prove_from: Gives the layers a second time; the written files are then proven before they appear.
-        shard_bytes: Largest size of a shard's data.
-        source_sha256: Checkpoint.sha256() of the source if the caller has it, else it is computed.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        MissingModelError, CheckpointError: The source cannot be read.
-        UnrepresentableError: A layer fits neither the source nor the format, or not the plan.
-        OutputExistsError, DiskSpaceError: See plan_export.
-        ProofError: What was written is not what was given.
-    """
-    _check_unquantized(source)
-    config = source.config()
-    recipe = dict(recipe or {})
-    summary = recipe.pop("summary", None)
-    with atomic_directory(out) as partial:
-        writer = ShardWriter(partial, shard_bytes, dict(chosen.metadata))
-        schemes, table, untouched = _write_layers(chosen, source, layers, writer)
-        if plan is not None and schemes != plan.schemes:
-            different = sorted(
-                key
-                for key in schemes.keys() | plan.schemes.keys()
-                if schemes.get(key) != plan.schemes.get(key)
-            )
-            raise UnrepresentableError(
-                f"export: the layers are not those planned: {', '.join(different[:8])}"
-            )
-        for name, info in untouched.items():
-            writer.add_bytes(name, info.dtype, info.shape, info.num_bytes, read_bytes(info))
-        writer.close()
-        _copy_side_files(source.path, partial)
-        more = chosen.configure(config, schemes, _ignored(source, schemes, ignore))
-        for name, value in {**more, "config.json": config}.items():
-            _write_json(partial / name, value)
-        weights = sum(row["shape"][0] * row["shape"][1] for row in table.values())
-        shapes = {name: (row["shape"][0], row["shape"][1]) for name, row in table.items()}
-        manifest = {
-            "manifest_version": 2,
-            "format": chosen.name,
-            "requires": chosen.requires(schemes),
-            "versions": environment.versions(),
-            "source": {
-                "name": (hub_name(source.path) or source.path.resolve().name).rpartition("/")[2],
-                "hub": hub_name(source.path),
-                "revision": _revision(source.path),
-                "sha256": source_sha256 or source.sha256(),
-            },
-            "recipe": recipe,
-            "engines": engine_rows(chosen.name, schemes),
-            "warnings": problems(chosen.name, schemes, shapes),
-            "quantized_weights": weights,
-            "bits_per_weight": sum(row["bits"] for row in table.values()) / weights if weights else None,
-            "weight_file_bytes": sum(row["bytes"] for row in writer.shards.values()),
-            "layers": table,
-            "shards": writer.shards,
-            "tensors": {
-                name: {
-                    "dtype": row.dtype,
-                    "shape": list(row.shape),
-                    "sha256": row.sha256,
-                    "shard": writer.shard_name(row.shard),
-                    "copied": name in untouched,
-                }
-                for name, row in sorted(writer.tensors.items())
-            },
-        }
-        _write_json(partial / MANIFEST, manifest)
-        if prove_from is not None:
-            _write_json(partial / PROOF, prove(source.path, partial, prove_from()))
-        write_card(partial, source.path, summary)
-    return manifest
 
 
 def export_compressed_tensors(
@@ -228,93 +82,6 @@ def export_compressed_tensors(
         shard_bytes=shard_bytes,
         source_sha256=source_sha256,
     )
-
-
-def _write_layers(
-    chosen: SafetensorsFormat, source: Checkpoint, layers: Iterable[CodedLayer], writer: ShardWriter
-) -> tuple[dict[str, Scheme], dict[str, dict[str, Any]], dict[str, TensorInfo]]:
-    """Write every layer; return schemes, rows of the manifest's table, and the tensors that are left to copy."""
-    untouched = dict(source.tensors)
-    schemes: dict[str, Scheme] = {}
-    table: dict[str, dict[str, Any]] = {}
-    for layer in layers:
-        name = layer.name
-        if name in schemes:
-            raise UnrepresentableError(f"export: {name} was given twice")
-        shape = weight_shape(source, name)
-        if tuple(layer.q.shape) != shape:
-            raise UnrepresentableError(
-                f"export: {name} must have the shape of its weight = {list(shape)}, got {list(layer.q.shape)}"
-            )
-        scheme = Scheme.of_grid(layer.grid)
-        chosen.check_scheme(name, shape, scheme)
-        stored = chosen.encode(layer, TORCH_DTYPES[untouched.pop(f"{name}.weight").dtype])
-        schemes[name] = scheme
-        for suffix, tensor in stored.items():
-            writer.add(f"{name}.{suffix}", tensor)
-        bits = 8 * sum(writer.tensors[f"{name}.{suffix}"].num_bytes for suffix in stored)
-        table[name] = {**asdict(scheme), "shape": list(shape), "bits": bits}
-    return schemes, table, untouched
-
-
-def _check_unquantized(source: Checkpoint) -> None:
-    if source.config().get("quantization_config"):
-        raise UnrepresentableError(
-            f"{source.path} is quantized already: export starts from the original model"
-        )
-
-
-def weight_shape(source: Checkpoint, name: str) -> tuple[int, int]:
-    """(out_features, in_features) of a module of the original.
-
-    Raises:
-        UnrepresentableError: It has no weight matrix of its own.
-    """
-    info = source.tensors.get(f"{name}.weight")
-    if info is None:
-        raise UnrepresentableError(
-            f"export: {source.path} holds no {name}.weight; a layer that shares its weight with another (a tied head) "
-            "must be ignored"
-        )
-    if len(info.shape) != 2:
-        raise UnrepresentableError(f"export: {name}.weight must have 2 dimensions, got {list(info.shape)}")
-    return info.shape[0], info.shape[1]
-
-
-def _ignored(source: Checkpoint, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> list[str]:
-    """`ignore`, and every other matrix that is neither quantized nor an embedding: the group targets all of Linear."""
-    found = [name for name in ignore if name not in schemes]
-    # A tied head has no tensor of its own, yet engines make a linear layer of it.
-    if "lm_head" not in schemes and "lm_head" not in found:
-        found.append("lm_head")
-    for key, info in source.tensors.items():
-        name = key.removesuffix(".weight")
-        if key == name or len(info.shape) != 2 or name in schemes or name in found:
-            continue
-        if not any(word in name.rpartition(".")[2] for word in ("embed", "wte", "wpe")):
-            found.append(name)
-    return found
-
-
-def _copy_side_files(source: Path, target: Path) -> None:
-    for pattern in SIDE_FILES:
-        for file in sorted(source.glob(pattern)):
-            skipped = file.name.endswith(".index.json") or file.name in NOT_COPIED
-            if file.is_file() and not skipped:
-                shutil.copyfile(file, target / file.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, target / templates.name)
-
-
-def _revision(source: Path) -> str | None:
-    """Commit of a model in the hub's cache, whose folders are named by it."""
-    name = source.resolve().name
-    return name if re.fullmatch(r"[0-9a-f]{40}", name) else None
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from discquant.errors import UnrepresentableError
 from discquant.formats.coded import CodedLayer
 from discquant.formats.compressed_tensors import PACKED, SCALE
+from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import TensorInfo
-from discquant.formats.safetensors_format import StoredLayer, expect, expect_matrix
+from discquant.formats.safetensors_format import expect, expect_matrix
 from discquant.formats.scheme import Scheme
 from discquant.grids.table import TableGrid, e2m1_codes, e2m1_nibbles
 

@@ -25,8 +25,8 @@ from discquant.formats.gguf_blocks import TYPES, BlockType, fit_grid, grid_of, r
 from discquant.formats.gguf_file import MAGIC, PLAIN, GgufFile, GgufTensor, byte_diff
 from discquant.formats.gguf_model import Heads, from_gguf, heads_of_file
 from discquant.formats.gguf_write import check_source, write_gguf
-from discquant.formats.output import atomic_directory, check_space, check_target
-from discquant.formats.rewrite import MANIFEST, PROOF, digest
+from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space, check_target
+from discquant.formats.rewrite import digest
 from discquant.grids import Grid
 from discquant.grids.gguf import gguf_kind
 

@@ -37,8 +37,8 @@ from discquant.formats.gguf_model import (
     to_gguf,
 )
 from discquant.formats.gguf_tokenizer import GgufVocabulary, read_vocabulary
-from discquant.formats.output import atomic_directory, check_space
-from discquant.formats.rewrite import MANIFEST, PROOF, digest
+from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
+from discquant.formats.rewrite import digest
 from discquant.formats.safetensors_file import tensor_bytes
 from discquant.formats.scheme import Scheme
 from discquant.grids.gguf import FALLBACK

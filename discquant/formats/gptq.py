@@ -17,10 +17,10 @@ from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.bitstream import pack, unpack, words_for
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import CodedLayer, Format
+from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import TensorInfo, read_tensor
 from discquant.formats.safetensors_format import (
     SafetensorsFormat,
-    StoredLayer,
     exact,
     expect,
     expect_matrix,

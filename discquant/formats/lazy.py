@@ -8,7 +8,7 @@ original weights exist at a time, however large the model is, and the model's ow
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,35 @@ ATTRIBUTE = "_discquant_lazy"  # of a block: its LazyBlock; of a parameter witho
 
 
 class LazyBlock:
-    """The matrices of one block, in memory only while it runs or within `held`."""
+    """The matrices of one block, in memory (or on the device) only while it runs or within `held`.
 
-    def __init__(self, block: nn.Module, readers: dict[str, Callable[[], Tensor]]) -> None:
+    Attributes:
+        device: Where the block runs; None is where its matrices are.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        readers: Mapping[str, Callable[[], Tensor] | None],
+        device: torch.device | None = None,
+    ) -> None:
         """Watch a block.
 
         Args:
-            block: Its parameters named in `readers` have no memory.
-            readers: What reads a parameter, by its name within the block.
+            block: Its parameters named in `readers` have no memory where there is a reader.
+            readers: What reads a parameter, by its name within the block; None is the parameter itself.
+            device: Where the block runs.
         """
         self._block = block
-        self._places: list[tuple[nn.Module, str, nn.Parameter, Callable[[], Tensor]]] = []
+        self.device = device
+        self._places: list[tuple[nn.Module, str, nn.Parameter, Callable[[], Tensor] | None]] = []
         for name, reader in readers.items():
             owner, _, key = name.rpartition(".")
             module = block.get_submodule(owner)
             parameter = module._parameters[key]
             assert parameter is not None
-            setattr(parameter, ATTRIBUTE, reader)
+            if reader is not None:
+                setattr(parameter, ATTRIBUTE, reader)
             self._places.append((module, key, parameter, reader))
         self.paused = False  # while the block's own code is bypassed
         self._depth = 0
@@ -53,7 +65,8 @@ class LazyBlock:
         for module, key, parameter, reader in self._places:
             # Substituted weights (`functional_call`) are in place already.
             if module._parameters[key] is parameter:
-                module._parameters[key] = nn.Parameter(reader(), requires_grad=False)
+                value = parameter.detach() if reader is None else reader()
+                module._parameters[key] = nn.Parameter(value.to(self.device), requires_grad=False)
                 self._loaded.append((module, key, parameter))
 
     def _leave(self, *args: Any) -> None:
@@ -66,7 +79,7 @@ class LazyBlock:
 
     def replace(self, name: str, reader: Callable[[], Tensor]) -> None:
         """Read a parameter from elsewhere from now on."""
-        places = []
+        places: list[tuple[nn.Module, str, nn.Parameter, Callable[[], Tensor] | None]] = []
         owner, _, key = name.rpartition(".")
         for module, own, parameter, read in self._places:
             wanted = own == key and module is self._block.get_submodule(owner)
@@ -81,6 +94,34 @@ class LazyBlock:
             yield
         finally:
             self._leave()
+
+
+def settle(model: nn.Module, device: torch.device, *, stream: bool) -> None:
+    """Bring a model to the device that it runs on, in place.
+
+    Args:
+        model: On the CPU, lazy or not.
+        device: Where its blocks run.
+        stream: The blocks' matrices stay on the CPU and come to the device when a block runs; those of lazy blocks
+            always do.
+    """
+    found = _blocks(model)
+    staying: set[int] = set()
+    for block in () if found is None else found[1]:
+        inside = {name: p for name, p in block.named_parameters() if p.dim() >= 2}
+        lazy = getattr(block, ATTRIBUTE, None)
+        if lazy is None and not stream:
+            continue
+        if lazy is None:
+            lazy = LazyBlock(block, dict.fromkeys(inside))
+        lazy.device = device
+        staying |= {id(p) for p in inside.values()}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in staying:
+                parameter.data = parameter.data.to(device)
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device)
 
 
 def substitute(model: nn.Module, name: str, reader: Callable[[], Tensor]) -> None:

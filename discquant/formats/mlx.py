@@ -17,9 +17,9 @@ from discquant.formats.bitstream import pack, unpack, words_for
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.gptq import most_common
+from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_format import (
     SafetensorsFormat,
-    StoredLayer,
     exact,
     expect,
     expect_matrix,

@@ -40,11 +40,10 @@ from discquant.formats.onnx_file import (
     require_onnx,
 )
 from discquant.formats.onnx_graph import check_architecture
-from discquant.formats.output import atomic_directory, check_space
-from discquant.formats.rewrite import MANIFEST, PROOF, digest
+from discquant.formats.onnx_write import write_onnx
+from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
+from discquant.formats.rewrite import digest
 from discquant.grids import Grid, UniformGrid
-
-FILE, DATA = "model.onnx", "model.onnx.data"
 
 
 class Onnx:
@@ -136,8 +135,6 @@ class Onnx:
         shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> dict[str, Any]:
         """See `coded.Format`; all weights in one file of external data."""
-        from discquant.formats.onnx_write import write_onnx
-
         self.check_source(source)
         return write_onnx(source, out, layers, recipe=recipe, prove_from=prove_from)
 

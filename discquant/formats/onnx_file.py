@@ -28,6 +28,7 @@ _MAX_COUNT = 1 << 40
 FLOATS = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}
 _BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}
 _UINT8 = 2
+FILE, DATA = "model.onnx", "model.onnx.data"
 WIDENED = "discquant.widened"
 
 

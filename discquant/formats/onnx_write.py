@@ -20,12 +20,11 @@ from discquant.formats.card import hub_name, write_card
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.engines import engine_rows
-from discquant.formats.onnx import DATA, FILE
 from discquant.formats.onnx_blocks import NBits, encode
-from discquant.formats.onnx_file import WIDENED
+from discquant.formats.onnx_file import DATA, FILE, WIDENED
 from discquant.formats.onnx_graph import IR_VERSION, OPSET, GraphBuilder, build_decoder
-from discquant.formats.output import atomic_directory, check_space
-from discquant.formats.rewrite import MANIFEST, PROOF, digest
+from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
+from discquant.formats.rewrite import digest
 from discquant.formats.safetensors_file import read_bytes, tensor_bytes
 from discquant.formats.scheme import Scheme
 

@@ -26,6 +26,7 @@ from discquant.formats.checkpoint import INDEX
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.formats.safetensors_file import DTYPE_BITS, DTYPE_NAMES, encode_header, tensor_bytes
 
+MANIFEST, PROOF = "discquant_manifest.json", "discquant_proof.json"
 _COPY = 16 << 20
 
 

@@ -20,8 +20,9 @@ from discquant.formats import proof_layouts as layouts
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
+from discquant.formats.layout import StoredLayer
+from discquant.formats.output import MANIFEST
 from discquant.formats.safetensors_file import TORCH_DTYPES, TensorInfo, read_bytes
-from discquant.formats.safetensors_format import StoredLayer
 from discquant.formats.scheme import Scheme
 
 _CHUNK = 1 << 22  # weights that are decoded in float64 at a time
@@ -182,7 +183,7 @@ def _digest(info: TensorInfo) -> bytes:
 
 
 def _check_shards(out_dir: Path) -> int:
-    manifest = out_dir / "discquant_manifest.json"
+    manifest = out_dir / MANIFEST
     if not manifest.exists():
         return 0
     shards = read_json(manifest)["shards"]

@@ -17,18 +17,15 @@ from torch import Tensor
 from discquant import environment
 from discquant.errors import ProofError, UnrepresentableError
 from discquant.formats.checkpoint import Checkpoint
-from discquant.formats.output import atomic_directory, check_space
+from discquant.formats.layout import Layout, StoredLayer
+from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.proof import prove_codes
 from discquant.formats.safetensors_file import TensorInfo, tensor_bytes
-from discquant.formats.safetensors_format import SafetensorsFormat, StoredLayer
 
-MANIFEST, PROOF = "discquant_manifest.json", "discquant_proof.json"
 _CHUNK = 16 << 20
 
 
-def rewrite_model(
-    chosen: SafetensorsFormat, path: Path, out: Path, codes: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def rewrite_model(chosen: Layout, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write `path` again with other codes.
 
     Args:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all formats of safetensors files share: reading layer by layer, writing through `export`, rewriting codes.
+"""What all formats of safetensors files share: reading layer by layer, writing, rewriting codes.
 
-A format adds how its tensors hold one layer, and what its configuration says. Everything a file claims is checked
+A format adds its `Layout`. Everything a file claims is checked
 against the lengths in its headers before memory is taken for it.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,89 +18,16 @@ from discquant.config import GridConfig
 from discquant.errors import CheckpointError, UnrepresentableError, UserError
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, LayerFacts
-from discquant.formats.safetensors_file import TensorInfo, read_tensor
+from discquant.formats.layout import Layout, StoredLayer
+from discquant.formats.rewrite import rewrite_model
+from discquant.formats.safetensors_file import TensorInfo
 from discquant.formats.scheme import Scheme
+from discquant.formats.write import write_model
 from discquant.grids import Grid
 
 
-@dataclass(frozen=True)
-class StoredLayer:
-    """One quantized layer as a file holds it; `tensors` by suffix, `zero_offset` what stored zero points lack."""
-
-    name: str
-    shape: tuple[int, int]
-    scheme: Scheme
-    tensors: Mapping[str, TensorInfo]
-    zero_offset: int = 0
-
-    def read(self, suffix: str) -> Tensor:
-        """One of its tensors.
-
-        Raises:
-            CheckpointError: It is missing, or of a dtype that no file of this kind has.
-        """
-        if suffix not in self.tensors:
-            raise CheckpointError(f"{self.name}.{suffix} is missing from the checkpoint")
-        return read_tensor(self.tensors[suffix])
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(info.num_bytes for info in self.tensors.values())
-
-
-class SafetensorsFormat(ABC):
+class SafetensorsFormat(Layout):
     """A format whose files are `*.safetensors` beside a config.json; see `coded.Format`."""
-
-    name: str
-    codes: str  # suffix of the tensor that holds the codes, and nothing else
-    metadata: Mapping[str, str] = {"format": "pt"}  # of every written file
-
-    # What a format adds.
-
-    @abstractmethod
-    def claims(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is of this format."""
-
-    @abstractmethod
-    def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
-        """The quantized layers, checked by shapes and dtypes, their weights unread.
-
-        Raises:
-            CheckpointError, NotImplementedError: See `read`.
-        """
-
-    @abstractmethod
-    def decode(self, stored: StoredLayer) -> CodedLayer:
-        """Codes and grid of a layer."""
-
-    @abstractmethod
-    def repack(self, stored: StoredLayer, q: Tensor) -> Tensor:
-        """The tensor `codes` of a layer with other codes, in the layout that the file has."""
-
-    @abstractmethod
-    def check_scheme(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
-        """Refuse a layout that the format cannot hold."""
-
-    @abstractmethod
-    def encode(self, layer: CodedLayer, served: torch.dtype) -> dict[str, Tensor]:
-        """Tensors of a layer by suffix; `served` is the dtype of the weight they replace."""
-
-    @abstractmethod
-    def encoded_bytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
-        """Bytes that `encode` will need."""
-
-    @abstractmethod
-    def configure(
-        self, config: dict[str, Any], schemes: Mapping[str, Scheme], ignored: Iterable[str]
-    ) -> dict[str, dict[str, Any]]:
-        """Tell engines: edit config.json in place; return further JSON files by name."""
-
-    def requires(self, schemes: Mapping[str, Scheme]) -> dict[str, str | None]:
-        """Least versions of libraries that read what is written, for the manifest."""
-        return {}
-
-    # What all share.
 
     def detects(self, path: Path) -> bool:
         """See `coded.Format`."""
@@ -183,8 +108,6 @@ class SafetensorsFormat(ABC):
         shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> dict[str, Any]:
         """See `coded.Format`."""
-        from discquant.formats.export import write_model
-
         return write_model(
             self,
             source,
@@ -198,8 +121,6 @@ class SafetensorsFormat(ABC):
 
     def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
         """See `coded.Format`."""
-        from discquant.formats.rewrite import rewrite_model
-
         return rewrite_model(self, path, out, codes)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,6 +60,17 @@ class Grid(ABC):
     @abstractmethod
     def columns(self, order: Tensor) -> Columns:
         """Return what rounds single columns, for GPTQ; column j there is column order[j] of the weight."""
+
+    def to(self, device: torch.device) -> Grid:
+        """Return this grid with its tensors on a device; itself where they are there already."""
+        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        if all(value is getattr(self, key) for key, value in moved.items()):
+            return self
+        found = copy.copy(self)
+        for key, value in moved.items():
+            # Grids are frozen and check their values when they are made; these values are those of one.
+            object.__setattr__(found, key, value)
+        return found
 
     @property
     def max_code(self) -> int:

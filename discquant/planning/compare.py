@@ -7,8 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+
 from discquant.config import QuantizeConfig
-from discquant.planning.hardware import DEVICES, host_memory
+from discquant.planning.hardware import DEVICES, host_memory, this_device
 from discquant.planning.memory import Placement
 from discquant.planning.plan import Machine, Plan, make_plan
 from discquant.planning.rates import load_rates, machine_name, nearest_rates
@@ -28,8 +30,9 @@ def plan_of_run(
     process: float,
     placement: Placement | Literal["auto"] = "resident",
     disk: float = 1e18,
+    device: torch.device | None = None,
 ) -> Plan:
-    """Plan a run of a model in memory on this machine's CPU, with this machine's rates where they were measured.
+    """Plan a run of a model in memory on this machine, with its rates where they were measured.
 
     Args:
         model: The opened model.
@@ -37,6 +40,7 @@ def plan_of_run(
         process: Resident memory of the process before the model was opened, bytes.
         placement: Where the state will live.
         disk: Free disk; the export checks its own.
+        device: Where it computes; None is the CPU.
 
     Returns:
         The plan.
@@ -55,7 +59,9 @@ def plan_of_run(
         tokens=min(solver.micro_batch, solver.batch_size) * config.data.seqlen,
     )
     # A plan is good to 10 %: what exceeds the memory by no more is not refused.
-    machine = Machine(DEVICES["cpu"], host_memory() * (1 + MEMORY_TOLERANCE), disk)
+    on_gpu = device is not None and device.type == "cuda"
+    where = this_device(device.index or 0) if device is not None and on_gpu else DEVICES["cpu"]
+    machine = Machine(where, host_memory() * (1 + MEMORY_TOLERANCE), disk)
     return make_plan(shape, config, machine, placement=placement, rates=rates, process=process)
 
 
@@ -66,7 +72,7 @@ def against_plan(
 
     Args:
         plan: Made before the run.
-        phases: Records with `name` and `peak_rss_bytes`.
+        phases: Records with `name` and `peak_rss_bytes`, on a GPU also `peak_device_bytes`.
         steps: Metric lines with `seconds`.
 
     Returns:
@@ -74,7 +80,8 @@ def against_plan(
         machine's rates are known); `within` says whether all ratios of memory are within 10 % and time within 25 %.
     """
     planned = {peak.name: peak.total("host") for peak in plan.peaks}
-    rows = []
+    at_device = {peak.name: peak.total("gpu") for peak in plan.peaks}
+    rows: list[dict[str, Any]] = []
     for record in phases:
         spans = SPANS.get(str(record["name"]), (str(record["name"]),))
         known = [planned[name] for name in spans if name in planned]
@@ -82,6 +89,12 @@ def against_plan(
             continue
         expected, actual = max(known), float(record["peak_rss_bytes"])
         rows.append({"phase": record["name"], "planned_bytes": expected, "actual_bytes": actual})
+        if "peak_device_bytes" in record:
+            on_device = max(at_device[name] for name in spans if name in at_device)
+            rows[-1] |= {
+                "planned_device_bytes": on_device,
+                "actual_device_bytes": record["peak_device_bytes"],
+            }
     for row in rows:
         row["ratio"] = round(row["actual_bytes"] / row["planned_bytes"], 4)
     found: dict[str, Any] = {"memory": rows, "placement": plan.setting.placement}

@@ -76,15 +76,15 @@ def find_device(name: str) -> Device:
     return DEVICES[key]
 
 
-def this_device() -> Device:
-    """Return the first GPU here with its real memory, else the CPU."""
+def this_device(index: int = 0) -> Device:
+    """Return a GPU of this machine with its real memory, the CPU where there is none."""
     import dataclasses
 
     import torch
 
     if not torch.cuda.is_available():
         return DEVICES["cpu"]
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(index)
     for key in ("h200", "h100", "a100", "4090", "l40s"):
         if key in properties.name.lower():
             return dataclasses.replace(DEVICES[key], memory=float(properties.total_memory))

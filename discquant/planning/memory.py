@@ -187,12 +187,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     )
     started = config.method == "discquant" and config.solver.start == "gptq"
     codes = weights if started else 0.0
-    # A streamed model's embedding is looked up on the host, unless it is the head as well.
-    lookup = 0.0
-    if setting.accelerator and setting.placement != "resident":
-        lookup = float(element) * max(0, shape.frozen - shape.head)
-    device: dict[str, float] = {"frozen parameters": frozen - lookup}
-    held: dict[str, float] = {"process": setting.process, "embedding": lookup}
+    device: dict[str, float] = {"frozen parameters": frozen}
+    held: dict[str, float] = {"process": setting.process}
     stored: dict[str, float] = {}
     if setting.whole_model:
         device["original weights"] = own

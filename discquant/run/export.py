@@ -16,12 +16,13 @@ from discquant.errors import CheckpointError, ConfigError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
-from discquant.formats.export import plan_export, weight_shape
+from discquant.formats.export import plan_export
 from discquant.formats.output import check_space, check_target
 from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import model_digest, resolve
+from discquant.formats.write import weight_shape
 from discquant.run.directory import SUMMARY, RunDirectory
 
 
@@ -101,7 +102,7 @@ def export(
 
     Raises:
         UnrepresentableError: A format cannot hold a grid or shape; nothing has been written then.
-        UserError: See `open_solved` and `formats.export.write_model`.
+        UserError: See `open_solved` and `formats.write.write_model`.
     """
     solved = open_solved(path, original)
     targets = {name: (out or solved.home) / name for name in names}

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -41,16 +43,19 @@ def _reset_peak() -> None:
 
 
 class Phases:
-    """Records phases in the order they ran."""
+    """Records phases in the order they ran; on a GPU also the peak of its allocated memory."""
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, device: torch.device | None = None) -> None:
+        """Start empty; `device` is where the run computes, None is the CPU."""
+        self._gpu = device if device is not None and device.type == "cuda" else None
         self.records: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase and note its own peak of resident memory."""
         _reset_peak()
+        if self._gpu is not None:
+            torch.cuda.reset_peak_memory_stats(self._gpu)
         begin = time.perf_counter()
         try:
             yield
@@ -59,3 +64,5 @@ class Phases:
             self.records.append(
                 {"name": name, "seconds": round(time.perf_counter() - begin, 3), "peak_rss_bytes": peak}
             )
+            if self._gpu is not None:
+                self.records[-1]["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._gpu)

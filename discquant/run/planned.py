@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
+
 from discquant.config import QuantizeConfig
 from discquant.planning.compare import against_plan, plan_of_run
 from discquant.planning.memory import Placement
@@ -16,14 +18,19 @@ from discquant.run.phases import resident_bytes
 
 
 def plan_run(
-    model: Any, config: QuantizeConfig, *, placement: Placement | Literal["auto"] = "resident"
+    model: Any,
+    config: QuantizeConfig,
+    *,
+    placement: Placement | Literal["auto"] = "resident",
+    device: torch.device | None = None,
 ) -> Plan:
     """Plan a run whose model is open.
 
     Args:
-        model: Opened, on the CPU.
+        model: Opened, and where it runs.
         config: The run's options.
         placement: Where the solver's state will live.
+        device: Compute device; None is the CPU.
 
     Returns:
         The plan; its process is what this one holds besides the model.
@@ -32,9 +39,12 @@ def plan_run(
         CapacityError: The run cannot fit this machine's memory.
     """
     held = sum(
-        p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values() if not p.is_meta
+        p.numel() * p.element_size()
+        for p in {id(p): p for p in model.parameters()}.values()
+        if p.device.type == "cpu"
     )
-    return plan_of_run(model, config, process=max(0.0, float(resident_bytes() - held)), placement=placement)
+    process = max(0.0, float(resident_bytes() - held))
+    return plan_of_run(model, config, process=process, placement=placement, device=device)
 
 
 def compare_run(

@@ -26,12 +26,14 @@ from discquant.formats.source import Source
 from discquant.grids import Grid
 from discquant.run.derive import Derivation, check_derivation, common_grid
 from discquant.run.directory import served_dtype
-from discquant.run.pipeline import Events, Pipeline, weight_bytes
+from discquant.run.events import Events
+from discquant.run.pipeline import Pipeline, weight_bytes
+from discquant.run.solving import kept_start
 from discquant.run.summary import coded_layers
 from discquant.solver.chain import Chain, DecoderChain
-from discquant.solver.measure import mean_kl
+from discquant.solver.engine import Engine
+from discquant.solver.measure import mean_kl, served_weights
 from discquant.solver.solve import START_KL_ROWS, Solve, TokenRows
-from discquant.solver.weight_ref import assemble
 
 FILE = "file"
 _CHUNK = 16 << 20
@@ -51,6 +53,7 @@ class RefinePipeline(Pipeline):
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         events: Events | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """Name inputs and output.
 
@@ -64,6 +67,7 @@ class RefinePipeline(Pipeline):
             trust_remote_code: See `open_source`.
             allow_pickle: See `open_source`.
             events: What to call on progress.
+            engine: Where and how; None is the CPU, resident.
 
         Raises:
             ConfigError: A method that does not refine.
@@ -89,6 +93,7 @@ class RefinePipeline(Pipeline):
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             events=events,
+            engine=engine,
         )
 
     def _chain(self, source: Source) -> DecoderChain:
@@ -107,6 +112,7 @@ class RefinePipeline(Pipeline):
         absent = tuple(sorted(names - set(self.file_layers)))
         if names <= set(absent):
             raise CheckpointError("refine: the file quantizes no layer of the decoder blocks")
+        self._settle(source.model)
         return DecoderChain(source.model, ("lm_head", *absent))
 
     def _lazy(self) -> bool:
@@ -147,17 +153,10 @@ class RefinePipeline(Pipeline):
             "gptq": self._layerwise(chain, grids, rows, "gptq", source),
         }
         batches = rows.batches(range(min(START_KL_ROWS, len(rows))))
-
-        def divergence(codes: Mapping[str, Tensor]) -> float:
-            def weights(index: int) -> dict[str, Tensor]:
-                refs = chain.weights[index]
-                return assemble(
-                    refs, (grids[r.name].dequantize(codes[r.name], served).to(dtype) for r in refs)
-                )
-
-            return mean_kl(chain, weights, batches)
-
-        found = {name: divergence(codes) for name, codes in candidates.items()}
+        found = {
+            name: mean_kl(chain, served_weights(chain, grids, codes, served, dtype), batches)
+            for name, codes in candidates.items()
+        }
         chosen = min(found, key=lambda name: found[name])
         self.events.say(
             f"starting from {'the file' if chosen == FILE else 'GPTQ'}'s codes: KL "
@@ -241,7 +240,7 @@ class RefinePipeline(Pipeline):
         """Name what the solve started from; None for methods without a start."""
         if self.config.method != "discquant":
             return None
-        kept = self._start_codes()
+        kept = kept_start(self.directory)
         if kept is None:
             return self.config.solver.start
         same = all(torch.equal(q, self.file_layers[name].q) for name, q in kept.items())
@@ -253,7 +252,7 @@ def _outside(chain: Chain, layers: Mapping[str, CodedLayer]) -> dict[str, int]:
     outside = total = 0
     for ref in (ref for refs in chain.weights for ref in refs):
         layer = layers[ref.name]
-        q_down, _ = layer.grid.neighbours(ref.matrix())
+        q_down, _ = layer.grid.neighbours(ref.matrix().cpu())
         value = layer.dequantize(torch.float32)
         down = layer.grid.dequantize(q_down, torch.float32)
         up = layer.grid.dequantize(q_down + 1, torch.float32)

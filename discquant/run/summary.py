@@ -60,7 +60,7 @@ def _layer_table(
     for refs in chain.weights:
         for ref in refs:
             grid = grids[ref.name]
-            q_down, frac_ref = grid.neighbours(ref.matrix())
+            q_down, frac_ref = grid.neighbours(ref.matrix().cpu())
             live = (frac_ref != 0) & (frac_ref != 1)
             nearest = q_down + (frac_ref > 0.5).to(torch.uint8)
             table.append(

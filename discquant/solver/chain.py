@@ -8,6 +8,7 @@ The model's own code runs everywhere: blocks are called with the arguments that 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -124,7 +125,7 @@ class Chain:
                 assert isinstance(module.weight, nn.Parameter)
                 refs.append(WeightRef(name, param_name, module.weight))
             refs += expert_refs(self.model, block, prefix, lambda name: _selected(name, ignore))
-            self.weights.append(refs)
+            self.weights.append([dataclasses.replace(ref, device=self.device) for ref in refs])
         seen: dict[tuple[object, ...], str] = {}
         for ref in (ref for refs in self.weights for ref in refs):
             other = seen.setdefault((id(ref.parameter), ref.part), ref.name)
@@ -317,6 +318,7 @@ class DecoderChain(Chain):
         Raises:
             NotImplementedError: It does not, so this architecture is no plain chain of blocks.
         """
+        inputs = inputs.to(self.device)
         expected = self.model(input_ids=inputs, use_cache=False).logits
         actual = self.logits(inputs)
         limit = 1e3 * torch.finfo(expected.dtype).eps * float(expected.abs().max())

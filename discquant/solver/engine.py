@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a solve is carried out, as against what it computes: placement of state and activations, device, ranks."""
+"""How a solve is carried out, as against what it computes: placement of state and activations, device, ranks.
+
+Placement and ranks change no bit of the result; another device does, in the last bits of its sums.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from discquant.config import SolverConfig
+from discquant.environment import CUBLAS_WORKSPACE
 from discquant.errors import ConfigError
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain
@@ -19,6 +26,8 @@ from discquant.solver.ranks import Ranks
 MEMINFO = Path("/proc/meminfo")
 # Of what is free, the state may take this much; the rest is for weights in use and activations.
 RESIDENT_SHARE = 0.5
+# A model that takes more than this of a free GPU stays on the host, and its blocks come one by one.
+MODEL_SHARE = 0.3
 HOST_SHARE = 0.8
 
 
@@ -53,12 +62,12 @@ def free_host_bytes() -> int | None:
 
 @dataclass
 class Engine:
-    """Options of carrying out; none of them changes a bit of the result.
+    """Options of carrying out; on one kind of device none of them changes a bit of the result.
 
     Attributes:
         where: Placement of the state; `auto` takes the first of resident, host and disk that has room.
         activations: Where boundary activations are kept; None follows the state.
-        device: Compute device.
+        device: Compute device; the chain must be there.
         folder: For the files of `disk`.
         ranks: Who else takes part.
     """
@@ -81,6 +90,36 @@ class Engine:
             raise ConfigError(
                 f"activations must be one of {', '.join(get_args(Where))}, got {self.activations!r}"
             )
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # kernels are launched on the current one
+            os.environ.setdefault(*CUBLAS_WORKSPACE)  # read once, at the first product on the GPU
+
+    def offloads(self, model_bytes: int) -> bool:
+        """Return whether a model's own blocks come to the device only when they run; never on the CPU."""
+        if self.device.type != "cuda":
+            return False
+        if self.where != "auto":
+            return self.where != "resident"
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return model_bytes > MODEL_SHARE * free
+
+    @contextlib.contextmanager
+    def reproducible(self) -> Iterator[None]:
+        """Have torch take the same bits every time: on a GPU, attention's gradient adds in any order otherwise."""
+        if self.device.type != "cuda":
+            yield
+            return
+        before = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        memory: Any = torch.utils.deterministic
+        filled = memory.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)
+            memory.fill_uninitialized_memory = filled
 
     def _files(self) -> Path | None:
         return None if self.folder is None else self.folder / f"rank-{self.ranks.rank}"

@@ -55,11 +55,15 @@ def _checkpoint_parts(model: nn.Module, name: str, shape: torch.Size, transposed
 
 
 def settle_kernel(model: nn.Module) -> None:
-    """Let a float64 model loop over its experts: the library's grouped product takes at most float32."""
+    """Let a model loop over its experts where the library's grouped product will not do.
+
+    It takes at most float32; and on a GPU it counts tokens by an operation (histc) that torch refuses where the same
+    bits are asked for.
+    """
     first = next(model.parameters(), None)
     choose = getattr(model, "set_experts_implementation", None)
-    wide = first is not None and first.dtype == torch.float64
-    if choose is not None and wide and next(_fused_parameters(model), None) is not None:
+    loops = first is not None and (first.dtype == torch.float64 or first.is_cuda)
+    if choose is not None and loops and next(_fused_parameters(model), None) is not None:
         choose("eager")
 
 

@@ -14,7 +14,7 @@ from discquant.grids import Grid
 from discquant.rounding import gptq, greedy
 from discquant.solver.chain import Chain, Prepared, WeightRef
 from discquant.solver.experts import RoutedInputs
-from discquant.solver.weight_ref import assemble
+from discquant.solver.measure import served_weights
 
 Progress = Callable[[int, int], None]
 
@@ -94,8 +94,12 @@ def _watch(chain: Chain, refs: Sequence[WeightRef], strict: bool) -> dict[str, _
 
 
 def rtn_codes(chain: Chain, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
-    """Round every weight to nearest; codes by module name."""
-    return {ref.name: grids[ref.name].nearest(ref.matrix()) for refs in chain.weights for ref in refs}
+    """Round every weight to nearest; codes by module name, on the CPU."""
+    return {
+        ref.name: grids[ref.name].to(chain.device).nearest(ref.matrix()).cpu()
+        for refs in chain.weights
+        for ref in refs
+    }
 
 
 @torch.no_grad()
@@ -123,7 +127,7 @@ def layerwise_codes(
         progress: Called with (blocks done, blocks).
 
     Returns:
-        Codes by module name, uint8, [out_features, in_features].
+        Codes by module name, uint8, [out_features, in_features], on the CPU.
 
     Raises:
         NotImplementedError: A layer kind whose inputs cannot be gathered.
@@ -144,18 +148,16 @@ def layerwise_codes(
             for hook in hooks.values():
                 hook.remove()
         for ref in refs:
-            hessian, grid = hooks[ref.name].gathered(ref), grids[ref.name]
+            hessian, grid = hooks[ref.name].gathered(ref), grids[ref.name].to(chain.device)
             matrix = ref.matrix()
             if hessian is None:  # never reached by a token: nothing to learn from
-                codes[ref.name] = grid.nearest(matrix)
+                found = grid.nearest(matrix)
             elif method == "gptq":
-                codes[ref.name] = gptq(matrix, hessian, grid, damp=damp)
+                found = gptq(matrix, hessian, grid, damp=damp)
             else:
-                codes[ref.name] = greedy(matrix, hessian, grid, damp=damp)
-        products = (
-            grids[ref.name].dequantize(codes[ref.name], served).to(ref.parameter.dtype) for ref in refs
-        )
-        weights = assemble(refs, products)
+                found = greedy(matrix, hessian, grid, damp=damp)
+            codes[ref.name] = found.cpu()
+        weights = served_weights(chain, grids, codes, served, refs[0].parameter.dtype)(index) if refs else {}
         hidden = [
             chain.run_block(index, h, batch.calls[index], weights)
             for h, batch in zip(hidden, batches, strict=True)

@@ -3,14 +3,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
+from discquant.grids import Grid
 from discquant.ops import linear_kl
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.gradients import StudentWeights, TeacherWeights
 from discquant.solver.losses import counted_tokens, kl_of_logits
+from discquant.solver.weight_ref import assemble
+
+
+def served_weights(
+    chain: Chain,
+    grids: Mapping[str, Grid],
+    codes: Mapping[str, Tensor],
+    served: torch.dtype,
+    dtype: torch.dtype,
+) -> StudentWeights:
+    """Return what gives the weights of a block by parameter name as codes are served: rounded to `served`, in `dtype`.
+
+    Grids and codes may be elsewhere than the chain runs.
+    """
+
+    def weights(index: int) -> dict[str, Tensor]:
+        refs, device = chain.weights[index], chain.device
+        return assemble(
+            refs,
+            (grids[r.name].to(device).dequantize(codes[r.name].to(device), served).to(dtype) for r in refs),
+        )
+
+    return weights
 
 
 @torch.no_grad()

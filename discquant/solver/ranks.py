@@ -73,18 +73,35 @@ class Ranks:
             raise ConfigError(f"ranks: their number must be a power of two, got {world}")
         self.rank, self.world = rank, world
 
+    @staticmethod
+    def local() -> int:
+        """Return this process's number among those of the machine; 0 without torchrun."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
     @classmethod
-    def from_environment(cls) -> Ranks:
-        """Join the processes that torchrun started; alone where it did not."""
+    def from_environment(cls, device: torch.device | None = None) -> Ranks:
+        """Join the processes that torchrun started; alone where it did not.
+
+        Args:
+            device: Where this process computes; None is the CPU.
+
+        Raises:
+            ConfigError: Several processes were given one GPU.
+        """
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
             return cls()
         ranks = cls(int(os.environ["RANK"]), world)
+        device = device or torch.device("cpu")
+        on_gpu = device.type == "cuda"
+        if on_gpu and device.index != cls.local():
+            raise ConfigError(
+                f"ranks: process {cls.local()} of this machine was given {device}; --device cuda gives each its own"
+            )
         if not dist.is_initialized():
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            if backend == "nccl":
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            if on_gpu:
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
         return ranks
 
     @property

@@ -18,12 +18,11 @@ from discquant.solver.engine import Engine
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.layerwise import layerwise_codes, rtn_codes
 from discquant.solver.losses import counted_tokens
-from discquant.solver.measure import mean_kl
+from discquant.solver.measure import mean_kl, served_weights
 from discquant.solver.schedule import GainControl, resolve
 from discquant.solver.solver import Solver, StepRecord, row_order
 from discquant.solver.state import Kept, WeightState
 from discquant.solver.usage import unseen_experts
-from discquant.solver.weight_ref import assemble
 
 # Placement policy: what may be kept instead of recomputed. Neither changes a bit of the result.
 KEEP_GRAPH_BYTES = 3 << 30
@@ -84,7 +83,7 @@ class TokenRows:
 
 
 def lay_grids(chain: Chain, config: GridConfig) -> dict[str, Grid]:
-    """Lay a grid on every weight of the chain; by module name.
+    """Lay a grid on every weight of the chain; by module name, on the CPU.
 
     Raises:
         ValueError: A weight is not finite; the message names it.
@@ -93,7 +92,7 @@ def lay_grids(chain: Chain, config: GridConfig) -> dict[str, Grid]:
     for refs in chain.weights:
         for ref in refs:
             try:
-                grids[ref.name] = place_grid(ref.matrix(), config)
+                grids[ref.name] = place_grid(ref.matrix(), config).to(torch.device("cpu"))
             except ValueError as error:
                 raise ValueError(f"{ref.name}.weight: {error}") from error
     return grids
@@ -104,7 +103,7 @@ def published_gain(chain: Chain, grids: Mapping[str, Grid], rho: float) -> float
     errors = []
     for refs in chain.weights:
         for ref in refs:
-            grid, weight = grids[ref.name], ref.matrix().float()
+            grid, weight = grids[ref.name].to(chain.device), ref.matrix().float()
             errors.append(
                 12 * float((grid.dequantize(grid.nearest(weight), torch.float32) - weight).square().mean())
             )
@@ -129,11 +128,11 @@ def start_positions(
         starts: list[Tensor | None] = []
         for ref in refs:
             if config.start == "random":
-                starts.append(torch.rand(ref.matrix().shape, generator=generator).to(ref.parameter.device))
+                starts.append(torch.rand(ref.shape, generator=generator).to(chain.device))
             elif config.start == "gptq":
                 assert codes is not None
-                q_down, frac_ref = grids[ref.name].neighbours(ref.matrix())
-                side = (codes[ref.name].int() - q_down.int()).clamp(0, 1).float()
+                q_down, frac_ref = grids[ref.name].to(chain.device).neighbours(ref.matrix())
+                side = (codes[ref.name].to(chain.device).int() - q_down.int()).clamp(0, 1).float()
                 starts.append(0.5 * frac_ref.clamp(0, 1) + 0.5 * side)
             else:
                 starts.append(None)
@@ -175,10 +174,14 @@ class Solve:
             served: See `Solver`.
             fresh: False when a checkpoint will overwrite state and gain.
             start_codes: GPTQ's codes if they are known already.
-            engine: Where state and activations live, and who else takes part; changes no bit of the result.
+            engine: Where state and activations live, and who else takes part; its device is the chain's.
         """
-        self.engine = engine or Engine()
+        self.engine = engine or Engine(device=chain.device)
         self.chain, self.rows, self.config = chain, rows, config
+        if self.engine.device != chain.device:
+            raise ValueError(
+                f"Solve: the chain must be on the engine's device = {self.engine.device}, got {chain.device}"
+            )
         self.served = served or torch.float32
         options = config.solver
         tokens = options.batch_size * int(rows.input_ids[0].numel())
@@ -209,7 +212,7 @@ class Solve:
                 [
                     WeightState(
                         ref.name,
-                        grids[ref.name],
+                        grids[ref.name].to(chain.device),
                         ref.matrix(),
                         start,
                         anchored=options.start == "gptq",
@@ -241,7 +244,8 @@ class Solve:
         self._order = row_order(len(rows), config.seed)
         self._rows: list[int] = []  # of a step that has begun; a step that fails does not use them up
         if self._curved(options):
-            self._gather_curvature()
+            with self.engine.reproducible():
+                self._gather_curvature()
         if fresh:
             self._set_gain(grids)
 
@@ -262,13 +266,7 @@ class Solve:
         """Return the mean KL of the starting codes (nearest, unless it starts from GPTQ's) on the first rows."""
         codes = self.start_codes or rtn_codes(self.chain, grids)
         dtype = getattr(torch, self.config.solver.compute_dtype)
-
-        def served(index: int) -> dict[str, Tensor]:
-            refs = self.chain.weights[index]
-            return assemble(
-                refs, (grids[r.name].dequantize(codes[r.name], self.served).to(dtype) for r in refs)
-            )
-
+        served = served_weights(self.chain, grids, codes, self.served, dtype)
         return mean_kl(self.chain, served, self.rows.batches(range(min(START_KL_ROWS, len(self.rows)))))
 
     @staticmethod
@@ -308,7 +306,8 @@ class Solve:
             self.solver.gain = GainControl(published_gain(self.chain, grids, options.kl_weight), None)
             return
         batches = self.rows.batches(range(min(options.batch_size, len(self.rows))))
-        gain = GainControl(calibrate_gain(self.solver, batches), options.saturation)
+        with self.engine.reproducible():
+            gain = GainControl(calibrate_gain(self.solver, batches), options.saturation)
         # Every rank has computed it alike; one value all the same, should their libraries differ.
         self.solver.gain = self.engine.ranks.share(gain)
 
@@ -324,7 +323,8 @@ class Solve:
         size = options.micro_batch
         mine = self.engine.ranks.span(-(-len(rows) // size))
         batches = self.rows.batches(rows[mine.start * size : mine.stop * size])
-        record = self.solver.step(batches, self.rows.tokens(rows, options.loss))
+        with self.engine.reproducible():
+            record = self.solver.step(batches, self.rows.tokens(rows, options.loss))
         self._rows = []
         return record
 

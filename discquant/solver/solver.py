@@ -235,6 +235,7 @@ class Solver:
         names: list[str] = []
         finite: list[Tensor] = []
         counts: list[Tensor] = []
+        counted: list[str] = []
 
         opened: set[int] = set()
 
@@ -253,6 +254,7 @@ class Solver:
                 state.snap_(now.snap)
                 found[1] = state.count_fractional()
             counts.append(found)
+            counted.append(state.name)
 
         def own(state: WeightState) -> StepOptions:
             return dataclasses.replace(options, tensor_id=self._tensor_ids[state.name])
@@ -329,7 +331,11 @@ class Solver:
         for name, good in zip(names, fine, strict=True):
             if not good:
                 raise self._not_finite(name)
-        live, fractional, moved, saturated, _ = torch.stack(counts).sum(dim=0).tolist()
+        table = torch.stack(counts).tolist()
+        for name, row in zip(counted, table, strict=True):
+            if row[4]:  # finite dY and x can still have a product that is NaN, which the epilogue alone sees
+                raise self._not_finite(name)
+        live, fractional, moved, saturated, _ = (sum(column) for column in zip(*table, strict=True))
         self.step_number = number
         self.gain.update(saturated, live)
         total = max(1, live)

@@ -31,13 +31,14 @@ class WeightRef:
     """One weight to quantize: `param_name` within its block, `name` of its module in the checkpoint.
 
     An ordinary layer is named in the model as in its checkpoint. Several matrices may share one fused parameter; each
-    then has a `part`.
+    then has a `part`. `device` is where its block runs, None for where the parameter is.
     """
 
     name: str
     param_name: str
     parameter: nn.Parameter
     part: Part | None = None
+    device: torch.device | None = None
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return this weight's matrix within a tensor of the parameter's shape, [out_features, in_features].
@@ -50,17 +51,23 @@ class WeightRef:
         return (matrix.T if self.part.transposed else matrix)[self.part.begin : self.part.end]
 
     def matrix(self) -> Tensor:
-        """Return the weight as a contiguous [out_features, in_features]."""
+        """Return the weight as a contiguous [out_features, in_features], where its block runs."""
         read = getattr(self.parameter, LAZY, None)  # a parameter without memory has one
-        return self.view(self.parameter.detach() if read is None else read()).contiguous()
+        found = self.view(self.parameter.detach() if read is None else read()).contiguous()
+        return found if self.device is None else found.to(self.device)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix; nothing is read."""
+        if self.part is None:
+            return self.parameter.shape[0], self.parameter.shape[1:].numel()
+        rows = self.part.end - self.part.begin
+        return rows, int(self.parameter.shape[1 if self.part.transposed else 2])
 
     @property
     def matrix_size(self) -> int:
         """Number of elements of the matrix."""
-        if self.part is None:
-            return self.parameter.numel()
-        shape = self.parameter.shape
-        return (self.part.end - self.part.begin) * int(shape[1] if self.part.transposed else shape[2])
+        return self.shape[0] * self.shape[1]
 
     @property
     def has_factors(self) -> bool:

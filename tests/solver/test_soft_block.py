@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from discquant.ops import StepOptions, projected_step_, soft_linear_step_
 from discquant.ops.reference.soft_weight import expand_groups
 from discquant.solver.chain import BlockCall, Chain, DecoderChain, ModuleChain, Prepared
 from discquant.solver.gradients import block_gradients
+from discquant.solver.placement import Placement, Where
 from discquant.solver.soft_block import SoftWeights, grid_arguments
 from discquant.solver.state import WeightState
 from discquant.solver.weight_ref import assemble
@@ -339,3 +341,76 @@ def test_gradient_that_is_not_finite_is_named(
         solver.step([chain.prepare(token_ids[:1].to(DEVICE))])
     after = [state.frac for block in states for state in block]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("broken", "impl", "where"),
+    [
+        ("input", "reference", "resident"),
+        ("input", "reference", "host"),
+        ("input", "triton", "resident"),
+        ("product", "triton", "resident"),
+    ],
+)
+def test_epilogue_step_that_meets_a_nan_is_taken_back(
+    broken: str,
+    impl: str,
+    where: Where,
+    make_model: Callable[..., Any],
+    token_ids: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers stepped inside backward before and after the NaN are put back, and the layer is named.
+
+    input: dY holds a NaN.  product: dY and x are finite, but dY^T x is Inf - Inf, which only the step itself sees.
+    """
+    from discquant.solver import soft_block
+    from discquant.solver import solver as module
+
+    chain = _chain(make_model("llama", torch.float32))
+    placement = Placement(where, DEVICE)
+    for block in _states(chain, "u8"):
+        placement.add(block)
+    config = SolverConfig(iters=4, lr=0.05, lr_floor=0.05, optimizer="momentum", kl_weight=50.0, state="u8")
+    solver = module.Solver(chain, placement, config, soft=True)
+    batches = [chain.prepare(token_ids[:1].to(DEVICE))]
+    chosen = ["reference"]
+
+    def step(*args: Any, **options: Any) -> Any:
+        return soft_linear_step_(*args, **options, impl=chosen[0])
+
+    monkeypatch.setattr(module, "step_is_fused", lambda *_: True)
+    monkeypatch.setattr(module, "soft_linear_step_", step)
+    solver.step(batches)
+
+    def held() -> list[Tensor]:
+        return [block.blob.clone() for block in placement.homes()]
+
+    before, gain = held(), solver.gain.gain
+    honest = soft_block.SoftLayer.receive
+    named = chain.weights[1][-1].name  # of its block the first in backward
+
+    def spoiled(self: Any, grad_output: Tensor, x: Tensor) -> None:
+        if self.state.name == named:
+            chosen[0] = impl
+            grad_output = grad_output.clone()
+            if broken == "input":
+                grad_output[0, 0, 0] = torch.nan
+            else:
+                grad_output[:] = torch.finfo(torch.float32).max
+                grad_output[:, ::2].neg_()
+                x = torch.full_like(x, 2.0)
+        honest(self, grad_output, x)
+        chosen[0] = "reference"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(soft_block.SoftLayer, "receive", spoiled)
+        with pytest.raises(
+            module.NonFiniteGradientError, match=f"the gradient of {re.escape(named)} must be"
+        ):
+            solver.step(batches)
+    assert (solver.step_number, solver.gain.gain) == (1, gain)
+    assert all(torch.equal(one, other) for one, other in zip(before, held(), strict=True))
+    solver.step(batches)
+    assert not any(torch.equal(one, other) for one, other in zip(before, held(), strict=True))
+    placement.close()

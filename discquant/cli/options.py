@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that `quantize` and `refine` share, and how both start a run and show its progress."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from discquant.config import GridConfig, Method, SolverConfig, preset
+from discquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from discquant.run.events import Events
+    from discquant.run.pipeline import Pipeline
+    from discquant.solver.engine import Engine
+
+STOPPED = 143  # 128 + SIGTERM
+COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
+
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+Seqlen = Annotated[int, typer.Option(help="Tokens per window.")]
+Iters = Annotated[int | None, typer.Option(help="Optimizer steps; default from the preset.")]
+BatchSize = Annotated[int | None, typer.Option(help="Windows per step.")]
+MicroBatch = Annotated[int | None, typer.Option(help="Windows per forward pass.")]
+Lr = Annotated[float | None, typer.Option(help="Peak learning rate on frac.")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, momentum, lion or sgd.")]
+State = Annotated[
+    str | None, typer.Option(help="Solver state: fp32, bf16, or u8 (3.5-4.5 bytes per weight).")
+]
+ComputeDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Forward and backward passes: float32 (default), bfloat16 (a GPU's fast path) or float64."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of data order and rounding noise.")]
+Baselines = Annotated[str, typer.Option(help="Methods to measure beside it, comma separated, or none.")]
+CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to compute: auto (the GPU where there is one), cpu, cuda or cuda:N; fixes the bytes."
+    ),
+]
+Placed = Annotated[
+    str, typer.Option(help="Where the solver's state lives: resident, host, disk, or auto. Same bytes.")
+]
+Activations = Annotated[
+    str | None,
+    typer.Option(help="Where activations between blocks are kept: resident, host or disk. Same bytes."),
+]
+Teacher = Annotated[
+    str | None,
+    typer.Option(help="Original weights: weights, or state (computed from it; no second copy), or auto."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume/--no-resume", help="Continue a run that is there (same command, same bytes)."),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; part of what fixes the bytes.")]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model.")]
+AllowPickle = Annotated[
+    bool, typer.Option(help="Read .bin weights of the original with torch's restricted loader.")
+]
+
+
+def solver_options(grid: GridConfig, preset_name: str, **given: Any) -> SolverConfig:
+    """Return the preset with what the user gave on top; None is not given.
+
+    Raises:
+        ConfigError: A word that is none of the choices.
+    """
+    base = preset(preset_name, grid)  # type: ignore[arg-type]
+    changed = {key: value for key, value in given.items() if value is not None}
+    if changed.get("compute_dtype", "float32") not in COMPUTE_DTYPES:
+        raise ConfigError(
+            f"--compute-dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {changed['compute_dtype']!r}"
+        )
+    if "iters" in changed and "warmup" not in changed:
+        changed["warmup"] = min(base.warmup, max(1, changed["iters"] // 8))
+    return dataclasses.replace(base, **changed)
+
+
+def method_names(text: str) -> tuple[Method, ...]:
+    """Return the methods of a comma-separated option; empty for none."""
+    if text == "none":
+        return ()
+    return tuple(part.strip() for part in text.split(",") if part.strip())  # type: ignore[misc]
+
+
+def run_pipeline(
+    build: Callable[[Events, Engine], Pipeline],
+    *,
+    device: str,
+    placement: str,
+    activations: str | None,
+    threads: int | None,
+) -> dict[str, Any] | None:
+    """Run a pipeline to its end with a progress bar, together with the other processes that torchrun started.
+
+    Args:
+        build: Makes the pipeline.
+        device: Word for the compute device; refused before anything else where it is not there.
+        placement: See `Engine`.
+        activations: See `Engine`.
+        threads: CPU threads of torch; None leaves them.
+
+    Returns:
+        The summary; None in every process but the first.
+    """
+    import torch
+
+    from discquant.environment import compute_device
+    from discquant.progress import ProgressBar
+    from discquant.run.events import Events, RunStoppedError
+    from discquant.solver.engine import Engine
+    from discquant.solver.ranks import Ranks
+
+    where = compute_device(device, Ranks.local())
+    if threads is not None:
+        torch.set_num_threads(threads)
+    ranks = Ranks.from_environment(where)
+    engine = Engine(placement, activations, where, ranks=ranks)  # type: ignore[arg-type]
+    with ProgressBar() as bar, contextlib.closing(ranks):
+        events = Events(phase=bar.phase, step=bar.step, message=bar.message) if ranks.first else Events()
+        try:
+            summary = build(events, engine).execute()
+        except RunStoppedError as stopped:
+            bar.message(str(stopped))
+            raise typer.Exit(STOPPED) from stopped
+    return summary if ranks.first else None

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused before any long work, and what two runs must have in common to be one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import discquant
+from discquant.config import QuantizeConfig
+from discquant.environment import device_name
+from discquant.errors import CalibrationError, ConfigError
+from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.export import plan_export
+from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.scheme import Scheme
+from discquant.formats.source import Source
+from discquant.solver.chain import Chain
+
+
+def check_ignore(chain_model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
+    """Refuse an ignore entry that names nothing.
+
+    Raises:
+        ConfigError: It matches no module; the message lists some that exist.
+    """
+    names = [name for name, module in chain_model.named_modules() if name]
+    for pattern in ignore:
+        if pattern == "lm_head":  # ignored by default; not every model calls its head so
+            continue
+        if not any(pattern in (name, name.rpartition(".")[2]) or fnmatch(name, pattern) for name in names):
+            known = sorted(
+                {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
+            )
+            raise ConfigError(
+                f"quantize: no module matches --ignore {pattern!r}; last names here: {', '.join(known)}"
+            )
+
+
+def check_formats(
+    source: Source, chain: Chain, config: QuantizeConfig, out: Path, say: Callable[[str], None]
+) -> None:
+    """Refuse what an output format cannot hold before anything is computed; say what some engines will refuse.
+
+    Args:
+        source: The original.
+        chain: The same as a chain.
+        config: The run's options.
+        out: The run directory; what has been exported there already is not asked about again.
+        say: Takes each note.
+
+    Raises:
+        UnrepresentableError, OutputExistsError, DiskSpaceError: See `formats.export.plan_export`.
+    """
+    shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
+    for name in config.formats:
+        chosen, target = registry.by_name(name), out / name
+        for layer, shape in shapes.items():
+            chosen.check(shape, config.grid, layer)
+        if target.exists():
+            continue  # a resumed run that had already exported
+        if not isinstance(chosen, SafetensorsFormat):
+            # Formats that rebuild the model (GGUF, ONNX) ask for an architecture and tokenizer they know.
+            for warning in chosen.check_source(Checkpoint(source.path)):
+                say(f"note: {warning}")
+            continue
+        schemes = {layer: Scheme.planned(shape, config.grid) for layer, shape in shapes.items()}
+        for warning in plan_export(source.path, target, schemes, name).warnings:
+            say(f"note: {warning}")
+
+
+def check_text(source: Source, dataset: str) -> None:
+    """Refuse text that there is no tokenizer for.
+
+    Raises:
+        CalibrationError: So it is.
+    """
+    if source.tokenizer is None and dataset != "self" and ".safetensors:" not in dataset:
+        raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
+
+
+def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -> dict[str, Any]:
+    """Return everything that determines the bytes of the result; the baselines are only measured."""
+    return {
+        "config": {key: value for key, value in config.to_dict().items() if key != "baselines"},
+        "source_digest": source.digest,
+        "data_digest": file_digest(config.data.dataset),
+        "discquant": discquant.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+    }
+
+
+def file_digest(dataset: str) -> str | None:
+    """Hash a local calibration file, so that a changed one is noticed on resuming."""
+    path = Path(
+        dataset.partition(".safetensors:")[0] + ".safetensors" if ".safetensors:" in dataset else dataset
+    )
+    if not path.is_file():
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The solve of a run: begun or continued, checkpointed, watched on held-out text, stopped by signals between steps."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from discquant.calibration import Windows
+from discquant.config import QuantizeConfig
+from discquant.errors import ResumeError
+from discquant.grids import Grid
+from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoint
+from discquant.run.directory import RunDirectory, save_tensors_atomic, write_atomic
+from discquant.run.events import Events, RunStoppedError, StopSignal
+from discquant.run.phases import resident_bytes
+from discquant.run.summary import START, frac_histogram
+from discquant.solver.chain import Chain
+from discquant.solver.engine import Engine
+from discquant.solver.measure import mean_kl
+from discquant.solver.solve import Solve, TokenRows
+
+VALIDATIONS = 16  # per run
+VALIDATION_ROWS = 8
+START_CODES = "start_codes.safetensors"
+
+Codes = dict[str, Tensor]
+
+
+def kept_start(directory: RunDirectory) -> Codes | None:
+    """Return the codes that an interrupted run started from, None where there are none."""
+    path = directory.path / START_CODES
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+
+
+class Solving:
+    """Takes the steps of one solve that are left.
+
+    Attributes:
+        solve: The solve, once it is begun.
+        checkpoints: What checkpoints cost, once all steps are taken.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: QuantizeConfig,
+        engine: Engine,
+        events: Events,
+        stop: StopSignal,
+    ) -> None:
+        """Bind; nothing is computed yet."""
+        self.directory, self.config, self.engine, self.events = directory, config, engine, events
+        self.solve: Solve | None = None
+        self.checkpoints: dict[str, Any] | None = None
+        self._stop = stop
+        self._folder = directory.path / "checkpoints"
+
+    def run(
+        self,
+        chain: Chain,
+        grids: Mapping[str, Grid],
+        rows: TokenRows,
+        held: Windows,
+        *,
+        served: torch.dtype,
+        choose_start: Callable[[], Codes | None],
+    ) -> Solve:
+        """Begin or continue, and take every step.
+
+        Args:
+            chain: The model.
+            grids: Grid of each weight.
+            rows: Calibration rows.
+            held: Windows to watch the solve on.
+            served: Dtype that engines dequantize to.
+            choose_start: Gives the codes that a fresh solve starts from; None where it computes its own.
+
+        Returns:
+            The finished solve.
+
+        Raises:
+            ResumeError: There are checkpoints and none can be read.
+            RunStoppedError: A signal arrived; what was reached is in a checkpoint.
+        """
+        ranks = self.engine.ranks
+        fresh = bool(ranks.share(not has_checkpoint(self._folder)))
+        start = kept = kept_start(self.directory)
+        if start is None:
+            start = choose_start()
+        solve = self.solve = Solve(
+            chain, grids, rows, self.config, served=served, fresh=fresh, start_codes=start, engine=self.engine
+        )
+        for note in solve.solver.placement.notes:
+            self.events.say(f"note: {note}")
+        if solve.start_codes is not None and kept is None and ranks.first:
+            save_tensors_atomic(self.directory.path / START_CODES, solve.start_codes, {})
+        if not fresh and load_checkpoint(self._folder, solve) is None:
+            raise ResumeError(
+                f"quantize: no checkpoint in {self._folder} can be read; remove that folder to start again"
+            )
+        if solve.solver.step_number:
+            self.events.say(f"continuing after step {solve.solver.step_number}")
+        if ranks.first:
+            self._lead(solve, held, fresh)
+        else:
+            self._follow(solve)
+        return solve
+
+    def close(self) -> None:
+        """Stop copies and remove the placement's files."""
+        if self.solve is not None:
+            self.solve.close()
+
+    def _lead(self, solve: Solve, held: Windows, fresh: bool) -> None:
+        """Take the steps; write metrics, validations and checkpoints."""
+        self.directory.truncate_metrics(solve.solver.step_number)
+        writer = Checkpointer(self._folder, solve)
+        sample = TokenRows(
+            solve.chain, held.input_ids[:VALIDATION_ROWS], held.mask[:VALIDATION_ROWS], VALIDATION_ROWS
+        )
+        watched = sample.batches(range(len(sample)))
+        if fresh:
+            histogram = json.dumps({"histogram": frac_histogram(solve)})  # for the report
+            write_atomic(self.directory.path / START, histogram + "\n")
+            self._validate(solve, watched)
+            writer.save()
+        iters = self.config.solver.iters
+        interval = max(1, iters // VALIDATIONS)
+        started = time.perf_counter()
+        with self._stop.deferred():
+            while not solve.done:
+                begin = time.perf_counter()
+                record = solve.advance()
+                seconds = round(time.perf_counter() - begin, 4)
+                stopping = self._stopping()
+                writer.check()
+                self.directory.append_metrics(
+                    {**asdict(record), "seconds": seconds, "rss_bytes": resident_bytes()}
+                )
+                if record.step % interval == 0 or solve.done:
+                    self._validate(solve, watched)
+                if self.events.step is not None:
+                    self.events.step(record, iters)
+                if record.step % self.config.checkpoint_every == 0 or solve.done or stopping:
+                    writer.save()
+                if stopping and not solve.done:
+                    writer.wait()
+                    raise self._stopped(record.step)
+        writer.wait()
+        self.checkpoints = writer.summary(time.perf_counter() - started)
+
+    def _follow(self, solve: Solve) -> None:
+        """Take every step that the first rank takes."""
+        with self._stop.deferred():
+            while not solve.done:
+                record = solve.advance()
+                if self._stopping() and not solve.done:
+                    raise self._stopped(record.step)
+
+    def _stopping(self) -> bool:
+        """Whether a signal has reached any rank."""
+        return any(self.engine.ranks.gather([self._stop.caught or 0]))
+
+    def _stopped(self, step: int) -> RunStoppedError:
+        caught = self._stop.caught
+        by = signal.Signals(caught).name if caught is not None else "a signal to another rank"
+        return RunStoppedError(
+            f"stopped by {by} after step {step} of {self.config.solver.iters}; the same command continues"
+        )
+
+    def _validate(self, solve: Solve, batches: list[Any]) -> None:
+        self.directory.append_metrics(
+            {
+                "kind": "validation",
+                "step": solve.solver.step_number,
+                "kl_soft": mean_kl(solve.chain, solve.solver.student, batches),
+                "kl_rounded": mean_kl(solve.chain, solve.solver.rounded, batches),
+            }
+        )
