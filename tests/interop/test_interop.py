@@ -54,6 +54,20 @@ def test_bound_grows_with_the_error_of_the_arithmetic() -> None:
     assert compare.logit_bound(oracle, oracle + 0.25, "bfloat16") == 2 * (0.25 + 2.0**-7 * 4)
 
 
+def test_a_sum_in_sequence_adds_each_product_in_turn() -> None:
+    import compare
+
+    generator = torch.Generator().manual_seed(4)
+    x, weight = torch.randn(2, 3, 17, generator=generator), torch.randn(5, 17, generator=generator)
+    want = torch.zeros(2, 3, 5)
+    for place in range(17):
+        want = want + x[:, :, place : place + 1] * weight[:, place]
+    assert torch.equal(compare.sum_in_sequence(x, weight), want)
+    # Small terms after a large one are lost one by one; a sum in pairs keeps them.
+    lost = torch.tensor([[2.0**24, *[1.0] * 16]])
+    assert compare.sum_in_sequence(lost, torch.ones(1, 17)).item() == 2.0**24
+
+
 def test_int8_blocks_keep_each_block_within_half_a_step() -> None:
     import compare
 
