@@ -162,6 +162,15 @@ def test_messages_hold_no_paths_and_no_addresses() -> None:
     assert text == "cannot open ./runs/x, b.so at <address>"
 
 
+def test_autoround_files_name_the_release_whose_loader_is_run() -> None:
+    import environments
+
+    from discquant.formats.autoround import AUTOROUND_VERSION
+
+    pinned = environments.requirements("autoround").read_text(encoding="utf-8").split()
+    assert f"auto-round=={AUTOROUND_VERSION}" in pinned
+
+
 def test_the_page_shows_successes_and_failures() -> None:
     import table
     from rows import CONSUMERS, PRODUCERS
