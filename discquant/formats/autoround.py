@@ -23,8 +23,9 @@ from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_format import SafetensorsFormat, grouped, integer
 from discquant.formats.scheme import Scheme
 
-# The field names the auto-round release that made a file. Ours are not made by it: this is the release that the interop
-# checks pin. What loaders do with the number was not looked up.
+# The field names the auto-round release that made a file. Ours are not made by it: this is the release whose loader the
+# interop checks run. transformers 5.22 and gptqmodel 7.6 do not read it; vLLM reads it in files of quant_method "gptq",
+# to tell that MoE routers are quantized, too, so it must not enter a gptq file of ours.
 AUTOROUND_VERSION = "0.16.1"
 _AWQ = "auto_round:auto_awq"
 # What stored zero points lack, by packing_format.

@@ -15,7 +15,9 @@ from discquant.formats.scheme import Scheme
 AS_OF = "2026-09"
 # Engines fuse these, so the members must share one grid.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-_GPTQ, _ANY = ("gptq", "gptq-v2"), None
+# What engines call GPTQ is v1; v2 is read by gptqmodel, other readers of it were not looked up.
+_V1, _V2, _ANY = ("gptq",), ("gptq-v2",), None
+_GPTQ = (*_V1, *_V2)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class EngineRow:
 _INT = ("int",)
 _BLOCKS = ("int", "affine", "q4_0", "q4_1", "q4_k", "q3_k", "Q4_0", "Q4_1", "Q4_K", "Q3_K")
 _UNSEEN = "not looked up for this width or grid"
+_HUMMING = "only with --quantization humming; no act-order"
+_V2_UNSEEN = "most loaders expect v1 (--format gptq)"
 # Only what formats.md section 11 states is a yes or a no; everything else that a format can hold is unclear.
 ROWS: tuple[EngineRow, ...] = (
     EngineRow("vLLM", ("compressed-tensors",), _INT, (4,), _ANY, "yes", "Machete, Marlin"),
@@ -60,10 +64,12 @@ ROWS: tuple[EngineRow, ...] = (
     EngineRow("vLLM", ("compressed-tensors",), _INT, (3,), False, "no", "ValueError; #46528 is open"),
     EngineRow("vLLM", ("compressed-tensors",), _INT, (2, 5, 6, 7, 8), _ANY, "unclear", _UNSEEN),
     EngineRow("vLLM", ("compressed-tensors",), ("nvfp4", "mxfp4"), (4,), _ANY, "unclear", _UNSEEN),
-    EngineRow("vLLM", _GPTQ, _INT, (4,), True, "yes"),
-    EngineRow("vLLM", _GPTQ, _INT, (4,), False, "no", "dropped (#45051)"),
-    EngineRow("vLLM", _GPTQ, _INT, (3,), _ANY, "yes", "only with --quantization humming"),
-    EngineRow("vLLM", _GPTQ, _INT, (2, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("vLLM", _V1, _INT, (4,), True, "yes", "no act-order"),
+    EngineRow("vLLM", _V1, _INT, (4,), False, "no", "dropped (#45051)"),
+    EngineRow("vLLM", _V1, _INT, (3,), True, "yes", _HUMMING),
+    EngineRow("vLLM", _V1, _INT, (3,), False, "yes", _HUMMING + ", with zero points"),
+    EngineRow("vLLM", _V1, _INT, (2, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("vLLM", _V2, _INT, None, _ANY, "unclear", _V2_UNSEEN),
     EngineRow("vLLM", ("awq",), _INT, (4,), _ANY, "yes"),
     EngineRow("vLLM", ("autoround",), _INT, (4,), True, "yes"),
     EngineRow("vLLM", ("autoround",), _INT, (4,), False, "yes", "in the AWQ layout, which is what is written"),
@@ -73,11 +79,21 @@ ROWS: tuple[EngineRow, ...] = (
     EngineRow("vLLM", ("gguf",), _BLOCKS, None, _ANY, "yes", "plug-in vllm-gguf-plugin"),
     EngineRow("SGLang", ("compressed-tensors",), _INT, (4,), _ANY, "yes"),
     EngineRow("SGLang", ("compressed-tensors",), _INT, (3,), _ANY, "unclear", "Humming merged (#23754), untested"),
-    EngineRow("SGLang", _GPTQ, _INT, (4,), True, "yes"),
-    EngineRow("SGLang", _GPTQ, _INT, (3,), True, "yes", "GPTQ kernels in float16"),
-    EngineRow("SGLang", _GPTQ, _INT, (3,), False, "unclear", "Humming merged (#23754), untested"),
-    EngineRow("transformers", ("compressed-tensors",), _INT, (3, 4), _ANY, "yes", "library compressed-tensors"),
-    EngineRow("transformers", ("compressed-tensors",), _INT, (2, 5, 6, 7, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("SGLang", ("compressed-tensors",), _INT, (2, 5, 6, 7, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("SGLang", ("awq",), _INT, (4,), _ANY, "unclear", "Humming merged (#23754), untested"),
+    EngineRow("SGLang", _V1, _INT, (4,), True, "yes"),
+    EngineRow("SGLang", _V1, _INT, (4,), False, "unclear", "seen from compressed-tensors only"),
+    EngineRow("SGLang", _V1, _INT, (3,), True, "yes", "GPTQ kernels in float16"),
+    EngineRow("SGLang", _V1, _INT, (3,), False, "unclear", "Humming merged (#23754), untested"),
+    EngineRow("SGLang", _V1, _INT, (2, 8), _ANY, "unclear", _UNSEEN),
+    EngineRow("SGLang", _V2, _INT, None, _ANY, "unclear", _V2_UNSEEN),
+    EngineRow("transformers", ("compressed-tensors",), _INT, (2, 4), True, "yes", "library compressed-tensors"),
+    EngineRow("transformers", ("compressed-tensors",), _INT, (4,), False, "yes",
+              "library compressed-tensors; transformers 5.17.0 to 5.22.2, later ones only with dequantize=True"),
+    EngineRow("transformers", ("compressed-tensors",), _INT, (3,), True, "yes",
+              "library compressed-tensors 0.18 or later; earlier ones read 3 bits in another layout"),
+    EngineRow("transformers", ("compressed-tensors",), _INT, (2, 3), False, "unclear", _UNSEEN),
+    EngineRow("transformers", ("compressed-tensors",), _INT, (5, 6, 7, 8), _ANY, "unclear", _UNSEEN),
     EngineRow("transformers", ("compressed-tensors",), ("nvfp4", "mxfp4"), (4,), _ANY, "unclear", _UNSEEN),
     EngineRow("transformers", _GPTQ, _INT, (3, 4), _ANY, "yes", "library gptqmodel"),
     EngineRow("transformers", _GPTQ, _INT, (2, 8), _ANY, "unclear", _UNSEEN),
@@ -90,7 +106,8 @@ ROWS: tuple[EngineRow, ...] = (
     EngineRow("MLX", ("mlx",), ("int", "affine"), (2, 5, 6, 8), _ANY, "unclear", "decoded, not served"),
     EngineRow("ONNX Runtime", ("onnx",), _INT, (2, 4, 8), _ANY, "yes", "MatMulNBits"),
     EngineRow("ONNX Runtime", ("onnx",), _INT, (3,), _ANY, "no", "3-bit codes are widened to 4 bits"),
-    EngineRow("TensorRT-LLM", (*_GPTQ, "awq"), _INT, (4,), _ANY, "unclear", "from memory"),
+    EngineRow("TensorRT-LLM", (*_V1, "awq"), _INT, (4,), True, "unclear", "from memory"),
+    EngineRow("TGI", (*_V1, "awq"), _INT, (4,), True, "unclear", "from memory"),
 )  # fmt: skip
 
 

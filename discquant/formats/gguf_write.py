@@ -360,8 +360,8 @@ def _original_rows(values: np.ndarray[Any, Any], module: str, heads: Heads) -> n
 def _same(name: str, actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
     if actual.shape != expected.shape:
         raise ProofError(f"proof: {name}: shape {actual.shape} in the file, {expected.shape} solved")
-    different = np.argwhere(actual != expected)
-    if len(different):
+    if not np.array_equal(actual, expected):
+        different = np.argwhere(actual != expected)
         place = tuple(int(number) for number in different[0])
         raise ProofError(
             f"proof: {name}: {len(different)} values differ, the first at {list(place)}: "

@@ -30,6 +30,7 @@ from discquant.formats.scheme import Scheme
 
 # Runtimes map the data; tensors begin where a page may.
 _ALIGNMENT = 4096
+_CHUNK = 1 << 18  # weights that are proven at a time: a core's cache holds them
 _ONNX_TYPES = {"F32": 1, "U8": 2, "F16": 10, "BF16": 16}
 
 
@@ -271,16 +272,26 @@ def prove_onnx(source: Checkpoint, file: Path, layers: Iterable[CodedLayer]) -> 
         block = attributes["block_size"]
         values = [numpy_helper.to_array(tensors[name], str(file.parent)) for name in node.input[1:]]
         blocks = values[1].shape[1]
-        q = _single_bits(values[0].reshape(rows, -1), bits, blocks * block)
-        zero: Any = 2 ** (bits - 1)
-        if len(values) > 2:
-            zero = np.repeat(_single_bits(values[2], bits, blocks), block, axis=1)
-        decoded = (np.repeat(values[1], block, axis=1) * (q.astype(np.float32) - zero))[:, :columns]
         expected = layer.grid.dequantize(layer.q, torch.float32).cpu().numpy()
-        different = np.argwhere(decoded.astype(np.float32) != expected)
-        if decoded.shape != expected.shape or len(different):
-            place = different[0].tolist() if len(different) else list(decoded.shape)
-            raise ProofError(f"proof: {layer.name}: the file's weights differ, the first at {place}")
+        if expected.shape != (rows, columns):
+            raise ProofError(
+                f"proof: {layer.name} is {rows} x {columns} in the file, {expected.shape} solved"
+            )
+        step = max(1, _CHUNK // max(1, columns))
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            octets = values[0][part]
+            q = _single_bits(octets.reshape(len(octets), -1), bits, blocks * block)
+            zero: Any = 2 ** (bits - 1)
+            if len(values) > 2:
+                zero = np.repeat(_single_bits(values[2][part], bits, blocks), block, axis=1)
+            steps = np.repeat(values[1][part], block, axis=1) * (q.astype(np.float32) - zero)
+            decoded = steps[:, :columns].astype(np.float32)
+            if not np.array_equal(decoded, expected[part]):
+                row, column = np.argwhere(decoded != expected[part])[0].tolist()
+                raise ProofError(
+                    f"proof: {layer.name}: the file's weights differ, the first at {[start + row, column]}"
+                )
         quantized.add(f"{layer.name}.weight")
         weights += layer.q.numel()
     copied = 0
@@ -304,10 +315,12 @@ def prove_onnx(source: Checkpoint, file: Path, layers: Iterable[CodedLayer]) -> 
 
 
 def _single_bits(octets: np.ndarray[Any, Any], bits: int, count: int) -> np.ndarray[Any, Any]:
-    """Rows of bytes to codes, bit by bit."""
+    """Rows of bytes to codes, uint8, bit by bit."""
     stream = np.unpackbits(octets, axis=1, bitorder="little")[:, : count * bits]
-    powers = (1 << np.arange(bits)).astype(np.int64)
-    return np.asarray(stream.reshape(len(octets), count, bits) @ powers)
+    found = np.zeros((len(octets), count), dtype=np.uint8)
+    for place in range(bits):
+        found += stream[:, place::bits] << place
+    return found
 
 
 def _copy_beside(source: Path, partial: Path) -> None:

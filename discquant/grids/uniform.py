@@ -90,8 +90,19 @@ class UniformGrid(Grid):
 
     def dequantize(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """Return scale * (q - zero_point): a float32 product, rounded once to `dtype`."""
-        step = self._spread(self.scale.float(), q.shape[1])
-        return (step * (q.float() - self._zero(q.shape[1]))).to(dtype)
+        (rows, columns), groups = q.shape, self.scale.shape[1]
+        weight, scale = q.to(torch.float32, copy=True), self.scale.float()
+        whole = groups == 1 if self.group_size == -1 else groups * self.group_size == columns
+        if self.g_idx is not None or not whole:
+            return (self._spread(scale, columns) * weight.sub_(self._zero(columns))).to(dtype)
+        # Broadcast over whole groups, in place: otherwise most of the time goes into fresh memory.
+        weight = weight.contiguous()
+        grouped = weight.view(rows, groups, columns // groups)
+        grouped -= (
+            2.0 ** (self.num_bits - 1) if self.zero_point is None else self.zero_point.float()[:, :, None]
+        )
+        grouped *= scale[:, :, None]
+        return weight.to(dtype)
 
     def gap(self, q_down: Tensor) -> tuple[Tensor, int]:
         """See `Grid.gap`; with g_idx, one entry per column."""

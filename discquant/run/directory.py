@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from discquant.errors import CheckpointError, MissingModelError, OutputExistsErr
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.lazy import substitute
+from discquant.formats.safetensors_file import read_header, read_tensor
 from discquant.grids.storage import restore, store
 
 CONFIG, METRICS, CODES, SUMMARY = "config.json", "metrics.jsonl", "codes.safetensors", "summary.json"
@@ -173,15 +173,16 @@ class RunDirectory:
             raise MissingModelError(
                 f"run: {self.path} has no final codes yet; repeat its command to finish it"
             )
-        with safe_open(path, framework="pt") as handle:
-            header = json.loads(handle.metadata()["layers"])
-            keys: dict[str, list[str]] = {}
-            for key in handle.keys():  # noqa: SIM118 (not a dict)
-                name, _, part = key.rpartition(".")
-                keys.setdefault(name, []).append(part)
-            for name, facts in header.items():
-                parts = {part: handle.get_tensor(f"{name}.{part}") for part in keys[name]}
-                yield CodedLayer(name, parts.pop("q"), restore(parts, facts))
+        # Not through a memory map: pages of a map stay resident until it is closed, so that memory would grow with
+        # the model.
+        stored, metadata = read_header(path)
+        keys: dict[str, list[str]] = {}
+        for key in stored:
+            name, _, part = key.rpartition(".")
+            keys.setdefault(name, []).append(part)
+        for name, facts in json.loads(metadata["layers"]).items():
+            parts = {part: read_tensor(stored[f"{name}.{part}"]) for part in keys[name]}
+            yield CodedLayer(name, parts.pop("q"), restore(parts, facts))
 
     def layers(self) -> Iterator[QuantizedLinear]:
         """Yield the final codes of a run on uniform grids, one layer at a time.

@@ -7,9 +7,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from discquant.formats import read_manifest
 from discquant.formats.card import hub_name, write_card
-from discquant.formats.engines import engine_rows, problems
+from discquant.formats.engines import ROWS, engine_rows, problems
 from discquant.formats.scheme import Scheme
 
 SUMMARY = {
@@ -82,6 +84,52 @@ def test_engines_give_the_worst_answer() -> None:
     # Widths that nobody looked up are never a yes.
     for row in engine_rows("gptq", {"a": Scheme(2, 64, True)}):
         assert row["verdict"] == "unclear", row
+
+
+@pytest.mark.parametrize(
+    ("engine", "format_name", "bits", "symmetric", "verdict", "note"),
+    [
+        # Cells of the engine matrix in formats.md section 11, each with the condition it names.
+        ("vLLM", "compressed-tensors", 4, True, "yes", "Machete"),
+        ("vLLM", "compressed-tensors", 4, False, "yes", "Marlin"),
+        ("vLLM", "compressed-tensors", 3, True, "yes", "Humming"),
+        ("vLLM", "compressed-tensors", 3, False, "no", "#46528"),
+        ("vLLM", "gptq", 4, True, "yes", "no act-order"),
+        ("vLLM", "gptq", 4, False, "no", "#45051"),
+        ("vLLM", "gptq", 3, True, "yes", "--quantization humming"),
+        ("vLLM", "gptq", 3, False, "yes", "with zero points"),
+        ("vLLM", "gptq-v2", 4, True, "unclear", "v1"),
+        ("vLLM", "autoround", 4, False, "yes", "AWQ layout"),
+        ("vLLM", "autoround", 3, True, "yes", "#52890"),
+        ("vLLM", "autoround", 3, False, "unclear", ""),
+        ("SGLang", "gptq", 4, False, "unclear", "compressed-tensors"),
+        ("SGLang", "gptq", 3, True, "yes", "float16"),
+        ("SGLang", "compressed-tensors", 3, True, "unclear", "#23754"),
+        # What was run on the CPU (environment.md): 3 bits need the library's dense layout.
+        ("transformers", "compressed-tensors", 3, True, "yes", "0.18"),
+        ("transformers", "compressed-tensors", 4, False, "yes", "5.22.2"),
+        ("transformers", "compressed-tensors", 3, False, "unclear", "not looked up"),
+        ("transformers", "gptq-v2", 3, True, "yes", "gptqmodel"),
+        ("transformers", "autoround", 3, True, "yes", "accuracy trouble"),
+        ("ONNX Runtime", "onnx", 3, True, "no", "widened"),
+        ("TGI", "gptq", 4, True, "unclear", "from memory"),
+    ],
+)  # fmt: skip
+def test_engine_matrix(
+    engine: str, format_name: str, bits: int, symmetric: bool, verdict: str, note: str
+) -> None:
+    rows = {row["engine"]: row for row in engine_rows(format_name, {"a": Scheme(bits, 64, symmetric)})}
+    assert rows[engine]["verdict"] == verdict and note in rows[engine]["note"], rows[engine]
+
+
+def test_no_two_engine_rows_answer_one_question() -> None:
+    for place, row in enumerate(ROWS):
+        for other in ROWS[place + 1 :]:
+            same = row.engine == other.engine and set(row.formats) & set(other.formats)
+            same = same and set(row.kinds) & set(other.kinds)
+            widths = None in (row.bits, other.bits) or set(row.bits or ()) & set(other.bits or ())
+            signs = None in (row.symmetric, other.symmetric) or row.symmetric == other.symmetric
+            assert not (same and widths and signs), (row, other)
 
 
 def test_problems() -> None:

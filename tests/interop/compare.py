@@ -18,6 +18,10 @@ EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 # 4-bit types, 256 (Q8_K) beside the K-quants.
 ACTIVATION_BLOCKS = {"int8 activations, blocks of 32": 32, "int8 activations, blocks of 256": 256}
 
+# MLX's CPU kernel adds the products of a quantized row one by one, in column order, in float32 (mlx/backend/cpu/
+# quantized.cpp, _qmm_t); BLAS adds blocks of them, whose rounding errors are smaller.
+IN_SEQUENCE = "float32, summed in sequence"
+
 
 def load_model(path: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> Any:
     """The original model with other weights in place, eager attention, evaluation mode.
@@ -54,14 +58,26 @@ def dense_weights(layers: list[CodedLayer], dtype: torch.dtype = torch.float32) 
 def baseline(path: Path, layers: list[CodedLayer], ids: Tensor, arithmetic: str) -> Tensor:
     """The rounded model's logits when transformers runs it in the tool's arithmetic, float64."""
     block = ACTIVATION_BLOCKS.get(arithmetic)
-    dtype = torch.float32 if block else getattr(torch, arithmetic)
+    dtype = getattr(torch, arithmetic.partition(",")[0]) if not block else torch.float32
     model = load_model(path, dtype, dense_weights(layers))
     if block:
         for layer in layers:
             model.get_submodule(layer.name).register_forward_pre_hook(
                 lambda module, inputs: (_int8_blocks(inputs[0], block),)
             )
+    if arithmetic == IN_SEQUENCE:
+        for layer in layers:
+            module = model.get_submodule(layer.name)
+            module.forward = lambda x, weight=module.weight: sum_in_sequence(x, weight)
     return logits(model, ids)
+
+
+def sum_in_sequence(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T, the products of each output added in column order in the dtype of x, [..., out_features]."""
+    out = x.new_zeros(*x.shape[:-1], len(weight))
+    for column in range(x.shape[-1]):
+        out += x[..., column, None] * weight[:, column]
+    return out
 
 
 def _int8_blocks(x: Tensor, block: int) -> Tensor:

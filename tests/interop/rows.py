@@ -83,6 +83,8 @@ def _llama_cpp(case: str, arithmetic: str) -> Consumer:
 
 # gptqmodel's torch kernels take float16 and bfloat16 only; auto-round's force the model to float16 on the CPU.
 HALF = "float16"
+# compare.IN_SEQUENCE: how MLX adds up a row on the CPU.
+SEQUENCE = "float32, summed in sequence"
 SHORT, LONG = "int8 activations, blocks of 32", "int8 activations, blocks of 256"
 CONSUMERS = (
     *(
@@ -110,7 +112,10 @@ CONSUMERS = (
     _llama_cpp("q4_k", LONG),
     _llama_cpp("q3_k", LONG),
     _llama_cpp("stories_q4_0", SHORT),
-    *(Consumer("mlx", "consume_mlx", case, "mlx") for case in ("int3", "int4")),
+    *(
+        Consumer("mlx", "consume_mlx", case, "mlx", "float32, summed in sequence")
+        for case in ("int3", "int4")
+    ),
     *(Consumer("project", "consume_onnxruntime", case, "onnx") for case in ("int3", "int4", "int4_asym")),
     *(
         Consumer("vllm", "consume_vllm", "int4", format_name, "bfloat16", logprobs=True, limit=1800)

@@ -59,6 +59,7 @@ def run_script(
             stdout=handle,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
+            cwd=log.parent,  # some tools write logs where they are started
             start_new_session=True,
         )
         try:

@@ -54,6 +54,20 @@ def test_bound_grows_with_the_error_of_the_arithmetic() -> None:
     assert compare.logit_bound(oracle, oracle + 0.25, "bfloat16") == 2 * (0.25 + 2.0**-7 * 4)
 
 
+def test_a_sum_in_sequence_adds_each_product_in_turn() -> None:
+    import compare
+
+    generator = torch.Generator().manual_seed(4)
+    x, weight = torch.randn(2, 3, 17, generator=generator), torch.randn(5, 17, generator=generator)
+    want = torch.zeros(2, 3, 5)
+    for place in range(17):
+        want = want + x[:, :, place : place + 1] * weight[:, place]
+    assert torch.equal(compare.sum_in_sequence(x, weight), want)
+    # Small terms after a large one are lost one by one; a sum in pairs keeps them.
+    lost = torch.tensor([[2.0**24, *[1.0] * 16]])
+    assert compare.sum_in_sequence(lost, torch.ones(1, 17)).item() == 2.0**24
+
+
 def test_int8_blocks_keep_each_block_within_half_a_step() -> None:
     import compare
 
@@ -146,6 +160,15 @@ def test_messages_hold_no_paths_and_no_addresses() -> None:
 
     text = runner.public(f"cannot open {runner.ROOT}/runs/x, /opt/a/b.so at https://host.example/simple/")
     assert text == "cannot open ./runs/x, b.so at <address>"
+
+
+def test_autoround_files_name_the_release_whose_loader_is_run() -> None:
+    import environments
+
+    from discquant.formats.autoround import AUTOROUND_VERSION
+
+    pinned = environments.requirements("autoround").read_text(encoding="utf-8").split()
+    assert f"auto-round=={AUTOROUND_VERSION}" in pinned
 
 
 def test_the_page_shows_successes_and_failures() -> None:
