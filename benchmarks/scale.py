@@ -98,7 +98,7 @@ def options(given: argparse.Namespace) -> Any:
         solver=SolverConfig(
             iters=given.steps, batch_size=given.windows, micro_batch=given.micro_batch, warmup=0, lr=0.01, lr_floor=0.1,
             optimizer="momentum", state="u8", start="ref", kl_weight=1.0, compute_dtype=given.dtype, linear_until=1.0,
-            harden_from=1.0, snap_from=1.0, curvature=0.0,
+            harden_from=1.0, harden_until=1.0, snap_from=1.0, curvature=0.0,
         ),
         data=DataConfig("random", given.windows, given.seqlen),
         baselines=(),

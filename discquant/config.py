@@ -103,12 +103,15 @@ class SolverConfig:
         kl_weight: rho, the gain on the KL gradient; None sets it from the gradients themselves.
         saturation: Share of coordinates whose KL gradient reaches the clamp when kl_weight is None.
         linear_until: Share of the run after which the linear term is dropped (1 keeps it).
-        harden_from: Share of the run at which vertex hardening begins (1 never); see `schedule.settings`.
-        harden_most: Largest hardening weight; beyond it the KL gradient is scaled down instead.
+        harden_from: Share of the run at which vertex hardening begins (1 never).
+        harden_soft: Hardening weight reached at `harden_until`.
+        harden_until: Share of the run at which the final, steep hardening begins.
+        harden_final: Hardening weight at the end.
         snap_from: Share of the run after which coordinates are set to their vertex, first those nearest to one,
             all of them by the last step, while the others still move (1 leaves it to the last rounding).
-        curvature: Weight of the Kronecker-factored curvature term beside the KL gradient, 0 leaves it out. 1 would
-            count each layer's own curvature twice; more holds undecided coordinates against the noise of tokens.
+        curvature: Weight of the Kronecker-factored curvature term beside the KL gradient, 0 leaves it out; None sets it
+            from the damage at the start (`schedule.resolve`). 1 counts each layer's own curvature twice; more holds
+            undecided coordinates against the noise of tokens.
         curvature_samples: Token windows that the factors are gathered on.
         curvature_width: Channels per diagonal block of a factor; wider layers keep several blocks.
         state: Width of the per-weight state.
@@ -118,8 +121,8 @@ class SolverConfig:
     """
 
     preset: PresetName = "default"
-    iters: int = 256
-    batch_size: int = 16
+    iters: int = 512
+    batch_size: int = 8
     micro_batch: int = 8
     lr: float | None = None
     lr_floor: float | None = None
@@ -134,9 +137,11 @@ class SolverConfig:
     saturation: float = 0.8
     linear_until: float = 0.05
     harden_from: float = 0.15
-    harden_most: float = 4.0
+    harden_soft: float = 1.4
+    harden_until: float = 0.85
+    harden_final: float = 4.0
     snap_from: float = 0.95
-    curvature: float = 16.0
+    curvature: float | None = None
     curvature_samples: int = 256
     curvature_width: int = 512
     state: StateFormat = "fp32"
@@ -159,10 +164,11 @@ class SolverConfig:
         _check("grad_clamp", "above 0", self.grad_clamp > 0, self.grad_clamp)
         _check("kl_weight", "above 0 or None", self.kl_weight is None or self.kl_weight > 0, self.kl_weight)
         _check("saturation", "in (0, 1)", 0 < self.saturation < 1, self.saturation)
-        _check("harden_from", "in [0, 1]", 0 <= self.harden_from <= 1, self.harden_from)
-        _check("harden_most", "above 0", 0 < self.harden_most < float("inf"), self.harden_most)
+        shares = (self.harden_from, self.harden_until)
+        _check("harden_from <= harden_until", "in [0, 1]", 0 <= shares[0] <= shares[1] <= 1, shares)
         _check("snap_from", "in [0, 1]", 0 <= self.snap_from <= 1, self.snap_from)
-        _check("curvature", "at least 0", 0 <= self.curvature < float("inf"), self.curvature)
+        weight = self.curvature
+        _check("curvature", "at least 0 or None", weight is None or 0 <= weight < float("inf"), weight)
         _check("curvature_samples", "at least 1", self.curvature_samples >= 1, self.curvature_samples)
         _check("curvature_width", "at least 16", self.curvature_width >= 16, self.curvature_width)
         for name, kind in (
@@ -210,6 +216,9 @@ def paper_preset(bits: int, group_size: int) -> SolverConfig:
         kl_weight=200.0,
         linear_until=1.0,
         harden_from=1.0,
+        harden_soft=0.0,
+        harden_until=1.0,
+        harden_final=0.0,
         snap_from=1.0,
         curvature=0.0,
         state="bf16",

@@ -12,33 +12,35 @@ from discquant.config import SolverConfig
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Scalars of one step; `kl_share` scales both the gain and the clamp of the KL gradient."""
+    """Scalars of one step."""
 
     lr: float
     linear_weight: float
     hardening: float
-    kl_share: float
     snap: float
 
 
 LR_PER_ROOT_KL = 0.18
 LR_HIGHEST = 0.1
 TRAVEL = 2.0
+CURVATURE_MOST = 16.0
+CURVATURE_DAMAGE = 0.45
 
 
 def resolve(config: SolverConfig, start_kl: float) -> SolverConfig:
-    """Set `lr` and `lr_floor` where they are None.
+    """Set `lr`, `lr_floor` and `curvature` where they are None.
 
     lr = 0.18 sqrt(KL of the starting vertex), within [2 / iters, 0.1]: coordinates that are still undecided jitter by
     about lr per step, which costs KL in proportion to lr^2, and that must stay below the damage to be removed.
     The floor is a tenth of the peak, or what lets a coordinate travel twice the unit interval in the run.
+    curvature = 0.45 / KL, at most 16: the quadratic that it stands for holds while the damage is small.
 
     Args:
         config: Options.
         start_kl: Mean KL in nats of the codes that the solve starts from.
 
     Returns:
-        Options with both set.
+        Options with all three set.
     """
     lowest = TRAVEL / config.iters
     lr = config.lr
@@ -47,7 +49,10 @@ def resolve(config: SolverConfig, start_kl: float) -> SolverConfig:
     floor = config.lr_floor
     if floor is None:
         floor = min(1.0, max(0.1, lowest / lr))
-    return dataclasses.replace(config, lr=lr, lr_floor=floor)
+    curvature = config.curvature
+    if curvature is None:
+        curvature = min(CURVATURE_MOST, CURVATURE_DAMAGE / max(start_kl, 1e-6))
+    return dataclasses.replace(config, lr=lr, lr_floor=floor, curvature=curvature)
 
 
 def settings(config: SolverConfig, step: int) -> StepSettings:
@@ -55,11 +60,7 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
 
     lr: linear warm-up, then cosine from 1 to `lr_floor`, times `lr`.
     linear_weight: 1 until `linear_until` of the run, then 0.
-    hardening: 0 until `harden_from`, then mu = t / (1 - t) with t the share of what is left that is done. A clamped KL
-        gradient can hold a coordinate while mu |1 - 2 frac| < 1; 1 / mu falls to 0 evenly at the end, so that
-        coordinates are decided one after the other to the last, while the others still make up for them.
-    kl_share: 1 until mu reaches `harden_most`; there hardening stays, and the KL gradient is scaled down instead: the
-        same balance, within the range of 8-bit moments.
+    hardening: 0 until `harden_from`, linear to `harden_soft` at `harden_until`, linear to `harden_final`.
     snap: coordinates this near to a vertex are set to it: 0 until `snap_from`, linear to 1/2 at the last step.
 
     Raises:
@@ -72,16 +73,20 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     span = max(1, config.iters - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, (step - 1 - config.warmup) / span))))
     lr = config.lr * warm * max(config.lr_floor, cosine)
-    hardening, kl_share = 0.0, 1.0
-    if done > config.harden_from:
-        balance = (done - config.harden_from) / (1.0 - done)
-        hardening = min(balance, config.harden_most)
-        kl_share = hardening / balance
+    hardening = 0.0
+    if config.harden_from < 1.0 and done >= config.harden_from:
+        soft_span = config.harden_until - config.harden_from
+        if done < config.harden_until:
+            hardening = config.harden_soft * (done - config.harden_from) / soft_span
+        else:
+            hard_span = max(1e-12, 1.0 - config.harden_until)
+            rise = (config.harden_final - config.harden_soft) * (done - config.harden_until) / hard_span
+            hardening = config.harden_soft + rise
     snap = 0.0
     begin = min(math.floor(config.snap_from * config.iters), config.iters - 1)
     if config.snap_from < 1.0 and step > begin:
         snap = 0.5 * (step - begin) / (config.iters - begin)
-    return StepSettings(lr, 1.0 if done < config.linear_until else 0.0, hardening, kl_share, snap)
+    return StepSettings(lr, 1.0 if done < config.linear_until else 0.0, hardening, snap)
 
 
 def moment_bound(config: SolverConfig) -> float:
@@ -89,7 +94,7 @@ def moment_bound(config: SolverConfig) -> float:
 
     The linear term and hardening add up only where they overlap in time; int8 moments are as fine as this is small.
     """
-    hardest = config.harden_most if config.harden_from < 1.0 else 0.0
+    hardest = max(config.harden_soft, config.harden_final) if config.harden_from < 1.0 else 0.0
     together = 1.0 + hardest if config.linear_until > config.harden_from else max(1.0, hardest)
     return config.grad_clamp + together
 

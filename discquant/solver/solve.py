@@ -195,7 +195,7 @@ class Solve:
         self.start_codes = start_codes
         if options.start == "gptq" and start_codes is None:
             self.start_codes = self.gptq_codes(grids)
-        if options.lr is None or options.lr_floor is None:
+        if None in (options.lr, options.lr_floor, options.curvature):
             options = self.engine.ranks.share(resolve(options, self._start_kl(grids)))
         wide = torch.float64 if options.compute_dtype == "float64" else torch.float32
         placement = self.engine.placement(chain, options)
@@ -271,7 +271,7 @@ class Solve:
 
     @staticmethod
     def _curved(options: SolverConfig) -> bool:
-        return options.curvature > 0 and options.loss == "kl"
+        return bool(options.curvature) and options.loss == "kl"
 
     def _gather_curvature(self) -> None:
         """Fill the factors of all states, on as many rows at once as a step takes."""

@@ -125,7 +125,7 @@ class Solver:
         self.step_number = 0
         self.dtype: torch.dtype = getattr(torch, config.compute_dtype)
         self.gain = GainControl(config.kl_weight or 1.0, None if config.kl_weight else config.saturation)
-        self.curvature = config.curvature if config.loss == "kl" else 0.0
+        self.curvature = config.curvature or 0.0 if config.loss == "kl" else 0.0
         self.served = served or self.dtype
         self.before_change: Callable[[int], None] | None = None
         self._journal = Journal(JOURNAL_BYTES)
@@ -223,8 +223,8 @@ class Solver:
             lr=now.lr,
             betas=self.config.betas,
             weight_decay=self.config.weight_decay,
-            kl_weight=self.gain.gain * now.kl_share,
-            grad_clamp=self.config.grad_clamp * now.kl_share,
+            kl_weight=self.gain.gain,
+            grad_clamp=self.config.grad_clamp,
             linear_weight=now.linear_weight,
             hardening=now.hardening,
             step=number,

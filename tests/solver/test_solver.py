@@ -129,6 +129,8 @@ def test_section_5_rule(make_model: Callable[..., Any]) -> None:
         grad_clamp=kappa,
         linear_until=1.0,
         harden_from=1.0,
+        harden_until=1.0,
+        curvature=0.0,
         lr_floor=1.0,
         iters=80,
         kl_weight=200.0,
