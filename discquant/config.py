@@ -105,8 +105,8 @@ class SolverConfig:
         linear_until: Share of the run after which the linear term is dropped (1 keeps it).
         harden_from: Share of the run at which vertex hardening begins (1 never).
         harden_soft: Hardening weight reached at `harden_until`.
-        harden_until: Share of the run at which the final, steep hardening begins; see `schedule.settings`.
-        harden_final: Largest hardening weight; beyond it the KL gradient is scaled down instead.
+        harden_until: Share of the run at which the final, steep hardening begins.
+        harden_final: Hardening weight at the end.
         snap_from: Share of the run after which coordinates are set to their vertex, first those nearest to one,
             all of them by the last step, while the others still move (1 leaves it to the last rounding).
         curvature: Weight of the Kronecker-factored curvature term beside the KL gradient, 0 leaves it out; None sets it

@@ -12,12 +12,11 @@ from discquant.config import SolverConfig
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Scalars of one step; `kl_share` scales both the gain and the clamp of the KL gradient."""
+    """Scalars of one step."""
 
     lr: float
     linear_weight: float
     hardening: float
-    kl_share: float
     snap: float
 
 
@@ -61,11 +60,7 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
 
     lr: linear warm-up, then cosine from 1 to `lr_floor`, times `lr`.
     linear_weight: 1 until `linear_until` of the run, then 0.
-    hardening: 0 until `harden_from`, linear to mu = `harden_soft` at `harden_until`; then 1 / mu falls evenly to 0. A
-        clamped KL gradient can hold a coordinate while mu |1 - 2 frac| < 1, so the last ones are decided one after the
-        other, while those that are left still make up for them.
-    kl_share: 1 until mu reaches `harden_final`; there hardening stays, and the KL gradient is scaled down instead: the
-        same balance, within the range of 8-bit moments.
+    hardening: 0 until `harden_from`, linear to `harden_soft` at `harden_until`, linear to `harden_final`.
     snap: coordinates this near to a vertex are set to it: 0 until `snap_from`, linear to 1/2 at the last step.
 
     Raises:
@@ -78,21 +73,20 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     span = max(1, config.iters - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, (step - 1 - config.warmup) / span))))
     lr = config.lr * warm * max(config.lr_floor, cosine)
-    hardening, kl_share = 0.0, 1.0
+    hardening = 0.0
     if config.harden_from < 1.0 and done >= config.harden_from:
         soft_span = config.harden_until - config.harden_from
         if done < config.harden_until:
             hardening = config.harden_soft * (done - config.harden_from) / soft_span
         else:
-            # At most t = 1 - 1 / iters: the last step is taken before the end of the run.
-            balance = config.harden_soft * (1.0 - config.harden_until) / (1.0 - done)
-            hardening = min(balance, config.harden_final)
-            kl_share = hardening / balance if balance > 0 else 1.0
+            hard_span = max(1e-12, 1.0 - config.harden_until)
+            rise = (config.harden_final - config.harden_soft) * (done - config.harden_until) / hard_span
+            hardening = config.harden_soft + rise
     snap = 0.0
     begin = min(math.floor(config.snap_from * config.iters), config.iters - 1)
     if config.snap_from < 1.0 and step > begin:
         snap = 0.5 * (step - begin) / (config.iters - begin)
-    return StepSettings(lr, 1.0 if done < config.linear_until else 0.0, hardening, kl_share, snap)
+    return StepSettings(lr, 1.0 if done < config.linear_until else 0.0, hardening, snap)
 
 
 def moment_bound(config: SolverConfig) -> float:
