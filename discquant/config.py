@@ -102,7 +102,8 @@ class SolverConfig:
         grad_clamp: kappa, the element-wise clamp of the KL gradient.
         kl_weight: rho, the gain on the KL gradient; None sets it from the gradients themselves.
         saturation: Share of coordinates whose KL gradient reaches the clamp when kl_weight is None.
-        linear_until: Share of the run after which the linear term is dropped (1 keeps it).
+        linear_until: Share of the run after which the linear term is dropped (1 keeps it); None sets it by whether
+            there is a curvature term (`schedule.resolve`).
         harden_from: Share of the run at which vertex hardening begins (1 never).
         harden_soft: Hardening weight reached at `harden_until`.
         harden_until: Share of the run at which the final, steep hardening begins.
@@ -135,7 +136,7 @@ class SolverConfig:
     grad_clamp: float = 1.0
     kl_weight: float | None = None
     saturation: float = 0.8
-    linear_until: float = 0.05
+    linear_until: float | None = None
     harden_from: float = 0.15
     harden_soft: float = 1.4
     harden_until: float = 0.85
@@ -164,6 +165,8 @@ class SolverConfig:
         _check("grad_clamp", "above 0", self.grad_clamp > 0, self.grad_clamp)
         _check("kl_weight", "above 0 or None", self.kl_weight is None or self.kl_weight > 0, self.kl_weight)
         _check("saturation", "in (0, 1)", 0 < self.saturation < 1, self.saturation)
+        until = self.linear_until
+        _check("linear_until", "in [0, 1] or None", until is None or 0 <= until <= 1, until)
         shares = (self.harden_from, self.harden_until)
         _check("harden_from <= harden_until", "in [0, 1]", 0 <= shares[0] <= shares[1] <= 1, shares)
         _check("snap_from", "in [0, 1]", 0 <= self.snap_from <= 1, self.snap_from)

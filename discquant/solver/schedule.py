@@ -23,24 +23,27 @@ class StepSettings:
 LR_PER_ROOT_KL = 0.18
 LR_HIGHEST = 0.1
 TRAVEL = 2.0
-CURVATURE_MOST = 16.0
-CURVATURE_DAMAGE = 0.45
+CURVATURE = 16.0
+CURVATURE_DAMAGE = 0.1
+LINEAR_UNTIL = {True: 0.05, False: 0.15}  # with the curvature term, and without it
 
 
 def resolve(config: SolverConfig, start_kl: float) -> SolverConfig:
-    """Set `lr`, `lr_floor` and `curvature` where they are None.
+    """Set `lr`, `lr_floor`, `curvature` and `linear_until` where they are None.
 
     lr = 0.18 sqrt(KL of the starting vertex), within [2 / iters, 0.1]: coordinates that are still undecided jitter by
     about lr per step, which costs KL in proportion to lr^2, and that must stay below the damage to be removed.
     The floor is a tenth of the peak, or what lets a coordinate travel twice the unit interval in the run.
-    curvature = 0.45 / KL, at most 16: the quadratic that it stands for holds while the damage is small.
+    curvature = 16 where that KL is below 0.1, else 0: the quadratic that it stands for holds while the damage is small.
+    linear_until = 0.05 with the curvature term, which holds undecided coordinates against noise; without it 0.15, which
+    is enough to reach the anchor's vertex first.
 
     Args:
         config: Options.
         start_kl: Mean KL in nats of the codes that the solve starts from.
 
     Returns:
-        Options with all three set.
+        Options with all four set.
     """
     lowest = TRAVEL / config.iters
     lr = config.lr
@@ -51,8 +54,11 @@ def resolve(config: SolverConfig, start_kl: float) -> SolverConfig:
         floor = min(1.0, max(0.1, lowest / lr))
     curvature = config.curvature
     if curvature is None:
-        curvature = min(CURVATURE_MOST, CURVATURE_DAMAGE / max(start_kl, 1e-6))
-    return dataclasses.replace(config, lr=lr, lr_floor=floor, curvature=curvature)
+        curvature = CURVATURE if start_kl < CURVATURE_DAMAGE else 0.0
+    linear = config.linear_until
+    if linear is None:
+        linear = LINEAR_UNTIL[curvature > 0]
+    return dataclasses.replace(config, lr=lr, lr_floor=floor, curvature=curvature, linear_until=linear)
 
 
 def settings(config: SolverConfig, step: int) -> StepSettings:
@@ -64,10 +70,10 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     snap: coordinates this near to a vertex are set to it: 0 until `snap_from`, linear to 1/2 at the last step.
 
     Raises:
-        ValueError: `lr` or `lr_floor` is not set yet (`resolve` sets them).
+        ValueError: `lr`, `lr_floor` or `linear_until` is not set yet (`resolve` sets them).
     """
-    if config.lr is None or config.lr_floor is None:
-        raise ValueError("settings: lr and lr_floor must be set, got None; see resolve")
+    if config.lr is None or config.lr_floor is None or config.linear_until is None:
+        raise ValueError("settings: lr, lr_floor and linear_until must be set, got None; see resolve")
     done = (step - 1) / config.iters
     warm = min(1.0, step / config.warmup) if config.warmup else 1.0
     span = max(1, config.iters - config.warmup)
@@ -95,7 +101,8 @@ def moment_bound(config: SolverConfig) -> float:
     The linear term and hardening add up only where they overlap in time; int8 moments are as fine as this is small.
     """
     hardest = max(config.harden_soft, config.harden_final) if config.harden_from < 1.0 else 0.0
-    together = 1.0 + hardest if config.linear_until > config.harden_from else max(1.0, hardest)
+    until = 1.0 if config.linear_until is None else config.linear_until
+    together = 1.0 + hardest if until > config.harden_from else max(1.0, hardest)
     return config.grad_clamp + together
 
 

@@ -195,7 +195,7 @@ class Solve:
         self.start_codes = start_codes
         if options.start == "gptq" and start_codes is None:
             self.start_codes = self.gptq_codes(grids)
-        if None in (options.lr, options.lr_floor, options.curvature):
+        if None in (options.lr, options.lr_floor, options.curvature, options.linear_until):
             options = self.engine.ranks.share(resolve(options, self._start_kl(grids)))
         wide = torch.float64 if options.compute_dtype == "float64" else torch.float32
         placement = self.engine.placement(chain, options)

@@ -65,15 +65,17 @@ def test_learning_rate_follows_the_damage() -> None:
     assert (given.lr, given.lr_floor) == (0.07, 0.5)
 
 
-def test_curvature_follows_the_damage() -> None:
-    """Less of the quadratic where the damage is beyond it; what is given stays."""
-    config = SolverConfig()
-    small, large = resolve(config, 1e-4).curvature, resolve(config, 0.9).curvature
-    assert small == 16
-    assert large == pytest.approx(0.5)
-    assert resolve(SolverConfig(curvature=0.0), 0.01).curvature == 0
-    with pytest.raises(ValueError, match="curvature"):
-        SolverConfig(curvature=-1.0)
+def test_curvature_and_linear_phase_follow_the_damage() -> None:
+    """No quadratic where the damage is beyond it, and then the anchor's vertex first; what is given stays."""
+    small, large = resolve(SolverConfig(), 0.02), resolve(SolverConfig(), 0.9)
+    assert (small.curvature, small.linear_until) == (16.0, 0.05)
+    assert (large.curvature, large.linear_until) == (0.0, 0.15)
+    given = resolve(SolverConfig(curvature=0.0), 0.01)
+    assert (given.curvature, given.linear_until) == (0.0, 0.15)
+    assert resolve(SolverConfig(curvature=3.0, linear_until=0.4), 0.9).linear_until == 0.4
+    for wrong in ({"curvature": -1.0}, {"linear_until": 1.5}):
+        with pytest.raises(ValueError, match="config"):
+            SolverConfig(**wrong)
 
 
 def test_schedule_wants_a_rate() -> None:
