@@ -28,6 +28,12 @@ BatchSize = Annotated[int | None, typer.Option(help="Windows per step.")]
 MicroBatch = Annotated[int | None, typer.Option(help="Windows per forward pass.")]
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate on frac.")]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, momentum, lion or sgd.")]
+Curvature = Annotated[
+    float | None,
+    typer.Option(
+        help="Weight of the curvature term; 0 leaves it and its memory out; default from the damage."
+    ),
+]
 State = Annotated[
     str | None, typer.Option(help="Solver state: fp32, bf16, or u8 (3.5-4.5 bytes per weight).")
 ]

@@ -54,6 +54,7 @@ def quantize(
     batch_size: options.BatchSize = None,
     micro_batch: options.MicroBatch = None,
     lr: options.Lr = None,
+    curvature: options.Curvature = None,
     optimizer: options.Optimizer = None,
     loss: Annotated[str | None, typer.Option(help="kl, or the paper's variants ce and mse.")] = None,
     start: Annotated[str | None, typer.Option(help="Where frac starts: ref, gptq or random.")] = None,
@@ -91,7 +92,8 @@ def quantize(
     grid_config = GridConfig(*fixed, grid=grid, kind=kind)  # type: ignore[arg-type]
     solver = options.solver_options(
         grid_config, preset_name, iters=iters, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
-        optimizer=optimizer, loss=loss, start=start, state=state, compute_dtype=compute_dtype, teacher=teacher,
+        curvature=curvature, optimizer=optimizer, loss=loss, start=start, state=state, compute_dtype=compute_dtype,
+        teacher=teacher,
     )  # fmt: skip
     config = QuantizeConfig(
         grid=grid_config,

@@ -31,6 +31,7 @@ def refine(
     batch_size: options.BatchSize = None,
     micro_batch: options.MicroBatch = None,
     lr: options.Lr = None,
+    curvature: options.Curvature = None,
     optimizer: options.Optimizer = None,
     start: Annotated[
         str | None,
@@ -56,7 +57,8 @@ def refine(
     """
     solver = options.solver_options(
         GridConfig(), "default", iters=iters, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
-        optimizer=optimizer, start=start, state=state, compute_dtype=compute_dtype, teacher=teacher,
+        curvature=curvature, optimizer=optimizer, start=start, state=state, compute_dtype=compute_dtype,
+        teacher=teacher,
     )  # fmt: skip
     config = QuantizeConfig(
         method=method,  # type: ignore[arg-type]
