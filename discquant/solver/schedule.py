@@ -55,10 +55,14 @@ def resolve(config: SolverConfig, start_kl: float) -> SolverConfig:
     curvature = config.curvature
     if curvature is None:
         curvature = CURVATURE if start_kl < CURVATURE_DAMAGE else 0.0
-    linear = config.linear_until
-    if linear is None:
-        linear = LINEAR_UNTIL[curvature > 0]
-    return dataclasses.replace(config, lr=lr, lr_floor=floor, curvature=curvature, linear_until=linear)
+    resolved = dataclasses.replace(config, lr=lr, lr_floor=floor, curvature=curvature)
+    return dataclasses.replace(resolved, linear_until=linear_until(resolved))
+
+
+def linear_until(config: SolverConfig) -> float:
+    """Return the share of the run after which the linear term is dropped, by the curvature term where it is None."""
+    given = config.linear_until
+    return LINEAR_UNTIL[bool(config.curvature)] if given is None else given
 
 
 def settings(config: SolverConfig, step: int) -> StepSettings:
@@ -70,10 +74,10 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     snap: coordinates this near to a vertex are set to it: 0 until `snap_from`, linear to 1/2 at the last step.
 
     Raises:
-        ValueError: `lr`, `lr_floor` or `linear_until` is not set yet (`resolve` sets them).
+        ValueError: `lr` or `lr_floor` is not set yet (`resolve` sets them).
     """
-    if config.lr is None or config.lr_floor is None or config.linear_until is None:
-        raise ValueError("settings: lr, lr_floor and linear_until must be set, got None; see resolve")
+    if config.lr is None or config.lr_floor is None:
+        raise ValueError("settings: lr and lr_floor must be set, got None; see resolve")
     done = (step - 1) / config.iters
     warm = min(1.0, step / config.warmup) if config.warmup else 1.0
     span = max(1, config.iters - config.warmup)
@@ -92,7 +96,7 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     begin = min(math.floor(config.snap_from * config.iters), config.iters - 1)
     if config.snap_from < 1.0 and step > begin:
         snap = 0.5 * (step - begin) / (config.iters - begin)
-    return StepSettings(lr, 1.0 if done < config.linear_until else 0.0, hardening, snap)
+    return StepSettings(lr, 1.0 if done < linear_until(config) else 0.0, hardening, snap)
 
 
 def moment_bound(config: SolverConfig) -> float:
@@ -101,8 +105,7 @@ def moment_bound(config: SolverConfig) -> float:
     The linear term and hardening add up only where they overlap in time; int8 moments are as fine as this is small.
     """
     hardest = max(config.harden_soft, config.harden_final) if config.harden_from < 1.0 else 0.0
-    until = 1.0 if config.linear_until is None else config.linear_until
-    together = 1.0 + hardest if until > config.harden_from else max(1.0, hardest)
+    together = 1.0 + hardest if linear_until(config) > config.harden_from else max(1.0, hardest)
     return config.grad_clamp + together
 
 
