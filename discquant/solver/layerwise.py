@@ -54,12 +54,13 @@ class _HessianHook:
             if self.strict:
                 raise
             return
-        product = (rows.T @ rows).double()
-        self.hessian = product if self.hessian is None else self.hessian + product
+        product = rows.T @ rows
+        self.hessian = product.double() if self.hessian is None else self.hessian.add_(product)
 
     def gathered(self, ref: WeightRef) -> Tensor | None:
-        """Return X^T X of a weight's inputs, None where no token came."""
-        return self.hessian
+        """Return X^T X of a weight's inputs, None where no token came; it is let go: nobody else asks for it."""
+        hessian, self.hessian = self.hessian, None
+        return hessian
 
     def remove(self) -> None:
         """Stop watching."""
@@ -148,18 +149,16 @@ def layerwise_codes(
             matrix = ref.matrix()
             if hessian is None:  # never reached by a token: nothing to learn from
                 codes[ref.name] = grid.nearest(matrix)
-            elif method == "gptq":
-                codes[ref.name] = gptq(matrix, hessian, grid, damp=damp)
             else:
-                codes[ref.name] = greedy(matrix, hessian, grid, damp=damp)
+                round_matrix = gptq if method == "gptq" else greedy
+                codes[ref.name] = round_matrix(matrix, hessian, grid, damp=damp)
+            del hessian, matrix
         products = (
             grids[ref.name].dequantize(codes[ref.name], served).to(ref.parameter.dtype) for ref in refs
         )
         weights = assemble(refs, products)
-        hidden = [
-            chain.run_block(index, h, batch.calls[index], weights)
-            for h, batch in zip(hidden, batches, strict=True)
-        ]
+        for place, batch in enumerate(batches):  # each micro-batch in place of the last
+            hidden[place] = chain.run_block(index, hidden[place], batch.calls[index], weights)
         if progress is not None:
             progress(index + 1, len(chain.weights))
     return codes
