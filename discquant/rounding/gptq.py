@@ -11,7 +11,6 @@ from torch import Tensor
 
 from discquant.grids import Grid
 
-
 # Rows are independent given the factor: so many bytes of float64 rows are solved at once.
 SLICE_BYTES = 1 << 28
 _COPIED_COLUMNS = 512

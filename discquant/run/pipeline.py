@@ -7,6 +7,7 @@ Every stage leaves its result in the run directory; the same command again conti
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import threading
@@ -32,9 +33,10 @@ from discquant.formats.scheme import Scheme
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
 from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoint
-from discquant.run.directory import RunDirectory, save_tensors_atomic, served_dtype, write_atomic
+from discquant.run.directory import RunDirectory, served_dtype, write_atomic
 from discquant.run.phases import Phases, resident_bytes
 from discquant.run.planned import compare_run, plan_run
+from discquant.run.stored import Given, StoredCodes, save_tensors_atomic
 from discquant.run.summary import START, coded_layers, frac_histogram, summarize_run
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
@@ -210,13 +212,14 @@ class Pipeline:
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
         solve: Solve | None = None
         with self._phase("round"):
+            codes: Mapping[str, Tensor]
             if self.config.method == "discquant":
                 solve = self._solve(chain, grids, rows, held, source)
-                codes = solve.codes()
+                codes = solve.coded()
             else:
                 codes = self._layerwise(chain, grids, rows, self.config.method, source)
             codes = self._final(codes, grids)
-            self.directory.save_codes(coded_layers(codes, grids))
+            self.directory.save_codes(codes, grids)
         with self._phase("evaluate"):
             baselines = self._baselines(chain, grids, rows, codes, solve, source)
             summary = summarize_run(
@@ -253,7 +256,7 @@ class Pipeline:
         """Return the dtype that engines dequantize to."""
         return served_dtype(source.config)
 
-    def _final(self, codes: dict[str, Tensor], grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    def _final(self, codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Mapping[str, Tensor]:
         """Return the codes to write, from those that rounding gave."""
         return codes
 
@@ -363,11 +366,24 @@ class Pipeline:
         return train, validation
 
     def _layerwise(
-        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, method: Method, source: Source
-    ) -> dict[str, Tensor]:
+        self,
+        chain: Chain,
+        grids: Mapping[str, Grid],
+        rows: TokenRows,
+        method: Method,
+        source: Source,
+        *,
+        strict: bool = True,
+    ) -> Mapping[str, Tensor]:
         batches = rows.batches(range(min(self.config.gptq_samples, len(rows)))) if method != "rtn" else []
         return layerwise_codes(
-            chain, grids, batches, method, damp=self.config.gptq_damp, served=self._served(source)
+            chain,
+            grids,
+            batches,
+            method,
+            damp=self.config.gptq_damp,
+            served=self._served(source),
+            strict=strict,
         )
 
     def _solve(
@@ -376,9 +392,12 @@ class Pipeline:
         folder = self.directory.path / "checkpoints"
         ranks = self.engine.ranks
         fresh = bool(ranks.share(not has_checkpoint(folder)))
-        start = kept = self._start_codes()
+        start = self._start_codes()
         if start is None:
             start = self._choose_start(chain, grids, rows, source)
+            if start is not None and ranks.first:
+                self._save_start_codes(start)
+                start = self._start_codes()  # from now on in the file only
         solve = Solve(
             chain,
             grids,
@@ -392,8 +411,6 @@ class Pipeline:
         self._open = solve
         for note in solve.solver.placement.notes:
             self.events.say(f"note: {note}")
-        if solve.start_codes is not None and kept is None and ranks.first:
-            save_tensors_atomic(self.directory.path / START_CODES, solve.start_codes, {})
         if not fresh and load_checkpoint(folder, solve) is None:
             raise ResumeError(
                 f"quantize: no checkpoint in {folder} can be read; remove that folder to start again"
@@ -457,17 +474,20 @@ class Pipeline:
 
     def _choose_start(
         self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, source: Source
-    ) -> dict[str, Tensor] | None:
-        """Return codes to start from, None where the solve computes its own."""
-        return None
-
-    def _start_codes(self) -> dict[str, Tensor] | None:
-        """Return the codes that an interrupted run started from, None where there are none."""
-        path = self.directory.path / START_CODES
-        if not path.exists():
+    ) -> Mapping[str, Tensor] | None:
+        """Return codes to start from, None where the solve starts from the weights."""
+        if self.config.solver.start != "gptq":
             return None
-        with safe_open(path, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+        return self._layerwise(chain, grids, rows, "gptq", source, strict=False)
+
+    def _start_codes(self) -> Mapping[str, Tensor] | None:
+        """Return the codes that this run started from, None where it has not."""
+        path = self.directory.path / START_CODES
+        return StoredCodes(path) if path.exists() else None
+
+    def _save_start_codes(self, codes: Mapping[str, Tensor]) -> None:
+        given: dict[str, Given] = {name: functools.partial(codes.__getitem__, name) for name in codes}
+        save_tensors_atomic(self.directory.path / START_CODES, given, {})
 
     def _save_start(self, solve: Solve) -> None:
         """Keep the histogram of `frac` at the start for the report."""

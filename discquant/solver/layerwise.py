@@ -13,6 +13,7 @@ from discquant.config import Method
 from discquant.grids import Grid
 from discquant.rounding import gptq, greedy
 from discquant.solver.chain import Chain, Prepared, WeightRef
+from discquant.solver.codes import PackedCodes
 from discquant.solver.experts import RoutedInputs
 from discquant.solver.weight_ref import assemble
 
@@ -94,9 +95,13 @@ def _watch(chain: Chain, refs: Sequence[WeightRef], strict: bool) -> dict[str, _
     return hooks
 
 
-def rtn_codes(chain: Chain, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+def rtn_codes(chain: Chain, grids: Mapping[str, Grid]) -> PackedCodes:
     """Round every weight to nearest; codes by module name."""
-    return {ref.name: grids[ref.name].nearest(ref.matrix()) for refs in chain.weights for ref in refs}
+    codes = PackedCodes()
+    for ref in (ref for refs in chain.weights for ref in refs):
+        grid = grids[ref.name]
+        codes.put(ref.name, grid.nearest(ref.matrix()), grid.num_bits)
+    return codes
 
 
 @torch.no_grad()
@@ -110,7 +115,7 @@ def layerwise_codes(
     served: torch.dtype = torch.float32,
     strict: bool = True,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
+) -> PackedCodes:
     """Round block after block, each on the outputs of the rounded blocks before it.
 
     Args:
@@ -124,7 +129,7 @@ def layerwise_codes(
         progress: Called with (blocks done, blocks).
 
     Returns:
-        Codes by module name, uint8, [out_features, in_features].
+        Codes by module name, uint8, [out_features, in_features]; held two per byte where they fit.
 
     Raises:
         NotImplementedError: A layer kind whose inputs cannot be gathered.
@@ -132,7 +137,7 @@ def layerwise_codes(
     if method == "rtn":
         return rtn_codes(chain, grids)
     hidden = [batch.hidden for batch in batches]
-    codes: dict[str, Tensor] = {}
+    codes = PackedCodes()
     for index, refs in enumerate(chain.weights):
         hooks = _watch(chain, refs, strict)
         try:
@@ -148,11 +153,12 @@ def layerwise_codes(
             hessian, grid = hooks[ref.name].gathered(ref), grids[ref.name]
             matrix = ref.matrix()
             if hessian is None:  # never reached by a token: nothing to learn from
-                codes[ref.name] = grid.nearest(matrix)
+                q = grid.nearest(matrix)
             else:
                 round_matrix = gptq if method == "gptq" else greedy
-                codes[ref.name] = round_matrix(matrix, hessian, grid, damp=damp)
-            del hessian, matrix
+                q = round_matrix(matrix, hessian, grid, damp=damp)
+            codes.put(ref.name, q, grid.num_bits)
+            del hessian, matrix, q
         products = (
             grids[ref.name].dequantize(codes[ref.name], served).to(ref.parameter.dtype) for ref in refs
         )
