@@ -128,22 +128,23 @@ def remembers_teacher(shape: ModelShape, setting: Setting) -> bool:
     return repeats and data.nsamples * data.seqlen * shape.hidden * 4 <= KEEP_TEACHER_BYTES
 
 
-def gptq_bytes(block: Block, element: int) -> float:
+def gptq_bytes(block: Block) -> float:
     """Return what GPTQ of one block holds at most, in bytes.
 
     While inputs pass: X^T X of every layer in float64 and one float32 product. While a layer is rounded: its own and
-    those of the layers after it, one more for the factor, a slice of rows (float64 twice, codes once), the matrix and
-    its codes. Those of fused experts stay to the end.
+    those of the layers after it, one more for the factor, a slice of rows (float64 twice, codes once) and its codes.
+    Those of fused experts stay to the end.
     """
-    from discquant.rounding.gptq import slice_rows
+    from discquant.rounding.gptq import COPIED_COLUMNS, slice_rows
 
     kept = [8.0 * m.columns**2 * m.count for m in block.matrices]
     peak = sum(kept) + max(4.0 * m.columns**2 for m in block.matrices)
     left = sum(kept)
     for matrix, own in zip(block.matrices, kept, strict=True):
         rows = min(matrix.rows, slice_rows(matrix.columns))
-        work = 8.0 * matrix.columns**2 + 17.0 * rows * matrix.columns
-        peak = max(peak, left + work + (element + 1.0) * matrix.rows * matrix.columns)
+        copied = 2 * 8.0 * matrix.columns * min(matrix.columns, COPIED_COLUMNS)
+        work = 8.0 * matrix.columns**2 + max(copied, 17.0 * rows * matrix.columns)
+        peak = max(peak, left + work + 1.0 * matrix.rows * matrix.columns)
         if matrix.active == 1:
             left -= own
     return peak
@@ -166,7 +167,8 @@ def _layerwise(shape: ModelShape, setting: Setting, method: str) -> dict[str, fl
     return {
         "hidden states": 2.0 * rows * shape.hidden * element,
         "activations of a block": largest.passing_elements * element * setting.micro_tokens,
-        "X^T X and its factor": greedy_bytes(largest) if method == "greedy" else gptq_bytes(largest, element),
+        "a matrix as read": matrix * element if setting.streamed else 0.0,
+        "X^T X and its factor": greedy_bytes(largest) if method == "greedy" else gptq_bytes(largest),
     }
 
 
@@ -184,6 +186,20 @@ def _measuring(shape: ModelShape, setting: Setting) -> dict[str, float]:
     }
 
 
+def gain_bytes(shape: ModelShape) -> float:
+    """Return what finding the gain holds: gradients sampled from every matrix, joined, and their quantile (a sort)."""
+    from discquant.solver.solver import GAIN_POOLED, GAIN_SAMPLES
+
+    def thinned(count: int, most: int) -> int:
+        return -(-count // max(1, count // most))
+
+    count = sum(
+        m.count * thinned(m.rows * m.columns, GAIN_SAMPLES) for block in shape.blocks for m in block.matrices
+    )
+    # float32 twice; of the quantile sorted values and their places.
+    return 8.0 * count + 12.0 * thinned(count, GAIN_POOLED)
+
+
 def _logit_tensors(shape: ModelShape, setting: Setting) -> float:
     """Return entries of all tensors over the vocabulary that exist at once in the head: 2 on a device, 10 here."""
     from discquant.solver.losses import head_chunk
@@ -196,6 +212,8 @@ def _logit_tensors(shape: ModelShape, setting: Setting) -> float:
 def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Return what one step needs besides state and weights."""
     largest, element, tokens = shape.largest, setting.element, setting.tokens
+    from discquant.solver.solver import JOURNAL_BYTES
+
     keep = keeps_graph(shape, setting)
     depth = len(shape.blocks)
     wide = 4 if element < 8 else 8
@@ -212,6 +230,8 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
         "hidden states": 4.0 * tokens * shape.hidden * element,
         "logits": _logit_tensors(shape, setting) * wide,
+        # What the step replaces is kept until it ends, up to a limit.
+        "bytes to undo a step": min(shape.weights * setting.layout.written, JOURNAL_BYTES),
     }
 
 
@@ -294,8 +314,11 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
             "state of a block unpacked": largest.weights * layout.total,
             "positions of one matrix": WIDE_POSITIONS * matrix,
         }
+        gain = {
+            "gradients sampled for the gain": gain_bytes(shape) if config.solver.kl_weight is None else 0.0
+        }
         stored["checkpoints (two)"] = 2 * weights * layout.written
-        peaks.append(peak("solve", max(work, building, key=lambda items: sum(items.values())), {}))
+        peaks.append(peak("solve", max(work, building, gain, key=lambda items: sum(items.values())), {}))
         held.pop("boundary activations", None)
         stored.pop("boundary activations", None)
     # Final codes of a solve are computed from its state when they are asked for, those at the start lie in a file.

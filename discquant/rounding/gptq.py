@@ -13,7 +13,7 @@ from discquant.grids import Grid
 
 # Rows are independent given the factor: so many bytes of float64 rows are solved at once.
 SLICE_BYTES = 1 << 28
-_COPIED_COLUMNS = 512
+COPIED_COLUMNS = 64  # of the Hessian at once, put in the order of the solve
 
 
 def slice_rows(columns: int) -> int:
@@ -23,9 +23,9 @@ def slice_rows(columns: int) -> int:
 
 def _permute_into(work: Tensor, hessian: Tensor, order: Tensor) -> None:
     """work[i, j] = hessian[order[i], order[j]], a few columns at a time."""
-    for begin in range(0, len(order), _COPIED_COLUMNS):
-        part = order[begin : begin + _COPIED_COLUMNS]
-        work[:, begin : begin + _COPIED_COLUMNS] = hessian.index_select(1, part).index_select(0, order)
+    for begin in range(0, len(order), COPIED_COLUMNS):
+        part = order[begin : begin + COPIED_COLUMNS]
+        work[:, begin : begin + COPIED_COLUMNS] = hessian.index_select(1, part).index_select(0, order)
 
 
 def _inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp: float) -> Tensor:

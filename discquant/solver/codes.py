@@ -29,7 +29,7 @@ class PackedCodes(Mapping[str, Tensor]):
             q: uint8, below 2^num_bits, [out_features, in_features].
             num_bits: Width of a code.
         """
-        self._held[name] = (pack_nibbles(q) if num_bits <= NIBBLE_BITS else q, q.shape[1])
+        self._held[name] = (pack_nibbles(q) if num_bits <= NIBBLE_BITS and q.numel() else q, q.shape[1])
 
     @property
     def nbytes(self) -> int:

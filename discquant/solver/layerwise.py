@@ -165,6 +165,7 @@ def layerwise_codes(
         weights = assemble(refs, products)
         for place, batch in enumerate(batches):  # each micro-batch in place of the last
             hidden[place] = chain.run_block(index, hidden[place], batch.calls[index], weights)
+        del weights
         if progress is not None:
             progress(index + 1, len(chain.weights))
     return codes

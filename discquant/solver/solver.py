@@ -33,6 +33,7 @@ from discquant.solver.weight_ref import assemble, first_not_finite, take_matrice
 
 # A step keeps the bytes it replaces up to this much; above it a failed step cannot be taken back in memory.
 JOURNAL_BYTES = 2 << 30
+GAIN_SAMPLES, GAIN_POOLED = 65536, 1_000_000  # entries of one gradient, and of all, that set the gain
 
 
 @dataclass(frozen=True)
@@ -353,7 +354,7 @@ class Solver:
                 grad = matrix.float()
                 gap, group_size = state.gap()
                 flat = (grad * expand_groups(gap.float(), group_size, grad.shape[1])).abs()[state.live()]
-                samples.append(flat[:: max(1, flat.numel() // 65536)].clone())
+                samples.append(flat[:: max(1, flat.numel() // GAIN_SAMPLES)].clone())
 
         def nearest(index: int) -> dict[str, Tensor]:
             served = (
@@ -378,7 +379,7 @@ class Solver:
         )
         pooled = torch.cat(samples) if samples else torch.ones(1)
         level = float(
-            torch.quantile(pooled[:: max(1, pooled.numel() // 1_000_000)], 1 - self.config.saturation)
+            torch.quantile(pooled[:: max(1, pooled.numel() // GAIN_POOLED)], 1 - self.config.saturation)
         )
         gain = self.config.grad_clamp / max(level, 1e-30)
         self.gain = GainControl(gain, self.config.saturation)
