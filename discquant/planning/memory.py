@@ -276,7 +276,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
 
     # The library maps the whole checkpoint while it converts it; block-wise reading holds one matrix.
     mapped = (weights + shape.untouched) * shape.file_bytes if setting.whole_model else 0.0
-    reading = {"largest matrix as read": matrix * (shape.file_bytes + element)}
+    reading: dict[str, float] = {"largest matrix as read": matrix * (shape.file_bytes + element)}
     peaks = [peak("open", reading, {"checkpoint as mapped": mapped})]
     sampled = config.data.dataset == "self"
     # Rows are sampled side by side within a cache of this size (calibration.sampling.CACHE_BYTES).
