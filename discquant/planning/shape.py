@@ -59,6 +59,12 @@ class Block:
         )
         return outputs + 2 * inner + 4 * hidden
 
+    @property
+    def passing_elements(self) -> float:
+        """Activations per token that exist at once without autograd: gate, up and product, and the hidden states."""
+        widest = max(max(matrix.rows, matrix.columns) for matrix in self.matrices)
+        return 3.0 * widest + 3.0 * self.matrices[0].columns
+
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -13,6 +13,7 @@ from discquant.config import GridConfig, LossName, QuantizeConfig, SolverConfig
 from discquant.grids import Grid, place_grid
 from discquant.solver.calibrate import calibrate_gain
 from discquant.solver.chain import Chain, Prepared
+from discquant.solver.codes import StateCodes
 from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.engine import Engine
 from discquant.solver.gradients import TeacherWeights
@@ -249,7 +250,7 @@ class Solve:
         if fresh:
             self._set_gain(grids)
 
-    def gptq_codes(self, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    def gptq_codes(self, grids: Mapping[str, Grid]) -> Mapping[str, Tensor]:
         """Return GPTQ's codes on the first `gptq_samples` rows."""
         count = min(self.config.gptq_samples, len(self.rows))
         return layerwise_codes(
@@ -335,9 +336,12 @@ class Solve:
 
     def codes(self) -> dict[str, Tensor]:
         """Return the rounded codes by module name."""
+        return dict(self.coded())
+
+    def coded(self) -> Mapping[str, Tensor]:
+        """Return the same without holding them: computed from the state whenever they are asked for."""
         self.solver.check()
-        homes = self.solver.placement.homes()
-        return {state.name: state.codes().cpu() for block in homes for state in block.states}
+        return StateCodes(self.solver.placement)
 
     def close(self) -> None:
         """Stop copies, leave no files of the placement behind; states at home stay readable."""

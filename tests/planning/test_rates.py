@@ -125,7 +125,7 @@ def test_run_against_plan(folder: Path) -> None:
         steps = [{"seconds": made.step_seconds * factor} for factor in (40.0, time, time)]
         return compare.against_plan(made, phases, steps)
 
-    assert [peak.name for peak in made.peaks][3:6] == ["teacher", "start", "solve"]
+    assert [peak.name for peak in made.peaks][3:6] == ["start", "teacher", "solve"]
     good = found(1.05, 0.9)
     assert [row["phase"] for row in good["memory"]] == ["round", "evaluate"]
     assert good["memory"][0]["ratio"] == pytest.approx(1.05, abs=1e-4)
