@@ -11,7 +11,7 @@ import torch
 
 from discquant.config import QuantizeConfig
 from discquant.planning.shape import Block, ModelShape
-from discquant.planning.traffic import StateLayout, grid_bytes_per_weight, state_layout
+from discquant.planning.traffic import StateLayout, factor_bytes, grid_bytes_per_weight, state_layout
 
 Placement = Literal["resident", "host", "disk"]
 PLACEMENTS: tuple[Placement, ...] = ("resident", "host", "disk")
@@ -200,6 +200,31 @@ def gain_bytes(shape: ModelShape) -> float:
     return 8.0 * count + 12.0 * thinned(count, GAIN_POOLED)
 
 
+def state_bytes(shape: ModelShape, setting: Setting) -> float:
+    """Return bytes of the solver's state of a model, without scales."""
+    return shape.weights * setting.layout.total + factor_bytes(shape.blocks, setting.config)
+
+
+def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
+    """Return what gathering the curvature's factors holds besides the state and the boundaries; empty without them."""
+    solver, element, tokens = setting.config.solver, setting.element, setting.tokens
+    if not solver.curved:
+        return {}
+    # Sums as they are gathered are wide, whatever the state's width, and exist once more when they are scaled.
+    wide = 2.0 * max(4, element) / (4 if solver.state == "fp32" else 2)
+    largest = max(factor_bytes([block], setting.config) for block in shape.blocks)
+    saved = shape.largest.saved_elements * element * setting.micro_tokens
+    return {
+        "teacher weights": float(shape.largest.weights * element)
+        if setting.teacher_in_state or setting.streamed
+        else 0.0,
+        "factors of a block": wide * largest,
+        "activations of a block": saved,
+        "hidden states": 3.0 * tokens * shape.hidden * element,
+        "logits": _logit_tensors(shape, setting) * (4 if element < 8 else 8),
+    }
+
+
 def _logit_tensors(shape: ModelShape, setting: Setting) -> float:
     """Return entries of all tensors over the vocabulary that exist at once in the head: 2 on a device, 10 here."""
     from discquant.solver.losses import head_chunk
@@ -223,10 +248,13 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     students = depth if keep else 1
     # Micro-batches are summed in float32 (the GPU kernels accumulate in place).
     summed = setting.tokens > setting.micro_tokens or element < wide
+    curved = 5.0 if setting.config.solver.curved else 0.0
     gradient = float(wide + (element if summed and not setting.accelerator else 0))
     return {
         "student and teacher weights": float(sides + students - 1) * largest.weights * element,
         "weight gradient": gradient * largest.weights,
+        # E, E H, its pieces and G E H of one matrix, and its original.
+        "curvature of a matrix": curved * wide * max(m.rows * m.columns for m in largest.matrices),
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
         "hidden states": 4.0 * tokens * shape.hidden * element,
         "logits": _logit_tensors(shape, setting) * wide,
@@ -246,9 +274,10 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     matrix = max(m.rows * m.columns for m in largest.matrices)
     frozen = shape.untouched * float(element)
     own = weights * element if setting.whole_model else 0.0
-    grids, state = weights * grid, weights * layout.total
+    grids, state = weights * grid, state_bytes(shape, setting)
     windows = config.data.nsamples * config.data.seqlen * 8.0
-    slots = min(SLOTS, len(shape.blocks)) * largest.weights * (layout.total + grid)
+    block = max(b.weights * (layout.total + grid) + factor_bytes([b], config) for b in shape.blocks)
+    slots = min(SLOTS, len(shape.blocks)) * block
     boundaries = float((len(shape.blocks) + 1) * setting.tokens * shape.hidden * element)
     teacher = (
         config.data.nsamples * config.data.seqlen * shape.hidden * 4.0
@@ -294,27 +323,30 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         device["teacher's last hidden states"] = teacher
     if discquant:
         stored["codes at the start"] = weights if started else 0.0
-        work = _working(shape, setting)
+        work, gathering = _working(shape, setting), _gathering(shape, setting)
         where = {"resident": device, "host": held, "disk": stored}[setting.placement]
         where["state"] = state
         if setting.placement == "disk":
             stored["boundary activations"] = boundaries
         if setting.placement == "resident" or not setting.accelerator:
             work["boundary activations"] = boundaries if setting.placement != "disk" else 0.0
+            gathering["boundary activations"] = work["boundary activations"]
         elif setting.placement == "host":
             held["boundary activations"] = boundaries
         if setting.placement != "resident":
-            work["block slots"] = slots
+            work["block slots"] = gathering["block slots"] = slots
         # Before the first step every block's state is made: unpacked beside its place, from one matrix after the other.
         building = {
-            "state of a block unpacked": largest.weights * layout.total,
+            "state of a block unpacked": block - largest.weights * grid,
             "positions of one matrix": WIDE_POSITIONS * matrix,
         }
         gain = {
             "gradients sampled for the gain": gain_bytes(shape) if config.solver.kl_weight is None else 0.0
         }
         stored["checkpoints (two)"] = 2 * weights * layout.written
-        peaks.append(peak("solve", max(work, building, gain, key=lambda items: sum(items.values())), {}))
+        peaks.append(
+            peak("solve", max(work, building, gathering, gain, key=lambda items: sum(items.values())), {})
+        )
         held.pop("boundary activations", None)
         stored.pop("boundary activations", None)
     # Final codes of a solve are computed from its state when they are asked for, those at the start lie in a file.

@@ -222,9 +222,7 @@ class Solve:
                         optimizer=options.optimizer,
                         wide=wide,
                         kept=kept,
-                        curvature_width=options.curvature_width
-                        if self._curved(options) and ref.has_factors
-                        else 0,
+                        curvature_width=options.curvature_width if options.curved and ref.has_factors else 0,
                     )
                     for ref, start in zip(refs, starts, strict=True)
                 ]
@@ -244,7 +242,7 @@ class Solve:
             rows.remember_teacher(self.solver.teacher)
         self._order = row_order(len(rows), config.seed)
         self._rows: list[int] = []  # of a step that has begun; a step that fails does not use them up
-        if self._curved(options):
+        if options.curved:
             with self.engine.reproducible():
                 self._gather_curvature()
         if fresh:
@@ -269,10 +267,6 @@ class Solve:
         dtype = getattr(torch, self.config.solver.compute_dtype)
         served = served_weights(self.chain, grids, codes, self.served, dtype)
         return mean_kl(self.chain, served, self.rows.batches(range(min(START_KL_ROWS, len(self.rows)))))
-
-    @staticmethod
-    def _curved(options: SolverConfig) -> bool:
-        return bool(options.curvature) and options.loss == "kl"
 
     def _gather_curvature(self) -> None:
         """Fill the factors of all states, on as many rows at once as a step takes."""

@@ -18,7 +18,7 @@ from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfi
 from discquant.evaluation.divergence import compare_models
 from discquant.planning.compare import MEMORY_TOLERANCE
 from discquant.planning.hardware import DEVICES
-from discquant.planning.memory import phase_peaks
+from discquant.planning.memory import grid_share, phase_peaks, state_bytes
 from discquant.planning.plan import Machine, setting_for
 from discquant.planning.shape import shape_of
 from discquant.run.directory import apply_layers
@@ -118,6 +118,22 @@ def test_solve(state: str, optimizer: str, model: Any) -> None:
         run = Solve(chain, grids, rows, config)
         run.advance()
     assert _within(live.peak, _planned(model, config, "solve", lambda item: item not in HELD_BEFORE))
+
+
+@pytest.mark.parametrize(("state", "optimizer"), [("u8", "momentum"), ("fp32", "adamw")])
+@pytest.mark.parametrize(("curvature", "width"), [(None, 512), (None, 64), (1.0, 80), (0.0, 512)])
+def test_state(state: str, optimizer: str, curvature: float | None, width: int, model: Any) -> None:
+    """Every byte of the placement is planned: sizes are multiples of its alignment, no position is an outlier."""
+    config = _config(state=state, optimizer=optimizer, curvature=curvature, curvature_width=width)
+    config = dataclasses.replace(config, grid=GridConfig(3, 32, grid="absmax"))
+    chain = DecoderChain(model)
+    shape = shape_of(model, name="small")
+    setting = setting_for(shape, config, "resident", Machine(DEVICES["cpu"], 1e15, 1e15))
+    placement = Solve(chain, lay_grids(chain, config.grid), _rows(chain), config).solver.placement
+    scales = shape.weights * grid_share(shape, config)
+    assert placement.nbytes == state_bytes(shape, setting) + scales
+    largest = max(placement.home(index).nbytes for index in range(len(placement)))
+    assert largest * len(placement) == placement.nbytes
 
 
 def test_comparing(model: Any) -> None:

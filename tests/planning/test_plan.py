@@ -19,6 +19,7 @@ from discquant.planning.memory import PLACEMENTS, gptq_bytes, needed, phase_peak
 from discquant.planning.plan import Machine, make_plan, setting_for
 from discquant.planning.shape import ModelShape, read_shape
 from discquant.planning.traffic import (
+    factor_bytes,
     grid_bytes_per_weight,
     moved_per_step,
     state_layout,
@@ -54,6 +55,7 @@ def options(**solver: Any) -> QuantizeConfig:
         "iters": 1024,
         "compute_dtype": "bfloat16",
         "start": "ref",
+        "curvature": 0.0,  # memory.md has none
         **solver,
     }
     return QuantizeConfig(
@@ -209,12 +211,13 @@ def test_working_set(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
 def test_issue_targets(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
     """8B at 16k tokens within 20 GiB of device memory, 70B within 40; its host within 270 GiB in every phase.
 
-    Also from GPTQ's codes, with both baselines. No byte on the disk but checkpoints, codes and the result.
+    With the curvature's factors; also from GPTQ's codes, with both baselines. No byte on the disk but checkpoints,
+    codes and the result.
     """
     machine = Machine(DEVICES["h100"], 400 * GIB, ROOMY)
     for shape, limit in ((shape_8b, 20 * GIB), (shape_70b, 40 * GIB)):
         for start, baselines in (("ref", ()), ("gptq", ("rtn", "gptq"))):
-            config = dataclasses.replace(options(start=start), baselines=baselines)
+            config = dataclasses.replace(options(start=start, curvature=None), baselines=baselines)
             made = make_plan(shape, config, machine, placement="host")
             assert needed(list(made.peaks), "gpu") <= limit or start == "gptq"
             assert all(peak.total("host") <= 270 * GIB for peak in made.peaks)
@@ -303,6 +306,30 @@ def test_more_of_anything_needs_no_less(shape_8b: ModelShape) -> None:
             peaks(deeper, options()),
         ):
             assert all(a >= b for a, b in zip(more, base, strict=True)) and more != base
+
+
+def test_factors_come_in_and_never_go_out(shape_8b: ModelShape) -> None:
+    """The curvature's factors: two bytes in u8, in both passes and in the slots; no byte written, none without them."""
+    machine = Machine(DEVICES["h100"], ROOMY, ROOMY)
+    without = make_plan(shape_8b, options(), machine, placement="host")
+    made = make_plan(shape_8b, options(curvature=None), machine, placement="host")
+    width = SolverConfig().curvature_width
+    # Every size of this model is a multiple of the width: blocks of width x width fill rows and columns of each matrix.
+    expected = 2.0 * sum(
+        (m.rows + m.columns) * width * m.count for block in shape_8b.blocks for m in block.matrices
+    )
+    assert factor_bytes(shape_8b.blocks, options(curvature=None)) == expected
+    assert made.moved is not None and without.moved is not None
+    assert made.moved.total_in - without.moved.total_in == 2 * expected
+    assert made.moved.out == without.moved.out
+    found, before = ({p.name: p for p in plan.peaks}["solve"] for plan in (made, without))
+    assert found.host["state"] - before.host["state"] == expected
+    assert found.gpu["block slots"] - before.gpu["block slots"] == 3 * expected / len(shape_8b.blocks)
+    assert made.hide.serial > without.hide.serial and made.step_seconds > without.step_seconds
+    assert made.gather_seconds > 0 and without.gather_seconds == 0
+    curved = options(curvature=None)
+    for other in (options(), options(curvature=None, loss="mse"), dataclasses.replace(curved, method="gptq")):
+        assert factor_bytes(shape_8b.blocks, other) == 0
 
 
 def test_experts_move_whole_and_work_in_part(tmp_path: Path) -> None:
