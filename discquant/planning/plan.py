@@ -128,6 +128,7 @@ class Plan:
                 for peak in self.peaks
             ],
             "flop_per_token": self.work.total,
+            "curvature_flop_per_step": self.work.step,
             "flop_per_step": self.work.total * self.setting.tokens + self.work.step,
             "moved_per_step": moved,
             "tokens_to_hide_transfers": dataclasses.asdict(self.hide),

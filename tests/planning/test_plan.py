@@ -384,7 +384,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, [*line, "--json"], catch_exceptions=False)
     facts = json.loads(done.stdout)
     assert facts["placement"] == "host" and facts["state"] == "u8 momentum"
-    assert facts["flop_per_step"] == facts["flop_per_token"] * 16384
+    assert facts["curvature_flop_per_step"] > 0
+    assert facts["flop_per_step"] == facts["flop_per_token"] * 16384 + facts["curvature_flop_per_step"]
     assert [phase["name"] for phase in facts["phases"]] == [
         "open", "calibrate", "grid", "start", "solve", "export", "evaluate",
     ]  # fmt: skip
