@@ -99,7 +99,7 @@ def write_run(path: Path, original: Path, bits: int) -> None:
     config = {"bits": bits, "group_size": GROUP, "ignore": ["lm_head"]}
     identity = {"source_digest": model_digest(source.sha256(), source.config()), "config": config}
     run.start({"source": str(original)}, identity)
-    run.save_codes(layers)
+    run.save_codes({layer.name: layer.q for layer in layers}, {layer.name: layer.grid for layer in layers})
 
 
 def apart(make: Callable[..., None], *arguments: Any) -> None:

@@ -186,6 +186,11 @@ class SolverConfig:
             _check(name, f"one of {get_args(kind)}", value in get_args(kind), value)
 
     @property
+    def curved(self) -> bool:
+        """Whether the state holds factors of the curvature; None sets its weight above 0."""
+        return self.curvature != 0 and self.loss == "kl"
+
+    @property
     def teacher_source(self) -> Literal["weights", "state"]:
         """Where the teacher comes from, `auto` decided; never by where the state lives."""
         if self.teacher == "auto":

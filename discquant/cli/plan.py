@@ -152,7 +152,7 @@ def _print(made: Plan) -> None:
     console.print(
         f"{made.shape.name}: {made.shape.weights / 1e9:.3f} G weights to quantize in {len(made.shape.blocks)} blocks, "
         f"{made.shape.untouched / 1e9:.3f} G others; {made.setting.layout.name} state, "
-        f"{made.setting.layout.total:g} bytes per weight, {made.setting.placement}"
+        f"{made.state_bytes_per_weight:.4g} bytes per weight, {made.setting.placement}"
     )
     table = Table(title="Peak memory per phase, GB")
     columns = (["device"] if device.memory is not None else []) + ["host", "disk"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discquant.grids.base import Columns, Grid, LinearColumns, Neighbours
+from discquant.grids.base import Columns, Grid, LinearColumns, Neighbours, column_groups
 from discquant.ops import expand_groups
 
 
@@ -68,6 +68,5 @@ class AffineGrid(Grid):
 
     def columns(self, order: Tensor) -> Columns:
         """See `Grid.columns`."""
-        step = expand_groups(self.scale.double(), self.group_size, len(order))[:, order]
-        minimum = expand_groups(self.minimum.double(), self.group_size, len(order))[:, order]
-        return LinearColumns(step, torch.zeros_like(step), minimum, self.max_code)
+        groups = column_groups(order, self.group_size, self.scale.shape[1])
+        return LinearColumns(self.scale.double(), 0.0, self.minimum.double(), self.max_code, groups)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from discquant.ops import decode_frac, unpack_nibbles
 
+ALL = slice(None)
+
 
 class Neighbours(NamedTuple):
     """Lower code and position of a weight between its neighbours.
@@ -121,35 +123,48 @@ class Grid(ABC):
 
 
 class Columns(ABC):
-    """Rounds single columns of a weight to the nearest level, in float64."""
+    """Rounds single columns of a weight to the nearest level, in float64; holds what groups share, never a matrix."""
 
     @abstractmethod
-    def nearest(self, j: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest(self, j: int, values: Tensor, rows: slice = ALL) -> tuple[Tensor, Tensor]:
         """Round column `j`.
 
         Args:
             j: Column, in the order given to `Grid.columns`.
-            values: float64, [out_features].
+            values: float64, [rows].
+            rows: Which rows of the weight these are.
 
         Returns:
-            Codes and the weights they stand for, float64, [out_features].
+            Codes and the weights they stand for, float64, [rows].
         """
+
+
+def column_groups(order: Tensor, group_size: int, num_groups: int) -> Tensor:
+    """Return the group of each column in an order, int64, [in_features], on the CPU: read one at a time."""
+    return (torch.zeros_like(order) if group_size == -1 or num_groups == 1 else order // group_size).cpu()
 
 
 @dataclass(frozen=True)
 class LinearColumns(Columns):
-    """weight = step * (q - zero) + minimum; all float64, [out_features, in_features]."""
+    """weight = step * (q - zero) + minimum; all float64, [out_features, num_groups]; `zero` is a number or per group.
+
+    `groups` is the group of each column, int64, [in_features], on the CPU.
+    """
 
     step: Tensor
-    zero: Tensor
+    zero: Tensor | float
     minimum: Tensor | None
     max_code: int
+    groups: Tensor
 
-    def nearest(self, j: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest(self, j: int, values: Tensor, rows: slice = ALL) -> tuple[Tensor, Tensor]:
         """See `Columns`."""
-        step, zero = self.step[:, j], self.zero[:, j]
-        centred = values if self.minimum is None else values - self.minimum[:, j]
+        group = int(self.groups[j])
+        step = self.step[rows, group]
+        zero = self.zero[rows, group] if isinstance(self.zero, Tensor) else self.zero
+        minimum = None if self.minimum is None else self.minimum[rows, group]
+        centred = values if minimum is None else values - minimum
         # A step of 0 gives every code the same weight; dividing by 1 keeps the code finite.
         q = torch.round(centred / torch.where(step == 0, 1.0, step) + zero).clamp_(0, self.max_code)
         weight = step * (q - zero)
-        return q, weight if self.minimum is None else weight + self.minimum[:, j]
+        return q, weight if minimum is None else weight + minimum

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from discquant.grids.base import Columns, Grid, Neighbours
+from discquant.grids.base import ALL, Columns, Grid, Neighbours, column_groups
 from discquant.ops import expand_groups
 
 # Quantiles of a normal distribution, scaled to [-1, 1], as bitsandbytes stores them.
@@ -138,20 +138,21 @@ class TableGrid(Grid):
 
     def columns(self, order: Tensor) -> Columns:
         """See `Grid.columns`."""
-        step = expand_groups(self.scale.double(), self.group_size, len(order))[:, order]
-        return _TableColumns(self.table.double(), step)
+        groups = column_groups(order, self.group_size, self.scale.shape[1])
+        return _TableColumns(self.table.double(), self.scale.double(), groups)
 
 
 @dataclass(frozen=True)
 class _TableColumns(Columns):
-    """weight = step * table[q]; float64."""
+    """weight = step * table[q]; float64, step [out_features, num_groups], groups as in `LinearColumns`."""
 
     table: Tensor
     step: Tensor
+    groups: Tensor
 
-    def nearest(self, j: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest(self, j: int, values: Tensor, rows: slice = ALL) -> tuple[Tensor, Tensor]:
         """See `Columns`."""
-        step = self.step[:, j]
+        step = self.step[rows, int(self.groups[j])]
         target = (values / torch.where(step == 0, 1.0, step)).contiguous()
         # Boundaries half-way between levels; ties go down.
         middle = (self.table[1:] + self.table[:-1]) / 2

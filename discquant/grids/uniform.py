@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discquant.grids.base import Columns, Grid, LinearColumns, Neighbours
+from discquant.grids.base import Columns, Grid, LinearColumns, Neighbours, column_groups
 from discquant.ops import expand_groups, soft_weight
 
 # Times a code difference below 2^8 these are exact in float32, so quotients of grid points are exact too.
@@ -127,9 +127,8 @@ class UniformGrid(Grid):
 
     def columns(self, order: Tensor) -> Columns:
         """See `Grid.columns`."""
-        step = self._spread(self.scale.double(), len(order))[:, order]
-        if self.zero_point is None:
-            zero = torch.full_like(step, 2.0 ** (self.num_bits - 1))
-        else:
-            zero = self._spread(self.zero_point.double(), len(order))[:, order]
-        return LinearColumns(step, zero, None, self.max_code)
+        groups = column_groups(order, self.group_size, self.scale.shape[1])
+        if self.g_idx is not None:
+            groups = self.g_idx.long()[order].cpu()
+        zero = 2.0 ** (self.num_bits - 1) if self.zero_point is None else self.zero_point.double()
+        return LinearColumns(self.scale.double(), zero, None, self.max_code, groups)

@@ -11,13 +11,18 @@ import torch
 
 from discquant.config import QuantizeConfig
 from discquant.planning.shape import Block, ModelShape
-from discquant.planning.traffic import StateLayout, grid_bytes_per_weight, state_layout
+from discquant.planning.traffic import StateLayout, factor_bytes, grid_bytes_per_weight, state_layout
 
 Placement = Literal["resident", "host", "disk"]
 PLACEMENTS: tuple[Placement, ...] = ("resident", "host", "disk")
 SLOTS = 3  # one block arriving, one at work, one leaving
 CHUNK = 1024  # tokens whose logits exist at once
-EVALUATION_ROWS, EVALUATION_LOGITS = 8, 1 << 28  # of evaluation.divergence, a layer above
+# Of evaluation.divergence, a layer above: windows and logits at once, logits compared at once in float64.
+EVALUATION_ROWS, EVALUATION_LOGITS, EVALUATION_CHUNK = 8, 1 << 28, 1 << 24
+COMPARED = 6 * 8.0  # two log-probabilities, probabilities, and three products of them
+WIDE_POSITIONS = (
+    6 * 4.0
+)  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
 
 
 @dataclass
@@ -124,14 +129,100 @@ def remembers_teacher(shape: ModelShape, setting: Setting) -> bool:
 
 
 def gptq_bytes(block: Block) -> float:
-    """Return what GPTQ of one block holds: X^T X of every layer in float64, and the work on the largest.
+    """Return what GPTQ of one block holds at most, in bytes.
 
-    On the largest layer: five further [columns, columns] and four [rows, columns] in float64 (a damped and permuted
-    copy, its factor, inverse and inverse factor; positions, codes, scales and zero points).
+    While inputs pass: X^T X of every layer in float64 and one float32 product. While a layer is rounded: its own and
+    those of the layers after it, one more for the factor, a slice of rows (float64 twice, codes once) and its codes.
+    Those of fused experts stay to the end.
     """
+    from discquant.rounding.gptq import COPIED_COLUMNS, slice_rows
+
+    kept = [8.0 * m.columns**2 * m.count for m in block.matrices]
+    peak = sum(kept) + max(4.0 * m.columns**2 for m in block.matrices)
+    left = sum(kept)
+    for matrix, own in zip(block.matrices, kept, strict=True):
+        rows = min(matrix.rows, slice_rows(matrix.columns))
+        copied = 2 * 8.0 * matrix.columns * min(matrix.columns, COPIED_COLUMNS)
+        work = 8.0 * matrix.columns**2 + max(copied, 17.0 * rows * matrix.columns)
+        peak = max(peak, left + work + 1.0 * matrix.rows * matrix.columns)
+        if matrix.active == 1:
+            left -= own
+    return peak
+
+
+def greedy_bytes(block: Block) -> float:
+    """Return what greedy rounding of one block holds: as GPTQ, but one Hessian more and ten matrices in float64."""
     held = sum(8.0 * m.columns**2 * m.count for m in block.matrices)
-    work = max(5 * 8.0 * m.columns**2 + 4 * 8.0 * m.rows * m.columns for m in block.matrices)
-    return held + work
+    return held + max(8.0 * m.columns**2 + 10 * 8.0 * m.rows * m.columns for m in block.matrices)
+
+
+def _layerwise(shape: ModelShape, setting: Setting, method: str) -> dict[str, float]:
+    """Return what rounding layer by layer holds besides weights and codes."""
+    config, element, largest = setting.config, setting.element, shape.largest
+    matrix = max(m.rows * m.columns for m in largest.matrices)
+    if method == "rtn":
+        return {"positions of one matrix": WIDE_POSITIONS * matrix}
+    rows = min(config.gptq_samples, config.data.nsamples) * config.data.seqlen
+    # The first block's inputs are kept with the batches; beside them those of the block at work.
+    return {
+        "hidden states": 2.0 * rows * shape.hidden * element,
+        "activations of a block": largest.passing_elements * element * setting.micro_tokens,
+        "a matrix as read": matrix * element if setting.streamed else 0.0,
+        "X^T X and its factor": greedy_bytes(largest) if method == "greedy" else gptq_bytes(largest),
+    }
+
+
+def _measuring(shape: ModelShape, setting: Setting) -> dict[str, float]:
+    """Return what comparing one candidate with the original holds besides the original and the codes."""
+    element, row = setting.element, setting.config.data.seqlen * shape.vocab
+    windows = min(EVALUATION_ROWS, max(1, EVALUATION_LOGITS // row))
+    copied = float(shape.weights) if setting.whole_model else 2.0 * shape.largest.weights
+    passing = shape.largest.passing_elements * windows * setting.config.data.seqlen
+    return {
+        "a candidate's weights": (copied + shape.untouched) * element,
+        # The original's logits, the candidate's, and those of its positions that count.
+        "logits of both": 3.0 * windows * row * element + COMPARED * min(EVALUATION_CHUNK, windows * row),
+        "activations of a block": passing * element,
+    }
+
+
+def gain_bytes(shape: ModelShape) -> float:
+    """Return what finding the gain holds: gradients sampled from every matrix, joined, and their quantile (a sort)."""
+    from discquant.solver.calibrate import GAIN_POOLED, GAIN_SAMPLES
+
+    def thinned(count: int, most: int) -> int:
+        return -(-count // max(1, count // most))
+
+    count = sum(
+        m.count * thinned(m.rows * m.columns, GAIN_SAMPLES) for block in shape.blocks for m in block.matrices
+    )
+    # float32 twice; of the quantile sorted values and their places.
+    return 8.0 * count + 12.0 * thinned(count, GAIN_POOLED)
+
+
+def state_bytes(shape: ModelShape, setting: Setting) -> float:
+    """Return bytes of the solver's state of a model, without scales."""
+    return shape.weights * setting.layout.total + factor_bytes(shape.blocks, setting.config)
+
+
+def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
+    """Return what gathering the curvature's factors holds besides the state and the boundaries; empty without them."""
+    solver, element, tokens = setting.config.solver, setting.element, setting.tokens
+    if not solver.curved:
+        return {}
+    # Sums as they are gathered are wide, whatever the state's width, and exist once more when they are scaled.
+    wide = 2.0 * max(4, element) / (4 if solver.state == "fp32" else 2)
+    largest = max(factor_bytes([block], setting.config) for block in shape.blocks)
+    saved = shape.largest.saved_elements * element * setting.micro_tokens
+    return {
+        "teacher weights": float(shape.largest.weights * element)
+        if setting.teacher_in_state or setting.streamed
+        else 0.0,
+        "factors of a block": wide * largest,
+        "activations of a block": saved,
+        "hidden states": 3.0 * tokens * shape.hidden * element,
+        "logits": _logit_tensors(shape, setting) * (4 if element < 8 else 8),
+    }
 
 
 def _logit_tensors(shape: ModelShape, setting: Setting) -> float:
@@ -144,8 +235,10 @@ def _logit_tensors(shape: ModelShape, setting: Setting) -> float:
 
 
 def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
-    """What one step needs besides state and weights."""
+    """Return what one step needs besides state and weights."""
     largest, element, tokens = shape.largest, setting.element, setting.tokens
+    from discquant.solver.solver import JOURNAL_BYTES
+
     keep = keeps_graph(shape, setting)
     depth = len(shape.blocks)
     wide = 4 if element < 8 else 8
@@ -155,20 +248,25 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     students = depth if keep else 1
     # Micro-batches are summed in float32 (the GPU kernels accumulate in place).
     summed = setting.tokens > setting.micro_tokens or element < wide
+    curved = 5.0 if setting.config.solver.curved else 0.0
     gradient = float(wide + (element if summed and not setting.accelerator else 0))
     return {
         "student and teacher weights": float(sides + students - 1) * largest.weights * element,
         "weight gradient": gradient * largest.weights,
+        # E, E H, its pieces and G E H of one matrix, and its original.
+        "curvature of a matrix": curved * wide * max(m.rows * m.columns for m in largest.matrices),
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
         "hidden states": 4.0 * tokens * shape.hidden * element,
         "logits": _logit_tensors(shape, setting) * wide,
+        # What the step replaces is kept until it ends, up to a limit.
+        "bytes to undo a step": min(shape.weights * setting.layout.written, JOURNAL_BYTES),
     }
 
 
 def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
-    """Return the peak of each phase: open, calibrate, grid, teacher, start, solve, export, evaluate, in that order.
+    """Return the peak of each phase: open, calibrate, grid, start, teacher, solve, export, evaluate, in that order.
 
-    `teacher` and `start` are there where the run has them: the teacher's last hidden states remembered, GPTQ.
+    `start` and `teacher` are there where the run has them: GPTQ, and the teacher's last hidden states remembered.
     """
     config, layout, element = setting.config, setting.layout, setting.element
     grid = grid_share(shape, config)
@@ -176,17 +274,19 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     matrix = max(m.rows * m.columns for m in largest.matrices)
     frozen = shape.untouched * float(element)
     own = weights * element if setting.whole_model else 0.0
-    grids, state = weights * grid, weights * layout.total
+    grids, state = weights * grid, state_bytes(shape, setting)
     windows = config.data.nsamples * config.data.seqlen * 8.0
-    slots = SLOTS * largest.weights * (layout.total + grid)
+    block = max(b.weights * (layout.total + grid) + factor_bytes([b], config) for b in shape.blocks)
+    slots = min(SLOTS, len(shape.blocks)) * block
     boundaries = float((len(shape.blocks) + 1) * setting.tokens * shape.hidden * element)
     teacher = (
         config.data.nsamples * config.data.seqlen * shape.hidden * 4.0
         if remembers_teacher(shape, setting)
         else 0.0
     )
-    started = config.method == "discquant" and config.solver.start == "gptq"
-    codes = weights if started else 0.0
+    discquant = config.method == "discquant"
+    started = discquant and config.solver.start == "gptq"
+    packed = weights * (0.5 if config.grid.bits <= 4 else 1.0)
     device: dict[str, float] = {"frozen parameters": frozen}
     held: dict[str, float] = {"process": setting.process}
     stored: dict[str, float] = {}
@@ -199,62 +299,68 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
             return PhasePeak(name, {}, {**on_host, **on_device}, dict(stored))
         return PhasePeak(name, on_device, on_host, dict(stored))
 
-    peaks = [peak("open", {"largest matrix as read": matrix * (shape.file_bytes + element)}, {})]
+    # The library maps the whole checkpoint while it converts it; block-wise reading holds one matrix.
+    mapped = (weights + shape.untouched) * shape.file_bytes if setting.whole_model else 0.0
+    reading: dict[str, float] = {"largest matrix as read": matrix * (shape.file_bytes + element)}
+    peaks = [peak("open", reading, {"checkpoint as mapped": mapped})]
     sampled = config.data.dataset == "self"
     # Rows are sampled side by side within a cache of this size (calibration.sampling.CACHE_BYTES).
     cache = 2.0 * largest.saved_elements * setting.micro_tokens + 256.0 * shape.vocab * 12 if sampled else 0.0
     peaks.append(peak("calibrate", {"sampling": cache}, {"windows": windows}))
     held["windows"] = windows
     (held if setting.accelerator and setting.placement != "resident" else device)["scales"] = grids
-    peaks.append(peak("grid", {"searching scales": 6 * 4.0 * matrix}, {}))
-    if config.method == "discquant" and teacher:
-        # All rows enter, pass block by block, and are joined: each time two sets exist beside the result.
+    peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix}, {}))
+    if started or config.method in ("gptq", "greedy"):
+        method = "gptq" if started else config.method
+        peaks.append(peak("start", _layerwise(shape, setting, method), {"codes": packed}))
+    if discquant and teacher:
+        # All rows enter and pass block by block beside what entered; at the end they are joined.
         passing = {
             "hidden states": 2 * teacher,
-            "activations of a block": largest.saved_elements * element * setting.micro_tokens,
+            "activations of a block": largest.passing_elements * element * setting.micro_tokens,
         }
         peaks.append(peak("teacher", {**passing, "teacher's last hidden states": teacher}, {}))
         device["teacher's last hidden states"] = teacher
-    if started or config.method in ("gptq", "greedy"):
-        rows = min(config.gptq_samples, config.data.nsamples) * config.data.seqlen
-        extra = {
-            "hidden states": 2.0 * rows * shape.hidden * element,
-            "activations of a block": largest.saved_elements * element * setting.micro_tokens,
-            "X^T X and its factor": gptq_bytes(largest),
-        }
-        peaks.append(peak("start", extra, {"codes": weights}))
-    if config.method == "discquant":
-        held["codes at the start"] = codes
-        work = _working(shape, setting)
+    if discquant:
+        stored["codes at the start"] = weights if started else 0.0
+        work, gathering = _working(shape, setting), _gathering(shape, setting)
         where = {"resident": device, "host": held, "disk": stored}[setting.placement]
         where["state"] = state
         if setting.placement == "disk":
             stored["boundary activations"] = boundaries
         if setting.placement == "resident" or not setting.accelerator:
             work["boundary activations"] = boundaries if setting.placement != "disk" else 0.0
+            gathering["boundary activations"] = work["boundary activations"]
         elif setting.placement == "host":
             held["boundary activations"] = boundaries
         if setting.placement != "resident":
-            work["block slots"] = slots
+            work["block slots"] = gathering["block slots"] = slots
+        # Before the first step every block's state is made: unpacked beside its place, from one matrix after the other.
+        building = {
+            "state of a block unpacked": block - largest.weights * grid,
+            "positions of one matrix": WIDE_POSITIONS * matrix,
+        }
+        gain = {
+            "gradients sampled for the gain": gain_bytes(shape) if config.solver.kl_weight is None else 0.0
+        }
         stored["checkpoints (two)"] = 2 * weights * layout.written
-        peaks.append(peak("solve", work, {}))
+        peaks.append(
+            peak("solve", max(work, building, gathering, gain, key=lambda items: sum(items.values())), {})
+        )
         held.pop("boundary activations", None)
         stored.pop("boundary activations", None)
+    # Final codes of a solve are computed from its state when they are asked for, those at the start lie in a file.
+    held["codes"] = 0.0 if discquant else packed
+    stored["codes"] = weights * (1 + grid)
     bits = config.grid.bits / 8.0
     stored["exported model"] = weights * (bits + grid) + shape.untouched * float(shape.file_bytes)
-    peaks.append(peak("export", {}, {"codes": weights, "one layer packed": matrix * (2 + bits)}))
-    row = config.data.seqlen * shape.vocab
-    # The original's logits, the candidate's, and those of its positions that count.
-    logits = 3.0 * min(EVALUATION_ROWS, max(1, EVALUATION_LOGITS // row)) * row * element
-    copied = weights * element if setting.whole_model else 2.0 * largest.weights * element
-    baselines = sum(1 for name in config.baselines if name not in ("gptq" if started else "", config.method))
-    peaks.append(
-        peak(
-            "evaluate",
-            {"a candidate's weights": copied, "logits of both": logits},
-            {"codes": weights * (1 + baselines)},
-        )
-    )
+    peaks.append(peak("export", {}, {"one layer packed": matrix * (2 + bits)}))
+    known = {config.method, "gptq" if started else config.method}
+    unknown = [name for name in config.baselines if name not in known]
+    others = {"codes of baselines": packed * len(unknown)}
+    # Baselines are rounded first, then measured one after the other.
+    moments = [_measuring(shape, setting), *(_layerwise(shape, setting, name) for name in unknown)]
+    peaks.append(peak("evaluate", max(moments, key=lambda items: sum(items.values())), others))
     return peaks
 
 

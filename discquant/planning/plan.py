@@ -29,6 +29,9 @@ from discquant.planning.traffic import (
     Moved,
     StepTime,
     Work,
+    curvature_work,
+    factor_bytes,
+    gathering_work,
     moved_per_step,
     step_time,
     tokens_to_hide,
@@ -83,14 +86,21 @@ class Plan:
     hide: HidingTokens
     step: StepTime
     step_seconds: float
+    gather_seconds: float
     options: tuple[Option, ...]
     warnings: tuple[str, ...]
     measured: bool
 
     @property
     def total_seconds(self) -> float:
-        """Seconds of all steps; sampling, GPTQ's start and evaluation come on top."""
-        return self.step_seconds * self.setting.config.solver.iters
+        """Seconds of all steps and of gathering the curvature; sampling, GPTQ's start and evaluation come on top."""
+        return self.gather_seconds + self.step_seconds * self.setting.config.solver.iters
+
+    @property
+    def state_bytes_per_weight(self) -> float:
+        """State without scales, the curvature's factors included, on average over the model."""
+        factors = factor_bytes(self.shape.blocks, self.setting.config)
+        return self.setting.layout.total + factors / max(1, self.shape.weights)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; bytes, seconds, FLOP."""
@@ -105,7 +115,7 @@ class Plan:
             "disk_bytes_available": self.machine.disk,
             "placement": self.setting.placement,
             "state": self.setting.layout.name,
-            "state_bytes_per_weight": self.setting.layout.total,
+            "state_bytes_per_weight": self.state_bytes_per_weight,
             "tokens_per_step": self.setting.tokens,
             "phases": [
                 {
@@ -118,10 +128,12 @@ class Plan:
                 for peak in self.peaks
             ],
             "flop_per_token": self.work.total,
-            "flop_per_step": self.work.total * self.setting.tokens,
+            "curvature_flop_per_step": self.work.step,
+            "flop_per_step": self.work.total * self.setting.tokens + self.work.step,
             "moved_per_step": moved,
             "tokens_to_hide_transfers": dataclasses.asdict(self.hide),
             "step_seconds": self.step_seconds,
+            "gather_seconds": self.gather_seconds,
             "steps": self.setting.config.solver.iters,
             "total_seconds": self.total_seconds,
             "rates": "measured on this machine"
@@ -145,11 +157,18 @@ def _seconds(
     shape: ModelShape, setting: Setting, machine: Machine, rates: Rates | None
 ) -> tuple[Moved | None, StepTime, float]:
     """Return traffic, the model's step time, and the step's seconds: measured rates count where there are any."""
-    work = work_per_token(shape, setting.config.data.seqlen)
+    work = work_per_token(shape, setting.config.data.seqlen, step=curvature_work(shape, setting.config))
     moved = None
     if setting.placement != "resident":
         grid = grid_share(shape, setting.config)
-        moved = moved_per_step(shape, setting.layout, setting.tokens, grid=grid, prefix=FORWARD_PREFIX)
+        moved = moved_per_step(
+            shape,
+            setting.layout,
+            setting.tokens,
+            grid=grid,
+            factors=factor_bytes(shape.blocks, setting.config),
+            prefix=FORWARD_PREFIX,
+        )
     modelled = step_time(work, moved, setting.tokens, machine.device)
     if rates is None:
         return moved, modelled, modelled.total
@@ -161,9 +180,17 @@ def _seconds(
         teacher_known=remembers_teacher(shape, setting),
         keep_graph=keeps_graph(shape, setting),
     )
+    seconds += work.step / rates.matmul
     if moved is not None:  # a copy on this machine competes with the work for the same memory: not hidden
         seconds += (moved.total_in + moved.out) / rates.copy
     return moved, modelled, seconds
+
+
+def _gathering(shape: ModelShape, config: QuantizeConfig, machine: Machine, rates: Rates | None) -> float:
+    """Return seconds of gathering the curvature's factors, once per run (and again where a run is continued)."""
+    rows = min(config.solver.curvature_samples, config.data.nsamples)
+    work = rows * config.data.seqlen * gathering_work(shape, config)
+    return work / (machine.device.flops if rates is None else rates.backward)
 
 
 def setting_for(
@@ -314,7 +341,8 @@ def make_plan(
     if chosen is None:
         raise _refuse(shape, config, wanted, machine, process)
     moved, modelled, seconds = _seconds(shape, chosen, machine, rates)
-    hide = tokens_to_hide(shape, chosen.layout, machine.device, prefix=FORWARD_PREFIX)
+    factors = factor_bytes(shape.blocks, config)
+    hide = tokens_to_hide(shape, chosen.layout, machine.device, factors=factors, prefix=FORWARD_PREFIX)
     own = (config.solver.state, config.solver.optimizer)
     states = [own, *(other for other in STATES if other != own)]
     options = tuple(
@@ -341,11 +369,12 @@ def make_plan(
         machine,
         chosen,
         tuple(phase_peaks(shape, chosen)),
-        work_per_token(shape, config.data.seqlen),
+        work_per_token(shape, config.data.seqlen, step=curvature_work(shape, config)),
         moved,
         hide,
         modelled,
         seconds,
+        _gathering(shape, config, machine, rates),
         options,
         tuple(warnings),
         rates is not None,

@@ -16,13 +16,17 @@ from discquant.errors import CheckpointError, MissingModelError
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` equal matrices of a block, [rows, columns] each; `active` is the share of tokens that pass one."""
+    """`count` equal matrices of a block, [rows, columns] each.
+
+    `active` is the share of tokens that pass one; `plain` says that each is a linear layer of its own.
+    """
 
     name: str
     rows: int
     columns: int
     count: int = 1
     active: float = 1.0
+    plain: bool = True
 
     @property
     def weights(self) -> int:
@@ -58,6 +62,12 @@ class Block:
             if matrix.columns != hidden
         )
         return outputs + 2 * inner + 4 * hidden
+
+    @property
+    def passing_elements(self) -> float:
+        """Activations per token that exist at once without autograd: gate, up and product, and the hidden states."""
+        widest = max(max(matrix.rows, matrix.columns) for matrix in self.matrices)
+        return 3.0 * widest + 3.0 * self.matrices[0].columns
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,7 @@ def shape_of(model: Any, ignore: Sequence[str] = ("lm_head",), *, name: str = "m
     for block, refs in zip(chain.blocks, chain.weights, strict=True):
         found: dict[tuple[str, int, int], int] = {}
         experts: dict[tuple[str, int, int], float] = {}
+        plain: dict[tuple[str, int, int], bool] = {}
         for ref in refs:
             if ref.part is None:
                 rows = int(ref.parameter.shape[0])
@@ -193,8 +204,9 @@ def shape_of(model: Any, ignore: Sequence[str] = ("lm_head",), *, name: str = "m
                 )
                 experts[key] = min(1.0, chosen / ref.parameter.shape[0])
             found[key] = found.get(key, 0) + 1
+            plain[key] = ref.has_factors
         matrices = tuple(
-            Matrix(key[0], key[1], key[2], count, experts.get(key, 1.0)) for key, count in found.items()
+            Matrix(*key, count, experts.get(key, 1.0), plain[key]) for key, count in found.items()
         )
         total = sum(parameter.numel() for parameter in block.parameters())
         blocks.append(Block(matrices, total - sum(matrix.weights for matrix in matrices)))

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from discquant.config import QuantizeConfig
 from discquant.planning.hardware import Device
-from discquant.planning.shape import ModelShape
+from discquant.planning.shape import Block, ModelShape
 
 # 2 FLOP per weight and token for each: teacher, student; recompute, input gradient, weight gradient.
 FORWARD_FLOP, BACKWARD_FLOP = 4, 6
@@ -81,27 +83,80 @@ def grid_bytes_per_weight(group_size: int, columns: int, sym: bool) -> float:
     return (2.0 if sym else 3.0) / size
 
 
+def factor_bytes(blocks: Sequence[Block], config: QuantizeConfig) -> float:
+    """Return bytes of the curvature's factors of some blocks, as the state holds them; 0 without the term."""
+    from discquant.solver.engine import curvature_bytes
+
+    if config.method != "discquant":
+        return 0.0
+    return float(
+        sum(
+            curvature_bytes((matrix.rows, matrix.columns), config.solver) * matrix.count
+            for block in blocks
+            for matrix in block.matrices
+            if matrix.plain
+        )
+    )
+
+
+def _curved(shape: ModelShape, config: QuantizeConfig) -> list[tuple[int, int, int, int, int]]:
+    """Return rows, columns, the widths of either's factor blocks, and count of each matrix that has factors."""
+    if config.method != "discquant" or not config.solver.curved:
+        return []
+    width = config.solver.curvature_width
+    return [
+        (m.rows, m.columns, min(m.rows, width), min(m.columns, width), m.count)
+        for block in shape.blocks
+        for m in block.matrices
+        if m.plain
+    ]
+
+
+def curvature_work(shape: ModelShape, config: QuantizeConfig) -> float:
+    """Return FLOP per step of G E H, whatever the tokens; 0 without the term."""
+    return sum(
+        2.0 * rows * columns * (g + h) * count for rows, columns, g, h, count in _curved(shape, config)
+    )
+
+
+def gathering_work(shape: ModelShape, config: QuantizeConfig) -> float:
+    """Return FLOP per token of gathering the factors; 0 without the term.
+
+    6 per active weight (forward, forward again, input gradient) and as much attention as those take, the head's
+    logits and their gradient, and x x^T and g g^T within their blocks.
+    """
+    found = _curved(shape, config)
+    if not found:
+        return 0.0
+    scores = 1.0 * config.data.seqlen * shape.attention * len(shape.blocks)
+    grams = sum(2.0 * (rows * g + columns * h) * count for rows, columns, g, h, count in found)
+    attention = (ATTENTION_FORWARD / 2 + ATTENTION_BACKWARD) * scores
+    return 6 * shape.active_weights + attention + 4.0 * shape.head + grams
+
+
 @dataclass(frozen=True)
 class Work:
-    """FLOP per token: in the blocks forward and backward, and in the head."""
+    """FLOP per token: in the blocks forward and backward, and in the head; `step` is per step, whatever its tokens."""
 
     forward: float
     backward: float
     head: float
+    step: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """All of it per token."""
         return self.forward + self.backward + self.head
 
 
-def work_per_token(shape: ModelShape, seqlen: int) -> Work:
-    """Return FLOP per token: 10 per active weight, causal attention, and 6 V H for the head."""
+def work_per_token(shape: ModelShape, seqlen: int, *, step: float = 0.0) -> Work:
+    """Return FLOP per token: 10 per active weight, causal attention, and 6 V H for the head; `step` is passed on."""
     scores = 1.0 * seqlen * shape.attention * len(shape.blocks)
     return Work(
         FORWARD_FLOP * shape.active_weights + ATTENTION_FORWARD * scores,
         BACKWARD_FLOP * shape.active_weights + ATTENTION_BACKWARD * scores,
         HEAD_FLOP * float(shape.head),
+        step,
     )
 
 
@@ -126,6 +181,7 @@ def moved_per_step(
     tokens: int,
     *,
     grid: float = 0.0,
+    factors: float = 0.0,
     offload: bool = True,
     prefix: bool = True,
 ) -> Moved:
@@ -136,13 +192,14 @@ def moved_per_step(
         layout: State.
         tokens: Per step.
         grid: Bytes of scales and zero points per weight, which travel with the codes.
+        factors: Bytes of the curvature's factors of the model, which come in and never change.
         offload: Whether the student's block inputs (bfloat16) leave the device; they go out and come back.
         prefix: The forward pass fetches only what it reads, not the moments.
     """
     weights = float(shape.weights)
     return Moved(
-        weights * ((layout.forward if prefix else layout.total) + grid),
-        weights * (layout.total + grid),
+        weights * (layout.forward + grid) if prefix else weights * (layout.total + grid) + factors,
+        weights * (layout.total + grid) + factors,
         weights * layout.written,
         (len(shape.blocks) + 1) * tokens * shape.hidden * 2.0 if offload else 0.0,
     )
@@ -161,17 +218,19 @@ class HidingTokens:
 
 
 def tokens_to_hide(
-    shape: ModelShape, layout: StateLayout, device: Device, *, prefix: bool = True
+    shape: ModelShape, layout: StateLayout, device: Device, *, factors: float = 0.0, prefix: bool = True
 ) -> HidingTokens:
     """Return bytes per weight / (FLOP per weight and token) * FLOP rate / link rate, per device.
 
-    Of a mixture of experts every weight is moved and only the active ones work, which raises it in proportion.
+    `factors` are bytes of the curvature's factors of the model. Of a mixture of experts every weight is moved and only
+    the active ones work, which raises it in proportion.
     """
     ratio = device.flops / device.link * shape.weights / max(1.0, shape.active_weights)
+    total = layout.total + factors / max(1, shape.weights)
     return HidingTokens(
-        (layout.forward if prefix else layout.total) / FORWARD_FLOP * ratio,
-        max(layout.total, layout.written) / BACKWARD_FLOP * ratio,
-        (layout.total + layout.written) / BACKWARD_FLOP * ratio,
+        (layout.forward if prefix else total) / FORWARD_FLOP * ratio,
+        max(total, layout.written) / BACKWARD_FLOP * ratio,
+        (total + layout.written) / BACKWARD_FLOP * ratio,
     )
 
 
@@ -190,7 +249,10 @@ class StepTime:
 
 def step_time(work: Work, moved: Moved | None, tokens: int, device: Device) -> StepTime:
     """Return the time of a step; each pass takes the longer of its work and its transfers (serial: the safe figure)."""
-    forward, backward = work.forward * tokens / device.flops, work.backward * tokens / device.flops
+    forward, backward = (
+        work.forward * tokens / device.flops,
+        (work.backward * tokens + work.step) / device.flops,
+    )
     head = work.head * tokens / device.flops
     if moved is None:
         return StepTime(forward, backward, head, 0.0, 0.0, 0.0, forward + backward + head)

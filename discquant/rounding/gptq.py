@@ -11,20 +11,44 @@ from torch import Tensor
 
 from discquant.grids import Grid
 
+# Rows are independent given the factor: so many bytes of float64 rows are solved at once.
+SLICE_BYTES = 1 << 28
+COPIED_COLUMNS = 64  # of the Hessian at once, put in the order of the solve
 
-def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Return the upper Cholesky factor of (H + damp * mean(diag H) * I)^-1; the damping grows until it exists."""
-    mean = float(hessian.diagonal().mean())
+
+def slice_rows(columns: int) -> int:
+    """Return how many rows of a matrix are solved at once."""
+    return max(1, SLICE_BYTES // (8 * max(1, columns)))
+
+
+def _permute_into(work: Tensor, hessian: Tensor, order: Tensor) -> None:
+    """work[i, j] = hessian[order[i], order[j]], a few columns at a time."""
+    for begin in range(0, len(order), COPIED_COLUMNS):
+        part = order[begin : begin + COPIED_COLUMNS]
+        work[:, begin : begin + COPIED_COLUMNS] = hessian.index_select(1, part).index_select(0, order)
+
+
+def _inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp: float) -> Tensor:
+    """Return the upper Cholesky factor of (H + damp * mean(diag H) * I)^-1; the damping grows until it exists.
+
+    H is `hessian` in the given order of columns, its `dead` diagonal entries (in that order) set to 1. Factor, inverse
+    and inverse factor overwrite one another: one [in_features, in_features] in float64 beside `hessian`.
+    """
+    size = len(order)
+    # LAPACK works in place on columns.
+    work = torch.empty(size, size, dtype=torch.float64, device=order.device).mT
+    failed = torch.zeros((), dtype=torch.int32, device=order.device)
     for attempt in range(8):
-        damped = hessian + torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device) * (
-            damp * 10**attempt * mean
-        )
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        _permute_into(work, hessian, order)
+        diagonal = work.diagonal()
+        diagonal[dead] = 1.0
+        diagonal += damp * 10**attempt * float(diagonal.mean())
+        torch.linalg.cholesky_ex(work, out=(work, failed))
         if int(failed) == 0:
-            upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            torch.cholesky_inverse(work, out=work)
+            torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
             if int(failed) == 0:
-                return upper
+                return work
     raise ValueError("gptq: hessian must be finite and positive semidefinite; no damping made it definite")
 
 
@@ -57,7 +81,8 @@ def gptq(
         ValueError: Shapes disagree, or no damping makes the Hessian definite.
 
     Note:
-        Codes may lie more than one level from the weight. Float64 inside.
+        Codes may lie more than one level from the weight. Float64 inside: one [in_features, in_features] beside the
+        Hessian, and a slice of rows.
 
     Source:
         GPTQ, arXiv 2210.17323.
@@ -65,28 +90,28 @@ def gptq(
     rows, columns = weight.shape
     if hessian.shape != (columns, columns):
         raise ValueError(f"gptq: hessian must be [{columns}, {columns}], got {list(hessian.shape)}")
-    hessian = hessian.double().clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1.0
-    order = (
-        torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        if act_order
-        else torch.arange(columns)
-    )
+    diagonal = hessian.diagonal().double()
+    dead = diagonal == 0
+    diagonal = torch.where(dead, 1.0, diagonal)
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns)
     order = order.to(weight.device)
-    factor = _inverse_factor(hessian[order][:, order], damp)
+    factor = _inverse_factor(hessian, order, dead[order], damp)
     levels = grid.columns(order)
-    work = weight.double()[:, order].clone()
-    q = torch.empty_like(work)
-    for begin in range(0, columns, block_size):
-        end = min(begin + block_size, columns)
-        errors = torch.zeros(rows, end - begin, dtype=torch.float64, device=weight.device)
-        for j in range(begin, end):
-            q[:, j], served = levels.nearest(j, work[:, j])
-            error = (work[:, j] - served) / factor[j, j]
-            work[:, j + 1 : end] -= error.unsqueeze(1) * factor[j, j + 1 : end]
-            errors[:, j - begin] = error
-        work[:, end:] -= errors @ factor[begin:end, end:]
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-    codes[:, order] = q.to(torch.uint8)
+    size = slice_rows(columns)
+    for first in range(0, rows, size):
+        here = slice(first, min(first + size, rows))
+        work = weight[here].index_select(1, order).double()
+        q = torch.empty_like(work, dtype=torch.uint8)
+        for begin in range(0, columns, block_size):
+            end = min(begin + block_size, columns)
+            errors = torch.zeros(len(work), end - begin, dtype=torch.float64, device=weight.device)
+            for j in range(begin, end):
+                code, served = levels.nearest(j, work[:, j], here)
+                q[:, j] = code.to(torch.uint8)
+                error = (work[:, j] - served) / factor[j, j]
+                work[:, j + 1 : end] -= error.unsqueeze(1) * factor[j, j + 1 : end]
+                errors[:, j - begin] = error
+            work[:, end:] -= errors @ factor[begin:end, end:]
+        codes[here, order] = q
     return codes

@@ -37,7 +37,7 @@ def greedy(
     if hessian.shape != (columns, columns):
         raise ValueError(f"greedy: hessian must be [{columns}, {columns}], got {list(hessian.shape)}")
     h = hessian.double() / max(float(hessian.diagonal().mean()), 1e-300)
-    h = h + damp * torch.eye(columns, dtype=torch.float64, device=weight.device)
+    h.diagonal().add_(damp)
     q_down, frac_ref = grid.neighbours(weight)
     down = grid.dequantize(q_down, torch.float64)
     up = grid.dequantize(q_down + 1, torch.float64)

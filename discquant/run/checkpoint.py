@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from discquant.errors import DiskSpaceError
-from discquant.run.directory import save_tensors_atomic, write_atomic
+from discquant.run.directory import write_atomic
+from discquant.run.stored import save_tensors_atomic
 from discquant.solver.block import BlockState
 from discquant.solver.schedule import GainControl
 from discquant.solver.solve import Solve
@@ -189,7 +190,7 @@ class Checkpointer:
         if known is not None and known[1] == digest:
             return known
         name = f"block-{index:04d}-{step:07d}.safetensors"
-        save_tensors_atomic(self.folder / name, {key: tensor.clone() for key, tensor in tensors.items()}, {})
+        save_tensors_atomic(self.folder / name, tensors, {})
         self.bytes_written += (self.folder / name).stat().st_size
         return name, digest
 

@@ -7,6 +7,7 @@ config.json  metrics.jsonl  calibration.safetensors  checkpoints/  codes.safeten
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from discquant.errors import CheckpointError, MissingModelError, OutputExistsError, ResumeError
@@ -22,7 +22,9 @@ from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.lazy import substitute
 from discquant.formats.safetensors_file import read_header, read_tensor
+from discquant.grids import Grid
 from discquant.grids.storage import restore, store
+from discquant.run.stored import Given, save_tensors_atomic, sync_directory
 
 CONFIG, METRICS, CODES, SUMMARY = "config.json", "metrics.jsonl", "codes.safetensors", "summary.json"
 MARKER = "discquant_run"
@@ -34,25 +36,6 @@ def write_atomic(path: Path, text: str) -> None:
     with temporary.open("w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make a rename in `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def save_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; the same content gives the same bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, temporary, dict(metadata))
-    with temporary.open("rb+") as handle:
         os.fsync(handle.fileno())
     temporary.replace(path)
     sync_directory(path.parent)
@@ -152,14 +135,14 @@ class RunDirectory:
         """Whether the run reached its end (the summary is written last)."""
         return (self.path / SUMMARY).exists()
 
-    def save_codes(self, layers: Iterable[CodedLayer]) -> None:
-        """Write final codes with their grids."""
-        tensors: dict[str, Tensor] = {}
+    def save_codes(self, codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> None:
+        """Write final codes with their grids, one layer in memory at a time."""
+        tensors: dict[str, Given] = {}
         header: dict[str, Any] = {}
-        for layer in layers:
-            parts, header[layer.name] = store(layer.grid)
-            tensors |= {f"{layer.name}.{key}": tensor for key, tensor in parts.items()}
-            tensors[f"{layer.name}.q"] = layer.q
+        for name in codes:
+            parts, header[name] = store(grids[name])
+            tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
+            tensors[f"{name}.q"] = functools.partial(codes.__getitem__, name)
         save_tensors_atomic(self.path / CODES, tensors, {"layers": json.dumps(header, sort_keys=True)})
 
     def coded_layers(self) -> Iterator[CodedLayer]:

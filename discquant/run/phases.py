@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import resource
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from discquant.solver.memory import return_freed
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -52,7 +55,9 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase and note its own peak of resident memory."""
+        """Time a phase and note its own peak of resident memory, without what phases before it have freed."""
+        gc.collect()
+        return_freed()
         _reset_peak()
         if self._gpu is not None:
             torch.cuda.reset_peak_memory_stats(self._gpu)

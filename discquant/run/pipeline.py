@@ -26,7 +26,7 @@ from discquant.run.directory import RunDirectory, served_dtype
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.phases import Phases
 from discquant.run.planned import compare_run, plan_run
-from discquant.run.solving import Solving
+from discquant.run.solving import Codes, Solving
 from discquant.run.summary import coded_layers, summarize_run
 from discquant.run.windows import CALIBRATION, keep_windows, run_windows, split_windows
 from discquant.solver.chain import Chain, DecoderChain
@@ -125,13 +125,14 @@ class Pipeline:
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
         solve: Solve | None = None
         with self._phase("round"):
+            codes: Mapping[str, Tensor]
             if self.config.method == "discquant":
                 solve = self._solve(chain, grids, rows, held, source)
-                codes = solve.codes()
+                codes = solve.coded()
             else:
                 codes = self._layerwise(chain, grids, rows, self.config.method, source)
             codes = self._final(codes, grids)
-            self.directory.save_codes(coded_layers(codes, grids))
+            self.directory.save_codes(codes, grids)
         with self._phase("evaluate"):
             baselines = self._baselines(chain, grids, rows, codes, solve, source)
             summary = summarize_run(
@@ -182,7 +183,7 @@ class Pipeline:
         """Return the dtype that engines dequantize to."""
         return served_dtype(source.config)
 
-    def _final(self, codes: dict[str, Tensor], grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    def _final(self, codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Mapping[str, Tensor]:
         """Return the codes to write, from those that rounding gave."""
         return codes
 
@@ -220,11 +221,24 @@ class Pipeline:
         return dtype
 
     def _layerwise(
-        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, method: Method, source: Source
-    ) -> dict[str, Tensor]:
+        self,
+        chain: Chain,
+        grids: Mapping[str, Grid],
+        rows: TokenRows,
+        method: Method,
+        source: Source,
+        *,
+        strict: bool = True,
+    ) -> Mapping[str, Tensor]:
         batches = rows.batches(range(min(self.config.gptq_samples, len(rows)))) if method != "rtn" else []
         return layerwise_codes(
-            chain, grids, batches, method, damp=self.config.gptq_damp, served=self._served(source)
+            chain,
+            grids,
+            batches,
+            method,
+            damp=self.config.gptq_damp,
+            served=self._served(source),
+            strict=strict,
         )
 
     def _solve(
@@ -241,9 +255,11 @@ class Pipeline:
 
     def _choose_start(
         self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, source: Source
-    ) -> dict[str, Tensor] | None:
-        """Return codes to start from, None where the solve computes its own."""
-        return None
+    ) -> Codes | None:
+        """Return codes to start from, None where the solve starts from the weights."""
+        if self.config.solver.start != "gptq":
+            return None
+        return self._layerwise(chain, grids, rows, "gptq", source, strict=False)
 
     def _export(
         self,

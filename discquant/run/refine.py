@@ -29,7 +29,6 @@ from discquant.run.directory import served_dtype
 from discquant.run.events import Events
 from discquant.run.pipeline import Pipeline, weight_bytes
 from discquant.run.solving import kept_start
-from discquant.run.summary import coded_layers
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.measure import mean_kl, served_weights
@@ -140,13 +139,13 @@ class RefinePipeline(Pipeline):
 
     def _choose_start(
         self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, source: Source
-    ) -> dict[str, Tensor] | None:
+    ) -> Mapping[str, Tensor] | None:
         """Start from the file's codes or from GPTQ's on the file's grids, whichever is nearer to the original."""
         if self.config.solver.start != "gptq":
             return None
         served = self._served(source)
         dtype = self._compute_dtype()
-        candidates = {
+        candidates: dict[str, Mapping[str, Tensor]] = {
             FILE: {
                 name: self.file_layers[name].q for refs in chain.weights for name in (r.name for r in refs)
             },
@@ -164,7 +163,7 @@ class RefinePipeline(Pipeline):
         )
         return candidates[chosen]
 
-    def _final(self, codes: dict[str, Tensor], grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    def _final(self, codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Mapping[str, Tensor]:
         """Keep the file's code wherever it stands for the same weight (a group of one level, the two zeros of e2m1)."""
         final = {}
         for name, layer in self.file_layers.items():
@@ -211,7 +210,7 @@ class RefinePipeline(Pipeline):
                 "its codes are kept"
             )
             codes = {name: layer.q for name, layer in self.file_layers.items()}
-            self.directory.save_codes(coded_layers(codes, grids))
+            self.directory.save_codes(codes, grids)
         target = self.directory.path / (self.chosen.name if self.quantized.is_dir() else self.quantized.name)
         if not target.exists():
             summary["byte_diff"] = self.chosen.rewrite(self.quantized, target, codes).get("byte_diff")

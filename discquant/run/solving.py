@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import time
@@ -11,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from discquant.calibration import Windows
@@ -19,9 +19,10 @@ from discquant.config import QuantizeConfig
 from discquant.errors import ResumeError
 from discquant.grids import Grid
 from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoint
-from discquant.run.directory import RunDirectory, save_tensors_atomic, write_atomic
+from discquant.run.directory import RunDirectory, write_atomic
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.phases import resident_bytes
+from discquant.run.stored import Given, StoredCodes, save_tensors_atomic
 from discquant.run.summary import START, frac_histogram
 from discquant.solver.chain import Chain
 from discquant.solver.engine import Engine
@@ -32,16 +33,19 @@ VALIDATIONS = 16  # per run
 VALIDATION_ROWS = 8
 START_CODES = "start_codes.safetensors"
 
-Codes = dict[str, Tensor]
+Codes = Mapping[str, Tensor]
 
 
 def kept_start(directory: RunDirectory) -> Codes | None:
-    """Return the codes that an interrupted run started from, None where there are none."""
+    """Return the codes that this run started from, read from their file one by one; None where it has none."""
     path = directory.path / START_CODES
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    return StoredCodes(path) if path.exists() else None
+
+
+def keep_start(directory: RunDirectory, codes: Codes) -> None:
+    """Write the codes that this run starts from, one layer in memory at a time."""
+    given: dict[str, Given] = {name: functools.partial(codes.__getitem__, name) for name in codes}
+    save_tensors_atomic(directory.path / START_CODES, given, {})
 
 
 class Solving:
@@ -85,7 +89,7 @@ class Solving:
             rows: Calibration rows.
             held: Windows to watch the solve on.
             served: Dtype that engines dequantize to.
-            choose_start: Gives the codes that a fresh solve starts from; None where it computes its own.
+            choose_start: Gives the codes that a fresh solve starts from; None where it starts from the weights.
 
         Returns:
             The finished solve.
@@ -96,16 +100,17 @@ class Solving:
         """
         ranks = self.engine.ranks
         fresh = bool(ranks.share(not has_checkpoint(self._folder)))
-        start = kept = kept_start(self.directory)
+        start = kept_start(self.directory)
         if start is None:
             start = choose_start()
+            if start is not None and ranks.first:
+                keep_start(self.directory, start)
+                start = kept_start(self.directory)  # from now on in the file only
         solve = self.solve = Solve(
             chain, grids, rows, self.config, served=served, fresh=fresh, start_codes=start, engine=self.engine
         )
         for note in solve.solver.placement.notes:
             self.events.say(f"note: {note}")
-        if solve.start_codes is not None and kept is None and ranks.first:
-            save_tensors_atomic(self.directory.path / START_CODES, solve.start_codes, {})
         if not fresh and load_checkpoint(self._folder, solve) is None:
             raise ResumeError(
                 f"quantize: no checkpoint in {self._folder} can be read; remove that folder to start again"

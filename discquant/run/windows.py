@@ -10,7 +10,8 @@ from discquant.calibration import Windows, load_windows
 from discquant.config import QuantizeConfig
 from discquant.errors import CalibrationError
 from discquant.formats.source import Source
-from discquant.run.directory import RunDirectory, save_tensors_atomic
+from discquant.run.directory import RunDirectory
+from discquant.run.stored import save_tensors_atomic
 
 CALIBRATION = "calibration.safetensors"
 

@@ -14,8 +14,7 @@ from discquant.solver.gradients import block_gradients
 from discquant.solver.solver import Solver
 from discquant.solver.weight_ref import assemble, take_matrices
 
-SAMPLES_PER_LAYER = 1 << 16
-SAMPLES = 1_000_000
+GAIN_SAMPLES, GAIN_POOLED = 1 << 16, 1_000_000  # entries of one gradient, and of all, that set the gain
 
 
 def calibrate_gain(solver: Solver, batches: Sequence[Prepared]) -> float:
@@ -53,7 +52,7 @@ def calibrate_gain(solver: Solver, batches: Sequence[Prepared]) -> float:
             grad = matrix.float()
             gap, group_size = state.gap()
             flat = (grad * expand_groups(gap.float(), group_size, grad.shape[1])).abs()[state.live()]
-            samples.append(flat[:: max(1, flat.numel() // SAMPLES_PER_LAYER)].clone())
+            samples.append(flat[:: max(1, flat.numel() // GAIN_SAMPLES)].clone())
 
     block_gradients(
         solver.chain,
@@ -65,6 +64,6 @@ def calibrate_gain(solver: Solver, batches: Sequence[Prepared]) -> float:
         boundaries=solver.boundaries,
     )
     pooled = torch.cat(samples) if samples else torch.ones(1)
-    thinned = pooled[:: max(1, pooled.numel() // SAMPLES)]
+    thinned = pooled[:: max(1, pooled.numel() // GAIN_POOLED)]
     level = float(torch.quantile(thinned, 1 - solver.config.saturation))
     return solver.config.grad_clamp / max(level, 1e-30)

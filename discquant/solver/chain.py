@@ -165,10 +165,8 @@ class Chain:
         for index in range(len(self.blocks)):
             weights = None if teacher is None else teacher(index)
             with self.opened(index):
-                hidden = [
-                    self.run_block(index, h, batch.calls[index], weights)
-                    for h, batch in zip(hidden, batches, strict=True)
-                ]
+                for place, batch in enumerate(batches):  # each micro-batch in place of the last
+                    hidden[place] = self.run_block(index, hidden[place], batch.calls[index], weights)
         return hidden
 
     @property

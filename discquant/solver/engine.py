@@ -7,6 +7,7 @@ Placement and ranks change no bit of the result; another device does, in the las
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from discquant.environment import CUBLAS_WORKSPACE
 from discquant.errors import ConfigError
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain
+from discquant.solver.kronecker import factor_shape
 from discquant.solver.placement import CHOICES, Choice, Placement, Where
 from discquant.solver.ranks import Ranks
 
@@ -32,7 +34,7 @@ HOST_SHARE = 0.8
 
 
 def bytes_per_weight(options: SolverConfig, *, num_bits: int = 4, weights_dtype_bytes: int = 0) -> float:
-    """Return the bytes of state per weight, without scales and outliers.
+    """Return the bytes of state per weight, without scales, outliers and the curvature's factors.
 
     Args:
         options: State width, optimizer, teacher and start.
@@ -47,6 +49,14 @@ def bytes_per_weight(options: SolverConfig, *, num_bits: int = 4, weights_dtype_
     if options.teacher_source == "state" and options.start == "gptq":
         total += 0.125 if options.state == "u8" else value
     return total
+
+
+def curvature_bytes(shape: tuple[int, int], options: SolverConfig) -> int:
+    """Return the bytes of the curvature's factors of a linear layer [out_features, in_features]; 0 without the term."""
+    if not options.curved:
+        return 0
+    element = 4 if options.state == "fp32" else 2
+    return element * sum(math.prod(factor_shape(size, options.curvature_width)) for size in shape)
 
 
 def free_host_bytes() -> int | None:
@@ -148,8 +158,9 @@ class Engine:
 
     def placement(self, chain: Chain, options: SolverConfig) -> Placement:
         """Return an empty placement for the state of a chain."""
-        weights = sum(ref.matrix_size for refs in chain.weights for ref in refs)
-        where = self.chosen(int(weights * bytes_per_weight(options)))
+        refs = [ref for block in chain.weights for ref in block]
+        factors = sum(curvature_bytes(ref.shape, options) for ref in refs if ref.has_factors)
+        where = self.chosen(int(sum(ref.matrix_size for ref in refs) * bytes_per_weight(options)) + factors)
         return Placement(where, self.device, self._files())
 
     def boundary_store(self, placement: Placement) -> Boundaries:

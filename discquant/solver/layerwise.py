@@ -13,6 +13,7 @@ from discquant.config import Method
 from discquant.grids import Grid
 from discquant.rounding import gptq, greedy
 from discquant.solver.chain import Chain, Prepared, WeightRef
+from discquant.solver.codes import PackedCodes
 from discquant.solver.experts import RoutedInputs
 from discquant.solver.measure import served_weights
 
@@ -54,12 +55,13 @@ class _HessianHook:
             if self.strict:
                 raise
             return
-        product = (rows.T @ rows).double()
-        self.hessian = product if self.hessian is None else self.hessian + product
+        product = rows.T @ rows
+        self.hessian = product.double() if self.hessian is None else self.hessian.add_(product)
 
     def gathered(self, ref: WeightRef) -> Tensor | None:
-        """Return X^T X of a weight's inputs, None where no token came."""
-        return self.hessian
+        """Return X^T X of a weight's inputs, None where no token came; it is let go: nobody else asks for it."""
+        hessian, self.hessian = self.hessian, None
+        return hessian
 
     def remove(self) -> None:
         """Stop watching."""
@@ -93,13 +95,13 @@ def _watch(chain: Chain, refs: Sequence[WeightRef], strict: bool) -> dict[str, _
     return hooks
 
 
-def rtn_codes(chain: Chain, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+def rtn_codes(chain: Chain, grids: Mapping[str, Grid]) -> PackedCodes:
     """Round every weight to nearest; codes by module name, on the CPU."""
-    return {
-        ref.name: grids[ref.name].to(chain.device).nearest(ref.matrix()).cpu()
-        for refs in chain.weights
-        for ref in refs
-    }
+    codes = PackedCodes()
+    for ref in (ref for refs in chain.weights for ref in refs):
+        grid = grids[ref.name].to(chain.device)
+        codes.put(ref.name, grid.nearest(ref.matrix()).cpu(), grid.num_bits)
+    return codes
 
 
 @torch.no_grad()
@@ -113,7 +115,7 @@ def layerwise_codes(
     served: torch.dtype = torch.float32,
     strict: bool = True,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
+) -> PackedCodes:
     """Round block after block, each on the outputs of the rounded blocks before it.
 
     Args:
@@ -127,7 +129,7 @@ def layerwise_codes(
         progress: Called with (blocks done, blocks).
 
     Returns:
-        Codes by module name, uint8, [out_features, in_features], on the CPU.
+        Codes by module name, uint8, [out_features, in_features], on the CPU; held two per byte where they fit.
 
     Raises:
         NotImplementedError: A layer kind whose inputs cannot be gathered.
@@ -135,7 +137,7 @@ def layerwise_codes(
     if method == "rtn":
         return rtn_codes(chain, grids)
     hidden = [batch.hidden for batch in batches]
-    codes: dict[str, Tensor] = {}
+    codes = PackedCodes()
     for index, refs in enumerate(chain.weights):
         hooks = _watch(chain, refs, strict)
         try:
@@ -151,17 +153,16 @@ def layerwise_codes(
             hessian, grid = hooks[ref.name].gathered(ref), grids[ref.name].to(chain.device)
             matrix = ref.matrix()
             if hessian is None:  # never reached by a token: nothing to learn from
-                found = grid.nearest(matrix)
-            elif method == "gptq":
-                found = gptq(matrix, hessian, grid, damp=damp)
+                q = grid.nearest(matrix)
             else:
-                found = greedy(matrix, hessian, grid, damp=damp)
-            codes[ref.name] = found.cpu()
+                round_matrix = gptq if method == "gptq" else greedy
+                q = round_matrix(matrix, hessian, grid, damp=damp)
+            codes.put(ref.name, q.cpu(), grid.num_bits)
+            del hessian, matrix, q
         weights = served_weights(chain, grids, codes, served, refs[0].parameter.dtype)(index) if refs else {}
-        hidden = [
-            chain.run_block(index, h, batch.calls[index], weights)
-            for h, batch in zip(hidden, batches, strict=True)
-        ]
+        for place, batch in enumerate(batches):  # each micro-batch in place of the last
+            hidden[place] = chain.run_block(index, hidden[place], batch.calls[index], weights)
+        del weights
         if progress is not None:
             progress(index + 1, len(chain.weights))
     return codes

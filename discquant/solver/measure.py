@@ -60,9 +60,8 @@ def mean_kl(
     hidden = [batch.hidden for batch in batches]
     for index in range(len(chain.blocks)):
         weights = student(index)
-        hidden = [
-            chain.run_block(index, h, b.calls[index], weights) for h, b in zip(hidden, batches, strict=True)
-        ]
+        for place, batch in enumerate(batches):
+            hidden[place] = chain.run_block(index, hidden[place], batch.calls[index], weights)
     total, count = 0.0, 0
     unknown = [batch for batch in batches if batch.teacher is None]
     found = iter(chain.teacher_outputs(unknown, teacher))

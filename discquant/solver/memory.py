@@ -7,9 +7,12 @@ registered with CUDA as it is.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +21,26 @@ from discquant.errors import DiskSpaceError
 
 PAGE = mmap.PAGESIZE
 REGISTER_BYTES = 2 << 30  # cudaHostRegister is called in pieces of this size
+
+
+@functools.lru_cache
+def _trimmer() -> Callable[[int], int] | None:
+    """Return the C library's malloc_trim, None where there is none."""
+    try:
+        found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):
+        found = None
+    return found
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system, which glibc keeps where anything younger lives above it.
+
+    Tensors below 32 MB come from one heap; without this the peak of an earlier stage stays with the process.
+    """
+    trim = _trimmer()
+    if trim is not None:
+        trim(0)
 
 
 def _advise(area: mmap.mmap, advice: str) -> None:

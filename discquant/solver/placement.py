@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from discquant.solver.block import BlockState
-from discquant.solver.memory import HostArena, MappedFile
+from discquant.solver.memory import HostArena, MappedFile, return_freed
 from discquant.solver.state import WeightState
 
 Where = Literal["resident", "host", "disk"]
@@ -138,11 +138,11 @@ class Placement:
         Raises:
             DiskSpaceError: The file system of `disk` is too small.
         """
-        if self.where == "resident":
-            self._blocks.append(BlockState.pack(states, self._on_device))
-            return
-        self._blocks.append(BlockState.pack(states, self._at_home))
-        self._homes[-1].written()
+        resident = self.where == "resident"
+        self._blocks.append(BlockState.pack(states, self._on_device if resident else self._at_home))
+        if not resident:
+            self._homes[-1].written()
+        return_freed()  # the wide intermediates of the block
 
     def _on_device(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)

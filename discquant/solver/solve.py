@@ -13,6 +13,7 @@ from discquant.config import GridConfig, LossName, QuantizeConfig, SolverConfig
 from discquant.grids import Grid, place_grid
 from discquant.solver.calibrate import calibrate_gain
 from discquant.solver.chain import Chain, Prepared
+from discquant.solver.codes import StateCodes
 from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.engine import Engine
 from discquant.solver.gradients import TeacherWeights
@@ -221,9 +222,7 @@ class Solve:
                         optimizer=options.optimizer,
                         wide=wide,
                         kept=kept,
-                        curvature_width=options.curvature_width
-                        if self._curved(options) and ref.has_factors
-                        else 0,
+                        curvature_width=options.curvature_width if options.curved and ref.has_factors else 0,
                     )
                     for ref, start in zip(refs, starts, strict=True)
                 ]
@@ -243,13 +242,13 @@ class Solve:
             rows.remember_teacher(self.solver.teacher)
         self._order = row_order(len(rows), config.seed)
         self._rows: list[int] = []  # of a step that has begun; a step that fails does not use them up
-        if self._curved(options):
+        if options.curved:
             with self.engine.reproducible():
                 self._gather_curvature()
         if fresh:
             self._set_gain(grids)
 
-    def gptq_codes(self, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    def gptq_codes(self, grids: Mapping[str, Grid]) -> Mapping[str, Tensor]:
         """Return GPTQ's codes on the first `gptq_samples` rows."""
         count = min(self.config.gptq_samples, len(self.rows))
         return layerwise_codes(
@@ -268,10 +267,6 @@ class Solve:
         dtype = getattr(torch, self.config.solver.compute_dtype)
         served = served_weights(self.chain, grids, codes, self.served, dtype)
         return mean_kl(self.chain, served, self.rows.batches(range(min(START_KL_ROWS, len(self.rows)))))
-
-    @staticmethod
-    def _curved(options: SolverConfig) -> bool:
-        return bool(options.curvature) and options.loss == "kl"
 
     def _gather_curvature(self) -> None:
         """Fill the factors of all states, on as many rows at once as a step takes."""
@@ -335,9 +330,12 @@ class Solve:
 
     def codes(self) -> dict[str, Tensor]:
         """Return the rounded codes by module name."""
+        return dict(self.coded())
+
+    def coded(self) -> Mapping[str, Tensor]:
+        """Return the same without holding them: computed from the state whenever they are asked for."""
         self.solver.check()
-        homes = self.solver.placement.homes()
-        return {state.name: state.codes().cpu() for block in homes for state in block.states}
+        return StateCodes(self.solver.placement)
 
     def close(self) -> None:
         """Stop copies, leave no files of the placement behind; states at home stay readable."""

@@ -103,8 +103,13 @@ def test_plan_uses_measured_rates(folder: Path) -> None:
     expected = (
         tokens * (6 * shape.weights + 7 * scores) / 2e9 + tokens * 6 * 96 * 32 / 4e9 + shape.weights * 3e-9
     )
+    sizes = [(32, 32), (32, 32), (16, 32), (16, 32), (64, 32), (64, 32), (32, 64)]  # below the factors' width
+    expected += 3 * sum(2 * r * c * (r + c) for r, c in sizes) / 3e9
+    grams = 3 * sum(2 * (r * r + c * c) for r, c in sizes)
+    gathered = 8 * 16 * (6 * shape.weights + 9 * scores + 4 * 96 * 32 + grams) / 2e9
     assert made.step_seconds == pytest.approx(expected)
-    assert made.total_seconds == pytest.approx(4 * expected)
+    assert made.gather_seconds == pytest.approx(gathered)
+    assert made.total_seconds == pytest.approx(4 * expected + gathered)
     assert made.to_dict()["rates"] == "measured on this machine"
 
 
@@ -125,7 +130,7 @@ def test_run_against_plan(folder: Path) -> None:
         steps = [{"seconds": made.step_seconds * factor} for factor in (40.0, time, time)]
         return compare.against_plan(made, phases, steps)
 
-    assert [peak.name for peak in made.peaks][3:6] == ["teacher", "start", "solve"]
+    assert [peak.name for peak in made.peaks][3:6] == ["start", "teacher", "solve"]
     good = found(1.05, 0.9)
     assert [row["phase"] for row in good["memory"]] == ["round", "evaluate"]
     assert good["memory"][0]["ratio"] == pytest.approx(1.05, abs=1e-4)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from discquant.config import GridConfig
 from discquant.grids import Grid, place_grid
 from discquant.rounding import gptq, greedy
+from discquant.rounding.gptq import slice_rows
 
 
 def _problem(rows: int, columns: int, samples: int = 200) -> tuple[Tensor, Tensor]:
@@ -54,6 +56,63 @@ def test_gptq_equals_the_oracle(group_size: int, sym: bool) -> None:
     grid = place_grid(weight, GridConfig(3, group_size, sym))
     q = gptq(weight, hessian, grid, damp=0.01, block_size=17)
     assert np.array_equal(q.numpy(), _oracle(weight, hessian, grid, 0.01))
+
+
+KINDS = (
+    GridConfig(3, 32),
+    GridConfig(4, -1, sym=False),
+    GridConfig(4, 64, kind="nf4"),
+    GridConfig(4, 32, False, kind="q4_k"),
+)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: f"{config.kind}-{config.group_size}")
+@pytest.mark.parametrize("rows_at_once", [1, 7])
+def test_slices_of_rows_give_the_same_codes(
+    rows_at_once: int, config: GridConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = _problem(24, 256)
+    hessian[5] = hessian[:, 5] = 0
+    grid = place_grid(weight, config)
+    whole = gptq(weight, hessian, grid)
+    # The package's function of this name hides the module.
+    monkeypatch.setattr(sys.modules["discquant.rounding.gptq"], "SLICE_BYTES", 8 * 256 * rows_at_once)
+    assert slice_rows(256) == rows_at_once
+    assert torch.equal(gptq(weight, hessian, grid), whole)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: f"{config.kind}-{config.group_size}")
+def test_columns_hold_one_value_per_group_and_round_to_the_nearest_level(config: GridConfig) -> None:
+    weight = torch.randn(6, 256) * 0.1
+    grid = place_grid(weight, config)
+    order = torch.randperm(256)
+    columns = grid.columns(order)
+    held = [value for value in vars(columns).values() if isinstance(value, Tensor)]
+    assert all(value.numel() <= max(grid.scale.numel(), 256) for value in held)
+    levels = torch.arange(2**grid.num_bits, dtype=torch.uint8)
+    for j in (0, 100, 255):
+        for rows in (slice(None), slice(2, 5)):
+            values = weight[rows, order[j]].double()
+            q, served = columns.nearest(j, values, rows)
+            every = torch.stack(
+                [
+                    grid.dequantize(level.expand(weight.shape), torch.float64)[rows, order[j]]
+                    for level in levels
+                ]
+            )
+            assert torch.equal(served.float(), every.gather(0, q.long().unsqueeze(0))[0].float())
+            best = (every - values).abs().amin(dim=0)
+            # The levels above went through float32 products.
+            slack = torch.finfo(torch.float32).eps * served.abs()
+            assert bool(((served - values).abs() <= best + slack).all())
+
+
+def test_gptq_leaves_its_arguments_alone() -> None:
+    weight, hessian = _problem(3, 32)
+    kept = weight.clone(), hessian.double()
+    wide = hessian.double()
+    gptq(weight, wide, place_grid(weight, GridConfig(3, 32)))
+    assert torch.equal(weight, kept[0]) and torch.equal(wide, kept[1])
 
 
 def test_both_beat_nearest_and_greedy_stays_between_the_neighbours() -> None:

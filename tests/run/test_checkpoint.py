@@ -5,7 +5,13 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
+import multiprocessing.process
+import resource
+import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,7 @@ from torch import Tensor
 
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import DiskSpaceError
-from discquant.run import checkpoint
+from discquant.run import checkpoint, stored
 from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoint
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
@@ -176,6 +182,97 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     writer.save()
     writer.wait()
     assert load_checkpoint(tmp_path, again) == 2
+
+
+def _forked(work: Callable[[], None]) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    return process
+
+
+def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(model: Any, tmp_path: Path) -> None:
+    """kill -9 half-way through a block's file, with the solve waiting for it; the next run ends in the same bytes."""
+    run = _solve(model)
+    folder, reached = tmp_path / "checkpoints", tmp_path / "reached"
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        writer = Checkpointer(folder, run)
+        run.advance()
+        writer.save()
+        writer.wait()
+        run.advance()
+        real = stored.tensor_bytes
+        pieces: list[int] = []
+
+        def stuck(tensor: Tensor) -> memoryview:
+            pieces.append(tensor.numel())
+            if len(pieces) == 30:  # in the second block's file: a block has 7 weights of 3 tensors each
+                reached.touch()
+                time.sleep(600)
+            return real(tensor)
+
+        stored.tensor_bytes = stuck
+        writer.save()
+        run.advance()
+
+    process = _forked(work)
+    deadline = time.monotonic() + 120
+    while not reached.exists() and time.monotonic() < deadline and process.is_alive():
+        time.sleep(0.02)
+    assert reached.exists()
+    process.kill()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    names = {path.name for path in folder.iterdir()}
+    assert "block-0001-0000002.safetensors" in names and ".block-0000-0000002.safetensors.tmp" in names
+    again, whole = _solve(model), _solve(model)
+    assert load_checkpoint(folder, again) == 1
+    writer = Checkpointer(folder, again)
+    for _ in range(2):
+        again.advance()
+        writer.save()
+    writer.wait()
+    for _ in range(3):
+        whole.advance()
+    assert _same(_bytes(again), _bytes(whole))
+    left = sorted(path.name for path in folder.iterdir())
+    assert [name for name in left if name.startswith("step")] == ["step-0000002.json", "step-0000003.json"]
+    assert len(left) == 2 + 4
+
+
+def test_a_file_system_that_takes_no_more_leaves_the_last_checkpoint(model: Any, tmp_path: Path) -> None:
+    """No room for real, by the system's limit on the size of a file, in the middle of a block's file."""
+    run = _solve(model)
+    said = tmp_path / "said"
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        folder = tmp_path / "checkpoints"
+        writer = Checkpointer(folder, run)
+        run.advance()
+        writer.save()
+        writer.wait()
+        size = min(path.stat().st_size for path in folder.glob("block-*"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+        run.advance()
+        writer.save()
+        try:
+            writer.wait()
+        except DiskSpaceError as error:
+            message = str(error)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            said.write_text(message)
+
+    process = _forked(work)
+    process.join(120)
+    assert process.exitcode == 0
+    assert "the last checkpoint is intact" in said.read_text()
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    again, whole = _solve(model), _solve(model)
+    assert load_checkpoint(tmp_path / "checkpoints", again) == 1
+    whole.advance()
+    assert _same(_bytes(again), _bytes(whole))
 
 
 def test_other_errors_of_the_writer_arrive_too(

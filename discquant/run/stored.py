@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors in a run's own files: written one at a time, read one at a time, so that no file is ever in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from discquant.formats.safetensors_file import (
+    DTYPE_BITS,
+    DTYPE_NAMES,
+    encode_header,
+    read_header,
+    read_tensor,
+    tensor_bytes,
+)
+
+Given = Tensor | Callable[[], Tensor]
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _made(given: Given) -> Tensor:
+    return given if isinstance(given, Tensor) else given()
+
+
+def save_tensors_atomic(path: Path, tensors: Mapping[str, Given], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically; the same content gives the same bytes, those of the library.
+
+    Args:
+        path: The file.
+        tensors: By name; a function is called twice, for shape and for content, and its result is not kept.
+        metadata: Strings of the header.
+
+    Raises:
+        OSError: The disk is full, say; the file that was there stays.
+    """
+    facts: dict[str, tuple[torch.dtype, list[int]]] = {}
+    for name, given in tensors.items():
+        tensor = _made(given)
+        facts[name] = (tensor.dtype, list(tensor.shape))
+        del tensor
+    # In the library's order, wide elements first: a view into the file is aligned.
+    rank = {kind: -place for place, kind in enumerate(DTYPE_BITS)}
+    names = sorted(facts, key=lambda name: (rank[DTYPE_NAMES[facts[name][0]]], name))
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        dtype, shape = facts[name]
+        begin, kind = end, DTYPE_NAMES[dtype]
+        end += torch.Size(shape).numel() * DTYPE_BITS[kind] // 8
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as handle:
+        handle.write(encode_header(entries))
+        for name in names:
+            handle.write(tensor_bytes(_made(tensors[name])))
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+class StoredCodes(Mapping[str, Tensor]):
+    """Codes by module name in a safetensors file, read from it whenever they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Open.
+
+        Raises:
+            CheckpointError: The file is damaged.
+        """
+        self._found, _ = read_header(path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the codes of a layer, uint8, [out_features, in_features]."""
+        return read_tensor(self._found[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield names in the order of the file."""
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._found)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes of a whole model by module name, held small: two per byte, or not at all but read from the solver's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from discquant.ops import unpack_nibbles
+from discquant.solver.placement import Placement
+from discquant.solver.state import pack_nibbles
+
+NIBBLE_BITS = 4
+
+
+class PackedCodes(Mapping[str, Tensor]):
+    """Codes by module name; those of up to 4 bits lie two per byte and are unpacked when they are asked for."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._held: dict[str, tuple[Tensor, int]] = {}  # codes as held, in_features
+
+    def put(self, name: str, q: Tensor, num_bits: int) -> None:
+        """Take the codes of a layer.
+
+        Args:
+            name: Module name.
+            q: uint8, below 2^num_bits, [out_features, in_features].
+            num_bits: Width of a code.
+        """
+        self._held[name] = (pack_nibbles(q) if num_bits <= NIBBLE_BITS and q.numel() else q, q.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.numel() for held, _ in self._held.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the codes of a layer, uint8, [out_features, in_features]."""
+        held, columns = self._held[name]
+        return held if held.shape[1] == columns else unpack_nibbles(held, columns)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield module names in the order they came."""
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._held)
+
+
+class StateCodes(Mapping[str, Tensor]):
+    """Codes q_down + round(frac) of a solve by module name, computed from the state whenever they are asked for."""
+
+    def __init__(self, placement: Placement) -> None:
+        """Bind to the states of a solve, which must stay readable."""
+        self._placement = placement
+        self._places = {
+            state.name: (index, place)
+            for index, block in enumerate(placement.homes())
+            for place, state in enumerate(block.states)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the codes of a layer, uint8, [out_features, in_features], on the CPU."""
+        index, place = self._places[name]
+        return self._placement.home(index).states[place].codes().cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield module names in the model's order."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._places)

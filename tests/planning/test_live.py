@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's items against the tensors that are really alive: storages, without the process and its allocator."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from discquant.calibration import Windows
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.evaluation.divergence import compare_models
+from discquant.planning.compare import MEMORY_TOLERANCE
+from discquant.planning.hardware import DEVICES
+from discquant.planning.memory import grid_share, phase_peaks, state_bytes
+from discquant.planning.plan import Machine, setting_for
+from discquant.planning.shape import shape_of
+from discquant.run.directory import apply_layers
+from discquant.run.summary import coded_layers
+from discquant.solver.chain import DecoderChain
+from discquant.solver.layerwise import layerwise_codes
+from discquant.solver.solve import Solve, TokenRows, lay_grids
+
+ROWS, SEQLEN = 16, 32
+
+
+class Live(TorchDispatchMode):
+    """Adds up the storages that operations make while it is active, until they are freed."""
+
+    def __init__(self, model: Any) -> None:
+        """Start at zero, with the tensors of `model` known."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in model.state_dict().values()}
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and take its results into account."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if not isinstance(tensor, torch.Tensor) or not tensor.untyped_storage().nbytes():
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A Llama of three blocks, wide against its tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def _config(**solver: Any) -> QuantizeConfig:
+    options = {"iters": 4, "batch_size": 4, "micro_batch": 2, "warmup": 1, "start": "ref", **solver}
+    return QuantizeConfig(
+        grid=GridConfig(3, 32),
+        solver=SolverConfig(**options),
+        data=DataConfig("text.txt", ROWS, SEQLEN),
+        gptq_samples=ROWS,
+        baselines=(),
+    )
+
+
+def _planned(model: Any, config: QuantizeConfig, phase: str, keep: Callable[[str], bool]) -> float:
+    shape = shape_of(model, name="small")
+    setting = setting_for(shape, config, "resident", Machine(DEVICES["cpu"], 1e15, 1e15))
+    peak = next(peak for peak in phase_peaks(shape, setting) if peak.name == phase)
+    return sum(size for item, size in peak.host.items() if keep(item))
+
+
+def _within(actual: float, planned: float) -> bool:
+    return abs(actual / planned - 1) <= MEMORY_TOLERANCE
+
+
+def _rows(chain: DecoderChain) -> TokenRows:
+    ids = torch.randint(3, 256, (ROWS, SEQLEN), generator=torch.Generator().manual_seed(1))
+    return TokenRows(chain, ids, None, 2)
+
+
+HELD_BEFORE = ("process", "windows", "original weights", "frozen parameters", "scales", "embedding")
+
+
+def test_gptq(model: Any) -> None:
+    config = dataclasses.replace(_config(), method="gptq")
+    chain = DecoderChain(model)
+    grids, rows = lay_grids(chain, config.grid), _rows(chain)
+    with Live(model) as live:
+        layerwise_codes(chain, grids, rows.batches(range(ROWS)), "gptq")
+    assert _within(live.peak, _planned(model, config, "start", lambda item: item not in HELD_BEFORE))
+
+
+@pytest.mark.parametrize(("state", "optimizer"), [("u8", "momentum"), ("fp32", "adamw")])
+def test_solve(state: str, optimizer: str, model: Any) -> None:
+    config = _config(state=state, optimizer=optimizer)
+    chain = DecoderChain(model)
+    grids, rows = lay_grids(chain, config.grid), _rows(chain)
+    with Live(model) as live:
+        run = Solve(chain, grids, rows, config)
+        run.advance()
+    assert _within(live.peak, _planned(model, config, "solve", lambda item: item not in HELD_BEFORE))
+
+
+@pytest.mark.parametrize(("state", "optimizer"), [("u8", "momentum"), ("fp32", "adamw")])
+@pytest.mark.parametrize(("curvature", "width"), [(None, 512), (None, 64), (1.0, 80), (0.0, 512)])
+def test_state(state: str, optimizer: str, curvature: float | None, width: int, model: Any) -> None:
+    """Every byte of the placement is planned: sizes are multiples of its alignment, no position is an outlier."""
+    config = _config(state=state, optimizer=optimizer, curvature=curvature, curvature_width=width)
+    config = dataclasses.replace(config, grid=GridConfig(3, 32, grid="absmax"))
+    chain = DecoderChain(model)
+    shape = shape_of(model, name="small")
+    setting = setting_for(shape, config, "resident", Machine(DEVICES["cpu"], 1e15, 1e15))
+    placement = Solve(chain, lay_grids(chain, config.grid), _rows(chain), config).solver.placement
+    scales = shape.weights * grid_share(shape, config)
+    assert placement.nbytes == state_bytes(shape, setting) + scales
+    largest = max(placement.home(index).nbytes for index in range(len(placement)))
+    assert largest * len(placement) == placement.nbytes
+
+
+def test_comparing(model: Any) -> None:
+    import copy
+
+    config = dataclasses.replace(_config(), method="rtn")
+    chain = DecoderChain(model)
+    grids = lay_grids(chain, config.grid)
+    codes = layerwise_codes(chain, grids, [], "rtn")
+    ids = torch.randint(3, 256, (8, SEQLEN))
+    with Live(model) as live:
+        candidate = apply_layers(copy.deepcopy(model), coded_layers(codes, grids), torch.float32)
+        compare_models(model, {"rtn": candidate}, Windows.make(ids, torch.ones_like(ids).bool(), "made up"))
+    held = (*HELD_BEFORE, "codes")
+    assert _within(live.peak, _planned(model, config, "evaluate", lambda item: item not in held))

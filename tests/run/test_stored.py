@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of a run: the library's bytes, one tensor in memory at a time, the old file until the new one is whole."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from discquant.run import stored
+from discquant.run.stored import StoredCodes, save_tensors_atomic
+
+
+def _tensors() -> dict[str, Tensor]:
+    return {
+        "b.q": torch.randint(0, 9, (3, 5), dtype=torch.uint8),
+        "a": torch.randn(2, 3).bfloat16(),
+        "half": torch.randn(2).half(),
+        "wide": torch.randn(4).double(),
+        "ä": torch.zeros(0),
+        "z": torch.tensor(1, dtype=torch.int8),
+        "turned": torch.randn(3, 2).t(),
+    }
+
+
+@pytest.mark.parametrize("metadata", [{}, {"source": 'x"y'}])
+def test_bytes_are_the_library_s(metadata: dict[str, str], tmp_path: Path) -> None:
+    tensors = _tensors()
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "theirs", metadata)
+    save_tensors_atomic(tmp_path / "ours", tensors, metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in load_file(tmp_path / "ours").items())
+
+
+def test_made_tensors_live_one_at_a_time(tmp_path: Path) -> None:
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def maker(value: int) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            nonlocal most
+            tensor = torch.full((4, 4), value, dtype=torch.uint8)
+            alive.add(tensor)
+            most = max(most, len(alive))
+            return tensor
+
+        return make
+
+    save_tensors_atomic(tmp_path / "codes", {f"layer.{value}": maker(value) for value in range(6)}, {})
+    assert most == 1
+    codes = StoredCodes(tmp_path / "codes")
+    assert list(codes) == [f"layer.{value}" for value in range(6)] and len(codes) == 6
+    assert all(bool((codes[f"layer.{value}"] == value).all()) for value in range(6))
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "codes"
+    save_tensors_atomic(path, {"a": torch.arange(4)}, {})
+    before = path.read_bytes()
+
+    def broken(tensor: Tensor) -> memoryview:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored, "tensor_bytes", broken)
+    with pytest.raises(OSError, match="No space left"):
+        save_tensors_atomic(path, {"a": torch.arange(9)}, {})
+    assert path.read_bytes() == before
