@@ -250,16 +250,21 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     summed = setting.tokens > setting.micro_tokens or element < wide
     curved = 5.0 if setting.config.solver.curved else 0.0
     gradient = float(wide + (element if summed and not setting.accelerator else 0))
+    logits = _logit_tensors(shape, setting) * wide
+    graphs = float(saved * tokens * depth)
+    undo = float(min(shape.weights * setting.layout.written, JOURNAL_BYTES))
+    # E, E H, its pieces and G E H of one matrix, and its original; made when the logits are gone.
+    term = curved * wide * max(m.rows * m.columns for m in largest.matrices)
     return {
         "student and teacher weights": float(sides + students - 1) * largest.weights * element,
         "weight gradient": gradient * largest.weights,
-        # E, E H, its pieces and G E H of one matrix, and its original.
-        "curvature of a matrix": curved * wide * max(m.rows * m.columns for m in largest.matrices),
+        "curvature of a matrix": max(0.0, term - logits),
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
         "hidden states": 4.0 * tokens * shape.hidden * element,
-        "logits": _logit_tensors(shape, setting) * wide,
-        # What the step replaces is kept until it ends, up to a limit.
-        "bytes to undo a step": min(shape.weights * setting.layout.written, JOURNAL_BYTES),
+        "logits": logits,
+        # What the step replaces is kept until it ends, up to a limit. Block by block it takes the place of kept graphs,
+        # so that only one end of the backward pass can be the peak.
+        "bytes to undo a step": max(graphs + undo / depth, graphs / depth + undo) - graphs if keep else undo,
     }
 
 
