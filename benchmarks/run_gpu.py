@@ -51,6 +51,7 @@ _INSTALL = [
     "-e",
     str(ROOT),
 ]
+GRACE = 6.0  # seconds for an interrupted process to write its summary
 SMALL = "not compiled"  # without a GPU: the compiler of torch.compile takes longer than all the rest
 
 
@@ -90,13 +91,15 @@ def run(command: Command, seconds: float) -> tuple[subprocess.Popen[bytes], floa
 
 
 def finish(process: subprocess.Popen[bytes], deadline: float) -> int:
-    """Wait; past the deadline end the whole group and return 124."""
-    try:
-        return process.wait(timeout=max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return 124
+    """Wait; past the deadline interrupt, so that pytest tells what it found so far, then end the whole group: 124."""
+    for asked, seconds in ((signal.SIGINT, deadline - time.monotonic()), (signal.SIGKILL, GRACE)):
+        try:
+            status = process.wait(timeout=max(0.1, seconds))
+            return status if asked == signal.SIGINT else 124
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, asked)
+    process.wait()
+    return 124
 
 
 def execute(step: Step, seconds: float) -> list[tuple[str, int]]:

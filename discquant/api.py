@@ -83,7 +83,8 @@ def _run(
     if config.method != "discquant":
         batches = rows.batches(range(min(config.gptq_samples, len(rows))))
         codes = layerwise_codes(chain, grids, batches, config.method, damp=config.gptq_damp, served=served)
-        return Quantized(chain.model, codes, grids, served, (), unseen_experts(chain, batches))
+        # Held, not computed when asked for: `apply` changes the weights.
+        return Quantized(chain.model, dict(codes), grids, served, (), unseen_experts(chain, batches))
     records: list[StepRecord] = []
 
     def note(solver: Solver, record: StepRecord) -> None:

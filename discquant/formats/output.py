@@ -75,7 +75,7 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
         check_target(out_dir)
         # An empty directory may stand there already; rename replaces it in one step.
         partial.rename(out_dir)
-        _sync(out_dir.parent)
+        sync_path(out_dir.parent)
     except BaseException as cause:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -244,7 +244,8 @@ class ShardWriter:
         self._open, self._entries, self._filled = {}, {}, 0
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Make a file's content, or a rename in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -255,4 +256,4 @@ def _sync(path: Path) -> None:
 def _sync_tree(root: Path) -> None:
     """Everything on disk before the rename makes it visible, or a power cut could leave a complete-looking wreck."""
     for path in [*root.rglob("*"), root]:
-        _sync(path)
+        sync_path(path)

@@ -354,15 +354,15 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         )
         held.pop("boundary activations", None)
         stored.pop("boundary activations", None)
-    # Final codes of a solve are computed from its state when they are asked for, those at the start lie in a file.
-    held["codes"] = 0.0 if discquant else packed
+    # Codes of a solve and of RTN are computed when they are asked for, those at the start lie in a file.
+    held["codes"] = 0.0 if config.method in ("discquant", "rtn") else packed
     stored["codes"] = weights * (1 + grid)
     bits = config.grid.bits / 8.0
     stored["exported model"] = weights * (bits + grid) + shape.untouched * float(shape.file_bytes)
     peaks.append(peak("export", {}, {"one layer packed": matrix * (2 + bits)}))
     known = {config.method, "gptq" if started else config.method}
     unknown = [name for name in config.baselines if name not in known]
-    others = {"codes of baselines": packed * len(unknown)}
+    others = {"codes of baselines": packed * sum(name != "rtn" for name in unknown)}
     # Baselines are rounded first, then measured one after the other.
     moments = [_measuring(shape, setting), *(_layerwise(shape, setting, name) for name in unknown)]
     peaks.append(peak("evaluate", max(moments, key=lambda items: sum(items.values())), others))

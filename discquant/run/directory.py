@@ -21,10 +21,11 @@ from discquant.errors import CheckpointError, MissingModelError, OutputExistsErr
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.lazy import substitute
+from discquant.formats.output import sync_path
 from discquant.formats.safetensors_file import read_header, read_tensor
 from discquant.grids import Grid
 from discquant.grids.storage import restore, store
-from discquant.run.stored import Given, save_tensors_atomic, sync_directory
+from discquant.run.stored import Given, save_tensors_atomic
 
 CONFIG, METRICS, CODES, SUMMARY = "config.json", "metrics.jsonl", "codes.safetensors", "summary.json"
 MARKER = "discquant_run"
@@ -38,7 +39,7 @@ def write_atomic(path: Path, text: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)
-    sync_directory(path.parent)
+    sync_path(path.parent)
 
 
 class RunDirectory:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from discquant.formats.output import sync_path
 from discquant.formats.safetensors_file import (
     DTYPE_BITS,
     DTYPE_NAMES,
@@ -20,15 +21,6 @@ from discquant.formats.safetensors_file import (
 )
 
 Given = Tensor | Callable[[], Tensor]
-
-
-def sync_directory(path: Path) -> None:
-    """Make a rename in `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _made(given: Given) -> Tensor:
@@ -69,7 +61,7 @@ def save_tensors_atomic(path: Path, tensors: Mapping[str, Given], metadata: Mapp
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)
-    sync_directory(path.parent)
+    sync_path(path.parent)
 
 
 class StoredCodes(Mapping[str, Tensor]):

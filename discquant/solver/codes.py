@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes of a whole model by module name, held small: two per byte, or not at all but read from the solver's state."""
+"""Codes of a whole model by module name, held small: two per byte, or not at all but computed when asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from discquant.grids import Grid
 from discquant.ops import unpack_nibbles
+from discquant.solver.chain import Chain
 from discquant.solver.placement import Placement
 from discquant.solver.state import pack_nibbles
 
@@ -48,6 +50,27 @@ class PackedCodes(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self._held)
+
+
+class NearestCodes(Mapping[str, Tensor]):
+    """Codes of weights rounded to nearest by module name, computed whenever they are asked for."""
+
+    def __init__(self, chain: Chain, grids: Mapping[str, Grid]) -> None:
+        """Bind; the chain's weights must stay as they are."""
+        self._chain, self._grids = chain, grids
+        self._refs = {ref.name: ref for refs in chain.weights for ref in refs}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the codes of a layer, uint8, [out_features, in_features], on the CPU."""
+        return self._grids[name].to(self._chain.device).nearest(self._refs[name].matrix()).cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield module names in the model's order."""
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._refs)
 
 
 class StateCodes(Mapping[str, Tensor]):

@@ -9,7 +9,7 @@ of the quadratic, G E H (`kronecker`), is known without the noise of a step's fe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.kronecker import gram
-from discquant.solver.losses import head_chunk
+from discquant.solver.losses import counted_tokens, head_chunk
 from discquant.solver.weight_ref import WeightRef
 
 
@@ -47,7 +47,7 @@ def _sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: 
         leaf = hidden.detach().requires_grad_()
         features = chain.finish(leaf, batch)
     head = chain.head
-    flat = features.detach().flatten(0, -2) if head is not None else features.detach().flatten(1)
+    flat = features.detach().flatten(0, -2)
     size = flat.shape[1] if head is None else head.weight.shape[0]
     chunk = head_chunk(size, flat.device)
     grad = torch.empty_like(flat)
@@ -85,6 +85,7 @@ class _Watch:
         self.mask: Tensor | None = None
         self.width = width
         self._sums: dict[str, list[Tensor | None]] = {}
+        self._rows: dict[str, int] = {}
         self._handles = []
         for ref in refs:
             module = None if ref.part is not None else chain.model.get_submodule(ref.name)
@@ -101,25 +102,54 @@ class _Watch:
 
         def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x = args[0]
-            add(
-                0,
-                x[self.mask]
-                if self.mask is not None and x.shape[:-1] == self.mask.shape
-                else x.flatten(0, -2),
-            )
+            masked = self.mask is not None and x.shape[:-1] == self.mask.shape
+            rows = x[self.mask] if masked else x.flatten(0, -2)
+            self._rows[name] = self._rows.get(name, 0) + rows.shape[0]
+            add(0, rows)
             output.register_hook(lambda grad: add(1, grad.flatten(0, -2)))
 
         return see
 
-    def take(self, scale: float) -> dict[str, Factors]:
-        """Stop watching; return the sums times `scale` of the layers that saw both."""
+    def take(self, counted: int, total: int) -> dict[str, Factors]:
+        """Stop watching; return the factors of the layers that saw both, averaged over what the loss counts.
+
+        Args:
+            counted: Positions that counted in the loss while this watched; a layer may see more rows than that (the
+                patches of an image that counts once).
+            total: Counted positions of all calls together.
+        """
         for handle in self._handles:
             handle.remove()
         return {
-            name: Factors(inputs * scale, outputs * scale)
+            name: Factors(inputs * (counted / self._rows[name] / total), outputs * (1 / total))
             for name, (inputs, outputs) in self._sums.items()
             if inputs is not None and outputs is not None
         }
+
+
+def _gradients(
+    chain: Chain,
+    index: int,
+    hidden: Tensor,
+    batch: Prepared,
+    weights: Mapping[str, Tensor] | None,
+    grad: Tensor,
+) -> Tensor | None:
+    """Run a block forward and backward; return the gradient by its input, None by one of integers (token ids)."""
+    if hidden.is_floating_point():
+        # A leaf even at the first block: the weights need no gradient, so nothing else would.
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            output = chain.run_block(index, leaf, batch.calls[index], weights)
+        (found,) = torch.autograd.grad(output, leaf, grad)
+        return found
+    refs = chain.weights[index]
+    own = {ref.param_name: ref.parameter for ref in refs} if weights is None else weights
+    leaves = {name: weight.detach().requires_grad_() for name, weight in own.items()}
+    with torch.enable_grad():
+        output = chain.run_block(index, hidden, batch.calls[index], leaves)
+    torch.autograd.grad(output, list(leaves.values()), grad, allow_unused=True)
+    return None
 
 
 def kronecker_factors(
@@ -135,7 +165,8 @@ def kronecker_factors(
 ) -> None:
     """Gather the factors of every linear layer on some micro-batches, block by block from the last.
 
-    H = sum x x^T / total and G = sum g g^T / total over counted positions, g = d(-log p(sampled text)) / dy.
+    H = mean of x x^T over the rows that a layer sees, G = mean of g g^T summed over the rows of a counted position,
+    g = d(-log p(sampled label)) / dy; over several calls both add up, each weighted by its share of `total`.
 
     Args:
         chain: The model.
@@ -174,6 +205,7 @@ def kronecker_factors(
             ]
     grads = [_sampled_gradient(chain, batch, h, generator) for batch, h in zip(batches, hidden, strict=True)]
     del hidden
+    counted = sum(counted_tokens(batch, "kl", has_head) for batch in batches)
     for index in reversed(range(len(chain.blocks))):
         watch = _Watch(chain, chain.weights[index], width)
         inputs, weights = boundaries.pop(), weights_of(index)
@@ -181,11 +213,9 @@ def kronecker_factors(
             with opened(index, weights):
                 for position, batch in enumerate(batches):
                     watch.mask = batch.mask if has_head else None
-                    # A leaf even at the first block: the weights need no gradient, so nothing else would.
-                    leaf = inputs[position].detach().requires_grad_()
-                    with torch.enable_grad():
-                        output = chain.run_block(index, leaf, batch.calls[index], weights)
-                    (grads[position],) = torch.autograd.grad(output, leaf, grads[position])
+                    found = _gradients(chain, index, inputs[position], batch, weights, grads[position])
+                    if found is not None:
+                        grads[position] = found
         finally:
-            found = watch.take(1.0 / total)
-        on_block(index, found)
+            factors = watch.take(counted, total)
+        on_block(index, factors)

@@ -13,7 +13,7 @@ from discquant.config import Method
 from discquant.grids import Grid
 from discquant.rounding import gptq, greedy
 from discquant.solver.chain import Chain, Prepared, WeightRef
-from discquant.solver.codes import PackedCodes
+from discquant.solver.codes import NearestCodes, PackedCodes
 from discquant.solver.experts import RoutedInputs
 from discquant.solver.measure import served_weights
 
@@ -95,15 +95,6 @@ def _watch(chain: Chain, refs: Sequence[WeightRef], strict: bool) -> dict[str, _
     return hooks
 
 
-def rtn_codes(chain: Chain, grids: Mapping[str, Grid]) -> PackedCodes:
-    """Round every weight to nearest; codes by module name, on the CPU."""
-    codes = PackedCodes()
-    for ref in (ref for refs in chain.weights for ref in refs):
-        grid = grids[ref.name].to(chain.device)
-        codes.put(ref.name, grid.nearest(ref.matrix()).cpu(), grid.num_bits)
-    return codes
-
-
 @torch.no_grad()
 def layerwise_codes(
     chain: Chain,
@@ -115,7 +106,7 @@ def layerwise_codes(
     served: torch.dtype = torch.float32,
     strict: bool = True,
     progress: Progress | None = None,
-) -> PackedCodes:
+) -> Mapping[str, Tensor]:
     """Round block after block, each on the outputs of the rounded blocks before it.
 
     Args:
@@ -129,13 +120,14 @@ def layerwise_codes(
         progress: Called with (blocks done, blocks).
 
     Returns:
-        Codes by module name, uint8, [out_features, in_features], on the CPU; held two per byte where they fit.
+        Codes by module name, uint8, [out_features, in_features], on the CPU; held two per byte where they fit, those
+        of rtn computed from the weights whenever they are asked for.
 
     Raises:
         NotImplementedError: A layer kind whose inputs cannot be gathered.
     """
     if method == "rtn":
-        return rtn_codes(chain, grids)
+        return NearestCodes(chain, grids)
     hidden = [batch.hidden for batch in batches]
     codes = PackedCodes()
     for index, refs in enumerate(chain.weights):

@@ -13,11 +13,11 @@ from discquant.config import GridConfig, LossName, QuantizeConfig, SolverConfig
 from discquant.grids import Grid, place_grid
 from discquant.solver.calibrate import calibrate_gain
 from discquant.solver.chain import Chain, Prepared
-from discquant.solver.codes import StateCodes
+from discquant.solver.codes import NearestCodes, StateCodes
 from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.engine import Engine
 from discquant.solver.gradients import TeacherWeights
-from discquant.solver.layerwise import layerwise_codes, rtn_codes
+from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.losses import counted_tokens
 from discquant.solver.measure import mean_kl, served_weights
 from discquant.solver.schedule import GainControl, resolve
@@ -263,7 +263,7 @@ class Solve:
 
     def _start_kl(self, grids: Mapping[str, Grid]) -> float:
         """Return the mean KL of the starting codes (nearest, unless it starts from GPTQ's) on the first rows."""
-        codes = self.start_codes or rtn_codes(self.chain, grids)
+        codes = self.start_codes or NearestCodes(self.chain, grids)
         dtype = getattr(torch, self.config.solver.compute_dtype)
         served = served_weights(self.chain, grids, codes, self.served, dtype)
         return mean_kl(self.chain, served, self.rows.batches(range(min(START_KL_ROWS, len(self.rows)))))

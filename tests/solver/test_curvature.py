@@ -192,6 +192,49 @@ def test_a_module_without_head_has_factors_of_its_linear_layers(token_ids: torch
     run.advance()
 
 
+def test_a_shared_layer_counts_its_rows_once() -> None:
+    """A layer that sees R rows for each item of the loss: E = sum over the R rows of E[x x^T] (x) E[g g^T], not R^2."""
+    torch.manual_seed(1)
+    rows_per_item = 5
+
+    class Mean(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 4).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).sum(dim=1)
+
+    model = Mean()
+    chain = ModuleChain(model)
+    inputs = torch.randn(64, rows_per_item, 3, dtype=torch.float64)
+    found: dict[str, Factors] = {}
+    batch = chain.prepare(inputs)
+    kronecker_factors(
+        chain, [batch], lambda index, factors: found.update(factors), total=64, width=16,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    x = inputs.flatten(0, 1)
+    torch.testing.assert_close(found["layer"].inputs[0], x.T @ x / len(x))
+    # Every row of an item gets the gradient of the item's logits.
+    probability = torch.softmax(model(inputs), dim=-1).detach()
+    label = torch.multinomial(probability, 1, generator=torch.Generator().manual_seed(2))
+    g = probability - torch.nn.functional.one_hot(label.flatten(), 4)
+    torch.testing.assert_close(found["layer"].outputs[0], rows_per_item * g.T @ g / 64)
+
+
+def test_a_module_of_token_ids_has_factors(token_ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(61, 8), torch.nn.Linear(8, 8), torch.nn.Flatten(), torch.nn.Linear(96, 5)
+    )
+    run = make_solve(ModuleChain(model), token_ids, start="ref")
+    assert all(
+        bool(state.curvature_out.any()) for state in run.solver.states[0] if state.curvature_out is not None
+    )
+    run.advance()
+
+
 def test_same_seed_same_factors(make_model: Callable[..., Any], token_ids: torch.Tensor) -> None:
     runs = [make_solve(DecoderChain(make_model("llama", torch.float32)), token_ids) for _ in range(2)]
     for one, other in zip(*(run.solver.states[0] for run in runs), strict=True):
