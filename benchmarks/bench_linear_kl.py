@@ -34,6 +34,15 @@ def _full(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     return loss.detach(), grad
 
 
+def _plain(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, KL per token and gradient with the products of the units at hand (tensor cores cut their sums)."""
+    wide = {"out_dtype": torch.float32} if GPU else {}
+    log_q, log_p = (torch.mm(hidden, weight.t(), **wide).log_softmax(-1) for hidden in (student, teacher))
+    per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
+    grad = ((log_q.exp() - log_p.exp()) / len(student)).to(student.dtype) @ weight
+    return per_token.mean(), per_token, grad
+
+
 def _bare(student: Tensor, teacher: Tensor, weight: Tensor, chunk: int = 768) -> None:
     for start in range(0, student.shape[0], chunk):
         logits = student[start : start + chunk] @ weight.t()
@@ -57,10 +66,10 @@ def test_linear_kl(benchmark, provider, shape):
         def gate():
             part = slice(0, 256)
             args = (student[part], teacher[part], weight)
-            actual, baseline = (linear_kl(*args, impl=impl) for impl in (provider, "reference"))
+            actual, baseline = linear_kl(*args, impl=provider), _plain(*args)
             oracle = linear_kl(*(t.double() for t in args), chunk_size=64, impl="reference")
-            for name in ("loss", "per_token", "grad_student"):
-                require_close(getattr(actual, name), getattr(oracle, name), getattr(baseline, name))
+            for name, plain in zip(("loss", "per_token", "grad_student"), baseline, strict=True):
+                require_close(getattr(actual, name), getattr(oracle, name), plain)
 
     elif provider.startswith("full"):
         function = torch.compile(_full) if provider.endswith("compiled") else _full

@@ -17,7 +17,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,30 +76,43 @@ def _flush() -> Tensor:
     return torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
 
 
-def sample(body: Callable[[], Any], seconds: float = 0.6, most: int = 50) -> list[float]:
-    """Milliseconds of single calls, sorted; device events on a GPU, the clock on a CPU."""
-    for _ in range(3 if GPU else 1):
-        body()
-    times: list[float] = []
+def _time(body: Callable[[], Any]) -> float:
     if not GPU:
-        end = time.perf_counter() + seconds
-        while len(times) < 3 or (time.perf_counter() < end and len(times) < most):
-            start = time.perf_counter()
-            body()
-            times.append((time.perf_counter() - start) * 1e3)
-        return sorted(times)
-    torch.cuda.synchronize()
-    spent = 0.0
-    while len(times) < 5 or (spent < seconds * 1e3 and len(times) < most):
-        begin, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        _flush().zero_()
-        begin.record()
+        start = time.perf_counter()
         body()
-        end_event.record()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _flush().zero_()
+    begin.record()
+    body()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def sample_in_turn(
+    bodies: Sequence[Callable[[], Any]], seconds: float = 0.6, most: int = 50
+) -> list[list[float]]:
+    """Milliseconds of single calls of each body, sorted; device events on a GPU, the clock on a CPU.
+
+    The bodies take turns, so that a chip that changes its clock under load changes it for all alike.
+    """
+    for body in bodies:
+        for _ in range(3 if GPU else 1):
+            body()
+    if GPU:
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end_event))
-        spent += times[-1]
-    return sorted(times)
+    rounds: list[list[float]] = []
+    spent = 0.0
+    while len(rounds) < (5 if GPU else 3) or (spent < seconds * 1e3 * len(bodies) and len(rounds) < most):
+        rounds.append([_time(body) for body in bodies])
+        spent += sum(rounds[-1])
+    return [sorted(times) for times in zip(*rounds, strict=True)]
+
+
+def sample(body: Callable[[], Any], seconds: float = 0.6, most: int = 50) -> list[float]:
+    """Milliseconds of single calls, sorted."""
+    return sample_in_turn([body], seconds, most)[0]
 
 
 @functools.cache
@@ -109,9 +122,6 @@ def copy_gb_s() -> float:
     source, target = (torch.empty(count, dtype=torch.float32, device=DEVICE) for _ in range(2))
     times = sample(lambda: target.copy_(source))
     return 2 * 4 * count / times[len(times) // 2] / 1e6
-
-
-_BARE: dict[tuple[str, str, str], float] = {}
 
 
 def measure(
@@ -141,7 +151,7 @@ def measure(
         gate: Raises where the provider's result is wrong at this shape; runs before any timing.
         num_bytes: Bytes that must move; gives GB/s and the share of a copy.
         flops: Floating-point operations; gives TFLOP/s.
-        bare: The matmuls alone at this shape, timed once per shape in the same process.
+        bare: The matmuls alone at this shape, timed in turn with the body.
     """
     if gate is not None:
         gate()
@@ -153,24 +163,23 @@ def measure(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    times = sample(body)
+    # The peak is the body's own: its memory is read before the bare matmuls run.
+    body()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if GPU else None
+    times, *others = sample_in_turn([body] if bare is None else [body, bare])
     p10, p50, p90 = (times[int(len(times) * q)] for q in (0.1, 0.5, 0.9))
     row: dict[str, Any] = {
         "op": op, "provider": provider, "mode": mode, "shape": shape, "dtype": dtype,
         "ms_p10": f"{p10:.4f}", "ms_p50": f"{p50:.4f}", "ms_p90": f"{p90:.4f}",
-        "peak_mib": f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}" if GPU else "", **machine(),
+        "peak_mib": "" if peak is None else f"{peak:.1f}", **machine(),
     }  # fmt: skip
     if num_bytes is not None:
         row["gb_s"] = f"{num_bytes / p50 / 1e6:.1f}"
         row["share_of_copy"] = f"{num_bytes / p50 / 1e6 / copy_gb_s():.3f}"
     if flops is not None:
         row["tflop_s"] = f"{flops / p50 / 1e9:.2f}"
-    if bare is not None:
-        key = (op, mode, shape + dtype)
-        if key not in _BARE:
-            bare_times = sample(bare)
-            _BARE[key] = bare_times[len(bare_times) // 2]
-        row["times_bare_matmul"] = f"{p50 / _BARE[key]:.3f}"
+    for bare_times in others:
+        row["times_bare_matmul"] = f"{p50 / bare_times[len(bare_times) // 2]:.3f}"
     benchmark.extra_info.update({name: row[name] for name in row if name not in machine()})
     benchmark.pedantic(body, rounds=1, iterations=1)
     path = result_file()

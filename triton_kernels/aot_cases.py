@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import hadamard, linear_kl, projected_step, soft_linear, soft_weight
+from . import hadamard, linear_kl, packed_linear, projected_step, soft_linear, soft_weight
 from .step_tile import KEYS, SCALARS
 
 ROWS, COLS, TOKENS, VOCAB = 14336, 4096, 8192, 128256
@@ -254,6 +254,23 @@ def _linear_kl_cases() -> Iterator[Case]:
         ))  # fmt: skip
 
 
+def _packed_linear_cases() -> Iterator[Case]:
+    """The portable fallback over the "mma" layout; its words are those of discquant.ops.pack."""
+    for bits in (3, 4):
+        words = _meta(ROWS // 64 * (COLS // 128) * 4 * 64 * bits, dtype=torch.int32)
+        scale = _meta(ROWS // 64, COLS // 64, 64, dtype=torch.bfloat16)
+        for tokens in (1, 256):
+            for name, dtype, zero in (("bf16", torch.bfloat16, False), ("f16-zero", torch.float16, True),
+                                      ("f32", torch.float32, False)):  # fmt: skip
+                x, z = (
+                    _meta(tokens, COLS, dtype=dtype),
+                    _meta(*scale.shape, dtype=torch.uint8) if zero else None,
+                )
+                arguments = (x, words, scale, z, None, ROWS, COLS, bits, 64)
+                yield Case(f"packed_linear/{name}-{bits}bit-m{tokens}", name == "bf16",
+                           packed_linear.packed_linear_fwd, arguments)  # fmt: skip
+
+
 def _hadamard_cases() -> Iterator[Case]:
     for size, order in ((4096, 1), (14336, 28), (28672, 28), (11008, 172), (32768, 1)):
         x = _meta(64, size, dtype=torch.bfloat16)
@@ -272,4 +289,5 @@ def cases() -> Iterator[Case]:
     yield from _step_cases()
     yield from _soft_linear_cases()
     yield from _linear_kl_cases()
+    yield from _packed_linear_cases()
     yield from _hadamard_cases()

@@ -102,6 +102,7 @@ def packed_linear_fwd(
             M=x.shape[0], N=out_features, K=in_features, num_groups=scale.shape[1],
             group_size=in_features if group_size == -1 else group_size, stride_xm=x.stride(0),
             NUM_BITS=num_bits, HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None, BLOCK_M=block_m,
-            num_warps=4,
+            # One stage: gathered words and scales of several would not fit shared memory.
+            num_warps=4 if block_m == 16 else 8, num_stages=1,
         )  # fmt: skip
     return y

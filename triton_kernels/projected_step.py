@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import frac_kind, group_mode, load_slope
-from .step_tile import COUNT_SLOTS, COUNTS, KEYS, OPTIMIZERS, launch_scalars, update_tile
+from .step_tile import COUNT_SLOTS, COUNTS, KEYS, OPTIMIZERS, SLOT_WIDTH, launch_scalars, update_tile
 
 
 @triton.jit(do_not_specialize=KEYS)
@@ -26,23 +26,28 @@ def _projected_step_kernel(
     stride_mm, stride_mk, stride_vm, stride_vk, stride_qm, stride_qk,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
-    frac_key, first_key, second_key, first_index,
+    noise_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     k0 = tl.program_id(0).to(tl.int64) * BLOCK_K
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = k0 + tl.arange(0, BLOCK_K)
     mask_m = offs_m < out_features
-    mask = mask_m[:, None] & (offs_k < in_features)[None, :]
-    grad = tl.load(grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk, mask=mask, other=0)
+    grad_place = grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk
+    if EVEN:
+        mask = None
+        grad = tl.load(grad_place)
+    else:
+        mask = mask_m[:, None] & (offs_k < in_features)[None, :]
+        grad = tl.load(grad_place, mask=mask, other=0)
     slope = load_slope(
         scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
         tl.float32, BLOCK_M, BLOCK_K, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
     )  # fmt: skip
-    index = (offs_m[:, None] * in_features + offs_k[None, :] + first_index).to(tl.uint32)
+    index = (offs_m * in_features + first_index).to(tl.uint32)[:, None] + offs_k.to(tl.uint32)[None, :]
     slot = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % SLOTS
     update_tile(
         grad.to(tl.float32), slope, mask, index,
@@ -53,7 +58,7 @@ def _projected_step_kernel(
         frac_ptr, ref_ptr, first_ptr, second_ptr, counts_ptr, slot,
         lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
         linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
-        frac_key, first_key, second_key,
+        noise_key,
         OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
     )  # fmt: skip
 
@@ -61,7 +66,7 @@ def _projected_step_kernel(
 def projected_step_fwd(
     frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor, momentum: Tensor | None,
     second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, group_size: int, optimizer: str,
-    scalars: Mapping[str, float], keys: Mapping[str, int], block: tuple[int, int] | None = None,
+    scalars: Mapping[str, float], keys: Mapping[str, int], block: tuple[int, int] | None = None, num_warps: int = 4,
 ) -> Tensor:  # fmt: skip
     """Launch one step in place; return int64 counts [5]: live, fractional, moved, saturated, nan.
 
@@ -70,8 +75,11 @@ def projected_step_fwd(
     rows, cols = frac.shape
     if frac.numel() == 0:
         return frac.new_zeros(COUNTS, dtype=torch.int64)
-    counts = frac.new_zeros((COUNT_SLOTS, COUNTS), dtype=torch.int64)
-    block_m, block_k = block or ((4, 256) if cols >= 256 else (16, max(16, triton.next_power_of_2(cols))))
+    counts = frac.new_zeros((COUNT_SLOTS, SLOT_WIDTH.value), dtype=torch.int64)
+    # At least 16 bytes of each row of codes per thread.
+    block_m, block_k = block or (
+        (1, 2048) if cols >= 2048 else (8, max(16, min(256, triton.next_power_of_2(cols))))
+    )
     mode, group = group_mode(group_size, cols, block_k)
     first = frac if momentum is None else momentum
     second = frac if second_moment is None else second_moment
@@ -86,6 +94,7 @@ def projected_step_fwd(
         REF_KIND=frac_kind(frac_ref.dtype, True),
         FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8, MODE=mode, GROUP=group,
         HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
-        SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=8, enable_fp_fusion=False,
+        EVEN=rows % block_m == 0 and cols % block_k == 0,
+        SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return counts.sum(dim=0)
+    return counts[:, :COUNTS].sum(dim=0)

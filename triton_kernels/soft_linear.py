@@ -27,7 +27,7 @@ from .common import (
     load_grouped,
     load_slope,
 )
-from .step_tile import COUNT_SLOTS, COUNTS, KEYS, OPTIMIZERS, launch_scalars, update_tile
+from .step_tile import COUNT_SLOTS, COUNTS, KEYS, OPTIMIZERS, SLOT_WIDTH, launch_scalars, update_tile
 
 
 class Config(NamedTuple):
@@ -228,7 +228,7 @@ def _soft_linear_step_kernel(
     stride_qm, stride_qk,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
-    frac_key, first_key, second_key, first_index,
+    noise_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
@@ -255,7 +255,7 @@ def _soft_linear_step_kernel(
             )  # fmt: skip
             update_tile(
                 quarters[quarter], slope, mask_n[:, None] & (offs_k < in_features)[None, :],
-                (offs_n[:, None] * in_features + offs_k[None, :] + first_index).to(tl.uint32),
+                (offs_n * in_features + first_index).to(tl.uint32)[:, None] + offs_k.to(tl.uint32)[None, :],
                 offs_n[:, None] * stride_fm + offs_k[None, :] * stride_fk,
                 offs_n[:, None] * stride_rm + offs_k[None, :] * stride_rk,
                 offs_n[:, None] * stride_mm + offs_k[None, :] * stride_mk,
@@ -263,7 +263,7 @@ def _soft_linear_step_kernel(
                 frac_ptr, ref_ptr, first_ptr, second_ptr, counts_ptr, tl.program_id(0) % SLOTS,
                 lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
                 linear_weight, hardening, correction1, correction2, first_unit, first_inverse,
-                second_unit, second_inverse, frac_key, first_key, second_key,
+                second_unit, second_inverse, noise_key,
                 OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
             )  # fmt: skip
 
@@ -360,7 +360,7 @@ def soft_linear_step(
     tokens, (rows, cols) = x.shape[0], frac.shape
     if frac.numel() == 0:
         return frac.new_zeros(COUNTS, dtype=torch.int64)
-    counts = frac.new_zeros((COUNT_SLOTS, COUNTS), dtype=torch.int64)
+    counts = frac.new_zeros((COUNT_SLOTS, SLOT_WIDTH.value), dtype=torch.int64)
     mode, group = group_mode(group_size, cols, config.block_n // 4)
     first = frac if momentum is None else momentum
     second = frac if second_moment is None else second_moment
@@ -377,4 +377,4 @@ def soft_linear_step(
         SLOTS=COUNT_SLOTS, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
-    return counts.sum(dim=0)
+    return counts[:, :COUNTS].sum(dim=0)

@@ -12,7 +12,23 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from .common import U8, U16, cast, counter_uniform, decode_position, divide, signed32
+from .common import (
+    REF8,
+    U8,
+    U16,
+    add_noise,
+    cast,
+    counter_hash,
+    decode_position,
+    divide,
+    divide_normal,
+    floor_to,
+    one_minus_twice,
+    root_normal,
+    saturate,
+    saturated_difference,
+    signed32,
+)
 
 ADAMW = tl.constexpr(0)
 MOMENTUM = tl.constexpr(1)
@@ -26,16 +42,66 @@ SCALARS = (
     "linear_weight", "hardening", "correction1", "correction2", "first_unit", "first_inverse", "second_unit",
     "second_inverse",
 )  # fmt: skip
-KEYS = ("frac_key", "first_key", "second_key", "first_index")
+KEYS = ("noise_key", "first_index")
+# Last odd factor of an element's hash per stream of noise.
+FRAC_STREAM, FIRST_STREAM, SECOND_STREAM = tl.constexpr(1), tl.constexpr(0x27D4EB2F), tl.constexpr(0x165667B1)
 # Counts are added to one of these slots, so that no single address serialises the whole launch.
 COUNT_SLOTS = 128
 COUNTS = 5
+# A slot fills a cache line of 128 bytes: atomics on one line wait for each other.
+SLOT_WIDTH = tl.constexpr(16)
 
 
 @triton.jit
-def round_up_or_down(value, index, key):
-    """Integer, up with probability equal to the fraction."""
-    return tl.floor(value + counter_uniform(index, key))
+def above_half(code, KIND: tl.constexpr):
+    """Whether a stored place rounds up; codes are compared as integers."""
+    if KIND == U8:
+        return code.to(tl.int32) > 127
+    elif KIND == U16:
+        return code.to(tl.int32) > 32767
+    elif KIND == REF8:
+        return code.to(tl.int32) > 126
+    else:
+        return code.to(tl.float32) > 0.5
+
+
+@triton.jit
+def is_fractional(code, KIND: tl.constexpr):
+    """Whether a stored place lies between 0.01 and 0.99."""
+    if KIND == U8:
+        return ((code.to(tl.int32) - 3).to(tl.uint32, bitcast=True)) < 250
+    elif KIND == U16:
+        return ((code.to(tl.int32) - 656).to(tl.uint32, bitcast=True)) < 64224
+    else:
+        value = code.to(tl.float32)
+        return (value > 0.01) & (value < 0.99)
+
+
+@triton.jit
+def add_counts(counts_ptr, slot, live, fractional, moved, saturated, nan):
+    """Add to counts[slot] the number of true elements of each, and `nan`; rows hold at most 4095 elements."""
+    slot_ptr = counts_ptr + slot * SLOT_WIDTH
+    # Two counters of 12 bits in one integer.
+    pair = tl.where(live, 1, 0) + tl.where(fractional, 4096, 0)
+    other = tl.where(moved, 1, 0) + tl.where(saturated, 4096, 0)
+    if live.shape[0] * live.shape[1] < 4096:
+        pair, other = tl.sum(tl.sum(pair, axis=1), axis=0), tl.sum(tl.sum(other, axis=1), axis=0)
+        live_count, fractional_count, moved_count, saturated_count = (
+            pair & 4095,
+            pair >> 12,
+            other & 4095,
+            other >> 12,
+        )
+    else:
+        pair, other = tl.sum(pair, axis=1), tl.sum(other, axis=1)
+        live_count, fractional_count = tl.sum(pair & 4095, axis=0), tl.sum(pair >> 12, axis=0)
+        moved_count, saturated_count = tl.sum(other & 4095, axis=0), tl.sum(other >> 12, axis=0)
+    tl.atomic_add(slot_ptr, live_count.to(tl.int64), sem="relaxed")
+    tl.atomic_add(slot_ptr + 1, fractional_count.to(tl.int64), sem="relaxed")
+    tl.atomic_add(slot_ptr + 2, moved_count.to(tl.int64), sem="relaxed")
+    tl.atomic_add(slot_ptr + 3, saturated_count.to(tl.int64), sem="relaxed")
+    if nan > 0:
+        tl.atomic_add(slot_ptr + 4, nan.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -44,28 +110,43 @@ def update_tile(
     frac_ptr, ref_ptr, first_ptr, second_ptr, counts_ptr, slot,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
-    frac_key, first_key, second_key,
+    noise_key,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile given its weight gradient and d weight / d frac; `index` counts in the unsharded tensor."""
-    code = tl.load(frac_ptr + offset_f, mask=mask, other=0)
-    position = decode_position(code, FRAC_KIND, tl.float32)
-    # Masked elements read as code 0 of frac_ref: they are excluded by `mask` below, not by their value.
-    reference = decode_position(tl.load(ref_ptr + offset_r, mask=mask, other=0), REF_KIND, tl.float32)
-    live = mask & (reference != 0.0) & (reference != 1.0)
+    """Update one tile given its weight gradient and d weight / d frac; `index` counts in the unsharded tensor.
+
+    `mask` is None where the tile lies inside the tensor.
+    """
+    if mask is None:
+        code = tl.load(frac_ptr + offset_f)
+        ref_code = tl.load(ref_ptr + offset_r)
+    else:
+        code = tl.load(frac_ptr + offset_f, mask=mask, other=0)
+        ref_code = tl.load(ref_ptr + offset_r, mask=mask, other=0)
+    position = decode_position(code, FRAC_KIND, tl.float32, True)
+    reference = decode_position(ref_code, REF_KIND, tl.float32, True)
+    live = (reference != 0.0) & (reference != 1.0)
+    if mask is not None:
+        # Masked elements read as code 0 of frac_ref: they are excluded here, not by their value.
+        live = mask & live
+    hashed = counter_hash(index, noise_key)
     raw = grad * (slope * kl_weight)
-    finite = raw == raw
-    moves = live & finite
+    # A sum in which a NaN shows (rarely Inf - Inf too): its coordinates are then looked for one by one.
+    probe = tl.sum(tl.sum(tl.where(live, raw, 0.0), axis=1), axis=0)
+    suspicious = probe != probe
     kl = tl.minimum(tl.maximum(raw, -grad_clamp), grad_clamp)
-    linear = linear_weight * (1.0 - 2.0 * tl.minimum(tl.maximum(reference, 0.0), 1.0))
-    g = kl + linear + hardening * (1.0 - 2.0 * position)
-    g = tl.where(moves, g, 0.0)
+    linear = linear_weight * one_minus_twice(saturate(reference))
+    g = kl + linear + hardening * one_minus_twice(position)
+    g = tl.where(live, g, 0.0)
 
     if OPTIMIZER == SGD:
         direction = g
     else:
-        stored = tl.load(first_ptr + offset_m, mask=mask, other=0)
+        if mask is None:
+            stored = tl.load(first_ptr + offset_m)
+        else:
+            stored = tl.load(first_ptr + offset_m, mask=mask, other=0)
         first = stored.to(tl.float32)
         if FIRST_INT:
             first = first * first_unit
@@ -77,55 +158,55 @@ def update_tile(
             first = beta1 * first + one_minus_beta1 * g
             direction = first
         if OPTIMIZER == ADAMW:
-            stored_second = tl.load(second_ptr + offset_v, mask=mask, other=0)
+            if mask is None:
+                stored_second = tl.load(second_ptr + offset_v)
+            else:
+                stored_second = tl.load(second_ptr + offset_v, mask=mask, other=0)
             second = stored_second.to(tl.float32)
             if SECOND_INT:
                 root = second * second_unit
                 second = root * root
             second = beta2 * second + (one_minus_beta2 * g) * g
-            root_hat = tl.sqrt_rn(divide(second, correction2))
-            direction = divide(divide(first, correction1), root_hat + eps)
             if SECOND_INT:
-                scaled = round_up_or_down(tl.sqrt_rn(second) * second_inverse, index, second_key)
-                rounded = tl.minimum(tl.maximum(scaled, 0.0), 255.0).to(tl.int32).to(tl.uint8)
+                # Bounded moments stay away from subnormal numbers but for zero.
+                root_hat = root_normal(second * correction2)
+                direction = divide_normal(first * correction1, root_hat + eps)
+                scaled = root_normal(second) * second_inverse
+                rounded = floor_to(add_noise(scaled, hashed, SECOND_STREAM), tl.uint8)
             else:
+                root_hat = tl.sqrt_rn(second * correction2)
+                direction = divide(first * correction1, root_hat + eps)
                 rounded = cast(second, second_ptr.dtype.element_ty)
-            tl.store(second_ptr + offset_v, tl.where(finite, rounded, stored_second), mask=mask)
-            position = tl.where(moves, position * decay, position)
+            if suspicious:
+                rounded = tl.where(raw == raw, rounded, stored_second)
+            tl.store(second_ptr + offset_v, rounded, mask=mask)
+            position = position * decay
         if FIRST_INT:
-            scaled = round_up_or_down(first * first_inverse, index, first_key)
-            rounded_first = tl.minimum(tl.maximum(scaled, -127.0), 127.0).to(tl.int32).to(tl.int8)
+            rounded_first = floor_to(add_noise(first * first_inverse, hashed, FIRST_STREAM), tl.int8)
         else:
             rounded_first = cast(first, first_ptr.dtype.element_ty)
-        tl.store(first_ptr + offset_m, tl.where(finite, rounded_first, stored), mask=mask)
+        if suspicious:
+            rounded_first = tl.where(raw == raw, rounded_first, stored)
+        tl.store(first_ptr + offset_m, rounded_first, mask=mask)
 
-    moved_to = tl.minimum(tl.maximum(position - lr * direction, 0.0), 1.0)
+    moved_to = saturated_difference(position, lr * direction)
     if FRAC_KIND == U8:
-        scaled = round_up_or_down(moved_to * 255.0, index, frac_key)
-        new_code = tl.minimum(scaled, 255.0).to(tl.int32).to(tl.uint8)
+        new_code = floor_to(add_noise(moved_to * 255.0, hashed, FRAC_STREAM), tl.uint8)
     elif FRAC_KIND == U16:
-        scaled = round_up_or_down(moved_to * 65535.0, index, frac_key)
-        new_code = tl.minimum(scaled, 65535.0).to(tl.int32).to(tl.uint16)
+        new_code = floor_to(add_noise(moved_to * 65535.0, hashed, FRAC_STREAM), tl.uint16)
     else:
         new_code = cast(moved_to, frac_ptr.dtype.element_ty)
-    new_code = tl.where(moves, new_code, code)
+    new_code = tl.where(live, new_code, code)
+    nan = 0
+    if suspicious:
+        new_code = tl.where(raw == raw, new_code, code)
+        nan = tl.sum(tl.sum((live & (raw != raw)).to(tl.int32), axis=1), axis=0)
     tl.store(frac_ptr + offset_f, new_code, mask=mask)
 
-    after = decode_position(new_code, FRAC_KIND, tl.float32)
-    fractional = live & (after > 0.01) & (after < 0.99)
-    moved = live & ((after > 0.5) != (reference > 0.5))
+    fractional = live & is_fractional(new_code, FRAC_KIND)
+    moved = live & (above_half(new_code, FRAC_KIND) != above_half(ref_code, REF_KIND))
     saturated = live & (tl.abs(raw) >= grad_clamp)
-    broken = live & (raw != raw)
-    # Five counters of 12 bits in one integer: one reduction along the rows, which hold at most 4095 elements.
-    packed = live.to(tl.int64) | (fractional.to(tl.int64) << 12) | (moved.to(tl.int64) << 24)
-    packed = packed | (saturated.to(tl.int64) << 36) | (broken.to(tl.int64) << 48)
-    row_total = tl.sum(packed, axis=1)
-    slot_ptr = counts_ptr + slot * 5
-    tl.atomic_add(slot_ptr, tl.sum(row_total & 4095, axis=0))
-    tl.atomic_add(slot_ptr + 1, tl.sum((row_total >> 12) & 4095, axis=0))
-    tl.atomic_add(slot_ptr + 2, tl.sum((row_total >> 24) & 4095, axis=0))
-    tl.atomic_add(slot_ptr + 3, tl.sum((row_total >> 36) & 4095, axis=0))
-    tl.atomic_add(slot_ptr + 4, tl.sum((row_total >> 48) & 4095, axis=0))
+    add_counts(counts_ptr, slot, live, fractional, moved, saturated, nan)
 
 
 def launch_scalars(scalars: Mapping[str, float], keys: Mapping[str, int]) -> list[float | int]:

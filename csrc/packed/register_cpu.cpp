@@ -15,7 +15,7 @@ Parallel torch_threads() {
   Parallel parallel;
   parallel.threads = static_cast<int>(torch::stable::get_num_threads());
   parallel.run = [](int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
   };
   return parallel;
 }

@@ -89,7 +89,7 @@ void projected_step(Tensor frac, Tensor frac_ref, Tensor weight_grad, Tensor sca
                     double beta1, double one_minus_beta1, double beta2, double one_minus_beta2, double eps, double decay,
                     double kl_weight, double grad_clamp, double linear_weight, double hardening, double correction1,
                     double correction2, double first_unit, double first_inverse, double second_unit,
-                    double second_inverse, int64_t frac_key, int64_t first_key, int64_t second_key, int64_t first_index) {
+                    double second_inverse, int64_t noise_key, int64_t first_index) {
   StepArguments a{};
   const int64_t rows = frac.size(0);
   a.cols = frac.size(1);
@@ -115,9 +115,7 @@ void projected_step(Tensor frac, Tensor frac_ref, Tensor weight_grad, Tensor sca
                          f(decay),       f(kl_weight),     f(grad_clamp),      f(linear_weight), f(hardening),
                          f(correction1), f(correction2),   f(first_unit),      f(first_inverse), f(second_unit),
                          f(second_inverse)};
-  a.frac_key = static_cast<uint32_t>(frac_key);
-  a.first_key = static_cast<uint32_t>(first_key);
-  a.second_key = static_cast<uint32_t>(second_key);
+  a.noise_key = static_cast<uint32_t>(noise_key);
   a.first_index = static_cast<uint32_t>(first_index);
   std::atomic<int64_t> total[5] = {};
   const StepRows run = kernels().step;

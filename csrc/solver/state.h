@@ -29,7 +29,7 @@ struct StepArguments {
   int64_t cols, group_size, groups;                   // group_size is cols where one scale serves the row
   Optimizer optimizer;
   StepScalars scalar;
-  uint32_t frac_key, first_key, second_key, first_index;
+  uint32_t noise_key, first_index;
 };
 
 struct StepCounts {

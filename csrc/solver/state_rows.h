@@ -76,17 +76,20 @@ inline uint16_t to_bfloat(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+// Last odd factor of an element's hash per stream of noise.
+constexpr uint32_t kFracStream = 1u, kFirstStream = 0x27d4eb2fu, kSecondStream = 0x165667b1u;
+
 // out = floor(value + noise), noise keyed by the element's index in the unsharded tensor.
-inline void round_stochastically(float* __restrict value, int n, uint32_t index, uint32_t key, float low, float high) {
+inline void round_stochastically(float* __restrict value, int n, uint32_t index, uint32_t key, uint32_t stream, float low,
+                                 float high) {
   for (int i = 0; i < n; ++i) {
-    uint32_t h = (index + static_cast<uint32_t>(i)) ^ key;
-    h ^= h >> 16;
-    h *= 0x7feb352du;
-    h ^= h >> 15;
-    h *= 0x846ca68bu;
-    h ^= h >> 16;
-    // 24 bits: a signed conversion is exact and has an instruction everywhere.
-    const float noise = static_cast<float>(static_cast<int32_t>(h >> 8)) * 0x1p-24f;
+    uint32_t h = (index + static_cast<uint32_t>(i)) * 0x9e3779b1u;
+    h ^= (h >> 15) ^ key;
+    h *= 0x85ebca6bu;
+    h ^= h >> 13;
+    h *= 0xc2b2ae35u * stream;
+    // 16 bits: a signed conversion is exact and has an instruction everywhere.
+    const float noise = static_cast<float>(static_cast<int32_t>(h >> 16)) * 0x1p-16f;
     const float rounded = __builtin_floorf(value[i] + noise);
     const float raised = rounded < low ? low : rounded;
     value[i] = raised > high ? high : raised;
@@ -149,6 +152,26 @@ inline void spread(const Buffer& grouped, int64_t row, int64_t groups, int64_t g
   }
 }
 
+// As `read`, places by the rounded reciprocal: exact at 0 and 1, and the last bit elsewhere cannot matter to a step.
+inline void read_place(const Buffer& buffer, int64_t at, int n, float* __restrict out) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(buffer.data);
+  switch (buffer.storage) {
+    case kFrac8:
+      for (int i = 0; i < n; ++i) out[i] = static_cast<float>(bytes[at + i]) * (1.0f / 255.0f);
+      break;
+    case kFrac16: {
+      const uint16_t* p = static_cast<const uint16_t*>(buffer.data) + at;
+      for (int i = 0; i < n; ++i) out[i] = static_cast<float>(p[i]) * (1.0f / 65535.0f);
+      break;
+    }
+    case kRef8:
+      for (int i = 0; i < n; ++i) out[i] = (static_cast<float>(bytes[at + i]) - 63.0f) * (1.0f / 126.0f);
+      break;
+    default:
+      read(buffer, at, n, out);
+  }
+}
+
 inline void step_chunk(const StepArguments& a, int64_t row, int64_t c0, int n, StepCounts* counts) {
   const StepScalars& s = a.scalar;
   const int64_t at = row * a.cols + c0;
@@ -156,8 +179,8 @@ inline void step_chunk(const StepArguments& a, int64_t row, int64_t c0, int n, S
   float position[kChunk], reference[kChunk], raw[kChunk], slope[kChunk], g[kChunk], direction[kChunk];
   float first[kChunk], second[kChunk], root_hat[kChunk];
   int32_t live[kChunk], defined[kChunk], moves[kChunk];
-  read(a.frac, at, n, position);
-  read(a.frac_ref, at, n, reference);
+  read_place(a.frac, at, n, position);
+  read_place(a.frac_ref, at, n, reference);
   read(a.grad, at, n, raw);
   spread(a.scale, row, a.groups, a.group_size, c0, n, s.kl_weight, slope);
 
@@ -209,23 +232,23 @@ inline void step_chunk(const StepArguments& a, int64_t row, int64_t c0, int n, S
       }
       for (int i = 0; i < n; ++i) {
         second[i] = s.beta2 * second[i] + (s.one_minus_beta2 * g[i]) * g[i];
-        root_hat[i] = second[i] / s.correction2;
+        root_hat[i] = second[i] * s.correction2;
       }
       take_roots(root_hat, n);
       for (int i = 0; i < n; ++i) {
-        direction[i] = (first[i] / s.correction1) / (root_hat[i] + s.eps);
+        direction[i] = (first[i] * s.correction1) / (root_hat[i] + s.eps);
         position[i] = moves[i] ? position[i] * s.decay : position[i];
       }
       if (a.second.storage == kByte) {
         take_roots(second, n);
         for (int i = 0; i < n; ++i) second[i] *= s.second_inverse;
-        round_stochastically(second, n, index, a.second_key, 0.0f, 255.0f);
+        round_stochastically(second, n, index, a.noise_key, kSecondStream, 0.0f, 255.0f);
       }
       write(a.second, at, n, second, defined);
     }
     if (a.first.storage == kInt8) {
       for (int i = 0; i < n; ++i) first[i] *= s.first_inverse;
-      round_stochastically(first, n, index, a.first_key, -127.0f, 127.0f);
+      round_stochastically(first, n, index, a.noise_key, kFirstStream, -128.0f, 127.0f);
     }
     write(a.first, at, n, first, defined);
   }
@@ -236,10 +259,10 @@ inline void step_chunk(const StepArguments& a, int64_t row, int64_t c0, int n, S
     const float raised = moved_to < 0.0f ? 0.0f : moved_to;
     position[i] = (raised > 1.0f ? 1.0f : raised) * units;
   }
-  if (units != 1.0f) round_stochastically(position, n, index, a.frac_key, 0.0f, units);
+  if (units != 1.0f) round_stochastically(position, n, index, a.noise_key, kFracStream, 0.0f, units);
   write(a.frac, at, n, position, moves);
 
-  read(a.frac, at, n, position);
+  read_place(a.frac, at, n, position);
   int32_t fractional = 0, moved = 0;
   for (int i = 0; i < n; ++i) {
     fractional += live[i] & (position[i] > 0.01f) & (position[i] < 0.99f);

@@ -16,6 +16,9 @@ from torch import Tensor
 ZERO_DTYPES = (torch.uint8, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Impl = Literal["auto", "reference", "triton", "cpp"]
 
+# Looked up once, at import: torch.compile cannot trace the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 # One library object for the life of the process: dropping it would unregister the operators.
 _LIBRARY = torch.library.Library("discquant", "FRAGMENT")
 
@@ -43,7 +46,7 @@ def triton_module(stem: str) -> ModuleType:
 
 def triton_problem(device: torch.device) -> str | None:
     """Say why Triton kernels cannot run on tensors of `device`, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from discquant.ops import _registry as registry
-from discquant.ops.reference import projected_step as reference
-from discquant.ops.reference.counter_rng import stream_key
+from discquant.ops.reference.counter_rng import step_key
 from discquant.ops.reference.projected_step import StepOptions
 from discquant.ops.reference.soft_weight import accumulate_dtype, slope
 
@@ -33,7 +32,7 @@ SCALARS = (
     "linear_weight", "hardening", "correction1", "correction2", "first_unit", "first_inverse", "second_unit",
     "second_inverse",
 )  # fmt: skip
-KEYS = ("frac_key", "first_key", "second_key", "first_index")
+KEYS = ("noise_key", "first_index")
 
 
 def flatten_options(options: StepOptions) -> tuple[Any, ...]:
@@ -55,15 +54,13 @@ def launch_arguments(
         "lr": lr, "beta1": beta1, "one_minus_beta1": 1 - beta1, "beta2": beta2, "one_minus_beta2": 1 - beta2,
         "eps": eps, "decay": 1 - lr * weight_decay, "kl_weight": kl_weight, "grad_clamp": grad_clamp,
         "linear_weight": linear_weight, "hardening": hardening,
-        "correction1": 1 - beta1**step, "correction2": 1 - beta2**step,
+        "correction1": 1 / (1 - beta1**step), "correction2": 1 / (1 - beta2**step),
         "first_unit": moment_bound / 127, "first_inverse": 127 / moment_bound,
         "second_unit": moment_bound / 255, "second_inverse": 255 / moment_bound,
     }  # fmt: skip
-    streams = (reference.FRAC_STREAM, reference.MOMENT_STREAM, reference.SECOND_STREAM)
-    keys = dict(
-        zip(KEYS, (*(stream_key(seed, step, tensor_id, s) for s in streams), first_index), strict=True)
-    )
+    keys = {"noise_key": step_key(seed, step, tensor_id), "first_index": first_index}
     assert tuple(scalars) == SCALARS
+    assert tuple(keys) == KEYS
     return optimizer, scalars, keys
 
 

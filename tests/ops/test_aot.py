@@ -16,7 +16,7 @@ import pytest
 KERNELS = {
     "soft_weight_fwd_kernel", "soft_weight_bwd_kernel", "projected_step_kernel", "soft_linear_fwd_kernel",
     "soft_linear_dx_kernel", "soft_linear_dfrac_kernel", "soft_linear_step_kernel", "linear_kl_fwd_kernel",
-    "hadamard_run_kernel", "hadamard_mix_kernel",
+    "hadamard_run_kernel", "hadamard_mix_kernel", "packed_linear_kernel",
 }  # fmt: skip
 
 

@@ -3,34 +3,39 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from discquant.ops.reference.counter_rng import counter_uniform, mix32, stream_key
+from discquant.ops.reference.counter_rng import STREAMS, counter_uniform, mix32, step_key
 
 CPU = torch.device("cpu")
 
 
-def _plain(key: int, index: int) -> float:
-    return (mix32((index & 0xFFFFFFFF) ^ key) >> 8) * 2.0**-24
+def _plain(key: int, index: int, stream: int) -> float:
+    mask = 0xFFFFFFFF
+    value = (index * 0x9E3779B1) & mask
+    value = ((value ^ (value >> 15) ^ key) * 0x85EBCA6B) & mask
+    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & mask
+    return (((value * STREAMS[stream]) & mask) >> 16) * 2.0**-16
 
 
-def test_equals_integer_arithmetic():
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_equals_integer_arithmetic(stream):
     """The int64 tensor arithmetic equals Python's exact integers, also above 2^31 and at the end of the range."""
-    for key in (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, stream_key(3, 5, 7, 1)):
+    for key in (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, step_key(3, 5, 7)):
         for start in (0, 12345, 2**31 - 2, 2**32 - 4):
-            expected = torch.tensor([_plain(key, start + i) for i in range(4)])
-            assert torch.equal(counter_uniform(key, start, 4, CPU), expected), (key, start)
+            expected = torch.tensor([_plain(key, start + i, stream) for i in range(4)])
+            assert torch.equal(counter_uniform(key, start, 4, CPU, stream), expected), (key, start)
 
 
 def test_pinned():
     """Stored runs must resume in the same bytes: these numbers may never change."""
     assert mix32(1) == 1753845952
-    assert stream_key(0, 1, 0, 0) == 1913594624
-    assert counter_uniform(stream_key(1, 2, 3, 0), 10, 3, CPU).mul(2**24).long().tolist() == [
-        11254260,
-        5058242,
-        8132649,
-    ]
+    assert step_key(0, 1, 0) == 7918727
+    assert [
+        counter_uniform(step_key(1, 2, 3), 10, 3, CPU, stream).mul(2**16).long().tolist()
+        for stream in range(3)
+    ] == [[24632, 64406, 5380], [16423, 27933, 21899], [61740, 53560, 52770]]
 
 
 def test_independent_of_tiling():
@@ -40,14 +45,27 @@ def test_independent_of_tiling():
 
 
 def test_uniform():
-    """Mean, variance, neighbours and steps of 2^20 numbers within five standard errors of independent uniforms."""
+    """Mean, variance, neighbours, streams and steps of 2^20 numbers within five standard errors of independent ones."""
     count = 2**20
-    first = counter_uniform(stream_key(0, 1, 0, 0), 0, count, CPU).double()
-    second = counter_uniform(stream_key(0, 2, 0, 0), 0, count, CPU).double()
+    first, moment, root = (counter_uniform(step_key(0, 1, 0), 0, count, CPU, s).double() for s in range(3))
+    second = counter_uniform(step_key(0, 2, 0), 0, count, CPU).double()
     error = 5 / count**0.5
-    assert abs(first.mean() - 0.5) < error * (1 / 12) ** 0.5
-    assert abs(first.var() - 1 / 12) < error * (1 / 180) ** 0.5
-    for left, right in ((first[1:], first[:-1]), (first, second), (first[4096:], first[:-4096])):
+    for noise in (first, moment, root):
+        assert abs(noise.mean() - (0.5 - 2.0**-17)) < error * (1 / 12) ** 0.5
+        assert abs(noise.var() - 1 / 12) < error * (1 / 180) ** 0.5
+        assert noise.min() >= 0
+        assert noise.max() < 1
+    pairs = [(first, moment), (first, root), (moment, root), (first, second)]
+    pairs += [(noise[lag:], noise[:-lag]) for noise in (first, moment, root) for lag in (1, 2, 64, 4096)]
+    for left, right in pairs:
         assert abs(torch.corrcoef(torch.stack((left, right)))[0, 1]) < error
-    assert first.min() >= 0
-    assert first.max() < 1
+    # Neighbours fill the square evenly: chi-square of 32 x 32 cells, 1023 degrees of freedom.
+    cells = torch.bincount(((first[1:] * 32).long() * 32 + (first[:-1] * 32).long()), minlength=1024).double()
+    expected = (count - 1) / 1024
+    assert abs(((cells - expected) ** 2 / expected).sum() - 1023) < 5 * (2 * 1023) ** 0.5
+
+
+def test_no_noise_lifts_a_code_to_the_next():
+    """A byte's code plus the largest noise stays below the next integer in float32."""
+    codes = torch.arange(256, dtype=torch.float32)
+    assert torch.equal(torch.floor(codes + (1 - 2.0**-16)), codes)

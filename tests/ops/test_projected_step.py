@@ -13,7 +13,7 @@ from torch import Tensor
 
 from discquant.ops import StepCounts, StepOptions, projected_step_, projected_step_deferred_
 from discquant.ops._steps import flatten_options
-from discquant.ops.reference.counter_rng import counter_uniform, stream_key
+from discquant.ops.reference.counter_rng import counter_uniform, step_key
 from discquant.ops.reference.projected_step import decode_frac_ref, encode_frac_ref
 
 OP = torch.ops.discquant.projected_step_.default
@@ -249,7 +249,7 @@ def test_noise_is_the_documented_one(device):
         frac, ref, torch.zeros(4, 32, device=device), torch.ones(4, 1, device=device), group_size=-1,
         options=options, impl="triton",
     )  # fmt: skip
-    noise = counter_uniform(stream_key(9, 4, 2, 0), 0, 128, torch.device("cpu")).view(4, 32)
+    noise = counter_uniform(step_key(9, 4, 2), 0, 128, torch.device("cpu")).view(4, 32)
     moved = torch.tensor(10.4 / 255) * 255
     assert torch.equal(frac.cpu(), torch.floor(moved + noise).to(torch.uint8))
 

@@ -349,7 +349,14 @@ def test_gradient_that_is_not_finite_is_named(
         ("input", "reference", "resident"),
         ("input", "reference", "host"),
         ("input", "triton", "resident"),
-        ("product", "triton", "resident"),
+        pytest.param(
+            "product",
+            "triton",
+            "resident",
+            marks=pytest.mark.skipif(
+                DEVICE.type == "cuda", reason="fused multiply-adds: finite values make no NaN"
+            ),
+        ),
     ],
 )
 def test_epilogue_step_that_meets_a_nan_is_taken_back(

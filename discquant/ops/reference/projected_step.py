@@ -14,11 +14,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from discquant.ops.reference.counter_rng import counter_uniform, stream_key
+from discquant.ops.reference.counter_rng import counter_uniform, step_key
 from discquant.ops.reference.soft_weight import (
     FRAC_DENOMINATOR,
     accumulate_dtype,
-    decode_frac,
     exact_quotient,
     expand_groups,
 )
@@ -87,9 +86,26 @@ def encode_frac_ref(frac_ref: Tensor) -> Tensor:
     return code.to(torch.uint8)
 
 
-def _stochastic_code(value: Tensor, low: int, high: int, key: int, first: int) -> Tensor:
+def _fast_quotient(code: Tensor, denominator: int) -> Tensor:
+    """Quotient by the rounded reciprocal: exact at 0 and 1; elsewhere the last bit cannot matter to a step."""
+    return code * torch.tensor(1.0 / denominator, dtype=code.dtype, device=code.device)
+
+
+def _place(frac: Tensor, dtype: torch.dtype) -> Tensor:
+    denominator = FRAC_DENOMINATOR.get(frac.dtype)
+    return frac.to(dtype) if denominator is None else _fast_quotient(frac.to(dtype), denominator)
+
+
+def _reference_place(frac_ref: Tensor, dtype: torch.dtype) -> Tensor:
+    if frac_ref.dtype == torch.uint8:
+        return _fast_quotient(frac_ref.to(dtype) - FRAC_REF_ZERO, FRAC_REF_RANGE)
+    return frac_ref.to(dtype)
+
+
+def _stochastic_code(value: Tensor, low: int, high: int, options: StepOptions, stream: int) -> Tensor:
     """Round to an integer, up with probability equal to the fraction: floor(value + r)."""
-    noise = counter_uniform(key, first, value.numel(), value.device).view_as(value)
+    key = step_key(options.seed, options.step, options.tensor_id)
+    noise = counter_uniform(key, options.first_index, value.numel(), value.device, stream).view_as(value)
     return torch.floor(value + noise).clamp_(low, high)
 
 
@@ -99,8 +115,7 @@ def store_frac_(target: Tensor, value: Tensor, options: StepOptions) -> None:
     if denominator is None:
         target.copy_(value)
         return
-    key = stream_key(options.seed, options.step, options.tensor_id, FRAC_STREAM)
-    code = _stochastic_code((value * denominator).float(), 0, denominator, key, options.first_index)
+    code = _stochastic_code((value * denominator).float(), 0, denominator, options, FRAC_STREAM)
     target.copy_(code.to(torch.int32).to(target.dtype))
 
 
@@ -120,13 +135,11 @@ def _load_moment(moment: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
 def _store_moment(target: Tensor, value: Tensor, defined: Tensor, options: StepOptions) -> None:
     before = target.clone()
     if target.dtype == torch.int8:
-        key = stream_key(options.seed, options.step, options.tensor_id, MOMENT_STREAM)
         scaled = (value * (127 / options.moment_bound)).float()
-        target.copy_(_stochastic_code(scaled, -127, 127, key, options.first_index).to(torch.int8))
+        target.copy_(_stochastic_code(scaled, -128, 127, options, MOMENT_STREAM).to(torch.int8))
     elif target.dtype == torch.uint8:
-        key = stream_key(options.seed, options.step, options.tensor_id, SECOND_STREAM)
         scaled = (_root(value) * (255 / options.moment_bound)).float()
-        target.copy_(_stochastic_code(scaled, 0, 255, key, options.first_index).to(torch.uint8))
+        target.copy_(_stochastic_code(scaled, 0, 255, options, SECOND_STREAM).to(torch.uint8))
     else:
         target.copy_(value)
     target.copy_(torch.where(defined, target, before))
@@ -191,8 +204,8 @@ def _step_rows_(
 ) -> StepCounts:
     """Take the step of some rows; see `projected_step_`."""
     compute = accumulate_dtype(frac, weight_grad)
-    position = decode_frac(frac, compute)
-    reference = decode_frac_ref(frac_ref, compute)
+    position = _place(frac, compute)
+    reference = _reference_place(frac_ref, compute)
     live = (reference != 0) & (reference != 1)
     raw = weight_grad.to(compute) * (
         expand_groups(scale.to(compute), group_size, frac.shape[1]) * options.kl_weight
@@ -218,8 +231,8 @@ def _step_rows_(
         if options.optimizer == "adamw":
             assert second_moment is not None
             v = b2 * _load_moment(second_moment, options.moment_bound, compute) + (1 - b2) * g * g
-            m_hat = exact_quotient(m, 1 - b1**options.step)
-            direction = m_hat / (_root(exact_quotient(v, 1 - b2**options.step)) + options.eps)
+            m_hat = m * (1 / (1 - b1**options.step))
+            direction = m_hat / (_root(v * (1 / (1 - b2**options.step))) + options.eps)
             _store_moment(second_moment, v, defined, options)
             position = torch.where(moves, position * (1 - options.lr * options.weight_decay), position)
         _store_moment(momentum, m, defined, options)
@@ -229,7 +242,7 @@ def _step_rows_(
     # Codes that do not move are put back, not rounded again: (u / 255) * 255 may fall just short of u.
     frac.copy_(torch.where(moves, frac.to(compute), unmoved.to(compute)))
 
-    after = decode_frac(frac, compute)
+    after = _place(frac, compute)
     return StepCounts(
         live=int(live.sum()),
         fractional=int((live & (after > 0.01) & (after < 0.99)).sum()),
