@@ -123,7 +123,8 @@ class NinjaBuild(build_ext):
             import pybind11
 
             includes.append(pybind11.get_include())
-        defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DDISCQUANT_EXTENSION_NAME=_C"]
+        target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
+        defines = [f"-DDISCQUANT_TORCH_TARGET={TORCH_TARGET}", "-DDISCQUANT_EXTENSION_NAME=_C"]
         archs: list[str] = []
         if cuda:
             archs = cuda_archs(nvcc_version(f"{CUDA_HOME}/bin/nvcc"), os.environ.get("TORCH_CUDA_ARCH_LIST"))
@@ -150,11 +151,11 @@ class NinjaBuild(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             "rule cxx",
-            f"  command = {cxx} -MMD -MF $out.d {cflags} $isa -c $in -o $out",
+            f"  command = {cxx} -MMD -MF $out.d {cflags} $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
-            f"  command = {CUDA_HOME}/bin/nvcc -MD -MF $out.d {nvflags} -c $in -o $out",
+            f"  command = {CUDA_HOME}/bin/nvcc -MD -MF $out.d {nvflags} $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
@@ -165,7 +166,9 @@ class NinjaBuild(build_ext):
             rule = "cxx" if source.endswith(".cpp") else "nvcc"
             objects.append(str(temp / f"{source.replace('/', '_')}.o"))
             lines.append(f"build {ninja_path(objects[-1])}: {rule} {ninja_path(str(ROOT / source))}")
-            lines.append(f"  isa = {isa_flags(source)}")
+            # torch 2.10 to 2.12 bring a pybind11 that refuses the stable ABI; bindings.cpp needs no torch header.
+            stable = "" if Path(source).name == "bindings.cpp" else target
+            lines.append(f"  flags = {stable} {isa_flags(source)}")
         lines.append(f"build {ninja_path(str(out))}: link {' '.join(map(ninja_path, objects))}")
         (temp / "build.ninja").write_text("\n".join(lines) + "\n")
         done = subprocess.run([ninja, "-C", str(temp)], capture_output=True, text=True)

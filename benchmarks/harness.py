@@ -30,6 +30,7 @@ FIELDS = (
     "tflop_s", "times_bare_matmul", "device", "driver", "torch", "triton", "commit", "date",
 )  # fmt: skip
 GPU = torch.cuda.is_available()
+WAIT_CYCLES = 4_000_000  # about 2 ms
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
@@ -59,7 +60,7 @@ def machine() -> dict[str, str]:
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if GPU else "",
         "torch": torch.__version__,
         "triton": version("triton"),
-        "commit": output("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"),
+        "commit": output("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"),
         "date": dt.date.today().isoformat(),
     }
 
@@ -83,6 +84,8 @@ def _time(body: Callable[[], Any]) -> float:
         return (time.perf_counter() - start) * 1e3
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     _flush().zero_()
+    # The device waits while the host enqueues: a launch costs the host more than a small kernel costs the device.
+    torch.cuda._sleep(WAIT_CYCLES)
     begin.record()
     body()
     end.record()

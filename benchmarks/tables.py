@@ -6,12 +6,17 @@ A part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing in 
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import packed_targets
+import targets
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -138,12 +143,32 @@ def resume() -> str:
     )
 
 
+def gpu() -> str:
+    """Targets of the kernels on every GPU that has a result file."""
+    found = []
+    for path in sorted(RESULTS.glob("nvidia-*.csv")):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        last = rows[-1]
+        body = []
+        for verdict in (*targets.verdicts(rows), *packed_targets.verdicts(path)):
+            value = "not measured on a GPU" if verdict.value is None else f"{verdict.value:.3g}"
+            body.append([verdict.what, value, f"{'≤' if verdict.at_most else '≥'} {verdict.limit:g}"])
+        versions = f"driver {last['driver']}, torch {last['torch']}, Triton {last['triton']}"
+        head = f"{last['device']}, {versions}, {last['date']}"
+        found.append(
+            f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', 'measured', 'target'], body)}"
+        )
+    return "\n\n".join(found) or MISSING
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "sweep": sweep,
     "stories260k": stories,
     "training": training,
     "resume": resume,
+    "gpu": gpu,
 }
 
 

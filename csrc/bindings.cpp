@@ -14,7 +14,7 @@ PYBIND11_MODULE(DISCQUANT_EXTENSION_NAME, module) {
     facts["cuda_architectures"] = discquant::cuda_architectures();
     facts["cpu_features"] = discquant::cpu_features();
     facts["layout_version"] = discquant::kLayoutVersion;
-    facts["torch_target_version"] = static_cast<unsigned long long>(TORCH_TARGET_VERSION);
+    facts["torch_target_version"] = static_cast<unsigned long long>(DISCQUANT_TORCH_TARGET);
     return facts;
   });
 }

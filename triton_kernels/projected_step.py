@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One optimizer step on `frac`, projected onto [0, 1], in place and in one pass over the state.
 
-One program per [BLOCK_M, BLOCK_K] tile: gradient and state are read once, frac and moments written once; the counts
-come out of the same pass through integer atomics. Noise depends on the element's index only, never on the tiling.
+One program per few [BLOCK_M, BLOCK_K] tiles along a row: gradient and state are read once, frac and moments written
+once; the counts come out of the same pass through integer atomics. Noise depends on the element's index only, never
+on the tiling.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import frac_kind, group_mode, load_slope
-from .step_tile import COUNT_SLOTS, COUNTS, KEYS, OPTIMIZERS, SLOT_WIDTH, launch_scalars, update_tile
+from .step_tile import (
+    COUNT_SLOTS,
+    COUNTS,
+    KEYS,
+    OPTIMIZERS,
+    SLOT_WIDTH,
+    add_counts,
+    launch_scalars,
+    update_tile,
+)
 
 
 @triton.jit(do_not_specialize=KEYS)
@@ -30,43 +40,56 @@ def _projected_step_kernel(
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
-    EVEN: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    k0 = tl.program_id(0).to(tl.int64) * BLOCK_K
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = k0 + tl.arange(0, BLOCK_K)
     mask_m = offs_m < out_features
-    grad_place = grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk
-    if EVEN:
-        mask = None
-        grad = tl.load(grad_place)
-    else:
-        mask = mask_m[:, None] & (offs_k < in_features)[None, :]
-        grad = tl.load(grad_place, mask=mask, other=0)
-    slope = load_slope(
-        scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
-        tl.float32, BLOCK_M, BLOCK_K, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
-    )  # fmt: skip
-    index = (offs_m * in_features + first_index).to(tl.uint32)[:, None] + offs_k.to(tl.uint32)[None, :]
+    pair = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
+    other, nan = pair, pair
+    for tile in range(TILES):
+        k0 = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_K
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        grad_place = grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk
+        if EVEN:
+            mask = None
+            grad = tl.load(grad_place)
+        else:
+            mask = mask_m[:, None] & (offs_k < in_features)[None, :]
+            grad = tl.load(grad_place, mask=mask, other=0)
+        slope = load_slope(
+            scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
+            tl.float32, BLOCK_M, BLOCK_K, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
+        )  # fmt: skip
+        found = update_tile(
+            grad.to(tl.float32), slope, mask,
+            (offs_m * in_features + first_index).to(tl.uint32)[:, None] + offs_k.to(tl.uint32)[None, :],
+            offs_m[:, None] * stride_fm + offs_k[None, :] * stride_fk,
+            offs_m[:, None] * stride_rm + offs_k[None, :] * stride_rk,
+            offs_m[:, None] * stride_mm + offs_k[None, :] * stride_mk,
+            offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk,
+            frac_ptr, ref_ptr, first_ptr, second_ptr,
+            lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
+            linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
+            noise_key,
+            OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
+        )  # fmt: skip
+        pair, other, nan = pair + found[0], other + found[1], nan + found[2]
     slot = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % SLOTS
-    update_tile(
-        grad.to(tl.float32), slope, mask, index,
-        offs_m[:, None] * stride_fm + offs_k[None, :] * stride_fk,
-        offs_m[:, None] * stride_rm + offs_k[None, :] * stride_rk,
-        offs_m[:, None] * stride_mm + offs_k[None, :] * stride_mk,
-        offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk,
-        frac_ptr, ref_ptr, first_ptr, second_ptr, counts_ptr, slot,
-        lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
-        linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
-        noise_key,
-        OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
-    )  # fmt: skip
+    add_counts(counts_ptr, slot, pair, other, nan)
+
+
+def _tiling(cols: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, tiles of one program: what a program does once weighs little against 32 elements."""
+    block_m, block_k = (1, 1024) if cols >= 1024 else (8, max(16, min(128, triton.next_power_of_2(cols))))
+    tiles = triton.cdiv(cols, block_k)
+    return block_m, block_k, max(count for count in range(1, 9) if count == 1 or tiles % count == 0)
 
 
 def projected_step_fwd(
     frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor, momentum: Tensor | None,
     second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, group_size: int, optimizer: str,
-    scalars: Mapping[str, float], keys: Mapping[str, int], block: tuple[int, int] | None = None, num_warps: int = 4,
+    scalars: Mapping[str, float], keys: Mapping[str, int], block: tuple[int, int, int] | None = None,
+    num_warps: int = 4,
 ) -> Tensor:  # fmt: skip
     """Launch one step in place; return int64 counts [5]: live, fractional, moved, saturated, nan.
 
@@ -76,15 +99,12 @@ def projected_step_fwd(
     if frac.numel() == 0:
         return frac.new_zeros(COUNTS, dtype=torch.int64)
     counts = frac.new_zeros((COUNT_SLOTS, SLOT_WIDTH.value), dtype=torch.int64)
-    # At least 16 bytes of each row of codes per thread.
-    block_m, block_k = block or (
-        (1, 2048) if cols >= 2048 else (8, max(16, min(256, triton.next_power_of_2(cols))))
-    )
+    block_m, block_k, tiles = block or _tiling(cols)
     mode, group = group_mode(group_size, cols, block_k)
     first = frac if momentum is None else momentum
     second = frac if second_moment is None else second_moment
     codes = frac if q_down is None else q_down
-    _projected_step_kernel[(triton.cdiv(cols, block_k), triton.cdiv(rows, block_m))](
+    _projected_step_kernel[(triton.cdiv(cols, block_k * tiles), triton.cdiv(rows, block_m))](
         frac, frac_ref, weight_grad, scale, first, second, codes, scale if table is None else table, counts,
         rows, cols,
         *frac.stride(), *frac_ref.stride(), *weight_grad.stride(), *scale.stride(), *first.stride(), *second.stride(),
@@ -94,7 +114,8 @@ def projected_step_fwd(
         REF_KIND=frac_kind(frac_ref.dtype, True),
         FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8, MODE=mode, GROUP=group,
         HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
-        EVEN=rows % block_m == 0 and cols % block_k == 0,
-        SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=num_warps, enable_fp_fusion=False,
+        EVEN=rows % block_m == 0 and cols % (block_k * tiles) == 0,
+        SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, TILES=tiles,
+        num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return counts[:, :COUNTS].sum(dim=0)

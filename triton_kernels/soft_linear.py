@@ -27,7 +27,16 @@ from .common import (
     load_grouped,
     load_slope,
 )
-from .step_tile import COUNT_SLOTS, COUNTS, KEYS, OPTIMIZERS, SLOT_WIDTH, launch_scalars, update_tile
+from .step_tile import (
+    COUNT_SLOTS,
+    COUNTS,
+    KEYS,
+    OPTIMIZERS,
+    SLOT_WIDTH,
+    add_counts,
+    launch_scalars,
+    update_tile,
+)
 
 
 class Config(NamedTuple):
@@ -253,19 +262,21 @@ def _soft_linear_step_kernel(
                 scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_n, mask_n, first_k,
                 in_features, tl.float32, BLOCK_M, BLOCK_N // 4, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
             )  # fmt: skip
-            update_tile(
+            pair, other, nan = update_tile(
                 quarters[quarter], slope, mask_n[:, None] & (offs_k < in_features)[None, :],
                 (offs_n * in_features + first_index).to(tl.uint32)[:, None] + offs_k.to(tl.uint32)[None, :],
                 offs_n[:, None] * stride_fm + offs_k[None, :] * stride_fk,
                 offs_n[:, None] * stride_rm + offs_k[None, :] * stride_rk,
                 offs_n[:, None] * stride_mm + offs_k[None, :] * stride_mk,
                 offs_n[:, None] * stride_vm + offs_k[None, :] * stride_vk,
-                frac_ptr, ref_ptr, first_ptr, second_ptr, counts_ptr, tl.program_id(0) % SLOTS,
+                frac_ptr, ref_ptr, first_ptr, second_ptr,
                 lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
                 linear_weight, hardening, correction1, correction2, first_unit, first_inverse,
                 second_unit, second_inverse, noise_key,
                 OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
             )  # fmt: skip
+            # At once: counts carried over the quarters would spill.
+            add_counts(counts_ptr, tl.program_id(0) % SLOTS, pair, other, nan)
 
 
 def _weight_arguments(

@@ -78,36 +78,26 @@ def is_fractional(code, KIND: tl.constexpr):
 
 
 @triton.jit
-def add_counts(counts_ptr, slot, live, fractional, moved, saturated, nan):
-    """Add to counts[slot] the number of true elements of each, and `nan`; rows hold at most 4095 elements."""
+def add_counts(counts_ptr, slot, pair, other, nan):
+    """Add to counts[slot] what `update_tile` returned for at most 65535 elements together."""
+    pair, other, nan = (
+        tl.sum(tl.sum(pair, axis=1), axis=0),
+        tl.sum(tl.sum(other, axis=1), axis=0),
+        tl.sum(tl.sum(nan, axis=1), axis=0),
+    )
     slot_ptr = counts_ptr + slot * SLOT_WIDTH
-    # Two counters of 12 bits in one integer.
-    pair = tl.where(live, 1, 0) + tl.where(fractional, 4096, 0)
-    other = tl.where(moved, 1, 0) + tl.where(saturated, 4096, 0)
-    if live.shape[0] * live.shape[1] < 4096:
-        pair, other = tl.sum(tl.sum(pair, axis=1), axis=0), tl.sum(tl.sum(other, axis=1), axis=0)
-        live_count, fractional_count, moved_count, saturated_count = (
-            pair & 4095,
-            pair >> 12,
-            other & 4095,
-            other >> 12,
-        )
-    else:
-        pair, other = tl.sum(pair, axis=1), tl.sum(other, axis=1)
-        live_count, fractional_count = tl.sum(pair & 4095, axis=0), tl.sum(pair >> 12, axis=0)
-        moved_count, saturated_count = tl.sum(other & 4095, axis=0), tl.sum(other >> 12, axis=0)
-    tl.atomic_add(slot_ptr, live_count.to(tl.int64), sem="relaxed")
-    tl.atomic_add(slot_ptr + 1, fractional_count.to(tl.int64), sem="relaxed")
-    tl.atomic_add(slot_ptr + 2, moved_count.to(tl.int64), sem="relaxed")
-    tl.atomic_add(slot_ptr + 3, saturated_count.to(tl.int64), sem="relaxed")
-    if nan > 0:
-        tl.atomic_add(slot_ptr + 4, nan.to(tl.int64), sem="relaxed")
+    # Relaxed: an ordered one is a memory barrier, which waits for every store of the program.
+    tl.atomic_add(slot_ptr, (pair & 65535).to(tl.int64), sem="relaxed")
+    tl.atomic_add(slot_ptr + 1, ((pair >> 16) & 65535).to(tl.int64), sem="relaxed")
+    tl.atomic_add(slot_ptr + 2, (other & 65535).to(tl.int64), sem="relaxed")
+    tl.atomic_add(slot_ptr + 3, ((other >> 16) & 65535).to(tl.int64), sem="relaxed")
+    tl.atomic_add(slot_ptr + 4, nan.to(tl.int64), sem="relaxed", mask=nan > 0)
 
 
 @triton.jit
 def update_tile(
     grad, slope, mask, index, offset_f, offset_r, offset_m, offset_v,
-    frac_ptr, ref_ptr, first_ptr, second_ptr, counts_ptr, slot,
+    frac_ptr, ref_ptr, first_ptr, second_ptr,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
     noise_key,
@@ -116,7 +106,8 @@ def update_tile(
 ):  # fmt: skip
     """Update one tile given its weight gradient and d weight / d frac; `index` counts in the unsharded tensor.
 
-    `mask` is None where the tile lies inside the tensor.
+    `mask` is None where the tile lies inside the tensor. Returns int32 tiles for `add_counts`: live and fractional,
+    moved and saturated, NaN; tiles may be added up before.
     """
     if mask is None:
         code = tl.load(frac_ptr + offset_f)
@@ -132,13 +123,11 @@ def update_tile(
         live = mask & live
     hashed = counter_hash(index, noise_key)
     raw = grad * (slope * kl_weight)
-    # A sum in which a NaN shows (rarely Inf - Inf too): its coordinates are then looked for one by one.
-    probe = tl.sum(tl.sum(tl.where(live, raw, 0.0), axis=1), axis=0)
-    suspicious = probe != probe
+    moves = live & (raw == raw)
     kl = tl.minimum(tl.maximum(raw, -grad_clamp), grad_clamp)
     linear = linear_weight * one_minus_twice(saturate(reference))
     g = kl + linear + hardening * one_minus_twice(position)
-    g = tl.where(live, g, 0.0)
+    g = tl.where(moves, g, 0.0)
 
     if OPTIMIZER == SGD:
         direction = g
@@ -177,17 +166,13 @@ def update_tile(
                 root_hat = tl.sqrt_rn(second * correction2)
                 direction = divide(first * correction1, root_hat + eps)
                 rounded = cast(second, second_ptr.dtype.element_ty)
-            if suspicious:
-                rounded = tl.where(raw == raw, rounded, stored_second)
-            tl.store(second_ptr + offset_v, rounded, mask=mask)
+            tl.store(second_ptr + offset_v, tl.where(moves, rounded, stored_second), mask=mask)
             position = position * decay
         if FIRST_INT:
             rounded_first = floor_to(add_noise(first * first_inverse, hashed, FIRST_STREAM), tl.int8)
         else:
             rounded_first = cast(first, first_ptr.dtype.element_ty)
-        if suspicious:
-            rounded_first = tl.where(raw == raw, rounded_first, stored)
-        tl.store(first_ptr + offset_m, rounded_first, mask=mask)
+        tl.store(first_ptr + offset_m, tl.where(moves, rounded_first, stored), mask=mask)
 
     moved_to = saturated_difference(position, lr * direction)
     if FRAC_KIND == U8:
@@ -196,17 +181,16 @@ def update_tile(
         new_code = floor_to(add_noise(moved_to * 65535.0, hashed, FRAC_STREAM), tl.uint16)
     else:
         new_code = cast(moved_to, frac_ptr.dtype.element_ty)
-    new_code = tl.where(live, new_code, code)
-    nan = 0
-    if suspicious:
-        new_code = tl.where(raw == raw, new_code, code)
-        nan = tl.sum(tl.sum((live & (raw != raw)).to(tl.int32), axis=1), axis=0)
+    new_code = tl.where(moves, new_code, code)
     tl.store(frac_ptr + offset_f, new_code, mask=mask)
 
     fractional = live & is_fractional(new_code, FRAC_KIND)
     moved = live & (above_half(new_code, FRAC_KIND) != above_half(ref_code, REF_KIND))
     saturated = live & (tl.abs(raw) >= grad_clamp)
-    add_counts(counts_ptr, slot, live, fractional, moved, saturated, nan)
+    # Two counters of 16 bits in one integer.
+    pair = tl.where(live, 1, 0) + tl.where(fractional, 65536, 0)
+    other = tl.where(moved, 1, 0) + tl.where(saturated, 65536, 0)
+    return pair, other, tl.where(live & (raw != raw), 1, 0)
 
 
 def launch_scalars(scalars: Mapping[str, float], keys: Mapping[str, int]) -> list[float | int]:

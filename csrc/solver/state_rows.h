@@ -244,13 +244,13 @@ inline void step_chunk(const StepArguments& a, int64_t row, int64_t c0, int n, S
         for (int i = 0; i < n; ++i) second[i] *= s.second_inverse;
         round_stochastically(second, n, index, a.noise_key, kSecondStream, 0.0f, 255.0f);
       }
-      write(a.second, at, n, second, defined);
+      write(a.second, at, n, second, moves);
     }
     if (a.first.storage == kInt8) {
       for (int i = 0; i < n; ++i) first[i] *= s.first_inverse;
       round_stochastically(first, n, index, a.noise_key, kFirstStream, -128.0f, 127.0f);
     }
-    write(a.first, at, n, first, defined);
+    write(a.first, at, n, first, moves);
   }
 
   const float units = a.frac.storage == kFrac8 ? 255.0f : a.frac.storage == kFrac16 ? 65535.0f : 1.0f;

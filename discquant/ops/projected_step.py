@@ -147,7 +147,7 @@ def projected_step_(
     momentum: m = b1 m + (1 - b1) g; d = m          sgd: d = g
     lion:     d = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g
     frac = clamp(frac - lr d, 0, 1), rounded stochastically where it is stored in fixed point.
-    Coordinates with frac_ref exactly 0 or 1 lie on the grid: they are frozen, their moments stay zero.
+    Coordinates with frac_ref exactly 0 or 1 lie on the grid: they are frozen, their moments stay as they are.
     A coordinate whose gradient is NaN keeps frac and moments, and is counted in `nan`.
 
     Args:

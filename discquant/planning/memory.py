@@ -19,7 +19,7 @@ SLOTS = 3  # one block arriving, one at work, one leaving
 CHUNK = 1024  # tokens whose logits exist at once
 # Of evaluation.divergence, a layer above: windows and logits at once, logits compared at once in float64.
 EVALUATION_ROWS, EVALUATION_LOGITS, EVALUATION_CHUNK = 8, 1 << 28, 1 << 24
-COMPARED = 6 * 8.0  # two log-probabilities, probabilities, and three products of them
+COMPARED = 5 * 8.0 + 1  # float64: two log-probabilities, probabilities, two products of them; a mask
 WIDE_POSITIONS = (
     6 * 4.0
 )  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
@@ -178,12 +178,13 @@ def _measuring(shape: ModelShape, setting: Setting) -> dict[str, float]:
     windows = min(EVALUATION_ROWS, max(1, EVALUATION_LOGITS // row))
     copied = float(shape.weights) if setting.whole_model else 2.0 * shape.largest.weights
     passing = shape.largest.passing_elements * windows * setting.config.data.seqlen
-    return {
-        "a candidate's weights": (copied + shape.untouched) * element,
-        # The original's logits, the candidate's, and those of its positions that count.
-        "logits of both": 3.0 * windows * row * element + COMPARED * min(EVALUATION_CHUNK, windows * row),
-        "activations of a block": passing * element,
+    weights = {"a candidate's weights": (copied + shape.untouched) * element}
+    # The candidate's forward pass beside the original's logits; then both, those that count, and what compares them.
+    forward = {"logits of both": 2.0 * windows * row * element, "activations of a block": passing * element}
+    compared = {
+        "logits of both": 3.0 * windows * row * element + COMPARED * min(EVALUATION_CHUNK, windows * row)
     }
+    return weights | max(forward, compared, key=lambda items: sum(items.values()))
 
 
 def gain_bytes(shape: ModelShape) -> float:

@@ -208,7 +208,7 @@ def test_independent_of_tiling(make_state, assert_equal):
     options = dataclasses.replace(OPTIONS, optimizer="momentum")
     state = make_state((6, 90), "8bit", 32)
     results = []
-    for block in ((4, 64), (16, 16), (1, 128)):
+    for block in ((4, 64, 1), (16, 16, 3), (1, 128, 1), (1, 16, 6)):
         copy = {name: tensor.clone() for name, tensor in state.items()}
         counts = projected_step_fwd(
             copy["frac"], copy["frac_ref"], copy["weight_grad"], copy["scale"], copy["momentum"], None, None, None, 32,

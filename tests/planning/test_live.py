@@ -147,6 +147,4 @@ def test_comparing(model: Any) -> None:
     with Live(model) as live:
         candidate = apply_layers(copy.deepcopy(model), coded_layers(codes, grids), torch.float32)
         compare_models(model, {"rtn": candidate}, Windows.make(ids, torch.ones_like(ids).bool(), "made up"))
-    held = (*HELD_BEFORE, "codes")
-    # Never less than it takes; more since candidates are dequantized in pieces, which the plan does not know yet.
-    assert live.peak <= _planned(model, config, "evaluate", lambda item: item not in held)
+    assert _within(live.peak, _planned(model, config, "evaluate", lambda item: item not in HELD_BEFORE))

@@ -132,7 +132,7 @@ def _load_moment(moment: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
     return moment.to(dtype)
 
 
-def _store_moment(target: Tensor, value: Tensor, defined: Tensor, options: StepOptions) -> None:
+def _store_moment(target: Tensor, value: Tensor, moves: Tensor, options: StepOptions) -> None:
     before = target.clone()
     if target.dtype == torch.int8:
         scaled = (value * (127 / options.moment_bound)).float()
@@ -142,7 +142,7 @@ def _store_moment(target: Tensor, value: Tensor, defined: Tensor, options: StepO
         target.copy_(_stochastic_code(scaled, 0, 255, options, SECOND_STREAM).to(torch.uint8))
     else:
         target.copy_(value)
-    target.copy_(torch.where(defined, target, before))
+    target.copy_(torch.where(moves, target, before))
 
 
 def projected_step_(
@@ -233,9 +233,9 @@ def _step_rows_(
             v = b2 * _load_moment(second_moment, options.moment_bound, compute) + (1 - b2) * g * g
             m_hat = m * (1 / (1 - b1**options.step))
             direction = m_hat / (_root(v * (1 / (1 - b2**options.step))) + options.eps)
-            _store_moment(second_moment, v, defined, options)
+            _store_moment(second_moment, v, moves, options)
             position = torch.where(moves, position * (1 - options.lr * options.weight_decay), position)
-        _store_moment(momentum, m, defined, options)
+        _store_moment(momentum, m, moves, options)
     moved_to = (position - options.lr * direction).clamp(0, 1)
     unmoved = frac.clone()
     store_frac_(frac, moved_to, options)
