@@ -59,7 +59,11 @@ CONFIGS = {
 }
 # Tiles that only the shared memory of sm_90 holds in every variant.
 LARGE = ("deep", "wide")
-STEP_CONFIGS = {k: CONFIGS[k] for k in ("compact", "ragged")} | {"square": Config(128, 128, 64, 8, 3)}
+STEP_CONFIGS = {
+    "compact": CONFIGS["compact"],
+    "ragged": Config(64, 32, 32, 8, 2),
+    "square": Config(128, 128, 64, 8, 3),
+}
 BAND = tl.constexpr(8)
 
 

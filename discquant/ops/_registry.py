@@ -16,8 +16,16 @@ from torch import Tensor
 ZERO_DTYPES = (torch.uint8, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Impl = Literal["auto", "reference", "triton", "cpp"]
 
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # a finder may refuse
+        return False
+
+
 # Looked up once, at import: torch.compile cannot trace the search.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_TRITON = _installed("triton")
 
 # One library object for the life of the process: dropping it would unregister the operators.
 _LIBRARY = torch.library.Library("discquant", "FRAGMENT")

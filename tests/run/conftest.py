@@ -8,6 +8,7 @@ accordingly, an operation on tensors of both devices fails as it would on a GPU,
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import subprocess
 import sys
 import types
@@ -71,14 +72,26 @@ def command(model_dir: Path, dataset: str) -> Callable[..., list[str]]:
     return build
 
 
+@pytest.fixture(scope="session")
+def warm_start() -> Iterator[Any]:
+    """Starts commands without their imports (`warm_start.py`, loaded by its path)."""
+    path = Path(__file__).resolve().parent / "warm_start.py"
+    spec = importlib.util.spec_from_file_location("warm_start", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    starter = module.WarmStart()
+    yield starter
+    starter.close()
+
+
 @pytest.fixture
-def call(tmp_path: Path) -> Callable[..., Any]:
+def call(tmp_path: Path, warm_start: Any) -> Callable[..., Any]:
     """Run a command outside the checkout (whose triton_kernels/ folder must not be on the path)."""
 
     def run(arguments: list[str], timeout: float = 180) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            arguments, capture_output=True, text=True, cwd=tmp_path, timeout=timeout, check=False
-        )
+        done: subprocess.CompletedProcess[str] = warm_start.run(arguments, tmp_path, timeout)
+        return done
 
     return run
 

@@ -153,29 +153,29 @@ def _duration(arguments: list[str], cwd: Path) -> float:
     return time.monotonic() - begin
 
 
-def test_killed_and_resumed_ends_in_the_same_bytes(finished: Path, command: Command, tmp_path: Path) -> None:
+def test_killed_and_resumed_ends_in_the_same_bytes(
+    finished: Path, command: Command, tmp_path: Path, warm_start: Any
+) -> None:
     """kill -9 as soon as each of four stages has begun, then the same command: the same bytes."""
     out = tmp_path / "killed"
     signs = ("calibration.safetensors", "checkpoints/step-0000000.json", "checkpoints/step-0000006.json")
     for sign in (*signs, "codes.safetensors"):
-        process = subprocess.Popen(
-            command(out), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = warm_start.start(command(out), tmp_path)
         deadline = time.monotonic() + 120
         while not (out / sign).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    done = subprocess.run(command(out), cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = warm_start.run(command(out), tmp_path)
     assert done.returncode == 0, done.stderr
     assert fingerprint(out) == fingerprint(finished)
 
 
-def test_sigterm_stops_cleanly_and_resumes(finished: Path, command: Command, tmp_path: Path) -> None:
+def test_sigterm_stops_cleanly_and_resumes(
+    finished: Path, command: Command, tmp_path: Path, warm_start: Any
+) -> None:
     out = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(out), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = warm_start.start(command(out), tmp_path)
     while not (out / "checkpoints" / "step-0000000.json").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -183,7 +183,7 @@ def test_sigterm_stops_cleanly_and_resumes(finished: Path, command: Command, tmp
     assert process.returncode == 143, messages
     assert "the same command continues" in messages
     assert not (out / "codes.safetensors").exists()
-    assert subprocess.run(command(out), cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    assert warm_start.run(command(out), tmp_path).returncode == 0
     assert fingerprint(out) == fingerprint(finished)
 
 
@@ -214,12 +214,10 @@ def test_twenty_random_kills(finished: Path, command: Command, tmp_path: Path, r
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    finished: Path, command: Command, tmp_path: Path
+    finished: Path, command: Command, tmp_path: Path, warm_start: Any
 ) -> None:
     out = tmp_path / "damaged"
-    process = subprocess.Popen(
-        command(out), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = warm_start.start(command(out), tmp_path)
     while not (out / "checkpoints" / "step-0000006.json").exists() and process.poll() is None:
         time.sleep(0.005)
     process.kill()
@@ -227,7 +225,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     manifest = json.loads(sorted((out / "checkpoints").glob("step-*.json"))[-1].read_text(encoding="utf-8"))
     newest = out / "checkpoints" / manifest["blocks"][-1]["file"]
     newest.write_bytes(newest.read_bytes()[:100])
-    done = subprocess.run(command(out), cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = warm_start.run(command(out), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cannot be read" in done.stderr
     assert fingerprint(out) == fingerprint(finished)

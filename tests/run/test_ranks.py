@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 Command = Callable[..., list[str]]
 SAME = ("codes.safetensors", "calibration.safetensors", "config.json", "start_codes.safetensors")
@@ -30,7 +31,9 @@ def _torchrun(arguments: list[str], ranks: int) -> list[str]:
     ]  # fmt: skip
 
 
-def test_killed_ranks_and_other_counts_end_in_the_same_bytes(command: Command, tmp_path: Path) -> None:
+def test_killed_ranks_and_other_counts_end_in_the_same_bytes(
+    command: Command, tmp_path: Path, warm_start: Any
+) -> None:
     """Two ranks, one killed after the first checkpoint; then one process to the end; and one process alone."""
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -56,10 +59,7 @@ def test_killed_ranks_and_other_counts_end_in_the_same_bytes(command: Command, t
     assert not any(_alive(pid) for pid in workers)
     assert not (shared / "codes.safetensors").exists()
     for out in (shared, alone):
-        done = subprocess.run(
-            [*command(out), "--baselines", "none"], cwd=tmp_path, env=environment, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        done = warm_start.run([*command(out), "--baselines", "none"], tmp_path)
         assert done.returncode == 0, done.stderr
     assert _hashes(shared) == _hashes(alone)
 
