@@ -35,7 +35,8 @@ BENCHES = {
 }  # fmt: skip
 # Rows of a set, as pytest's -k; `default` leaves out the 70B shapes, few tokens and what compiles for long.
 SETS = {
-    "quick": "triton and not fused and not compiled and not 57344 and not 512 and not 3584 and not 11008",
+    "quick": "(triton and not fused and not compiled and not 57344 and not 512 and not 3584 and not 11008) "
+    "or (test_gpu and gate_up and not 57344)",
     "default": "not 57344 and not 11008 and not (soft_linear and (512 or wide or lion)) "
     "and not (compiled and linear_kl) and not (compiled and hadamard and (14336 or 28672))",
     "all": "",
@@ -163,31 +164,32 @@ def steps(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[Step]:
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     if "build" in wanted:
         yield Step("build", 180, list(_build(options.dry_run)))
+    files = [stem for stem in BENCHES if (HERE / f"bench_{stem}.py").exists()]
+    files = [stem for stem in files if stem in options.benches or not options.benches]
+    chosen = SMALL if options.dry_run else SETS[options.set]
+    common = ["-o", "addopts=--import-mode=importlib", "-q", "-rs", *(["-k", chosen] if chosen else [])]
     if "tests" in wanted:
         parts = shards(_collected(options.dry_run), 1 if options.dry_run else workers)
-        yield Step("tests", 190, [
-            Command(f"tests_{i}", _pytest("-q", "--benchmark-skip", "-rf", *part)) for i, part in enumerate(parts)
-        ], True)  # fmt: skip
+        commands = [
+            Command(f"tests_{i}", _pytest("-q", "--benchmark-skip", "-rf", *part))
+            for i, part in enumerate(parts)
+        ]
+        if "benchmarks" in wanted and not options.dry_run:
+            # Their bodies once, beside the tests: compiling takes longer than measuring and disturbs nothing here.
+            paths = [f"benchmarks/bench_{stem}.py" for stem in files]
+            commands += [
+                Command(f"warm_{i}", _pytest(*paths[i::2], *common, "--benchmark-disable")) for i in (0, 1)
+            ]
+        yield Step("tests", 190, commands, True)
     if options.tune and "tune" in wanted:
         tune = [sys.executable, str(HERE / "tune_soft_linear.py"), "--seconds", "170"]
         yield Step("tune", 200, [Command("tune", tune)])
     if "benchmarks" in wanted:
-        files = [stem for stem in BENCHES if (HERE / f"bench_{stem}.py").exists()]
         once = (
             ["--benchmark-disable"] if options.dry_run else ["--benchmark-only", "--benchmark-min-rounds=1"]
         )
-        chosen = SMALL if options.dry_run else SETS[options.set]
-        files = [stem for stem in files if stem in options.benches or not options.benches]
-        common = [
-            "-o",
-            "addopts=--import-mode=importlib",
-            "-q",
-            "-rs",
-            *once,
-            *(["-k", chosen] if chosen else []),
-        ]
         yield Step("benchmarks", options.seconds, [
-            Command(f"bench_{stem}", _pytest(f"benchmarks/bench_{stem}.py", *common),
+            Command(f"bench_{stem}", _pytest(f"benchmarks/bench_{stem}.py", *common, *once),
                     seconds=None if options.dry_run else BENCHES[stem]) for stem in files
         ])  # fmt: skip
     if "targets" in wanted:
@@ -209,7 +211,9 @@ def _report(step: Step, found: list[tuple[str, int]], spent: float) -> list[str]
     for log, status in found:
         text = (LOGS / f"{log}.log").read_text(errors="replace") if (LOGS / f"{log}.log").exists() else ""
         skipped = re.findall(r"^SKIPPED .*$", text, re.MULTILINE)
-        last = [line for line in text.splitlines() if line.strip()][-(15 if status else 1) :]
+        lines = [line for line in text.splitlines() if line.strip()]
+        named = [line for line in lines if re.search(r"^FAILED|^ERROR|error:", line)][-25:] if status else []
+        last = [*named, *lines[-1:]] if named else lines[-(15 if status else 1) :]
         shown = text.splitlines() if step.name == "targets" else [*skipped, *last]
         why = " (out of time)" if status == 124 else ""
         print("\n".join(f"  {log}{why}: {line}" for line in shown), flush=True)
