@@ -19,6 +19,9 @@ SLOTS = 3  # one block arriving, one at work, one leaving
 CHUNK = 1024  # tokens whose logits exist at once
 # Of evaluation.divergence, a layer above: windows and logits at once, logits compared at once in float64.
 EVALUATION_ROWS, EVALUATION_LOGITS, EVALUATION_CHUNK = 8, 1 << 28, 1 << 24
+# What CUDA's libraries and kernels take of the host, at the first matmul and once all sorts have run, and cuBLAS of the
+# device: as an H200 with torch 2.11 showed (benchmarks/results/nvidia-h200-quantize.json).
+LIBRARIES_FIRST, LIBRARIES, CUBLAS_WORKSPACE = 0.45e9, 0.9e9, float(1 << 25)
 COMPARED = 5 * 8.0 + 1  # float64: two log-probabilities, probabilities, two products of them; a mask
 WIDE_POSITIONS = (
     6 * 4.0
@@ -309,6 +312,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     mapped = (weights + shape.untouched) * shape.file_bytes if setting.whole_model else 0.0
     reading: dict[str, float] = {"largest matrix as read": matrix * (shape.file_bytes + element)}
     peaks = [peak("open", reading, {"checkpoint as mapped": mapped})]
+    if setting.accelerator:
+        held["GPU libraries"], device["cuBLAS workspace"] = LIBRARIES_FIRST, CUBLAS_WORKSPACE
     sampled = config.data.dataset == "self"
     # Rows are sampled side by side within a cache of this size (calibration.sampling.CACHE_BYTES).
     cache = 2.0 * largest.saved_elements * setting.micro_tokens + 256.0 * shape.vocab * 12 if sampled else 0.0
@@ -316,6 +321,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held["windows"] = windows
     (held if setting.accelerator and setting.placement != "resident" else device)["scales"] = grids
     peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix}, {}))
+    if setting.accelerator:
+        held["GPU libraries"] = LIBRARIES
     if started or config.method in ("gptq", "greedy"):
         method = "gptq" if started else config.method
         peaks.append(peak("start", _layerwise(shape, setting, method), {"codes": packed}))
