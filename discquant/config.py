@@ -254,7 +254,7 @@ class DataConfig:
     """
 
     dataset: str = "self"
-    nsamples: int = 512
+    nsamples: int = 2048
     seqlen: int = 256
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ def plan(
         typer.Option(help="adamw, momentum, lion or sgd; default of the preset, momentum with u8."),
     ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    nsamples: Annotated[int, typer.Option(help="Calibration windows.")] = 512,
+    nsamples: Annotated[int, typer.Option(help="Calibration windows.")] = 2048,
     batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
     iters: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,

@@ -45,7 +45,7 @@ def quantize(
             "FILE.safetensors:KEY (token ids), or a datasets name."
         ),
     ] = "self",
-    nsamples: options.Samples = 512,
+    nsamples: options.Samples = 2048,
     seqlen: options.Seqlen = 256,
     preset_name: Annotated[
         str, typer.Option("--preset", help="default (best known) or paper (the published recipe).")

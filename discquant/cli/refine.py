@@ -24,7 +24,7 @@ def refine(
     out: Annotated[Path, typer.Argument(help="Run directory; the model lands in it, in the same format.")],
     original: Annotated[str, typer.Option("--original", help="The model that it was quantized from.")],
     dataset: Annotated[str, typer.Option(help="Calibration; see `discquant quantize --help`.")] = "self",
-    nsamples: options.Samples = 512,
+    nsamples: options.Samples = 2048,
     seqlen: options.Seqlen = 256,
     method: Annotated[str, typer.Option(help="discquant, gptq or greedy.")] = "discquant",
     iters: options.Iters = None,
