@@ -143,6 +143,27 @@ def resume() -> str:
     )
 
 
+def refine() -> str:
+    """Files of the bundled model before and after `discquant refine`."""
+    found = _load(RESULTS / "refine.json")
+    if found is None:
+        return MISSING
+    body = [
+        [
+            f"{name} (made by {row['made_by']})",
+            f"{row['kl_before']:.5f}",
+            f"{row['kl_after']:.5f}",
+            f"{row['ratio']:.2f}",
+            f"{row['bar']:g}" if row["bar"] else "",
+            str(row["iters"]),
+            str(row["bytes_changed_outside_codes"]),
+        ]
+        for name, row in found["rows"].items()
+    ]
+    header = ["file", "KL before", "KL after", "ratio", "target", "steps", "bytes changed outside codes"]
+    return _table(header, body)
+
+
 def gpu() -> str:
     """Targets of the kernels on every GPU that has a result file."""
     found = []
@@ -168,6 +189,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "stories260k": stories,
     "training": training,
     "resume": resume,
+    "refine": refine,
     "gpu": gpu,
 }
 
