@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -341,3 +343,14 @@ def test_llama_shapes_on_gpu(dtype, make_grid, assert_close):
     oracle = soft_weight(*grid[:4], **kwargs, dtype=torch.float64, impl="reference")
     baseline = soft_weight(*grid[:4], **kwargs, dtype=dtype, impl="reference")
     assert_close(soft_weight(*grid[:4], **kwargs, dtype=dtype, impl="triton"), oracle, baseline)
+
+
+@pytest.mark.parametrize(("low", "high", "denominator"), [(0, 255, 255), (0, 65535, 65535), (-63, 192, 126)])
+def test_quotient_by_two_fused_multiply_adds(low, high, denominator):
+    """What `common.divide_code` does on a GPU, in exact rationals: always the correctly rounded quotient."""
+    inverse = np.float32(1) / np.float32(denominator)
+    for code in range(low, high + 1):
+        guess = np.float32(code) * inverse
+        rest = np.float32(float(Fraction(code) - Fraction(float(guess)) * denominator))
+        found = np.float32(float(Fraction(float(guess)) + Fraction(float(rest)) * Fraction(float(inverse))))
+        assert found == np.float32(code / denominator), code

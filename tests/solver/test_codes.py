@@ -77,3 +77,13 @@ def test_codes_from_the_state(where: Any, model: Any, tmp_path: Path) -> None:
         assert len(view) == len(codes) and all(torch.equal(view[name], q) for name, q in codes.items())
         run.advance()
     run.close()
+
+
+def test_nearest_codes(model: Any) -> None:
+    """Computed when asked for: what the grid rounds the weights to, in the model's order."""
+    chain = DecoderChain(model)
+    grids = lay_grids(chain, GridConfig(3, 32))
+    codes = layerwise_codes(chain, grids, [], "rtn")
+    refs = [ref for block in chain.weights for ref in block]
+    assert list(codes) == [ref.name for ref in refs] and len(codes) == len(refs)
+    assert all(torch.equal(codes[ref.name], grids[ref.name].nearest(ref.matrix())) for ref in refs)
