@@ -8,47 +8,43 @@ namespace discquant {
 namespace packed {
 namespace {
 
-// Thread blocks of the split walk: a function of the weight and the device only, which makes results batch-invariant.
-int64_t split_runs(int64_t n, int64_t k, int multiprocessors) {
-  const int64_t units = padded_rows(n) / kBlockRows * (padded_k(k) / kTileK);
-  const int64_t wanted = static_cast<int64_t>(multiprocessors) * 2;
-  return units < wanted ? units : wanted;
-}
-
 template <class T, int kBits, int kTokenTiles, bool kExact>
-int launch(const GpuLinear& call, const Walk& walk, int token_blocks, cudaStream_t stream) {
-  constexpr int kBytes = shared_bytes<kBits, kTokenTiles>();
+int launch(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
   auto kernel = packed_linear_kernel<T, kBits, kTokenTiles, kExact>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const int bytes = shared_bytes(8 * kTokenTiles, call.tokens, walk.chunk_tiles);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<dim3(static_cast<unsigned>(walk.runs), token_blocks), kThreads, kBytes, stream>>>(call, walk);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(walk.runs);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = call.settled_weight && call.device.overlaps ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, call, walk);
 }
 
 template <class T, int kBits>
-int choose(const GpuLinear& call, bool exact, cudaStream_t stream) {
-  Walk walk{};
-  walk.k_tiles = padded_k(call.in_features) / kTileK;
-  const int64_t blocks = padded_rows(call.out_features) / kBlockRows;
-  walk.units = blocks * walk.k_tiles;
-  walk.group_size = call.group_size > 0 ? call.group_size : static_cast<int>(padded_k(call.in_features));
-  walk.groups = static_cast<int>(ceil_div(call.in_features, walk.group_size));
-  if (call.tokens <= kMaxSplitTokens) {
-    walk.runs = split_runs(call.out_features, call.in_features, call.multiprocessors);
-    if (call.tokens <= 8)
-      return exact ? launch<T, kBits, 1, true>(call, walk, 1, stream) : launch<T, kBits, 1, false>(call, walk, 1, stream);
-    return exact ? launch<T, kBits, 2, true>(call, walk, 1, stream) : launch<T, kBits, 2, false>(call, walk, 1, stream);
-  }
-  walk.runs = blocks;
-  const int token_blocks = static_cast<int>(ceil_div(call.tokens, 64));
-  return launch<T, kBits, 8, true>(call, walk, token_blocks, stream);
+int choose(const GpuLinear& call, bool exact, const Walk& walk, cudaStream_t stream) {
+  if (call.tokens <= 8)
+    return exact ? launch<T, kBits, 1, true>(call, walk, stream) : launch<T, kBits, 1, false>(call, walk, stream);
+  return exact ? launch<T, kBits, 2, true>(call, walk, stream) : launch<T, kBits, 2, false>(call, walk, stream);
 }
 
 }  // namespace
 
-int gpu_multiprocessors(int device) {
-  int count = 0;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+GpuDevice gpu_device(int index) {
+  GpuDevice found{};
+  int major = 0;
+  if (cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) != cudaSuccess)
+    return GpuDevice{};
+  found.overlaps = major >= 9;
+  return found;
 }
 
 int64_t gpu_capture_id(CUstream_st* stream) {
@@ -58,16 +54,29 @@ int64_t gpu_capture_id(CUstream_st* stream) {
   return status == cudaStreamCaptureStatusActive ? static_cast<int64_t>(id) : 0;
 }
 
-int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, int multiprocessors) {
-  return ceil_div(out_features, kBlockRows) +
-         2 * split_runs(out_features, in_features, multiprocessors) * kBlockRows * kMaxSplitTokens;
+int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, const GpuDevice& device) {
+  Walk walk{};
+  return make_walk(out_features, in_features, 0, device, walk) ? walk_workspace_words(walk) : 0;
 }
 
 int packed_linear_gpu(const GpuLinear& call, bool exact, CUstream_st* stream) {
   if (call.tokens == 0 || call.out_features == 0) return cudaSuccess;
+  Walk walk{};
+  if (!make_walk(call.out_features, call.in_features, call.group_size, call.device, walk)) return cudaErrorInvalidValue;
   const bool half = call.type == DType::kFloat16;
-  if (call.bits == 4) return half ? choose<Half2, 4>(call, exact, stream) : choose<Bfloat2, 4>(call, exact, stream);
-  return half ? choose<Half2, 3>(call, exact, stream) : choose<Bfloat2, 3>(call, exact, stream);
+  for (int done = 0; done < call.tokens; done += kMaxSplitTokens) {
+    GpuLinear part = call;
+    part.x = static_cast<const uint16_t*>(call.x) + done * call.x_stride;
+    part.y = static_cast<uint16_t*>(call.y) + done * call.out_features;
+    part.tokens = call.tokens - done < kMaxSplitTokens ? call.tokens - done : kMaxSplitTokens;
+    part.settled_weight = call.settled_weight || done > 0;  // the kernel before a later part is ours: it only reads
+    const int status = call.bits == 4 ? half ? choose<Half2, 4>(part, exact, walk, stream)
+                                             : choose<Bfloat2, 4>(part, exact, walk, stream)
+                       : half ? choose<Half2, 3>(part, exact, walk, stream)
+                              : choose<Bfloat2, 3>(part, exact, walk, stream);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace packed

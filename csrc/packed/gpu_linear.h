@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "packed/cpu_kernel.h"
-#include "packed/layout.h"
+#include "packed/gpu_walk.h"
 
 struct CUstream_st;
 
@@ -28,32 +28,22 @@ struct GpuLinear {
   int64_t in_features;
   int bits;
   int group_size;        // 32, 64 or a multiple of 128; 0 is the whole row
-  uint32_t* workspace;   // workspace_words() words; the first `row blocks` are counters, zero before the first call
-  int multiprocessors;   // of the device: with N and K it alone decides how the sum is split, never the tokens
+  uint32_t* workspace;   // gpu_workspace_words() words; the first kMaxBlocks are counters, zero before the first call
+  GpuDevice device;      // with N and K it alone decides how the sum is split, never the tokens
+  // sm_90: the kernel may begin to read words, scale and zero_point while the kernel before it in the stream still runs;
+  // set it only if that one does not write them.
+  bool settled_weight;
 };
 
-// How the units (64 rows x 128 k, row block by row block) are dealt to `runs` thread blocks: equal contiguous runs.
-struct Walk {
-  int64_t k_tiles, units, runs;
-  int groups, group_size;  // group_size in codes; the padded row for one group
-
-  DISCQUANT_HD int64_t begin(int64_t run) const { return units * run / runs; }
-  DISCQUANT_HD int64_t run_of(int64_t unit) const { return ((unit + 1) * runs - 1) / units; }
-  // Where a run leaves its part of a row block that it shares: it shares at most two, the one it starts inside of and
-  // the one it ends inside of.
-  DISCQUANT_HD int64_t slot(int64_t run, int64_t block) const {
-    return 2 * run + (begin(run) <= block * k_tiles ? 1 : 0);
-  }
-};
-
-int gpu_multiprocessors(int device);
+// Zeros where the device cannot be asked.
+GpuDevice gpu_device(int index);
 // Number of the graph capture that a stream is in, 0 if in none: a graph must not share its workspace with eager calls.
 int64_t gpu_capture_id(CUstream_st* stream);
-// Words of workspace for any number of tokens.
-int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, int multiprocessors);
-// Up to 16 tokens: split along K, partial sums added in a fixed order. More: one block of rows and tokens per thread
-// block. `exact` multiplies by the scale before the product, rounding each weight to `type` as a dense layer has it.
-// Returns a cudaError_t.
+// Words of workspace for any number of tokens; 0 where the kernel cannot take a weight of this size (in_features
+// beyond 32 chunks: 131072 on sm_80 and sm_90, 65536 on sm_86 and sm_89).
+int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, const GpuDevice& device);
+// Sixteen tokens at a time, each the same whatever its batch. The scale multiplies float32 sums of a group; `exact`
+// multiplies before the product, rounding each weight to `type` as a dense layer has it. Returns a cudaError_t.
 int packed_linear_gpu(const GpuLinear& call, bool exact, CUstream_st* stream);
 
 struct GpuDequantize {

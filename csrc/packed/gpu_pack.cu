@@ -3,7 +3,7 @@
 // that both sides are written and read along their own order.
 #include <cuda_runtime.h>
 
-#include "packed/gpu_linear.h"
+#include "packed/gpu_dequantize.cuh"
 
 namespace discquant {
 namespace packed {
@@ -91,43 +91,6 @@ __global__ void repack_kernel(const uint32_t* from, Layout from_layout, uint32_t
   write_tile(to + tile_offset(to_layout, bits, blockIdx.x, blockIdx.y, gridDim.y), to_layout, bits, block);
 }
 
-__device__ float scale_of(const void* scale, DType type, int64_t i) {
-  if (type == DType::kFloat32) return static_cast<const float*>(scale)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(scale)[i];
-  if (type == DType::kBFloat16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-}
-
-// The float32 product is rounded once, by the cast: what the reference and the CPU do.
-__global__ void dequantize_kernel(const GpuDequantize p, int64_t group_size, int64_t first_tile) {
-  __shared__ uint8_t block[kTileRows][kTileK];
-  const int64_t row_tile = first_tile + blockIdx.x;
-  read_tile(p.words + tile_offset(kLayoutMma, p.bits, row_tile, blockIdx.y, gridDim.y), kLayoutMma, p.bits, block);
-  __syncthreads();
-  const int64_t groups = ceil_div(p.k, group_size);
-  for (int i = threadIdx.x; i < kTileRows * kTileK; i += kTileThreads) {
-    const int64_t row = row_tile * kTileRows + i / kTileK;
-    const int64_t column = static_cast<int64_t>(blockIdx.y) * kTileK + i % kTileK;
-    if (row >= p.row_end || column >= p.k) continue;
-    const int64_t at = scale_offset(kLayoutMma, row, column / group_size, groups);
-    const float zero = p.zero_point != nullptr ? p.zero_point[at] : static_cast<float>(1 << (p.bits - 1));
-    const float value = scale_of(p.scale, p.scale_type, at) * (block[i / kTileK][i % kTileK] - zero);
-    const int64_t out = (row - p.row_begin) * p.k + column;
-    if (p.type == DType::kFloat32) {
-      static_cast<float*>(p.out)[out] = value;
-    } else {
-      uint16_t bits;
-      if (p.type == DType::kFloat16)
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-      else
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-      static_cast<uint16_t*>(p.out)[out] = bits;
-    }
-  }
-}
-
 dim3 tiles(int64_t rows, int64_t k) {
   return dim3(static_cast<unsigned>(ceil_div(rows, kTileRows)), static_cast<unsigned>(padded_k(k) / kTileK));
 }
@@ -158,8 +121,11 @@ int repack_gpu(const uint32_t* from, Layout from_layout, uint32_t* to, Layout to
 
 int dequantize_gpu(const GpuDequantize& call, CUstream_st* stream) {
   if (call.row_end == call.row_begin) return cudaSuccess;
-  dequantize_kernel<<<tiles(call.row_end - call.row_begin, call.k), kTileThreads, 0, stream>>>(
-      call, call.group_size > 0 ? call.group_size : padded_k(call.k), call.row_begin / kTileRows);
+  const int64_t group = call.group_size > 0 ? call.group_size : padded_k(call.k);
+  const int64_t blocks = ceil_div(call.row_end, kBlockRows) - call.row_begin / kBlockRows;
+  const dim3 grid(static_cast<unsigned>(ceil_div(padded_k(call.k) / kTileK, 2)), static_cast<unsigned>(blocks));
+  const auto kernel = call.bits == 4 ? dequantize_kernel<4> : dequantize_kernel<3>;
+  kernel<<<grid, 32 * kDequantizeWarps, kDequantizeShared, stream>>>(call, static_cast<int>(group));
   return cudaGetLastError();
 }
 

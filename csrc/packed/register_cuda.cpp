@@ -30,12 +30,12 @@ void check_launch(int status, const char* op) {
 }
 
 int64_t workspace_words(const Tensor& words, int64_t n, int64_t k) {
-  return gpu_workspace_words(n, k, gpu_multiprocessors(words.get_device_index()));
+  return gpu_workspace_words(n, k, gpu_device(words.get_device_index()));
 }
 
 Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point,
               const std::optional<Tensor>& bias, Tensor workspace, int64_t n, int64_t k, int64_t bits,
-              int64_t group_size, bool exact) {
+              int64_t group_size, bool exact, bool settled) {
   check_weight(words, scale, zero_point, n, k, bits, group_size, kLayoutMma);
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && x.size(1) == k && x.get_device_index() == words.get_device_index(),
                   "packed_linear: x must be [tokens, ", k, "] on the device of words");
@@ -45,10 +45,12 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
                       reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
                   "packed_linear: rows of x must be 16-byte aligned");
   STD_TORCH_CHECK(x.size(0) < (int64_t{1} << 21), "packed_linear: x must have below 2^21 rows");
-  STD_TORCH_CHECK(words.get_device_index() == workspace.get_device_index() && workspace.is_cuda() &&
+  const int64_t needed = workspace_words(words, n, k);
+  STD_TORCH_CHECK(needed > 0 || n == 0, "packed_linear: a weight of ", n, " x ", k, " is too large for this kernel");
+  STD_TORCH_CHECK(workspace.is_cuda() && words.get_device_index() == workspace.get_device_index() &&
                       workspace.is_contiguous() && workspace.scalar_type() == ScalarType::Int &&
-                      workspace.numel() >= workspace_words(words, n, k),
-                  "packed_linear: workspace must hold at least ", workspace_words(words, n, k), " words");
+                      workspace.numel() >= needed,
+                  "packed_linear: workspace must hold at least ", needed, " words");
   if (bias) check_buffer(*bias, x, x.scalar_type(), n, "bias");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::new_empty(x, {x.size(0), n}, std::make_optional(x.scalar_type()));
@@ -68,7 +70,8 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
   call.bits = static_cast<int>(bits);
   call.group_size = group_size == -1 ? 0 : static_cast<int>(group_size);
   call.workspace = static_cast<uint32_t*>(workspace.mutable_data_ptr());
-  call.multiprocessors = gpu_multiprocessors(x.get_device_index());
+  call.device = gpu_device(x.get_device_index());
+  call.settled_weight = settled;
   check_aligned(call.words, "words");
   check_aligned(call.scale, "scale");
   check_aligned(call.zero_point, "zero_point");

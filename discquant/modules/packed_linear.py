@@ -52,6 +52,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.register_buffer("bias", bias)
+        self._settled = False
 
     @classmethod
     def from_codes(
@@ -86,19 +87,30 @@ class PackedLinear(nn.Module):
                 f"PackedLinear: scale must have shape = {[q.shape[0], groups]}, got {list(scale.shape)}"
             )
         zero = None if zero_point is None else packing.pack_groups(zero_point, layout=layout)
-        return cls(
+        module = cls(
             words.to(target), packing.pack_groups(scale, layout=layout).to(target),
             None if zero is None else zero.to(target), None if bias is None else bias.detach().to(target),
             out_features=q.shape[0], in_features=q.shape[1], num_bits=num_bits, group_size=group_size,
             layout=layout, mode=mode,
         )  # fmt: skip
+        module.settle()
+        return module
+
+    def settle(self) -> None:
+        """Wait until the buffers are written; from then on kernels may read them ahead of time.
+
+        Call it after a write to the buffers from outside; moving the module and `from_codes` do it themselves.
+        """
+        if self.words.device.type == "cuda":
+            torch.cuda.synchronize(self.words.device)
+        self._settled = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in_features] by the weight."""
         return packed_linear(
             x, self.words, self.scale, self.zero_point, self.bias, out_features=self.out_features,
             in_features=self.in_features, num_bits=self.num_bits, group_size=self.group_size, layout=self.layout,
-            mode=self.mode,
+            mode=self.mode, settled=self._settled,
         )  # fmt: skip
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -142,6 +154,7 @@ class PackedLinear(nn.Module):
                     f"PackedLinear: {key} of the loaded state must be = {mine}, got {state.get(key)}"
                 )
         self.layout = state["layout"]
+        self._settled = False
         self._relayout()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -150,6 +163,7 @@ class PackedLinear(nn.Module):
         # A cast of the model must not round the scales a second time: only the device is taken over.
         self.scale = scale.to(self.words.device)
         self._relayout()
+        self.settle()
         return self
 
     def _relayout(self) -> None:

@@ -17,8 +17,6 @@ from discquant.ops import packed_linear_table as table
 
 GRID = "int out_features, int in_features, int num_bits, int group_size"
 MMA_LAYOUT = 1
-# Tokens of the split kernel, whose sums do not depend on the batch.
-SPLIT_TOKENS = 16
 # Rows dequantised at a time before a dense matmul: the scratch stays below this many weights.
 _PANEL_WEIGHTS = 1 << 24
 
@@ -32,14 +30,14 @@ def _dequantize_fake(
 
 def _mma_fake(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, workspace: Tensor,
-    out_features: int, in_features: int, num_bits: int, group_size: int, exact: bool,
+    out_features: int, in_features: int, num_bits: int, group_size: int, exact: bool, settled: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], out_features))
 
 
 def _gpu_fake(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
-    in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool,
+    in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool, settled: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], out_features))
 
@@ -56,10 +54,10 @@ dequantize_op = registry.define(
     _dequantize_fake,
     None,
 )
-# Tensor cores: up to 16 tokens split along K through the workspace, more without.
+# Tensor cores: 16 tokens at a time, split along K through the workspace.
 mma_op = registry.define(
     "packed_linear_mma(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor(a!) workspace, "
-    f"{GRID}, bool exact) -> Tensor",
+    f"{GRID}, bool exact, bool settled) -> Tensor",
     _mma_fake,
     None,
 )
@@ -78,7 +76,7 @@ _workspaces: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
 
 @functools.lru_cache(maxsize=4096)
 def _size(device: int, out_features: int, in_features: int) -> int:
-    """Words of workspace; a function of the sizes and the device's number of multiprocessors."""
+    """Words of workspace, 0 where the kernel cannot take the weight; a function of the sizes and the device."""
     probe = torch.empty(0, dtype=torch.int32, device=torch.device("cuda", device))
     size: int = _size_op(probe, out_features, in_features)
     return size
@@ -117,32 +115,29 @@ def dense_linear(
 
 def _gpu_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
-    in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool,
+    in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool, settled: bool,
 ) -> Tensor:  # fmt: skip
-    """Choose among the split kernel, the tiled one and dequantise + cuBLAS."""
-    tokens = x.shape[0]
-    # The tiled kernel, and `exact`, multiply by the scale in the dtype of x: exact only if the scale has it.
-    rounded = exact or (tokens > SPLIT_TOKENS and not batch_invariant)
-    dense = not batch_invariant and tokens >= table.dense_tokens(x.device, num_bits)
-    if x.dtype == torch.float32 or dense or (rounded and scale.dtype != x.dtype):
+    """Choose between our kernel, whose sums do not depend on the batch, and dequantise + cuBLAS."""
+    columns = -(-in_features // 8) * 8
+    size = _size(words.device.index, out_features, columns)
+    dense = not batch_invariant and x.shape[0] >= table.dense_tokens(x.device, num_bits)
+    # `exact` multiplies by the scale in the dtype of x: exact only if the scale has it. Size 0: too large for the kernel.
+    if x.dtype == torch.float32 or dense or (exact and scale.dtype != x.dtype) or (out_features and not size):
         return dense_linear(
             x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, MMA_LAYOUT
         )
-    columns = -(-in_features // 8) * 8
     if columns != in_features:
         x = torch.nn.functional.pad(x, (0, columns - in_features))
     elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous() if x.stride(0) != in_features or x.stride(1) != 1 else x.clone()
     space = workspace(words, out_features, columns)
-    grid = (out_features, columns, num_bits, group_size, exact)
-    parts = x.split(SPLIT_TOKENS) if batch_invariant else (x,)
-    ys = [mma_op(part, words, scale, zero_point, bias, space, *grid) for part in parts]
-    return torch.cat(ys) if len(ys) > 1 else ys[0]
+    grid = (out_features, columns, num_bits, group_size)
+    return mma_op(x, words, scale, zero_point, bias, space, *grid, exact, settled)
 
 
 gpu_op = registry.define(
     f"packed_linear_gpu(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {GRID}, bool exact, "
-    "bool batch_invariant) -> Tensor",
+    "bool batch_invariant, bool settled) -> Tensor",
     _gpu_fake,
     None,
 )

@@ -164,6 +164,7 @@ def packed_linear(
     impl: str = "auto",
     isa: str | None = None,
     batch_invariant: bool = False,
+    settled: bool = False,
 ) -> Tensor:
     """Multiply by a packed weight: y = x W^T + bias with W = scale * (q - zero_point).
 
@@ -182,8 +183,10 @@ def packed_linear(
             "fp32" (float32 activations); everywhere "exact" (the weight rounded to the dtype of x, then an
             ordinary matmul). "auto" on a GPU is the tensor-core kernel.
         impl: "auto" | "reference" | "triton" | "cpp".
-        batch_invariant: On a GPU use the split kernel for every number of tokens, so that a row's result does
-            not depend on its batch. The CPU modes a15, a8 and fp32 are so always.
+        batch_invariant: On a GPU use our kernel for every number of tokens, so that a row's result does not depend
+            on its batch. The CPU modes a15, a8 and fp32 are so always.
+        settled: Promise that the kernel before this one in the stream does not write words, scale or zero_point:
+            from sm_90 on they are read while it still runs. False is always right.
         isa: One of ISAS to force the CPU kernels of an instruction set; None is the best there is.
 
     Returns:
@@ -240,7 +243,7 @@ def packed_linear(
     elif x.device.type != "cpu":
         y = paths.gpu_op(
             rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, mode == "exact",
-            batch_invariant,
+            batch_invariant, settled,
         )  # fmt: skip
     elif mode == "exact":
         y = paths.dense_linear(

@@ -38,7 +38,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def mma(
         x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, space: Tensor, n: int,
-        k: int, bits: int, group: int, exact: bool,
+        k: int, bits: int, group: int, exact: bool, settled: bool,
     ) -> Tensor:  # fmt: skip
         assert x.shape[1] == k and k % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0
         assert x.data_ptr() % 16 == 0
@@ -47,6 +47,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return (x.float() @ full.t()).to(x.dtype)
 
     monkeypatch.setattr(paths, "mma_op", mma)
+    monkeypatch.setattr(paths, "_size", lambda device, n, k: 1)
     monkeypatch.setattr(paths, "workspace", lambda words, n, k: torch.empty(0))
     return seen
 
@@ -58,27 +59,25 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         (1, {}, [1]),
         (16, {}, [16]),
         (17, {}, [17]),
-        (128, {}, [128]),
-        (129, {}, []),
-        (40, {"batch_invariant": True}, [16, 16, 8]),
-        (300, {"batch_invariant": True}, [16] * 18 + [12]),
+        (64, {}, [64]),
+        (65, {}, []),
+        (300, {"batch_invariant": True}, [300]),
         (5, {"exact": True}, [5]),
         (5, {"dtype": torch.float32}, []),
         (5, {"scale": torch.float32}, [5]),  # the scale multiplies float32 sums: its dtype does not matter
-        (
-            20,
-            {"scale": torch.float32},
-            [],
-        ),  # the tiled kernel multiplies in the dtype of x: it would round the scale
+        (20, {"scale": torch.float32}, [20]),
         (5, {"scale": torch.bfloat16, "exact": True}, []),
+        (5, {"size": 0}, []),  # too large for the kernel
     ],
 )
 def test_choice(
-    launches: list[dict[str, Any]], tokens: int, options: dict[str, Any], expected: list[int]
+    launches: list[dict[str, Any]], tokens: int, options: dict[str, Any], expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words, scale, full = weight(70, 203, dtype=options.get("scale", HALF))
     x = torch.randn(tokens, 203).to(options.get("dtype", HALF))
-    flags = (options.get("exact", False), options.get("batch_invariant", False))
+    flags = (options.get("exact", False), options.get("batch_invariant", False), False)
+    monkeypatch.setattr(paths, "_size", lambda *sizes: options.get("size", 1))
     y = paths._gpu_linear(x, words, scale, None, None, 70, 203, 4, 64, *flags)
     assert [launch["tokens"] for launch in launches] == expected
     assert all(launch["k"] == 208 for launch in launches)
@@ -92,7 +91,7 @@ def test_rows_of_any_stride_are_brought_in_line(launches: list[dict[str, Any]]) 
     words, scale, _ = weight(64, 128)
     wide = torch.randn(6, 300).to(HALF)
     for x in (wide[:, 5:133], wide[:, 8:136], wide[::2, :128], torch.randn(128, 4).to(HALF).t()):
-        paths._gpu_linear(x, words, scale, None, None, 64, 128, 4, 64, False, False)
+        paths._gpu_linear(x, words, scale, None, None, 64, 128, 4, 64, False, False, False)
     assert len(launches) == 4
 
 

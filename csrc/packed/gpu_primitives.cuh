@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instructions that the kernels ask for by name (sm_80 and later), one function each. Compiled with
+// DISCQUANT_EMULATE, tests/packed/gpu_emulator.h gives the same functions on the host, so that the kernels themselves
+// run in tests without a GPU.
+#pragma once
+
+#if defined(DISCQUANT_EMULATE)
+#include "gpu_emulator.h"
+#else
+
+#include <cstdint>
+
+#include "packed/dequant.h"
+
+namespace discquant {
+namespace packed {
+
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(128) uint8_t shared[];
+  return shared;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// All `threads` threads of the block. Unlike __syncthreads, each warp may come to it in another place of the program.
+__device__ __forceinline__ void block_barrier(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+
+// 16 bytes global -> shared without waiting, of which the first `bytes` are read and the rest is zero.
+__device__ __forceinline__ void copy16(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Weights are read once: not kept in L1.
+__device__ __forceinline__ uint4 load_once16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_once8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+// Four, two bytes or one at `p` + `byte`, through L1.
+__device__ __forceinline__ uint32_t load_word(const void* p, int64_t byte) {
+  return __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(p) + byte));
+}
+__device__ __forceinline__ uint32_t load_half(const void* p, int64_t byte) {
+  return __ldg(reinterpret_cast<const uint16_t*>(static_cast<const uint8_t*>(p) + byte));
+}
+__device__ __forceinline__ uint32_t load_byte(const void* p, int64_t byte) {
+  return __ldg(static_cast<const uint8_t*>(p) + byte);
+}
+
+// What other thread blocks wrote, from the L2.
+__device__ __forceinline__ float load_shared_float(const float* p) { return __ldcg(p); }
+
+// Four 8 x 8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t v[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, Half2) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, Bfloat2) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+// The same in every lane, and the compiler is told so: branches on it need no care for lanes that part.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); }
+
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+// What this thread has seen written, by a barrier also the rest of its block, is seen by who sees the increment.
+__device__ __forceinline__ uint32_t increment_released(uint32_t* p) {
+  __threadfence();
+  const uint32_t before = atomicAdd(p, 1u);
+  __threadfence();
+  return before;
+}
+
+// In a launch that may overlap the one before it (programmatic dependent launch): wait until that one is over and its
+// results are seen, and let the next begin. After any other launch it does nothing.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float word_to_float(uint32_t bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ float half_to_float32(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+template <class T>
+__device__ __forceinline__ uint16_t float_to_bits(float value) {
+  uint16_t bits;
+  if constexpr (T::kWide)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// fma(a, b, c), one rounding.
+__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+}  // namespace packed
+}  // namespace discquant
+#endif

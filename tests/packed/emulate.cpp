@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+// Run by `make -C csrc/packed emulate`: the GPU kernels themselves, on the emulated GPU of gpu_emulator.h, under
+// AddressSanitizer, on buffers of exactly the size that the contract asks for. Against sums in double; and bit for bit
+// against itself: any order of the thread blocks, any batch, any rubbish in the workspace.
+#define DISCQUANT_EMULATE
+#include <algorithm>
+#include <cmath>
+
+#include "packed/gpu_dequantize.cuh"
+#include "packed/gpu_linear.cuh"
+
+using namespace discquant::packed;
+
+#define CHECK(condition)                                                \
+  do {                                                                  \
+    if (!(condition)) {                                                 \
+      std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
+      std::exit(1);                                                     \
+    }                                                                   \
+  } while (0)
+
+static uint32_t state = 1;
+static uint32_t random_word() {
+  state = state * 1664525u + 1013904223u;
+  return state ^ (state >> 15);
+}
+static float random_value() { return static_cast<float>(static_cast<int>(random_word() % 2001) - 1000) / 500.0f; }
+
+// Heap memory without a spare byte, aligned as torch aligns.
+template <class V>
+struct Buffer {
+  V* data;
+  size_t count;
+  explicit Buffer(size_t n) : data(static_cast<V*>(std::aligned_alloc(16, (n * sizeof(V) + 15) / 16 * 16))), count(n) {}
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+};
+
+static uint16_t to_bits(float value, DType type) {
+  return type == DType::kFloat16 ? float_to_half(value) : float_to_bfloat(value);
+}
+static float from_bits(uint16_t bits, DType type) {
+  return type == DType::kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
+}
+
+struct Case {
+  int n, k, bits, group_size, groups;
+  bool symmetric;
+  DType type, scale_type;
+  std::vector<uint8_t> q;
+  Buffer<uint32_t> words;
+  Buffer<uint8_t> scale, zero;
+
+  Case(int n_, int k_, int bits_, int group_, bool symmetric_, DType type_, DType scale_type_)
+      : n(n_), k(k_), bits(bits_), group_size(group_),
+        groups(group_ == 0 ? 1 : static_cast<int>(ceil_div(k_, group_))), symmetric(symmetric_), type(type_),
+        scale_type(scale_type_), q(static_cast<size_t>(n_) * k_),
+        words(static_cast<size_t>(packed_words(n_, k_, bits_))),
+        scale(static_cast<size_t>(padded_rows(n_)) * groups * (scale_type_ == DType::kFloat32 ? 4 : 2)),
+        zero(static_cast<size_t>(padded_rows(n_)) * groups) {
+    for (auto& code : q) code = static_cast<uint8_t>(random_word() >> 8 & ((1u << bits) - 1));
+    for (size_t i = 0; i < zero.count; ++i) {
+      const float value = random_value() * 0.01f;
+      zero.data[i] = static_cast<uint8_t>(random_word() >> 9 & ((1u << bits) - 1));
+      if (scale_type == DType::kFloat32)
+        reinterpret_cast<float*>(scale.data)[i] = value;
+      else
+        reinterpret_cast<uint16_t*>(scale.data)[i] = to_bits(value, scale_type);
+    }
+    const int64_t k_tiles = padded_k(k) / kTileK;
+    for (int64_t row_tile = 0; row_tile < padded_rows(n) / kTileRows; ++row_tile)
+      for (int64_t k_tile = 0; k_tile < k_tiles; ++k_tile)
+        for (int unit = 0; unit < 32; ++unit)
+          for (int quad = 0; quad < 2; ++quad) {
+            uint32_t w[4] = {};
+            for (int i = 0; i < 4; ++i)
+              for (int nibble = 0; nibble < 8; ++nibble) {
+                int row, inner;
+                mma_code(unit, quad * 4 + i, nibble, row, inner);
+                w[i] |= code(row_tile * kTileRows + row, k_tile * kTileK + inner) << (4 * nibble);
+              }
+            store_quad(words.data + tile_offset(kLayoutMma, bits, row_tile, k_tile, k_tiles), kLayoutMma, bits, unit, quad, w);
+          }
+  }
+  int group_of(int64_t column) const {
+    return group_size == 0 ? 0 : static_cast<int>(std::min<int64_t>(column / group_size, groups - 1));
+  }
+  size_t place(int64_t row, int64_t column) const {
+    return static_cast<size_t>(scale_offset(kLayoutMma, row, group_of(column), groups));
+  }
+  uint32_t zero_of(int64_t row, int64_t column) const {
+    return symmetric ? 1u << (bits - 1) : zero.data[place(row, column)];
+  }
+  // Padding holds the zero point: an exact zero.
+  uint32_t code(int64_t row, int64_t column) const {
+    return row < n && column < k ? q[static_cast<size_t>(row * k + column)] : zero_of(row, column);
+  }
+  float scale_at(int64_t row, int64_t column) const {
+    return scale_type == DType::kFloat32 ? reinterpret_cast<const float*>(scale.data)[place(row, column)]
+                                         : from_bits(reinterpret_cast<const uint16_t*>(scale.data)[place(row, column)], scale_type);
+  }
+  float weight(int64_t row, int64_t column) const {
+    return scale_at(row, column) *
+           (static_cast<float>(code(row, column)) - static_cast<float>(zero_of(row, column)));
+  }
+};
+
+enum class Order { kForward, kBackward, kShuffled };
+
+static std::vector<Place> places(unsigned x, unsigned y, Order order) {
+  std::vector<Place> found;
+  for (unsigned j = 0; j < y; ++j)
+    for (unsigned i = 0; i < x; ++i) found.push_back(Place{i, j, 0});
+  if (order == Order::kBackward) std::reverse(found.begin(), found.end());
+  if (order == Order::kShuffled)
+    for (size_t i = found.size(); i > 1; --i) std::swap(found[i - 1], found[random_word() % i]);
+  return found;
+}
+
+template <class T, int kBits>
+static void run(const GpuLinear& call, bool exact, const Walk& walk, Order order) {
+  const int tiles = call.tokens <= 8 ? 1 : 2;
+  const size_t bytes = static_cast<size_t>(shared_bytes(8 * tiles, call.tokens, walk.chunk_tiles));
+  emulated::launch(places(walk.runs, 1, order), Place{walk.runs, 1, 1}, kThreads, bytes, [&] {
+    if (tiles == 1)
+      exact ? packed_linear_kernel<T, kBits, 1, true>(call, walk) : packed_linear_kernel<T, kBits, 1, false>(call, walk);
+    else
+      exact ? packed_linear_kernel<T, kBits, 2, true>(call, walk) : packed_linear_kernel<T, kBits, 2, false>(call, walk);
+  });
+}
+
+static std::vector<uint16_t> linear(const Case& c, const uint16_t* x, int64_t x_stride, int tokens, const uint16_t* bias,
+                                    bool exact, const GpuDevice& device, Order order) {
+  Buffer<uint16_t> y(static_cast<size_t>(tokens) * c.n);
+  Walk walk{};
+  CHECK(make_walk(c.n, c.k, c.group_size, device, walk));
+  Buffer<uint32_t> workspace(static_cast<size_t>(walk_workspace_words(walk)));
+  for (size_t i = 0; i < workspace.count; ++i)
+    workspace.data[i] = i < kMaxBlocks ? 0u : 0xffffffffu;  // NaN
+  GpuLinear call{};
+  call.x = x;
+  call.x_stride = x_stride;
+  call.type = c.type;
+  call.tokens = tokens;
+  call.words = c.words.data;
+  call.scale = c.scale.data;
+  call.scale_type = c.scale_type;
+  call.zero_point = c.symmetric ? nullptr : c.zero.data;
+  call.bias = bias;
+  call.y = y.data;
+  call.out_features = c.n;
+  call.in_features = c.k;
+  call.bits = c.bits;
+  call.group_size = c.group_size;
+  call.workspace = workspace.data;
+  call.device = device;
+  if (c.type == DType::kFloat16)
+    c.bits == 4 ? run<Half2, 4>(call, exact, walk, order) : run<Half2, 3>(call, exact, walk, order);
+  else
+    c.bits == 4 ? run<Bfloat2, 4>(call, exact, walk, order) : run<Bfloat2, 3>(call, exact, walk, order);
+  for (int i = 0; i < kMaxBlocks; ++i) CHECK(workspace.data[i] == 0);
+  return std::vector<uint16_t>(y.data, y.data + y.count);
+}
+
+static void check_linear(const Case& c, int tokens, bool exact, bool with_bias, const GpuDevice& device) {
+  const int64_t stride = c.k + 8;
+  Buffer<uint16_t> x(static_cast<size_t>((tokens - 1) * stride + c.k));
+  for (size_t i = 0; i < x.count; ++i) x.data[i] = to_bits(random_value(), c.type);
+  std::vector<uint16_t> bias(static_cast<size_t>(c.n));
+  for (auto& b : bias) b = to_bits(random_value(), c.type);
+  const uint16_t* given = with_bias ? bias.data() : nullptr;
+  const auto y = linear(c, x.data, stride, tokens, given, exact, device, Order::kForward);
+  const double unit = c.type == DType::kFloat16 ? std::ldexp(1.0, -11) : std::ldexp(1.0, -8);
+  for (int t = 0; t < tokens; ++t)
+    for (int row = 0; row < c.n; ++row) {
+      double sum = 0, magnitude = 0;
+      for (int k = 0; k < c.k; ++k) {
+        const float rounded = from_bits(to_bits(c.weight(row, k), c.type), c.type);
+        const double term = static_cast<double>(exact ? rounded : c.weight(row, k)) * from_bits(x.data[t * stride + k], c.type);
+        sum += term;
+        magnitude += std::fabs(term);
+      }
+      if (with_bias) sum += from_bits(bias[static_cast<size_t>(row)], c.type);
+      const double error = 2 * (std::sqrt(c.k) + 8) * std::ldexp(1.0, -23) * (magnitude + 1);
+      const double got = from_bits(y[static_cast<size_t>(t) * c.n + row], c.type);
+      if (!(std::fabs(got - sum) <= error + unit * (std::fabs(sum) + error) + std::ldexp(1.0, -24))) {
+        std::printf("%d x %d, %d bits, group %d, token %d row %d: %g instead of %g\n", c.n, c.k, c.bits, c.group_size, t, row, got, sum);
+        std::exit(1);
+      }
+    }
+  for (Order order : {Order::kBackward, Order::kShuffled})
+    CHECK(linear(c, x.data, stride, tokens, given, exact, device, order) == y);
+  const int t = tokens - 1;
+  const auto alone = linear(c, x.data + t * stride, stride, 1, given, exact, device, Order::kForward);
+  CHECK(std::equal(alone.begin(), alone.end(), y.begin() + static_cast<int64_t>(t) * c.n));
+}
+
+static void check_dequantize(const Case& c, DType type, int64_t row_begin, int64_t row_end) {
+  const size_t size = type == DType::kFloat32 ? 4 : 2;
+  Buffer<uint8_t> out(static_cast<size_t>((row_end - row_begin) * c.k) * size);
+  GpuDequantize call{};
+  call.words = c.words.data;
+  call.scale = c.scale.data;
+  call.scale_type = c.scale_type;
+  call.zero_point = c.symmetric ? nullptr : c.zero.data;
+  call.row_begin = row_begin;
+  call.row_end = row_end;
+  call.k = c.k;
+  call.bits = c.bits;
+  call.group_size = c.group_size;
+  call.out = out.data;
+  call.type = type;
+  const int group = c.group_size > 0 ? c.group_size : static_cast<int>(padded_k(c.k));
+  const unsigned x = static_cast<unsigned>(ceil_div(padded_k(c.k) / kTileK, 2));
+  const unsigned y = static_cast<unsigned>(ceil_div(row_end, kBlockRows) - row_begin / kBlockRows);
+  emulated::launch(places(x, y, Order::kForward), Place{x, y, 1}, 32 * kDequantizeWarps, kDequantizeShared, [&] {
+    c.bits == 4 ? dequantize_kernel<4>(call, group) : dequantize_kernel<3>(call, group);
+  });
+  for (int64_t row = row_begin; row < row_end; ++row)
+    for (int64_t k = 0; k < c.k; ++k) {
+      const size_t at = static_cast<size_t>((row - row_begin) * c.k + k);
+      if (type == DType::kFloat32)
+        CHECK(reinterpret_cast<const float*>(out.data)[at] == c.weight(row, k));
+      else
+        CHECK(reinterpret_cast<const uint16_t*>(out.data)[at] == to_bits(c.weight(row, k), type));
+    }
+}
+
+int main() {
+  const int groups[] = {32, 64, 128, 384, 0};
+  const DType types[] = {DType::kFloat16, DType::kBFloat16};
+  // {multiprocessors, shared memory}: small memories cut K into chunks of two tiles or of one.
+  const GpuDevice devices[] = {{3, 227 * 1024, false}, {7, 46 * 1024, false}, {132, 44 * 1024, false}};
+  struct Shape {
+    int n, k;
+  };
+  int trial = 0;
+  for (const Shape& shape : {Shape{1, 8}, Shape{64, 128}, Shape{97, 328}, Shape{200, 1000}, Shape{130, 2056}})
+    for (int bits : {3, 4})
+      for (int group : groups) {
+        const DType type = types[trial % 2];
+        // Exact mode is for scales of the activations' type.
+        const bool exact = trial % 3 == 0;
+        const DType scale_type = exact || trial % 2 ? type : DType::kFloat32;
+        const Case c(shape.n, shape.k, bits, group, trial / 2 % 2 == 0, type, scale_type);
+        const int tokens = std::vector<int>{1, 3, 8, 9, 16}[static_cast<size_t>(trial % 5)];
+        check_linear(c, tokens, exact, trial % 4 == 1, devices[trial % 3]);
+        for (DType out : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) check_dequantize(c, out, 0, shape.n);
+        if (shape.n > 32) check_dequantize(c, type, 16, shape.n - 1);
+        ++trial;
+      }
+  // The walk of real sizes: every unit once, chunk by chunk, and no two places of partial sums agree.
+  for (const Shape& shape : {Shape{6144, 4096}, Shape{8192, 28672}, Shape{57344, 8192}, Shape{4097, 10944}, Shape{64, 131072}})
+    for (const GpuDevice& device : {GpuDevice{132, 227 * 1024, true}, GpuDevice{108, 163 * 1024, false}, GpuDevice{128, 99 * 1024, false}}) {
+      Walk walk{};
+      const bool fits = make_walk(shape.n, shape.k, 128, device, walk);
+      CHECK(fits == (shape.k <= 65536 || device.shared_bytes > 100 * 1024));
+      if (!fits) continue;
+      CHECK(shared_bytes(16, 16, walk.chunk_tiles) <= device.shared_bytes);
+      CHECK(walk.chunk_tiles >= 14 || walk.chunks == 1);
+      Cursor at = walk_at(walk, 0);
+      std::vector<bool> used(static_cast<size_t>(walk_workspace_words(walk) - kMaxBlocks) / kPartialWords, false);
+      for (uint32_t r = 0; r < walk.runs; ++r) {
+        int64_t last_slot = -1;
+        for (uint32_t unit = walk.begin(r); unit < walk.begin(r + 1); ++unit) {
+          CHECK(at.unit == unit && walk.run_of(unit) == r);
+          CHECK(walk.origin(at.chunk, at.block) + static_cast<uint32_t>(at.k_tile) == unit);
+          const Cursor same = walk_at(walk, unit);
+          CHECK(same.chunk == at.chunk && same.block == at.block && same.k_tile == at.k_tile);
+          const int k_tile = at.chunk * walk.chunk_tiles + at.k_tile;
+          CHECK(k_tile < walk.k_tiles && walk.group(k_tile, 0) == std::min(k_tile, walk.groups - 1));
+          const int64_t slot = walk.slot(r, at.chunk, at.block);
+          if (slot != last_slot) {
+            CHECK(!used[static_cast<size_t>(slot)]);
+            used[static_cast<size_t>(slot)] = true;
+            last_slot = slot;
+          }
+          walk_forward(walk, at, 1);
+        }
+      }
+      CHECK(at.unit == walk.units);
+    }
+  std::printf("%d weights\nok\n", trial);
+  return 0;
+}

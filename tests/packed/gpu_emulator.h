@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+// csrc/packed/gpu_primitives.cuh for a host: the threads of a block are fibers that change place at barriers and at
+// warp-wide instructions; blocks run one after another in any order. For tests of the kernels' logic, not for speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "packed/dequant.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct Place {
+  unsigned x, y, z;
+};
+inline Place threadIdx, blockIdx, gridDim;
+
+namespace discquant {
+namespace packed {
+namespace emulated {
+
+constexpr size_t kStack = 128 * 1024;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  bool at_block_barrier = false;
+};
+
+struct Warp {
+  int arrived = 0;
+  uint64_t generation = 0;
+  uint32_t a[32][4], b[32][2];  // what lanes show each other
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<uint8_t> shared;
+  ucontext_t scheduler;
+  size_t current = 0;
+  std::function<void()> body;
+};
+inline Block* block = nullptr;
+
+inline void yield() { swapcontext(&block->fibers[block->current].context, &block->scheduler); }
+
+inline void run_fiber() {
+  block->body();
+  block->fibers[block->current].done = true;
+  yield();
+}
+
+inline Warp& warp() { return block->warps[block->current / 32]; }
+inline int lane() { return static_cast<int>(block->current % 32); }
+
+// Every lane of the warp must come here.
+inline void warp_meets() {
+  Warp& w = warp();
+  const uint64_t generation = w.generation;
+  if (++w.arrived == 32) {
+    w.arrived = 0;
+    ++w.generation;
+    return;
+  }
+  while (warp().generation == generation) yield();
+}
+
+inline void require(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("emulated GPU: %s\n", what);
+  std::exit(1);
+}
+
+// Run `body` on every thread of every block; blocks in the given order.
+inline void launch(const std::vector<Place>& order, Place grid, unsigned threads, size_t shared_bytes,
+                   const std::function<void()>& body) {
+  gridDim = grid;
+  for (const Place& place : order) {
+    Block now;
+    now.fibers.resize(threads);
+    now.warps.resize(threads / 32);
+    now.shared.assign(shared_bytes, 0xa5);  // nothing may rely on zeros
+    now.body = body;
+    block = &now;
+    blockIdx = place;
+    for (Fiber& fiber : now.fibers) {
+      fiber.stack.reset(new char[kStack]);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, run_fiber, 0);
+    }
+    for (size_t left = threads; left > 0;) {
+      size_t waiting = 0;
+      bool moved = false;
+      // A warp runs until all its lanes wait for the block or are done, which lets warps drift as far apart as they may.
+      for (size_t w = 0; w < now.warps.size(); ++w) {
+        for (bool again = true; again;) {
+          again = false;
+          for (size_t i = 32 * w; i < 32 * w + 32; ++i) {
+            Fiber& fiber = now.fibers[i];
+            if (fiber.done || fiber.at_block_barrier) continue;
+            now.current = i;
+            threadIdx = Place{static_cast<unsigned>(i), 0, 0};
+            swapcontext(&now.scheduler, &fiber.context);
+            moved = true;
+            if (fiber.done) --left;
+            again = again || !(fiber.done || fiber.at_block_barrier);
+          }
+        }
+      }
+      for (const Fiber& fiber : now.fibers) waiting += fiber.at_block_barrier;
+      require(moved, "no thread can go on");
+      if (left > 0) require(waiting == left && left == threads, "a barrier that not every thread reaches");
+      for (Fiber& fiber : now.fibers) fiber.at_block_barrier = false;
+    }
+  }
+  block = nullptr;
+}
+
+}  // namespace emulated
+
+inline uint8_t* dynamic_shared() { return emulated::block->shared.data(); }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - dynamic_shared());
+}
+
+inline void block_barrier(int) {
+  emulated::block->fibers[emulated::block->current].at_block_barrier = true;
+  emulated::yield();
+}
+
+inline void copy16(void* to, const void* from, int bytes) {
+  emulated::require(reinterpret_cast<uintptr_t>(to) % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
+                    "a copy of 16 bytes that is not aligned");
+  std::memset(to, 0, 16);
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+inline void wait_for_copies() {}
+
+template <class V>
+V read(const void* p, int64_t byte = 0) {
+  const uint8_t* const at = static_cast<const uint8_t*>(p) + byte;
+  emulated::require(reinterpret_cast<uintptr_t>(at) % sizeof(V) == 0, "a load that is not aligned");
+  V value;
+  std::memcpy(&value, at, sizeof(V));
+  return value;
+}
+inline uint4 load_once16(const void* p) { return read<uint4>(p); }
+inline uint2 load_once8(const void* p) { return read<uint2>(p); }
+inline uint32_t load_word(const void* p, int64_t byte) { return read<uint32_t>(p, byte); }
+inline uint32_t load_half(const void* p, int64_t byte) { return read<uint16_t>(p, byte); }
+inline uint32_t load_byte(const void* p, int64_t byte) { return read<uint8_t>(p, byte); }
+inline float load_shared_float(const float* p) { return *p; }
+
+inline void load_matrices(uint32_t v[4], uint32_t address) {
+  emulated::require(address % 16 == 0 && address + 16 <= emulated::block->shared.size(), "ldmatrix out of bounds");
+  emulated::warp().b[emulated::lane()][0] = address;
+  emulated::warp_meets();
+  for (int m = 0; m < 4; ++m)
+    std::memcpy(&v[m], dynamic_shared() + emulated::warp().b[m * 8 + emulated::lane() / 4][0] + emulated::lane() % 4 * 4, 4);
+  emulated::warp_meets();
+}
+
+template <class T>
+float half_value(uint32_t pair, int i) {
+  const uint16_t bits = static_cast<uint16_t>(pair >> (16 * i));
+  return T::kWide ? half_to_float(bits) : bfloat_to_float(bits);
+}
+
+// Lane (g, t) holds A rows g, g + 8 at k = 2t, 2t + 1, 2t + 8, 2t + 9; B of column g at the same k; C of columns 2t, 2t + 1.
+template <class T>
+void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, T) {
+  emulated::Warp& warp = emulated::warp();
+  const int lane = emulated::lane();
+  std::memcpy(warp.a[lane], a, 16);
+  warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+  emulated::warp_meets();
+  for (int i = 0; i < 4; ++i) {
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const int high = k / 8, t = k % 8 / 2, half = k % 2;
+      const uint32_t* from = warp.a[lane / 4 * 4 + t];
+      sum += static_cast<double>(half_value<T>(from[(i >= 2 ? 1 : 0) + 2 * high], half)) *
+             half_value<T>(warp.b[(lane % 4 * 2 + i % 2) * 4 + t][high], half);
+    }
+    c[i] = static_cast<float>(sum);
+  }
+  emulated::warp_meets();
+}
+
+inline uint32_t shuffle(uint32_t value, int lane) {
+  emulated::warp().b[emulated::lane()][0] = value;
+  emulated::warp_meets();
+  const uint32_t found = emulated::warp().b[lane & 31][0];
+  emulated::warp_meets();
+  return found;
+}
+
+inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
+inline void warp_barrier() { emulated::warp_meets(); }
+inline uint32_t increment_released(uint32_t* p) { return (*p)++; }
+inline void wait_for_previous_kernel() {}
+inline float word_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float half_to_float32(uint16_t bits) { return half_to_float(bits); }
+template <class T>
+uint16_t float_to_bits(float value) {
+  return T::kWide ? float_to_half(value) : float_to_bfloat(value);
+}
+inline float fused(float a, float b, float c) {
+  return static_cast<float>(static_cast<double>(a) * b + c);
+}
+
+}  // namespace packed
+}  // namespace discquant
