@@ -142,6 +142,9 @@ class NinjaBuild(build_ext):
             f"-O3 -std=c++17 -Xcompiler -fPIC --expt-relaxed-constexpr {' '.join(defines)} {common} {gencode}"
         )
         libraries = [f"-L{shlex.quote(path)}" for path in library_paths("cuda" if cuda else "cpu")]
+        if sys.platform == "linux":
+            # What an operator throws, torch catches: with a second libstdc++ inside (some compilers' default) that crashes.
+            libraries.append("-l:libstdc++.so.6")
         libraries += ["-ltorch", "-ltorch_cpu", "-lc10"] + (["-lcudart"] if cuda else [])
         out = Path(self.get_ext_fullpath("discquant._C")).resolve()
         # An editable build gets a fresh temporary folder each time; objects kept here make the next one incremental.

@@ -95,7 +95,7 @@ def ours(layer: Layer, x: Tensor, **options: Any) -> list[Call]:
 def tensor_cores(layer: Layer, x: Tensor) -> list[Call]:
     """Our kernel at any number of tokens, whatever the table says."""
     space = paths.workspace(layer.kept[0][0], layer.n, layer.k)
-    sizes = (layer.n, layer.k, layer.bits, GROUP, False, True)
+    sizes = (layer.n, layer.k, layer.bits, GROUP, False, False, True)
     return [lambda w=w, s=s: paths.mma_op(x, w, s, None, None, space, *sizes) for w, s in layer.kept]  # type: ignore[misc]
 
 

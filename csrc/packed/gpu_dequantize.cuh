@@ -3,6 +3,8 @@
 // the next one along K; values pass through shared memory, so that every store is 16 bytes of a whole row.
 #pragma once
 
+#include <type_traits>
+
 #include "packed/gpu_linear.h"
 #include "packed/gpu_scale.cuh"
 
@@ -13,8 +15,9 @@ constexpr int kDequantizeWarps = 8;
 constexpr int kRowBytes = kTileK * 2 + 16;  // of a tile's row in shared memory; 16 more, no bank conflicts
 constexpr int kDequantizeShared = kDequantizeWarps * kTileRows * kRowBytes;
 
-// The float32 product is rounded once, by the cast: what the reference and the CPU do.
-template <int kBits>
+// The float32 product is rounded once, by the cast: what the reference and the CPU do. T is the type of the result, void
+// for float32.
+template <class T, int kBits>
 __global__ void __launch_bounds__(32 * kDequantizeWarps) dequantize_kernel(const GpuDequantize p, const int group_size) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t k_tiles = padded_k(p.k) / kTileK;
@@ -31,10 +34,11 @@ __global__ void __launch_bounds__(32 * kDequantizeWarps) dequantize_kernel(const
   const int groups = static_cast<int>(ceil_div(p.k, group_size));
   const int group_steps = group_size >= kTileK ? 8 : group_size / 16;  // k16 steps of a group in a tile
   const int first_group = static_cast<int>(static_cast<uint32_t>(k_tile) * kTileK / static_cast<uint32_t>(group_size));
-  const bool wide = p.type == DType::kFloat32;
-  const int size = wide ? 4 : 2;
+  constexpr bool wide = std::is_void_v<T>;
+  constexpr int size = wide ? 4 : 2;
   float scale[2] = {0.0f, 0.0f};
   ZeroPair zero[2] = {zero_pair<Half2>(1u << (kBits - 1)), zero_pair<Half2>(1u << (kBits - 1))};
+#pragma unroll
   for (int part = 0; part < (wide ? 2 : 1); ++part) {  // float32: 64 k at a time fill the same rows
     warp_barrier();
 #pragma unroll
@@ -57,19 +61,16 @@ __global__ void __launch_bounds__(32 * kDequantizeWarps) dequantize_kernel(const
         const float high = scale[j & 1] * half_to_float32(static_cast<uint16_t>(pairs[j] >> 16));
         const int k = (wide ? step % 4 : step) * 16 + lane % 4 * 2 + (j >> 1) * 8;
         uint8_t* const to = rows + (lane / 4 + 8 * (j & 1)) * kRowBytes + k * size;
-        if (wide) {
+        if constexpr (wide) {
           reinterpret_cast<float*>(to)[0] = low;
           reinterpret_cast<float*>(to)[1] = high;
         } else {
-          *reinterpret_cast<uint32_t*>(to) =
-              p.type == DType::kFloat16
-                  ? float_to_bits<Half2>(low) | static_cast<uint32_t>(float_to_bits<Half2>(high)) << 16
-                  : float_to_bits<Bfloat2>(low) | static_cast<uint32_t>(float_to_bits<Bfloat2>(high)) << 16;
+          *reinterpret_cast<uint32_t*>(to) = float_pair_to_bits<T>(low, high);
         }
       }
     }
     warp_barrier();
-    const int count = 16 / size;  // values of one store
+    constexpr int count = 16 / size;  // values of one store
     const int64_t k0 = k_tile * kTileK + part * (kTileK / 2);
     const bool aligned = p.k % count == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
     for (int i = lane; i < kTileRows * 16; i += 32) {

@@ -11,7 +11,7 @@ namespace {
 template <class T, int kBits, int kTokenTiles, bool kExact>
 int launch(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
   auto kernel = packed_linear_kernel<T, kBits, kTokenTiles, kExact>;
-  const int bytes = shared_bytes(8 * kTokenTiles, call.tokens, walk.chunk_tiles);
+  const int bytes = shared_bytes(call.tokens, walk.slots, walk.chunk_tiles);
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
@@ -55,14 +55,16 @@ int64_t gpu_capture_id(CUstream_st* stream) {
 }
 
 int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, const GpuDevice& device) {
-  Walk walk{};
-  return make_walk(out_features, in_features, 0, device, walk) ? walk_workspace_words(walk) : 0;
+  Walk few{}, many{};
+  if (!make_walk(out_features, in_features, 0, device, 8, few) ||
+      !make_walk(out_features, in_features, 0, device, kMaxSplitTokens, many))
+    return 0;
+  const int64_t a = walk_workspace_words(few), b = walk_workspace_words(many);
+  return a > b ? a : b;
 }
 
 int packed_linear_gpu(const GpuLinear& call, bool exact, CUstream_st* stream) {
   if (call.tokens == 0 || call.out_features == 0) return cudaSuccess;
-  Walk walk{};
-  if (!make_walk(call.out_features, call.in_features, call.group_size, call.device, walk)) return cudaErrorInvalidValue;
   const bool half = call.type == DType::kFloat16;
   for (int done = 0; done < call.tokens; done += kMaxSplitTokens) {
     GpuLinear part = call;
@@ -70,6 +72,11 @@ int packed_linear_gpu(const GpuLinear& call, bool exact, CUstream_st* stream) {
     part.y = static_cast<uint16_t*>(call.y) + done * call.out_features;
     part.tokens = call.tokens - done < kMaxSplitTokens ? call.tokens - done : kMaxSplitTokens;
     part.settled_weight = call.settled_weight || done > 0;  // the kernel before a later part is ours: it only reads
+    Walk walk{};
+    const int tokens = part.tokens <= 8 && !call.batch_invariant ? 8 : kMaxSplitTokens;
+    if (!make_walk(call.out_features, call.in_features, call.group_size, call.device, tokens, walk))
+      return cudaErrorInvalidValue;
+    give_slots(walk, part.tokens, call.device);
     const int status = call.bits == 4 ? half ? choose<Half2, 4>(part, exact, walk, stream)
                                              : choose<Bfloat2, 4>(part, exact, walk, stream)
                        : half ? choose<Half2, 3>(part, exact, walk, stream)

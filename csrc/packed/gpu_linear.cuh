@@ -2,8 +2,9 @@
 // packed_linear on tensor cores (sm_80 and later): weights are the A operand of mma.m16n8k16, tokens its n = 8 columns.
 // A thread block of 16 warps walks its run of units (gpu_walk.h). A warp owns 32 of a unit's 64 rows and every eighth
 // unit, and streams its words from memory into registers, units ahead and past the ends of row blocks: no warp waits for
-// another but where a row block ends. There the eight slices are added in order; a row block that several runs share is
-// summed from the workspace, in order, by whoever arrives last. So results depend on neither timing nor batch.
+// another while it streams: where a row block ends it leaves its sums in shared memory. When the run is over, or the room
+// is, the eight slices are added in order; a row block that several runs share is summed from the workspace, in order, by
+// whoever arrives last. So results do not depend on timing.
 #pragma once
 
 #include "packed/gpu_linear.h"
@@ -15,19 +16,20 @@ namespace packed {
 constexpr int kWarpTiles = 2;  // 16-row tiles of a warp: a fragment of activations serves both
 constexpr int kThreads = 32 * kSlices * kBlockRows / (kWarpTiles * kTileRows);
 
-// Units that a warp has in flight.
+// Units that a warp has in flight to registers; the L2 is kept this many units of the run ahead.
+constexpr int kPrefetchUnits = 4 * kSlices;
 template <int kBits>
 __host__ __device__ constexpr int depth() {
   return kBits == 4 ? 2 : 3;
 }
 
-// What a lane holds of a unit: its words; scale (the 32 bits that it lies in) and zero point of rows g, g + 8, g + 16,
-// g + 24 in the lane's own group. Loads only: nothing here may wait for one.
+// What a lane holds of a unit: its words; and of the scales and zero points of its warp's 32 rows, group by group, the
+// 32 bits that have the lane's number (of scales up to 128). Loads only: nothing here may wait for one.
 template <int kBits>
 struct Fragment {
   uint32_t words[kWarpTiles][2 * kBits];
-  uint32_t scale[2 * kWarpTiles];
-  uint32_t zero[2 * kWarpTiles];
+  uint32_t scale[4];
+  uint32_t zero;
 };
 
 // `from` is where the lane's first 16 bytes of the tile lie.
@@ -55,12 +57,11 @@ __device__ __forceinline__ uint32_t step_word(const uint32_t (&words)[2 * kBits]
 
 template <class T, int kBits, int kTokenTiles, bool kExact>
 __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLinear p, const Walk walk) {
-  constexpr int kTokens = 8 * kTokenTiles;
   constexpr int kDepth = depth<kBits>();
   uint8_t* const zeros = dynamic_shared();
-  uint32_t* const notes = reinterpret_cast<uint32_t*>(zeros + kZeroBytes);  // whether last; runs of a block by chunk
+  Note* const notes = reinterpret_cast<Note*>(zeros + kZeroBytes);
   float* const sums = reinterpret_cast<float*>(zeros + kZeroBytes + kNoteBytes);
-  uint8_t* const tokens = zeros + kZeroBytes + kNoteBytes + sum_bytes(kTokens);
+  uint8_t* const tokens = reinterpret_cast<uint8_t*>(sums + walk.slots * slot_floats(p.tokens));
 
   const int warp = warp_index(), lane = threadIdx.x % 32;
   const int half = warp % 2, slice = warp / 2;
@@ -79,26 +80,52 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   // Everything that does not change from unit to unit is worked out here.
   constexpr int kTileBytes = 256 * kBits;
   const uint8_t* const lane_words = reinterpret_cast<const uint8_t*>(p.words) + half * kWarpTiles * kTileBytes + lane * 16;
-  const int scale_shift = p.scale_type == DType::kFloat32 ? 2 : 1;
-  const int half_shift = p.scale_type == DType::kFloat32 ? 0 : (row & 1) * 16;  // of a scale inside its 32 bits
-  auto scale_of = [&](uint32_t bits) { return scale_value(bits >> half_shift, p.scale_type); };
+  const bool wide_scale = p.scale_type == DType::kFloat32;
+  const int scale_shift = wide_scale ? 5 : 4;  // 2^.. words of 32 rows' scales
+  const int scale_loads = (walk.unit_groups << scale_shift) / 32;  // beyond the first
+  const int half_shift = wide_scale ? 0 : (row & 1) * 16;          // of a scale inside its 32 bits
+
+  // Scale and zero point of the warp's row 8 * r + lane / 4, of a group of the unit.
+  auto scale_of = [&](const Fragment<kBits>& from, int group, int r) {
+    const int row_of = 8 * r + lane / 4;
+    const int at = (group << scale_shift) + (wide_scale ? row_of : row_of / 2);
+    uint32_t held = from.scale[0];
+    if (scale_loads > 1) {
+      // By masks: a chain of choices would become an index, and that puts the registers into memory.
+      held &= at / 32 == 0 ? ~0u : 0u;
+#pragma unroll
+      for (int j = 1; j < 4; ++j) held |= from.scale[j] & (at / 32 == j ? ~0u : 0u);
+    }
+    return scale_value(shuffle(held, at % 32) >> half_shift, p.scale_type);
+  };
+  auto zero_of = [&](const Fragment<kBits>& from, int group, int r) {
+    return shuffle(from.zero, group * 8 + (8 * r + lane / 4) / 4) >> (lane / 4 % 4 * 8) & 255u;
+  };
 
   auto load = [&](Fragment<kBits>& to) {
     if (head.unit >= last) return;
+    if (head.unit + kPrefetchUnits < last && lane < kWarpTiles * kTileBytes / 128) {
+      Cursor ahead = head;
+      walk_forward(walk, ahead, kPrefetchUnits);
+      const uint32_t at = static_cast<uint32_t>(ahead.block * walk.k_tiles + ahead.chunk * walk.chunk_tiles + ahead.k_tile);
+      prefetch(lane_words + static_cast<uint64_t>(at) * (kBlockRows / kTileRows * kTileBytes) + lane * (128 - 16));
+    }
     const int k_tile = head.chunk * walk.chunk_tiles + head.k_tile;
     const uint32_t unit_at = static_cast<uint32_t>(head.block * walk.k_tiles + k_tile);
     const uint8_t* const from = lane_words + static_cast<uint64_t>(unit_at) * (kBlockRows / kTileRows * kTileBytes);
 #pragma unroll
     for (int tile = 0; tile < kWarpTiles; ++tile) load_words<kBits>(to.words[tile], from + tile * kTileBytes, lane);
-    const uint32_t at =
-        static_cast<uint32_t>(head.block * walk.groups + walk.group(k_tile, lane & 3)) * kBlockRows + static_cast<uint32_t>(row);
-    const uint32_t byte = (at << scale_shift) & ~3u;
+    const uint32_t first_group = static_cast<uint32_t>(head.block * walk.groups);
 #pragma unroll
-    for (int r = 0; r < 2 * kWarpTiles; ++r) to.scale[r] = load_word(p.scale, byte + (static_cast<uint32_t>(8 * r) << scale_shift));
-    if (p.zero_point != nullptr) {
-#pragma unroll
-      for (int r = 0; r < 2 * kWarpTiles; ++r) to.zero[r] = load_byte(p.zero_point, at + 8 * r);
+    for (int j = 0; j < 4; ++j) {
+      if (j == 0 || j < scale_loads) {
+        const int word = 32 * j + lane;
+        const uint32_t at = (first_group + walk.group(k_tile, word >> scale_shift)) * 2 + half;
+        to.scale[j] = load_word(p.scale, 4 * ((at << scale_shift) + (word & ((1 << scale_shift) - 1))));
+      }
     }
+    if (p.zero_point != nullptr)
+      to.zero = load_word(p.zero_point, ((first_group + walk.group(k_tile, lane / 8)) * 2 + half) * 32 + lane % 8 * 4);
     walk_forward(walk, head, kSlices);
   };
 
@@ -146,16 +173,16 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const int source = (lane & ~3) + (2 * pair >> group_shift);  // the lane that holds this group's values
+      const int group = 2 * pair >> group_shift;
       if ((2 * pair & (group_steps - 1)) == 0) {
         if (p.zero_point != nullptr) {
 #pragma unroll
-          for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(shuffle(from.zero[r], source));
+          for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(zero_of(from, group, r));
         }
         if constexpr (kExact) {
 #pragma unroll
           for (int r = 0; r < 2 * kWarpTiles; ++r)
-            pair_scale[r] = float_to_bits<T>(scale_of(shuffle(from.scale[r], source))) * 0x10001u;
+            pair_scale[r] = float_to_bits<T>(scale_of(from, group, r)) * 0x10001u;
         }
       }
       uint32_t b[2][kTokenTiles][2];
@@ -186,8 +213,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
       if (!kExact && (2 * (pair + 1) & (group_steps - 1)) == 0) {
 #pragma unroll
         for (int tile = 0; tile < kWarpTiles; ++tile) {
-          const float top = scale_of(shuffle(from.scale[2 * tile], source));
-          const float bottom = scale_of(shuffle(from.scale[2 * tile + 1], source));
+          const float top = scale_of(from, group, 2 * tile);
+          const float bottom = scale_of(from, group, 2 * tile + 1);
 #pragma unroll
           for (int n = 0; n < kTokenTiles; ++n)
 #pragma unroll
@@ -200,17 +227,71 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
   };
 
-  auto store = [&](int i, float value) {
-    const int64_t n = static_cast<int64_t>(block) * kBlockRows + i % kBlockRows;
+  auto store = [&](int block_of, int i, float value) {
+    const int64_t n = static_cast<int64_t>(block_of) * kBlockRows + i % kBlockRows;
     if (n >= p.out_features) return;
-    if (p.bias != nullptr)
-      value += scale_value(load_half(p.bias, 2 * n), T::kWide ? DType::kFloat16 : DType::kBFloat16);
+    if (p.bias != nullptr) value += scale_value(load_half(p.bias, 2 * n), T::kWide ? DType::kFloat16 : DType::kBFloat16);
     static_cast<uint16_t*>(p.y)[i / kBlockRows * p.out_features + n] = float_to_bits<T>(value);
   };
 
-  // This run's part of a row block is done: add the slices, then write or leave to the last of several runs.
-  auto finish = [&] {
-    block_barrier(kThreads);  // whoever is behind may still read the sums of the last one
+  // Sums of the row blocks that wait: of the eight slices; then of all runs, by the last to arrive.
+  int waiting = 0;
+  auto settle = [&] {
+    block_barrier(kThreads);
+    const int values = p.tokens * kBlockRows;
+    float* const partial = reinterpret_cast<float*>(p.workspace + kMaxBlocks);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < waiting * values; i += kThreads) {
+      const int slot = i / kBlockRows / p.tokens, value = i - slot * values;
+      const Note note = notes[slot];
+      const float* const from = sums + slot * slot_floats(p.tokens) + value / kBlockRows * kSumStride + value % kBlockRows;
+      float sum = 0.0f;
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) sum += from[s * p.tokens * kSumStride];
+      if (note.whole)
+        store(note.block, value, sum);
+      else
+        partial[walk.slot(run, note.chunk, note.block) * kPartialWords + value] = sum;
+    }
+    block_barrier(kThreads);
+    if (threadIdx.x < static_cast<unsigned>(waiting)) {
+      const Note note = notes[threadIdx.x];
+      bool is_last = false;
+      if (!note.whole) {
+        uint32_t parts = 0;
+#pragma unroll 1
+        for (int c = 0; c < walk.chunks; ++c) {
+          const uint32_t begin = walk.origin(c, note.block);
+          parts += walk.run_of(begin + static_cast<uint32_t>(walk.width(c)) - 1) - walk.run_of(begin) + 1;
+        }
+        is_last = increment_released(p.workspace + note.block) + 1 == parts;
+        if (is_last) p.workspace[note.block] = 0;  // ready for the next launch
+      }
+      notes[threadIdx.x].last = is_last;
+    }
+    block_barrier(kThreads);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < waiting * values; i += kThreads) {
+      const int slot = i / kBlockRows / p.tokens, value = i - slot * values;
+      const Note note = notes[slot];
+      if (!note.last) continue;
+      float sum = 0.0f;
+#pragma unroll 1
+      for (int c = 0; c < walk.chunks; ++c) {
+        const uint32_t begin = walk.origin(c, note.block);
+        const uint32_t to = walk.run_of(begin + static_cast<uint32_t>(walk.width(c)) - 1);
+#pragma unroll 4
+        for (uint32_t r = walk.run_of(begin); r <= to; ++r)
+          sum += load_shared_float(partial + walk.slot(r, c, note.block) * kPartialWords + value);
+      }
+      store(note.block, value, sum);
+    }
+    block_barrier(kThreads);  // before the notes change
+    waiting = 0;
+  };
+
+  // This run's part of a row block is done: leave the warp's sums in a slot.
+  auto leave = [&] {
 #pragma unroll
     for (int tile = 0; tile < kWarpTiles; ++tile)
 #pragma unroll
@@ -218,53 +299,14 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column_of = n * 8 + (lane & 3) * 2 + (i & 1);
-          sums[(slice * kTokens + column_of) * kSumStride + row + tile * kTileRows + (i >= 2 ? 8 : 0)] = total[tile][n][i];
+          if (column_of < p.tokens)
+            sums[waiting * slot_floats(p.tokens) + (slice * p.tokens + column_of) * kSumStride + row + tile * kTileRows +
+                 (i >= 2 ? 8 : 0)] = total[tile][n][i];
           total[tile][n][i] = 0.0f;
         }
-    block_barrier(kThreads);
-    auto sum_of = [&](int i) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) sum += sums[(s * kTokens + i / kBlockRows) * kSumStride + i % kBlockRows];
-      return sum;
-    };
-    const int values = p.tokens * kBlockRows;
-    const bool whole = walk.chunks == 1 && first <= origin && origin + static_cast<uint32_t>(walk.width(0)) <= last;
-    if (whole) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < values; i += kThreads) store(i, sum_of(i));
-      return;
-    }
-    float* const partial = reinterpret_cast<float*>(p.workspace + kMaxBlocks);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < values; i += kThreads)
-      partial[walk.slot(run, chunk, block) * kPartialWords + i] = sum_of(i);
-    if (threadIdx.x < static_cast<unsigned>(walk.chunks)) {
-      const uint32_t begin = walk.origin(threadIdx.x, block);
-      notes[4 + 2 * threadIdx.x] = walk.run_of(begin);
-      notes[5 + 2 * threadIdx.x] = walk.run_of(begin + static_cast<uint32_t>(walk.width(threadIdx.x)) - 1);
-    }
-    block_barrier(kThreads);
-    if (threadIdx.x == 0) {
-      uint32_t parts = 0;
-#pragma unroll 1
-      for (int c = 0; c < walk.chunks; ++c) parts += notes[5 + 2 * c] - notes[4 + 2 * c] + 1;
-      notes[0] = increment_released(p.workspace + block) + 1 == parts;
-      if (notes[0]) p.workspace[block] = 0;  // ready for the next launch
-    }
-    block_barrier(kThreads);
-    if (!notes[0]) return;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < values; i += kThreads) {
-      float sum = 0.0f;
-#pragma unroll 1
-      for (int c = 0; c < walk.chunks; ++c) {
-#pragma unroll 4
-        for (uint32_t r = notes[4 + 2 * c]; r <= notes[5 + 2 * c]; ++r)
-          sum += load_shared_float(partial + walk.slot(r, c, block) * kPartialWords + i);
-      }
-      store(i, sum);
-    }
+    if (threadIdx.x == 0)
+      notes[waiting] = Note{chunk, block, walk.chunks == 1 && first <= origin && end == origin + static_cast<uint32_t>(walk.width(0)), 0};
+    ++waiting;
   };
 
   Fragment<kBits> ring[kDepth];
@@ -277,10 +319,13 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   // One unit; true when the run is over. Called with constant places of the ring, which keeps them in registers.
   auto advance = [&](Fragment<kBits>& at) {
     while (unit >= end) {
-      finish();
-      if (end == last) return true;
+      leave();
+      const bool over = end == last, new_chunk = block + 1 == walk.blocks;
+      if (over || new_chunk || waiting == walk.slots) settle();
+      if (over) return true;
       origin = end;
-      if (++block == walk.blocks) {
+      ++block;
+      if (new_chunk) {
         block = 0;
         ++chunk;
         stage_tokens(0);

@@ -29,20 +29,21 @@ struct GpuLinear {
   int bits;
   int group_size;        // 32, 64 or a multiple of 128; 0 is the whole row
   uint32_t* workspace;   // gpu_workspace_words() words; the first kMaxBlocks are counters, zero before the first call
-  GpuDevice device;      // with N and K it alone decides how the sum is split, never the tokens
+  GpuDevice device;      // with N and K it decides how the sum is split
   // sm_90: the kernel may begin to read words, scale and zero_point while the kernel before it in the stream still runs;
   // set it only if that one does not write them.
   bool settled_weight;
+  bool batch_invariant;
 };
 
 // Zeros where the device cannot be asked.
 GpuDevice gpu_device(int index);
 // Number of the graph capture that a stream is in, 0 if in none: a graph must not share its workspace with eager calls.
 int64_t gpu_capture_id(CUstream_st* stream);
-// Words of workspace for any number of tokens; 0 where the kernel cannot take a weight of this size (in_features
-// beyond 32 chunks: 131072 on sm_80 and sm_90, 65536 on sm_86 and sm_89).
+// Words of workspace for any number of tokens; 0 where the kernel cannot take a weight of this size.
 int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, const GpuDevice& device);
-// Sixteen tokens at a time, each the same whatever its batch. The scale multiplies float32 sums of a group; `exact`
+// Sixteen tokens at a time. Rows of up to 8 tokens are the same whatever their batch, and so are rows of more; with
+// `batch_invariant` all are. The scale multiplies float32 sums of a group; `exact`
 // multiplies before the product, rounding each weight to `type` as a dense layer has it. Returns a cudaError_t.
 int packed_linear_gpu(const GpuLinear& call, bool exact, CUstream_st* stream);
 

@@ -124,7 +124,10 @@ int dequantize_gpu(const GpuDequantize& call, CUstream_st* stream) {
   const int64_t group = call.group_size > 0 ? call.group_size : padded_k(call.k);
   const int64_t blocks = ceil_div(call.row_end, kBlockRows) - call.row_begin / kBlockRows;
   const dim3 grid(static_cast<unsigned>(ceil_div(padded_k(call.k) / kTileK, 2)), static_cast<unsigned>(blocks));
-  const auto kernel = call.bits == 4 ? dequantize_kernel<4> : dequantize_kernel<3>;
+  const auto kernel = call.type == DType::kFloat32   ? call.bits == 4 ? dequantize_kernel<void, 4> : dequantize_kernel<void, 3>
+                      : call.type == DType::kFloat16 ? call.bits == 4 ? dequantize_kernel<Half2, 4> : dequantize_kernel<Half2, 3>
+                      : call.bits == 4               ? dequantize_kernel<Bfloat2, 4>
+                                                     : dequantize_kernel<Bfloat2, 3>;
   kernel<<<grid, 32 * kDequantizeWarps, kDequantizeShared, stream>>>(call, static_cast<int>(group));
   return cudaGetLastError();
 }

@@ -50,6 +50,9 @@ __device__ __forceinline__ uint2 load_once8(const void* p) {
   return v;
 }
 
+// Bring the 128 bytes at p into the L2.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Four, two bytes or one at `p` + `byte`, through L1.
 __device__ __forceinline__ uint32_t load_word(const void* p, int64_t byte) {
   return __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(p) + byte));
@@ -126,6 +129,17 @@ __device__ __forceinline__ uint16_t float_to_bits(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   else
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// Two values, the first in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t float_pair_to_bits(float low, float high) {
+  uint32_t bits;
+  if constexpr (T::kWide)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
 

@@ -10,7 +10,7 @@ namespace discquant {
 namespace packed {
 
 constexpr int kMaxSplitTokens = 16;  // of one launch
-constexpr int kMaxChunks = 32;
+constexpr int kMaxSlots = 8;
 constexpr int kMaxBlocks = 1 << 16;  // the counters of a workspace lie in front, where no weight's sums ever come
 constexpr int kPartialWords = kBlockRows * kMaxSplitTokens;
 
@@ -23,7 +23,7 @@ struct GpuDevice {
 
 // A unit is 64 rows (a block) x 128 k. K is cut into chunks whose activations fit into shared memory; the units are
 // ordered chunk by chunk, in a chunk block by block, and dealt to `runs` thread blocks in equal contiguous runs. All of
-// it follows from (N, K, device): never from the tokens.
+// it follows from (N, K, device, whether for 8 or 16 tokens).
 struct Walk {
   int k_tiles, blocks, chunk_tiles, chunks;
   uint32_t units, runs;
@@ -31,6 +31,7 @@ struct Walk {
   int group_tiles;       // k tiles of a group, 1 for groups below 128
   int unit_groups;       // groups of a unit, 1 for groups of 128 and more
   uint32_t group_magic;  // k_tile / group_tiles = the high word of k_tile * group_magic
+  int slots;             // parts of row blocks whose sums wait in shared memory; results do not depend on it
 
   DISCQUANT_HD int width(int chunk) const {
     return chunk == chunks - 1 ? k_tiles - chunk * chunk_tiles : chunk_tiles;
@@ -82,42 +83,49 @@ DISCQUANT_HD void walk_forward(const Walk& walk, Cursor& at, int units) {
   }
 }
 
-// Bytes of shared memory: zeros and notes, partial sums [8 slices][tokens][64 rows, padded], activations [tokens][chunk,
-// padded by 16 bytes: no bank conflicts].
+// Shared memory: zeros, notes on the parts that wait, their sums [slots][8 slices][tokens][64 rows, padded], activations
+// [tokens][chunk, padded by 16 bytes: no bank conflicts].
 constexpr int kSlices = 8;
 constexpr int kZeroBytes = kTileK * 2;
-constexpr int kNoteBytes = kMaxChunks * 8 + 16;
+struct Note {
+  int chunk, block, whole, last;
+};
+constexpr int kNoteBytes = kMaxSlots * static_cast<int>(sizeof(Note));
 constexpr int kSumStride = kBlockRows + 4;  // floats: no bank conflicts between tokens
 DISCQUANT_HD int token_stride(int chunk_tiles) { return chunk_tiles * kTileK * 2 + 16; }
-DISCQUANT_HD int sum_bytes(int tokens) { return kSlices * tokens * kSumStride * 4; }
-DISCQUANT_HD int shared_bytes(int padded_tokens, int tokens, int chunk_tiles) {
-  return kZeroBytes + kNoteBytes + sum_bytes(padded_tokens) + tokens * token_stride(chunk_tiles);
+DISCQUANT_HD int slot_floats(int tokens) { return kSlices * tokens * kSumStride; }
+DISCQUANT_HD int shared_bytes(int tokens, int slots, int chunk_tiles) {
+  return kZeroBytes + kNoteBytes + slots * slot_floats(tokens) * 4 + tokens * token_stride(chunk_tiles);
 }
 
-// group_size 0: one group. False where the sizes are beyond the kernel's 32-bit walk or its chunks.
-inline bool make_walk(int64_t n, int64_t k, int64_t group_size, const GpuDevice& device, Walk& walk) {
+// For up to 8 or up to 16 tokens; group_size 0: one group. False where a size is beyond the kernel's 32-bit arithmetic.
+inline bool make_walk(int64_t n, int64_t k, int64_t group_size, const GpuDevice& device, int tokens, Walk& walk) {
   const int64_t k_tiles = padded_k(k) / kTileK, blocks = padded_rows(n) / kBlockRows, units = k_tiles * blocks;
-  int64_t chunk_tiles = 32;
-  while (chunk_tiles > 1 && shared_bytes(kMaxSplitTokens, kMaxSplitTokens, static_cast<int>(chunk_tiles)) > device.shared_bytes)
-    chunk_tiles /= 2;
-  chunk_tiles = ceil_div(k_tiles, ceil_div(k_tiles, chunk_tiles));
-  const int64_t chunks = ceil_div(k_tiles, chunk_tiles);
+  const int64_t room = (device.shared_bytes - shared_bytes(tokens, 1, 0)) / (tokens * kTileK * 2);
   const int64_t runs = units < device.multiprocessors ? units : device.multiprocessors;
   const int64_t group = group_size > 0 ? group_size : padded_k(k);
   const int64_t scales = padded_rows(n) * ceil_div(k, group);
-  constexpr int64_t kLimit = int64_t{1} << 30;  // 32-bit arithmetic, of scales in bytes
-  if (chunks > kMaxChunks || units == 0 || blocks > kMaxBlocks || (units + 1) * runs >= 4 * kLimit || scales >= kLimit) return false;
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  if (room < 1 || units == 0 || blocks > kMaxBlocks || (units + 1) * runs >= 4 * kLimit || scales >= kLimit) return false;
+  const int64_t chunk_tiles = ceil_div(k_tiles, ceil_div(k_tiles, room));
   walk.k_tiles = static_cast<int>(k_tiles);
   walk.blocks = static_cast<int>(blocks);
   walk.chunk_tiles = static_cast<int>(chunk_tiles);
-  walk.chunks = static_cast<int>(chunks);
+  walk.chunks = static_cast<int>(ceil_div(k_tiles, chunk_tiles));
   walk.units = static_cast<uint32_t>(units);
   walk.runs = static_cast<uint32_t>(runs);
   walk.groups = static_cast<int>(ceil_div(k, group));
   walk.unit_groups = group < kTileK ? static_cast<int>(kTileK / group) : 1;
   walk.group_tiles = group < kTileK ? 1 : static_cast<int>(group / kTileK);
   walk.group_magic = static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint32_t>(walk.group_tiles)) + 1u;
+  walk.slots = 1;
   return true;
+}
+
+// As many slots as the device's shared memory has room for.
+inline void give_slots(Walk& walk, int tokens, const GpuDevice& device) {
+  while (walk.slots < kMaxSlots && shared_bytes(tokens, walk.slots + 1, walk.chunk_tiles) <= device.shared_bytes)
+    ++walk.slots;
 }
 
 inline int64_t walk_workspace_words(const Walk& walk) {

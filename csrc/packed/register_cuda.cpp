@@ -35,7 +35,7 @@ int64_t workspace_words(const Tensor& words, int64_t n, int64_t k) {
 
 Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point,
               const std::optional<Tensor>& bias, Tensor workspace, int64_t n, int64_t k, int64_t bits,
-              int64_t group_size, bool exact, bool settled) {
+              int64_t group_size, bool exact, bool batch_invariant, bool settled) {
   check_weight(words, scale, zero_point, n, k, bits, group_size, kLayoutMma);
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && x.size(1) == k && x.get_device_index() == words.get_device_index(),
                   "packed_linear: x must be [tokens, ", k, "] on the device of words");
@@ -72,6 +72,7 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
   call.workspace = static_cast<uint32_t*>(workspace.mutable_data_ptr());
   call.device = gpu_device(x.get_device_index());
   call.settled_weight = settled;
+  call.batch_invariant = batch_invariant;
   check_aligned(call.words, "words");
   check_aligned(call.scale, "scale");
   check_aligned(call.zero_point, "zero_point");

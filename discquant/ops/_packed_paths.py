@@ -17,8 +17,9 @@ from discquant.ops import packed_linear_table as table
 
 GRID = "int out_features, int in_features, int num_bits, int group_size"
 MMA_LAYOUT = 1
-# Rows dequantised at a time before a dense matmul: the scratch stays below this many weights.
-_PANEL_WEIGHTS = 1 << 24
+# Rows dequantised at a time before a dense matmul: the scratch stays near this many weights. On a GPU few panels pay:
+# each is two launches.
+_PANEL_WEIGHTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
 def _dequantize_fake(
@@ -30,7 +31,8 @@ def _dequantize_fake(
 
 def _mma_fake(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, workspace: Tensor,
-    out_features: int, in_features: int, num_bits: int, group_size: int, exact: bool, settled: bool,
+    out_features: int, in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool,
+    settled: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], out_features))
 
@@ -57,7 +59,7 @@ dequantize_op = registry.define(
 # Tensor cores: 16 tokens at a time, split along K through the workspace.
 mma_op = registry.define(
     "packed_linear_mma(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor(a!) workspace, "
-    f"{GRID}, bool exact, bool settled) -> Tensor",
+    f"{GRID}, bool exact, bool batch_invariant, bool settled) -> Tensor",
     _mma_fake,
     None,
 )
@@ -100,17 +102,29 @@ def dense_linear(
     in_features: int, num_bits: int, group_size: int, layout: int,
 ) -> Tensor:  # fmt: skip
     """Panels of rows: dequantise to the dtype of x, multiply with the library's own matmul."""
-    step = max(16, _PANEL_WEIGHTS // in_features // 16 * 16)
-    panels = []
-    for first in range(0, out_features, step):
-        last = min(first + step, out_features)
-        weight = dequantize_op(
+    limit = _PANEL_WEIGHTS.get(x.device.type, _PANEL_WEIGHTS["cpu"])
+    # Equal panels, of whole tiles of a matmul where there is a choice.
+    count = max(1, -(-out_features * in_features // limit))
+    step = -(-out_features // count)
+    step = max(16, -(-step // 256) * 256 if step > 256 else -(-step // 16) * 16)
+
+    def weight(first: int, last: int) -> Tensor:
+        panel: Tensor = dequantize_op(
             words, scale, zero_point, out_features, in_features, num_bits, group_size, layout, first, last, x.dtype,
         )  # fmt: skip
-        panels.append(torch.nn.functional.linear(x, weight, None if bias is None else bias[first:last]))
-    if not panels:
-        return x.new_empty((x.shape[0], 0))
-    return torch.cat(panels, dim=1) if len(panels) != 1 else panels[0]
+        return panel
+
+    if step >= out_features:
+        return torch.nn.functional.linear(x, weight(0, out_features), bias)
+    y = x.new_empty((x.shape[0], out_features))
+    for first in range(0, out_features, step):
+        last = min(first + step, out_features)
+        part, panel = y[:, first:last], weight(first, last).t()
+        if bias is None:
+            torch.mm(x, panel, out=part)
+        else:
+            torch.addmm(bias[first:last], x, panel, out=part)
+    return y
 
 
 def _gpu_linear(
@@ -132,7 +146,7 @@ def _gpu_linear(
         x = x.contiguous() if x.stride(0) != in_features or x.stride(1) != 1 else x.clone()
     space = workspace(words, out_features, columns)
     grid = (out_features, columns, num_bits, group_size)
-    return mma_op(x, words, scale, zero_point, bias, space, *grid, exact, settled)
+    return mma_op(x, words, scale, zero_point, bias, space, *grid, exact, batch_invariant, settled)
 
 
 gpu_op = registry.define(

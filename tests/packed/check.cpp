@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run by `make -C csrc/packed sanitize`: what Python cannot reach (index maps, magic numbers, the split of the GPU walk)
+// Run by `make -C csrc/packed sanitize`: what Python cannot reach (index maps, magic numbers)
 // and the CPU kernels on heap buffers of exactly the size that the contract asks for.
 #include <cmath>
 #include <cstdio>
@@ -9,7 +9,6 @@
 
 #include "packed/cpu_linear.h"
 #include "packed/dequant.h"
-#include "packed/gpu_linear.h"
 
 using namespace discquant::packed;
 
@@ -95,33 +94,6 @@ static void magic_numbers() {
       const uint32_t scaled = mul_pair<T>(a[i & 3], scale * 0x10001u);
       const uint16_t expected = T::kWide ? float_to_half(exact) : float_to_bfloat(exact);
       CHECK(static_cast<uint16_t>(scaled >> (16 * (i >> 2 & 1))) == expected);
-    }
-  }
-}
-
-// Runs cover the walk once; shared row blocks have their own workspace slots, and their runs are neighbours.
-static void gpu_walk() {
-  for (int64_t blocks : {1, 2, 3, 7, 96, 1001}) {
-    for (int64_t k_tiles : {1, 2, 5, 32, 113}) {
-      for (int64_t wanted : {1, 2, 3, 80, 132, 264, 288}) {
-        Walk walk{};
-        walk.k_tiles = k_tiles;
-        walk.units = blocks * k_tiles;
-        walk.runs = walk.units < wanted ? walk.units : wanted;
-        CHECK(walk.begin(0) == 0 && walk.begin(walk.runs) == walk.units);
-        std::set<int64_t> slots;
-        for (int64_t run = 0; run < walk.runs; ++run) {
-          CHECK(walk.begin(run) < walk.begin(run + 1));
-          for (int64_t unit : {walk.begin(run), walk.begin(run + 1) - 1}) CHECK(walk.run_of(unit) == run);
-        }
-        for (int64_t block = 0; block < blocks; ++block) {
-          const int64_t first = walk.run_of(block * k_tiles), last = walk.run_of((block + 1) * k_tiles - 1);
-          for (int64_t run = first; run <= last && first != last; ++run) {
-            CHECK(walk.slot(run, block) < 2 * walk.runs);
-            CHECK(slots.insert(walk.slot(run, block)).second);
-          }
-        }
-      }
     }
   }
 }
@@ -215,7 +187,6 @@ int main() {
   magic_numbers<Half2, 3>();
   magic_numbers<Bfloat2, 4>();
   magic_numbers<Bfloat2, 3>();
-  gpu_walk();
   cpu_kernels();
   std::puts("ok");
 }

@@ -120,7 +120,7 @@ static std::vector<Place> places(unsigned x, unsigned y, Order order) {
 template <class T, int kBits>
 static void run(const GpuLinear& call, bool exact, const Walk& walk, Order order) {
   const int tiles = call.tokens <= 8 ? 1 : 2;
-  const size_t bytes = static_cast<size_t>(shared_bytes(8 * tiles, call.tokens, walk.chunk_tiles));
+  const size_t bytes = static_cast<size_t>(shared_bytes(call.tokens, walk.slots, walk.chunk_tiles));
   emulated::launch(places(walk.runs, 1, order), Place{walk.runs, 1, 1}, kThreads, bytes, [&] {
     if (tiles == 1)
       exact ? packed_linear_kernel<T, kBits, 1, true>(call, walk) : packed_linear_kernel<T, kBits, 1, false>(call, walk);
@@ -130,10 +130,11 @@ static void run(const GpuLinear& call, bool exact, const Walk& walk, Order order
 }
 
 static std::vector<uint16_t> linear(const Case& c, const uint16_t* x, int64_t x_stride, int tokens, const uint16_t* bias,
-                                    bool exact, const GpuDevice& device, Order order) {
+                                    bool exact, const GpuDevice& device, Order order, int walk_tokens) {
   Buffer<uint16_t> y(static_cast<size_t>(tokens) * c.n);
   Walk walk{};
-  CHECK(make_walk(c.n, c.k, c.group_size, device, walk));
+  CHECK(make_walk(c.n, c.k, c.group_size, device, walk_tokens, walk));
+  if (order == Order::kForward) give_slots(walk, tokens, device);  // the bits do not depend on it
   Buffer<uint32_t> workspace(static_cast<size_t>(walk_workspace_words(walk)));
   for (size_t i = 0; i < workspace.count; ++i)
     workspace.data[i] = i < kMaxBlocks ? 0u : 0xffffffffu;  // NaN
@@ -163,13 +164,14 @@ static std::vector<uint16_t> linear(const Case& c, const uint16_t* x, int64_t x_
 }
 
 static void check_linear(const Case& c, int tokens, bool exact, bool with_bias, const GpuDevice& device) {
+  const int walk_tokens = tokens <= 8 ? 8 : 16;
   const int64_t stride = c.k + 8;
   Buffer<uint16_t> x(static_cast<size_t>((tokens - 1) * stride + c.k));
   for (size_t i = 0; i < x.count; ++i) x.data[i] = to_bits(random_value(), c.type);
   std::vector<uint16_t> bias(static_cast<size_t>(c.n));
   for (auto& b : bias) b = to_bits(random_value(), c.type);
   const uint16_t* given = with_bias ? bias.data() : nullptr;
-  const auto y = linear(c, x.data, stride, tokens, given, exact, device, Order::kForward);
+  const auto y = linear(c, x.data, stride, tokens, given, exact, device, Order::kForward, walk_tokens);
   const double unit = c.type == DType::kFloat16 ? std::ldexp(1.0, -11) : std::ldexp(1.0, -8);
   for (int t = 0; t < tokens; ++t)
     for (int row = 0; row < c.n; ++row) {
@@ -189,9 +191,9 @@ static void check_linear(const Case& c, int tokens, bool exact, bool with_bias, 
       }
     }
   for (Order order : {Order::kBackward, Order::kShuffled})
-    CHECK(linear(c, x.data, stride, tokens, given, exact, device, order) == y);
+    CHECK(linear(c, x.data, stride, tokens, given, exact, device, order, walk_tokens) == y);
   const int t = tokens - 1;
-  const auto alone = linear(c, x.data + t * stride, stride, 1, given, exact, device, Order::kForward);
+  const auto alone = linear(c, x.data + t * stride, stride, 1, given, exact, device, Order::kForward, walk_tokens);
   CHECK(std::equal(alone.begin(), alone.end(), y.begin() + static_cast<int64_t>(t) * c.n));
 }
 
@@ -214,7 +216,12 @@ static void check_dequantize(const Case& c, DType type, int64_t row_begin, int64
   const unsigned x = static_cast<unsigned>(ceil_div(padded_k(c.k) / kTileK, 2));
   const unsigned y = static_cast<unsigned>(ceil_div(row_end, kBlockRows) - row_begin / kBlockRows);
   emulated::launch(places(x, y, Order::kForward), Place{x, y, 1}, 32 * kDequantizeWarps, kDequantizeShared, [&] {
-    c.bits == 4 ? dequantize_kernel<4>(call, group) : dequantize_kernel<3>(call, group);
+    if (type == DType::kFloat32)
+      c.bits == 4 ? dequantize_kernel<void, 4>(call, group) : dequantize_kernel<void, 3>(call, group);
+    else if (type == DType::kFloat16)
+      c.bits == 4 ? dequantize_kernel<Half2, 4>(call, group) : dequantize_kernel<Half2, 3>(call, group);
+    else
+      c.bits == 4 ? dequantize_kernel<Bfloat2, 4>(call, group) : dequantize_kernel<Bfloat2, 3>(call, group);
   });
   for (int64_t row = row_begin; row < row_end; ++row)
     for (int64_t k = 0; k < c.k; ++k) {
@@ -230,14 +237,19 @@ int main() {
   const int groups[] = {32, 64, 128, 384, 0};
   const DType types[] = {DType::kFloat16, DType::kBFloat16};
   // {multiprocessors, shared memory}: small memories cut K into chunks of two tiles or of one.
-  const GpuDevice devices[] = {{3, 227 * 1024, false}, {7, 46 * 1024, false}, {132, 44 * 1024, false}};
+  const GpuDevice devices[] = {{3, 227 * 1024, false}, {7, 46 * 1024, false}, {132, 41 * 1024, false}};
   struct Shape {
     int n, k;
   };
-  int trial = 0;
+  int trial = 0, skipped = 0;
   for (const Shape& shape : {Shape{1, 8}, Shape{64, 128}, Shape{97, 328}, Shape{200, 1000}, Shape{130, 2056}})
     for (int bits : {3, 4})
       for (int group : groups) {
+        // The large shapes take turns at the groups: emulated threads are slow.
+        if (shape.k >= 1000 && trial % 5 != 0 && ++skipped) {
+          ++trial;
+          continue;
+        }
         const DType type = types[trial % 2];
         // Exact mode is for scales of the activations' type.
         const bool exact = trial % 3 == 0;
@@ -251,13 +263,13 @@ int main() {
       }
   // The walk of real sizes: every unit once, chunk by chunk, and no two places of partial sums agree.
   for (const Shape& shape : {Shape{6144, 4096}, Shape{8192, 28672}, Shape{57344, 8192}, Shape{4097, 10944}, Shape{64, 131072}})
-    for (const GpuDevice& device : {GpuDevice{132, 227 * 1024, true}, GpuDevice{108, 163 * 1024, false}, GpuDevice{128, 99 * 1024, false}}) {
+    for (const GpuDevice& device : {GpuDevice{132, 227 * 1024, true}, GpuDevice{108, 163 * 1024, false}, GpuDevice{128, 99 * 1024, false}})
+    for (int tokens : {8, 16}) {
       Walk walk{};
-      const bool fits = make_walk(shape.n, shape.k, 128, device, walk);
-      CHECK(fits == (shape.k <= 65536 || device.shared_bytes > 100 * 1024));
-      if (!fits) continue;
-      CHECK(shared_bytes(16, 16, walk.chunk_tiles) <= device.shared_bytes);
-      CHECK(walk.chunk_tiles >= 14 || walk.chunks == 1);
+      CHECK(make_walk(shape.n, shape.k, 128, device, tokens, walk));
+      give_slots(walk, tokens, device);
+      CHECK(shared_bytes(tokens, walk.slots, walk.chunk_tiles) <= device.shared_bytes);
+      CHECK(walk.chunk_tiles >= 8 || walk.chunks == 1);
       Cursor at = walk_at(walk, 0);
       std::vector<bool> used(static_cast<size_t>(walk_workspace_words(walk) - kMaxBlocks) / kPartialWords, false);
       for (uint32_t r = 0; r < walk.runs; ++r) {
@@ -280,6 +292,6 @@ int main() {
       }
       CHECK(at.unit == walk.units);
     }
-  std::printf("%d weights\nok\n", trial);
+  std::printf("%d weights\nok\n", trial - skipped);
   return 0;
 }

@@ -165,6 +165,7 @@ V read(const void* p, int64_t byte = 0) {
   std::memcpy(&value, at, sizeof(V));
   return value;
 }
+inline void prefetch(const void* p) { read<uint32_t>(p); }
 inline uint4 load_once16(const void* p) { return read<uint4>(p); }
 inline uint2 load_once8(const void* p) { return read<uint2>(p); }
 inline uint32_t load_word(const void* p, int64_t byte) { return read<uint32_t>(p, byte); }
@@ -229,6 +230,10 @@ inline float half_to_float32(uint16_t bits) { return half_to_float(bits); }
 template <class T>
 uint16_t float_to_bits(float value) {
   return T::kWide ? float_to_half(value) : float_to_bfloat(value);
+}
+template <class T>
+uint32_t float_pair_to_bits(float low, float high) {
+  return float_to_bits<T>(low) | static_cast<uint32_t>(float_to_bits<T>(high)) << 16;
 }
 inline float fused(float a, float b, float c) {
   return static_cast<float>(static_cast<double>(a) * b + c);

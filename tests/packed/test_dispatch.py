@@ -38,7 +38,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def mma(
         x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, space: Tensor, n: int,
-        k: int, bits: int, group: int, exact: bool, settled: bool,
+        k: int, bits: int, group: int, exact: bool, batch_invariant: bool, settled: bool,
     ) -> Tensor:  # fmt: skip
         assert x.shape[1] == k and k % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0
         assert x.data_ptr() % 16 == 0

@@ -311,7 +311,7 @@ def test_opcheck_compile_and_meta() -> None:
     mma = torch.ops.discquant.packed_linear_mma.default
     tests = ("test_schema", "test_faketensor")
     x = torch.randn(3, 104, device="cuda").half()
-    torch.library.opcheck(mma, (x, words, scale, zero, None, space, *sizes, False, False), test_utils=tests)
+    torch.library.opcheck(mma, (x, words, scale, zero, None, space, *sizes, False, False, False), test_utils=tests)
     meta = [None if t is None else t.to("meta") for t in (x, words, scale, zero)]
     assert op(*meta, None, *sizes, False, False, False).shape == (3, 72)
 
@@ -322,7 +322,7 @@ def test_operator_checks_for_itself() -> None:
     words, scale, zero = case.tensors
     x = torch.zeros(2, 104, device="cuda").half()
     space = torch.zeros(1 << 20, dtype=torch.int32, device="cuda")
-    sizes = (72, 104, 3, 32, False, False)
+    sizes = (72, 104, 3, 32, False, False, False)
     mma = torch.ops.discquant.packed_linear_mma
     for args in (
         (x, words[:-1], scale, zero, None, space, *sizes),
@@ -333,7 +333,7 @@ def test_operator_checks_for_itself() -> None:
         (x.float(), words, scale, zero, None, space, *sizes),
         (x.cpu(), words, scale, zero, None, space, *sizes),
         (x[:, :103], words, scale, zero, None, space, *sizes),
-        (x[:, 1:], words, scale, zero, None, space, 72, 103, 3, 32, False, False),
+        (x[:, 1:], words, scale, zero, None, space, 72, 103, 3, 32, False, False, False),
         (
             x,
             words,
