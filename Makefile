@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test fuzz kill-resume sanitize lint bench gpu run-gpu interop clean
+.PHONY: help install quickstart test fuzz kill-resume sanitize lint bench gpu run-gpu scale interop clean
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 EXTENSION := setup.py $(shell find csrc -type f 2>/dev/null)
@@ -37,6 +37,7 @@ help:
 	@echo "make bench        benchmarks that this machine can run"
 	@echo "make interop      real tools, each in its own environment under .venvs, read our files; refine theirs (hours)"
 	@echo "make gpu          on a machine with a GPU: build for it, then all tests and benchmarks"
+	@echo "make scale        on a machine with a GPU: solver steps at Llama 8B and 70B shapes, resident and streamed"
 	@echo "make clean        remove build products (not .venv)"
 
 install: $(STAMPS)/.extension
@@ -97,6 +98,10 @@ gpu:
 run-gpu: $(STAMPS)/.dependencies
 	@rm -f $(STAMPS)/.extension
 	$(PYTHON) benchmarks/run_gpu.py $(GPU_ARGS)
+
+# Writes benchmarks/results/<device>-scale.json. SCALE_ARGS: --shape 8b,70b --blocks 4,8 --seconds 100 ...
+scale: install
+	$(PYTHON) benchmarks/scale_gpu.py $(SCALE_ARGS)
 
 # One environment per tool under .venvs/ (about 12 GB; llama.cpp is compiled); finished rows are kept. Writes docs/interop.md.
 # INTEROP_ARGS: --only 'gguf*' ..., --again, --list, --build [TOOL ...], --produce.

@@ -32,9 +32,7 @@ WIDTHS = {
 RANDOM = 1 << 22  # different values; matrices repeat them from different places
 
 
-def model_config(
-    given: argparse.Namespace, depth: int, widths: Mapping[str, int] = WIDTHS
-) -> dict[str, Any]:
+def model_config(given: argparse.Namespace, depth: int, widths: Mapping[str, int] = WIDTHS) -> dict[str, Any]:
     """Return config.json of the synthetic model; `widths` may hold any of its sizes."""
     widths = {key: value // given.divide for key, value in widths.items()}
     widths["num_key_value_heads"] = max(1, widths["num_key_value_heads"])

@@ -33,10 +33,14 @@ TINY = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
 }  # fmt: skip
 # Widths, and how many blocks the whole model has.
-SHAPES: dict[str, tuple[dict[str, int], int]] = {"8b": (EIGHT, 32), "70b": (scale.WIDTHS, 80), "tiny": (TINY, 4)}
+SHAPES: dict[str, tuple[dict[str, int], int]] = {
+    "8b": (EIGHT, 32),
+    "70b": (scale.WIDTHS, 80),
+    "tiny": (TINY, 4),
+}
 EXTRA_STEPS = 2  # one before the clock starts, one under the profiler
-# So large that every gradient reaches the clamp: the bytes of the result depend on the sign of each one.
-GAIN = 1e6
+# So large that the gradient outweighs the linear term: the bytes of the result then depend on it everywhere.
+GAIN = 1e8
 UNLIMITED = 1e18
 
 
@@ -54,21 +58,21 @@ def options(given: argparse.Namespace) -> Any:
     )
 
 
-def shape_of_config(given: argparse.Namespace, name: str, depth: int) -> Any:
-    """Return the sizes of a model for the plan."""
-    from discquant.planning.shape import open_config, repeated, shape_of
-    from discquant.planning.shape import empty_model as empty
+def sizes(given: argparse.Namespace, name: str) -> Any:
+    """Return the sizes of a model of one block, for the plan."""
+    from discquant.planning.shape import read_shape
 
     with tempfile.TemporaryDirectory() as folder:
         config = json.dumps(scale.model_config(given, 1, SHAPES[name][0]))
         (Path(folder) / "config.json").write_text(config, encoding="utf-8")
-        return repeated(shape_of(empty(open_config(folder)), name=name), depth)
+        return read_shape(folder)
 
 
 def planned(given: argparse.Namespace, found: dict[str, Any], where: str, depth: int) -> dict[str, Any]:
     """Return the plan's memory of the solve and time of a step: with its own rates, and with those measured here."""
     from discquant.planning.hardware import DEVICES, this_device
     from discquant.planning.plan import Machine, make_plan
+    from discquant.planning.shape import repeated
 
     device = this_device() if given.device.type == "cuda" else DEVICES["cpu"]
     if given.device.type == "cuda":
@@ -78,7 +82,7 @@ def planned(given: argparse.Namespace, found: dict[str, Any], where: str, depth:
         known["flops"] = found["bare"]["tflop_s"] * 1e12
     if "link" in found:
         known["link"] = min(found["link"]["in_gb_s"], found["link"]["out_gb_s"]) * 1e9
-    shape = shape_of_config(given, found["shape"], depth)
+    shape = repeated(given.sizes[found["shape"]], depth)
 
     def plan(used: Any) -> Any:
         return make_plan(
@@ -103,8 +107,8 @@ def solve(given: argparse.Namespace, found: dict[str, Any], where: str, depth: i
     from discquant.solver.solve import Solve, TokenRows, lay_grids
 
     device, config = given.device, options(given)
-    engine = Engine(where, device=device)  # before any product: it settles cuBLAS's workspace
-    phases, peaks = Phases(device), {}
+    engine = Engine(where, device=device)
+    phases, building = Phases(device), 0
     with tempfile.TemporaryDirectory() as folder:
         widths = scale.model_config(given, depth, SHAPES[found["shape"]][0])
         dtype = getattr(torch, given.dtype)
@@ -123,11 +127,11 @@ def solve(given: argparse.Namespace, found: dict[str, Any], where: str, depth: i
         built = time.perf_counter() - begin
         try:
             place, kept = run.solver.placement, run.solver.boundaries
+            if device.type == "cuda":
+                building = torch.cuda.max_memory_allocated(device)
             records.append(run.advance())
             parts.synchronize(device)
             first = time.perf_counter() - begin - built
-            if device.type == "cuda":
-                peaks["building"] = torch.cuda.max_memory_allocated(device)
             before = (place.bytes_in, place.bytes_out, kept.bytes_moved, place.waited)
             events = [
                 torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None for _ in range(2)
@@ -152,20 +156,21 @@ def solve(given: argparse.Namespace, found: dict[str, Any], where: str, depth: i
             marks = parts.fingerprint(run.solver)
         finally:
             run.close()
-    shape = shape_of_config(given, found["shape"], depth)
+    weights = depth * given.sizes[found["shape"]].weights
     memory = {record["name"]: record for record in phases.records}["solve"]
     device_ms = events[0].elapsed_time(events[1]) if events[0] is not None and events[1] is not None else None
     return {
         "blocks": depth,
         "placement": where,
-        "weights": shape.weights,
+        "weights": weights,
         "seconds_per_step": wall,
         "device_seconds_per_step": None if device_ms is None else device_ms / 1e3 / given.steps,
         "steps": seconds,
         "first_step_seconds": first,
         "build_seconds": built,
-        "tflop_s": 10.0 * given.tokens * shape.weights / wall / 1e12,
+        "tflop_s": 10.0 * given.tokens * weights / wall / 1e12,
         "peak_device_bytes": memory.get("peak_device_bytes", 0),
+        "building_device_bytes": building,
         "peak_device_reserved_bytes": reserved,
         "peak_host_bytes": memory["peak_rss_bytes"],
         "state_bytes": state_bytes,
@@ -180,27 +185,6 @@ def solve(given: argparse.Namespace, found: dict[str, Any], where: str, depth: i
         "notes": notes,
         "planned": planned(given, found, where, depth),
         **marks,
-    }
-
-
-def line(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return seconds of a step as fixed + per_block * blocks: from the shallowest and the deepest run, or one alone."""
-    if not rows:
-        return None
-    low = min(rows, key=lambda row: row["blocks"])
-    high = max(rows, key=lambda row: row["blocks"])
-    if low["blocks"] == high["blocks"]:
-        per_block = high["seconds_per_step"] / high["blocks"]
-        return {
-            "per_block": per_block,
-            "fixed": 0.0,
-            "from": f"division by {high['blocks']} blocks, head included",
-        }
-    per_block = (high["seconds_per_step"] - low["seconds_per_step"]) / (high["blocks"] - low["blocks"])
-    return {
-        "per_block": per_block,
-        "fixed": low["seconds_per_step"] - per_block * low["blocks"],
-        "from": f"difference of {low['blocks']} and {high['blocks']} blocks",
     }
 
 
@@ -221,14 +205,12 @@ def derive(given: argparse.Namespace, found: dict[str, Any]) -> None:
     found["lines"], found["extrapolated"] = {}, {}
     depth = SHAPES[found["shape"]][1]
     for where in given.placements:
-        fitted = line([row for row in runs if row["placement"] == where])
+        fitted = parts.line([row for row in runs if row["placement"] == where])
         if fitted is None:
             continue
         if bare is not None:
             fitted["times_bare_matmul"] = fitted["per_block"] / bare["seconds_per_block"]
-            fitted["tflop_s"] = (
-                bare["tflop_s"] * bare["seconds_per_block"] / max(1e-12, fitted["per_block"])
-            )
+            fitted["tflop_s"] = bare["tflop_s"] * bare["seconds_per_block"] / max(1e-12, fitted["per_block"])
         found["lines"][where] = fitted
         plan = planned(given, found, where, depth)
         found["extrapolated"][where] = {
@@ -262,6 +244,7 @@ class Recorder:
     def __init__(self, given: argparse.Namespace) -> None:
         """Keep what the file says of other shapes."""
         self.given, self.failed = given, False
+        self.rate = 0.0  # seconds of a run per weight, known from the first on
         self.began = time.perf_counter()
         old = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
         self.result: dict[str, Any] = {
@@ -286,7 +269,9 @@ class Recorder:
         """Run one part, keep its result or why there is none, write the file; return the seconds it took."""
         begin = time.perf_counter()
         if self.left() < needs:
-            result: dict[str, Any] = {"error": f"left out: about {needs:.0f} s needed, {self.left():.0f} left"}
+            result: dict[str, Any] = {
+                "error": f"left out: about {needs:.0f} s needed, {self.left():.0f} left"
+            }
         else:
             try:
                 result = call()
@@ -315,7 +300,8 @@ def measure_shape(given: argparse.Namespace, recorder: Recorder, name: str) -> N
         "runs": [], "left_out": [],
     }  # fmt: skip
     recorder.result["shapes"][name] = found
-    block = shape_of_config(given, name, 1).blocks[0]
+    given.sizes[name] = sizes(given, name)
+    block = given.sizes[name].blocks[0]
     linears = [(m.rows, m.columns) for m in block.matrices for _ in range(m.count)]
 
     def bare() -> dict[str, Any]:
@@ -336,15 +322,17 @@ def measure_shape(given: argparse.Namespace, recorder: Recorder, name: str) -> N
 
     recorder.part(f"{name} bare matmuls", bare, keep("bare"))
     recorder.part(f"{name} link", lambda: parts.link(given.device), keep("link"))
-    per_block = 0.0
     for depth in given.blocks:
         for where in given.placements:
-            label = f"{name} {depth} blocks {where}"
+            weights = depth * block.weights
             took = recorder.part(
-                label, lambda d=depth, w=where: solve(given, found, w, d), keep_run, per_block * depth
+                f"{name} {depth} blocks {where}",
+                lambda d=depth, w=where: solve(given, found, w, d),
+                keep_run,
+                recorder.rate * weights,
             )
             # The first part also compiles kernels and is no measure of those that follow.
-            per_block = min(per_block, took / depth) if per_block else took / depth
+            recorder.rate = min(recorder.rate or 1.0, took / weights)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -383,7 +371,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         given.tokens // given.seqlen,
         1,
     )
-    given.micro_batch = given.micro_batch or given.windows
+    given.micro_batch, given.sizes = given.micro_batch or given.windows, {}
     return given
 
 
@@ -394,15 +382,25 @@ def main(arguments: list[str] | None = None) -> int:
     import transformers
 
     from discquant.run.phases import resident_bytes
+    from discquant.solver.engine import Engine
 
     assert transformers.LlamaForCausalLM  # imported now, so that it counts with the process
     if given.device.type == "cuda":
+        import discquant.triton_kernels  # of the installed package: without it every op would be the slow reference
+
+        assert discquant.triton_kernels.__name__
         given.device = torch.device("cuda", given.device.index or 0)
+        Engine(device=given.device)  # settles cuBLAS's workspace, which is read at the first product
         torch.zeros(1, device=given.device)
     given.process = float(resident_bytes())
     print(f"start {time.perf_counter() - recorder.began:.1f} s, {machine()['device']}", flush=True)
-    for name in given.shape:
-        measure_shape(given, recorder, name)
+    gc.collect()
+    gc.freeze()  # what was imported need not be looked through between parts
+    try:
+        for name in given.shape:
+            measure_shape(given, recorder, name)
+    finally:
+        gc.unfreeze()
     return int(recorder.failed)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scale_gpu.py is made of: a model whose weights are drawn on the device, bare matmuls, copies, overlap, checksums.
+"""What scale_gpu.py is made of: a model drawn on the device, bare matmuls, copies, their overlap, checksums.
 
 Nothing here knows of placements or depths.
 """
@@ -236,7 +236,8 @@ def profiled(call: Callable[[], object], device: torch.device) -> dict[str, Any]
 def checksum(data: Tensor) -> int:
     """Return a 64-bit checksum of bytes, computed where they are.
 
-    Words of eight bytes times odd numbers that differ by place, summed: no single word can change unnoticed.
+    Words of eight bytes, stirred, times odd numbers that differ by place, summed: each step can be inverted, so that no
+    single word can change unnoticed.
     """
     flat = data.flatten().view(torch.uint8)
     words = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
@@ -244,7 +245,9 @@ def checksum(data: Tensor) -> int:
     for begin in range(0, words.numel(), CHECKSUM_WORDS):
         part = words[begin : begin + CHECKSUM_WORDS]
         place = torch.arange(begin, begin + part.numel(), dtype=torch.int64, device=part.device)
-        total += int((part * (place * 0x9E3779B1 * 2 + 1)).sum())
+        stirred = part * 0x2545F4914F6CDD1D
+        stirred ^= stirred >> 31  # brings the high bits down, or two changes there could cancel
+        total += int(stirred.mul_(place.mul_(0x9E3779B1 * 2).add_(1)).sum())
     return total & (2**64 - 1)
 
 
@@ -262,3 +265,24 @@ def fingerprint(solver: Any) -> dict[str, Any]:
             state = (state * 31 + checksum(block.changed())) & (2**64 - 1)
     digest = hashlib.sha256(b"".join(item.result() for item in pending))
     return {"codes_sha256": digest.hexdigest(), "state_checksum": f"{state:016x}"}
+
+
+def line(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return seconds of a step as fixed + per_block * blocks: from the shallowest and the deepest run, or one alone."""
+    if not rows:
+        return None
+    low = min(rows, key=lambda row: row["blocks"])
+    high = max(rows, key=lambda row: row["blocks"])
+    if low["blocks"] == high["blocks"]:
+        per_block = high["seconds_per_step"] / high["blocks"]
+        return {
+            "per_block": per_block,
+            "fixed": 0.0,
+            "from": f"division by {high['blocks']} blocks, head included",
+        }
+    per_block = (high["seconds_per_step"] - low["seconds_per_step"]) / (high["blocks"] - low["blocks"])
+    return {
+        "per_block": per_block,
+        "fixed": low["seconds_per_step"] - per_block * low["blocks"],
+        "from": f"difference of {low['blocks']} and {high['blocks']} blocks",
+    }

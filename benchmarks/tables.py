@@ -183,6 +183,38 @@ def gpu() -> str:
     return "\n\n".join(found) or MISSING
 
 
+def gpu_scale() -> str:
+    """Steps on Llama-shaped blocks, resident and streamed, on every GPU that has a result file."""
+    body = []
+    for path in sorted(RESULTS.glob("nvidia-*-scale.json")):
+        result = _load(path)
+        for name, found in sorted(result["shapes"].items()):
+            same = {True: "yes", False: "**no**"}
+            identical = same[
+                all(row["codes_identical"] and row["state_identical"] for row in found["compared"])
+            ]
+            for where, fitted in found["lines"].items():
+                deepest = max(
+                    (r for r in found["runs"] if r["placement"] == where), key=lambda r: r["blocks"]
+                )
+                whole, share = found["extrapolated"][where], deepest["overlap"].get("share")
+                body.append([
+                    f"{name}, {where}, {result['machine']['device']}",
+                    f"{1e3 * fitted['per_block']:.1f}",
+                    f"{fitted['times_bare_matmul']:.2f}" if "times_bare_matmul" in fitted else "",
+                    f"{fitted['tflop_s']:.0f}" if "tflop_s" in fitted else "",
+                    "" if share is None else f"{share:.0%}",
+                    f"{deepest['peak_device_bytes'] / 1e9:.1f} / {deepest['planned']['device_bytes'] / 1e9:.1f}",
+                    f"{whole['seconds_per_step']:.1f} ({whole['blocks']} blocks)",
+                    identical if found["compared"] else "",
+                ])  # fmt: skip
+    header = [
+        "shape, state", "ms per block and step", "× bare matmul", "TFLOP/s", "copies under kernels",
+        "device GB at deepest run, measured / planned", "seconds per step, extrapolated", "same bytes",
+    ]  # fmt: skip
+    return _table(header, body) if body else "_Not measured on a GPU._"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "sweep": sweep,
@@ -191,6 +223,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "resume": resume,
     "refine": refine,
     "gpu": gpu,
+    "gpu-scale": gpu_scale,
 }
 
 
