@@ -220,15 +220,13 @@ def profiled(call: Callable[[], object], device: torch.device) -> dict[str, Any]
     if device.type != "cuda":
         call()
         return {"missing": "no GPU"}
-    from torch.autograd import DeviceType
-
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         synchronize(device)
     events = [
         (event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
         for event in profile.events() or ()
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
     ]
     return overlap(events) if events else {"missing": "the profiler saw no work of the device"}
 
@@ -261,7 +259,7 @@ def fingerprint(solver: Any) -> dict[str, Any]:
             block = solver.placement.fetch(index)
             for layer in block.states:
                 codes = pack_nibbles(layer.codes()).cpu().contiguous().numpy()
-                pending.append(pool.submit(lambda data: hashlib.sha256(data).digest(), codes))
+                pending.append(pool.submit(lambda data: hashlib.sha256(data).digest(), memoryview(codes)))
             state = (state * 31 + checksum(block.changed())) & (2**64 - 1)
     digest = hashlib.sha256(b"".join(item.result() for item in pending))
     return {"codes_sha256": digest.hexdigest(), "state_checksum": f"{state:016x}"}
