@@ -9,6 +9,7 @@ of the result. Writes benchmarks/results/<device>-scale.json after every part. `
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -85,8 +86,9 @@ def planned(given: argparse.Namespace, found: dict[str, Any], where: str, depth:
     shape = repeated(given.sizes[found["shape"]], depth)
 
     def plan(used: Any) -> Any:
+        here = Machine(used, UNLIMITED, UNLIMITED)
         return make_plan(
-            shape, options(given), Machine(used, UNLIMITED, UNLIMITED), placement=cast(Any, where), process=given.process
+            shape, options(given), here, placement=cast(Any, where), process=given.process
         )  # fmt: skip
 
     assumed = plan(device)
@@ -121,19 +123,23 @@ def solve(given: argparse.Namespace, found: dict[str, Any], where: str, depth: i
     ids = torch.randint(3, given.vocab, (config.data.nsamples, given.seqlen), generator=generator)
     rows = TokenRows(chain, ids, None, given.micro_batch)
     seconds, records = [], []
-    with phases.phase("solve"):
-        begin = time.perf_counter()
-        run = Solve(chain, grids, rows, config, fresh=False, served=torch.bfloat16, engine=engine)
-        built = time.perf_counter() - begin
-        try:
+
+    def marks(place: Any, kept: Any) -> tuple[float, ...]:
+        return place.bytes_in, place.bytes_out, kept.bytes_moved, place.waited
+
+    with contextlib.ExitStack() as closing:
+        with phases.phase("solve"):
+            begin = time.perf_counter()
+            run = Solve(chain, grids, rows, config, fresh=False, served=torch.bfloat16, engine=engine)
+            closing.callback(run.close)
             place, kept = run.solver.placement, run.solver.boundaries
+            built = time.perf_counter() - begin
             if device.type == "cuda":
                 building = torch.cuda.max_memory_allocated(device)
             records.append(run.advance())
             parts.synchronize(device)
             first = time.perf_counter() - begin - built
-            before = (place.bytes_in, place.bytes_out, kept.bytes_moved, place.waited)
-            began = time.perf_counter()
+            before, began = marks(place, kept), time.perf_counter()
             for _ in range(given.steps):
                 at = time.perf_counter()
                 records.append(run.advance())
@@ -143,14 +149,12 @@ def solve(given: argparse.Namespace, found: dict[str, Any], where: str, depth: i
             # Copies home may still be under way: they count, too.
             parts.synchronize(device)
             wall = (time.perf_counter() - began) / given.steps
-            after = (place.bytes_in, place.bytes_out, kept.bytes_moved, place.waited)
-            per_step = [(b - a) / given.steps for a, b in zip(before, after, strict=True)]
-            copies = parts.profiled(lambda: records.append(run.advance()), device)
+            per_step = [(b - a) / given.steps for a, b in zip(before, marks(place, kept), strict=True)]
             reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-            state_bytes, notes = place.nbytes, list(place.notes)
-            marks = parts.fingerprint(run.solver)
-        finally:
-            run.close()
+        # What follows holds memory of its own, which is none of the solve's.
+        copies = parts.profiled(lambda: records.append(run.advance()), device)
+        state_bytes, notes = place.nbytes, list(place.notes)
+        prints = parts.fingerprint(run.solver)
     weights = depth * given.sizes[found["shape"]].weights
     memory = {record["name"]: record for record in phases.records}["solve"]
     return {
@@ -177,7 +181,7 @@ def solve(given: argparse.Namespace, found: dict[str, Any], where: str, depth: i
         "moved": records[-1].moved,
         "notes": notes,
         "planned": planned(given, found, where, depth),
-        **marks,
+        **prints,
     }
 
 
@@ -300,11 +304,8 @@ def measure_shape(given: argparse.Namespace, recorder: Recorder, name: str) -> N
     def bare() -> dict[str, Any]:
         seconds = parts.bare_matmuls(linears, given.tokens, given.device, getattr(torch, given.dtype))
         work = 10.0 * given.tokens * block.weights
-        return {
-            "seconds_per_block": seconds,
-            "weights_per_block": block.weights,
-            "tflop_s": work / seconds / 1e12,
-        }
+        found = {"seconds_per_block": seconds, "weights_per_block": block.weights}
+        return {**found, "tflop_s": work / seconds / 1e12}
 
     def keep(key: str) -> Any:
         return lambda result: None if "error" in result else found.update({key: result})
@@ -359,11 +360,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--shape must be of {', '.join(SHAPES)}, got {unknown[0]}")
     if given.tokens % given.seqlen:
         parser.error(f"--tokens must be a multiple of --seqlen = {given.seqlen}, got {given.tokens}")
-    given.device, given.windows, given.divide = (
-        torch.device(given.device),
-        given.tokens // given.seqlen,
-        1,
-    )
+    given.device, given.windows = torch.device(given.device), given.tokens // given.seqlen
+    given.divide = 1
     given.micro_batch, given.sizes = given.micro_batch or given.windows, {}
     return given
 

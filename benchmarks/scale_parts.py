@@ -259,7 +259,7 @@ def fingerprint(solver: Any) -> dict[str, Any]:
             block = solver.placement.fetch(index)
             for layer in block.states:
                 codes = pack_nibbles(layer.codes()).cpu().contiguous().numpy()
-                pending.append(pool.submit(lambda data: hashlib.sha256(data).digest(), memoryview(codes)))
+                pending.append(pool.submit(lambda data: hashlib.sha256(data).digest(), cast(Any, codes)))
             state = (state * 31 + checksum(block.changed())) & (2**64 - 1)
     digest = hashlib.sha256(b"".join(item.result() for item in pending))
     return {"codes_sha256": digest.hexdigest(), "state_checksum": f"{state:016x}"}
