@@ -143,7 +143,7 @@ class NinjaBuild(build_ext):
         )
         libraries = [f"-L{shlex.quote(path)}" for path in library_paths("cuda" if cuda else "cpu")]
         if sys.platform == "linux":
-            # What an operator throws, torch catches: with a second libstdc++ inside (some compilers' default) that crashes.
+            # What an operator throws, torch catches: a second libstdc++, some compilers' default, makes that crash.
             libraries.append("-l:libstdc++.so.6")
         libraries += ["-ltorch", "-ltorch_cpu", "-lc10"] + (["-lcudart"] if cuda else [])
         out = Path(self.get_ext_fullpath("discquant._C")).resolve()

@@ -38,6 +38,14 @@ def _cap(raw, bias, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.c
 
 
 @triton.jit
+def _online(largest, total, value):
+    """Next (maximum, sum of exponentials over it), elementwise; an element that has seen only -inf has sum 0."""
+    larger = tl.maximum(largest, value)
+    origin = tl.where(larger == float("-inf"), 0.0, larger)
+    return larger, total * tl.exp(largest - origin) + tl.exp(value - origin)
+
+
+@triton.jit
 def _linear_kl_fwd_kernel(
     kl_ptr, diff_ptr, student_ptr, teacher_ptr, bias_ptr, mask_ptr,
     vocab_size, stride_z, stride_d,
@@ -49,8 +57,9 @@ def _linear_kl_fwd_kernel(
     counted = True
     if HAS_MASK:
         counted = tl.load(mask_ptr + row) != 0
-    max_s = tl.full((), float("-inf"), ACC)
-    max_t = tl.full((), float("-inf"), ACC)
+    # Every lane keeps its own maximum and sum: one reduction across the block at the end instead of one per tile.
+    lane_max_s = tl.full((BLOCK_V,), float("-inf"), ACC)
+    lane_max_t = lane_max_s
     sum_s = tl.zeros((BLOCK_V,), ACC)
     sum_t = tl.zeros((BLOCK_V,), ACC)
     for start in range(0, vocab_size, BLOCK_V):
@@ -75,19 +84,21 @@ def _linear_kl_fwd_kernel(
         )
         z_s = tl.where(offs < vocab_size, z_s, float("-inf"))
         z_t = tl.where(offs < vocab_size, z_t, float("-inf"))
-        new_s = tl.maximum(max_s, tl.max(z_s, axis=0))
-        new_t = tl.maximum(max_t, tl.max(z_t, axis=0))
-        sum_s = sum_s * tl.exp(max_s - new_s) + tl.exp(z_s - new_s)
-        sum_t = sum_t * tl.exp(max_t - new_t) + tl.exp(z_t - new_t)
-        max_s = new_s
-        max_t = new_t
+        lane_max_s, sum_s = _online(lane_max_s, sum_s, z_s)
+        lane_max_t, sum_t = _online(lane_max_t, sum_t, z_t)
+    max_s = tl.max(lane_max_s, axis=0)
+    max_t = tl.max(lane_max_t, axis=0)
+    sum_s = sum_s * tl.exp(lane_max_s - max_s)
+    sum_t = sum_t * tl.exp(lane_max_t - max_t)
     # Kept apart from the maxima: their sum would round at the size of the logits.
     log_sum_s = tl.log(tl.sum(sum_s, axis=0))
     log_sum_t = tl.log(tl.sum(sum_t, axis=0))
 
     kl = tl.zeros((BLOCK_V,), ACC)
-    for start in range(0, vocab_size, BLOCK_V):
-        offs = start + tl.arange(0, BLOCK_V)
+    tiles = tl.cdiv(vocab_size, BLOCK_V)
+    # Backwards: what the first pass read last still lies in the L2.
+    for tile in range(0, tiles):
+        offs = (tiles - 1 - tile) * BLOCK_V + tl.arange(0, BLOCK_V)
         stored = offs < vocab_size
         inside = stored & counted
         bias = tl.zeros((BLOCK_V,), ACC)
@@ -136,7 +147,7 @@ def chunk_rows(chunk_size: int, vocab_size: int, bytes_per_logit: int) -> int:
 def linear_kl_fwd(
     student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     normalizer: float | None, logit_scale: float, softcap: float | None, chunk_size: int,
-    block: int | None = None,
+    block: int | None = None, num_warps: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch; arguments as `discquant.ops.linear_kl`, already checked. Returns loss, per_token, grad_student."""
     num_tokens, vocab_size = student.shape[0], weight.shape[0]
@@ -169,7 +180,7 @@ def linear_kl_fwd(
             vocab_size, z_s.stride(0), diff.stride(0),
             LOGIT_SCALE=float(logit_scale), SOFTCAP=float(softcap or 0.0),
             NEAR=0.02 if acc == torch.float64 else 0.3, HAS_BIAS=bias is not None,
-            HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=8,
+            HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=num_warps,
         )  # fmt: skip
         _matmul(hidden[:count], diff[:count], head)
         scaled = hidden[:count] * inverse

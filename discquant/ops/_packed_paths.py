@@ -135,7 +135,7 @@ def _gpu_linear(
     columns = -(-in_features // 8) * 8
     size = _size(words.device.index, out_features, columns)
     dense = not batch_invariant and x.shape[0] >= table.dense_tokens(x.device, num_bits)
-    # `exact` multiplies by the scale in the dtype of x: exact only if the scale has it. Size 0: too large for the kernel.
+    # `exact` multiplies by the scale in the dtype of x: exact only if the scale has it. Size 0: the kernel cannot.
     if x.dtype == torch.float32 or dense or (exact and scale.dtype != x.dtype) or (out_features and not size):
         return dense_linear(
             x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, MMA_LAYOUT
@@ -146,7 +146,8 @@ def _gpu_linear(
         x = x.contiguous() if x.stride(0) != in_features or x.stride(1) != 1 else x.clone()
     space = workspace(words, out_features, columns)
     grid = (out_features, columns, num_bits, group_size)
-    return mma_op(x, words, scale, zero_point, bias, space, *grid, exact, batch_invariant, settled)
+    y: Tensor = mma_op(x, words, scale, zero_point, bias, space, *grid, exact, batch_invariant, settled)
+    return y
 
 
 gpu_op = registry.define(

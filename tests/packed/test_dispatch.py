@@ -71,7 +71,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     ],
 )
 def test_choice(
-    launches: list[dict[str, Any]], tokens: int, options: dict[str, Any], expected: list[int],
+    launches: list[dict[str, Any]],
+    tokens: int,
+    options: dict[str, Any],
+    expected: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words, scale, full = weight(70, 203, dtype=options.get("scale", HALF))

@@ -311,7 +311,9 @@ def test_opcheck_compile_and_meta() -> None:
     mma = torch.ops.discquant.packed_linear_mma.default
     tests = ("test_schema", "test_faketensor")
     x = torch.randn(3, 104, device="cuda").half()
-    torch.library.opcheck(mma, (x, words, scale, zero, None, space, *sizes, False, False, False), test_utils=tests)
+    torch.library.opcheck(
+        mma, (x, words, scale, zero, None, space, *sizes, False, False, False), test_utils=tests
+    )
     meta = [None if t is None else t.to("meta") for t in (x, words, scale, zero)]
     assert op(*meta, None, *sizes, False, False, False).shape == (3, 72)
 
