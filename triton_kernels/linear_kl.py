@@ -97,7 +97,7 @@ def _linear_kl_fwd_kernel(
     kl = tl.zeros((BLOCK_V,), ACC)
     tiles = tl.cdiv(vocab_size, BLOCK_V)
     # Backwards: what the first pass read last still lies in the L2.
-    for tile in range(0, tiles):
+    for tile in range(tiles):
         offs = (tiles - 1 - tile) * BLOCK_V + tl.arange(0, BLOCK_V)
         stored = offs < vocab_size
         inside = stored & counted
