@@ -39,15 +39,20 @@ constexpr size_t kStack = 128 * 1024;
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   bool done = false;
   bool at_block_barrier = false;
+  unsigned meetings = 0;  // of its warp
+};
+
+// What lanes show each other in one meeting.
+struct Table {
+  uint32_t a[32][4], b[32][2];
 };
 
 struct Warp {
   int arrived = 0;
   uint64_t generation = 0;
-  uint32_t a[32][4], b[32][2];  // what lanes show each other
+  Table tables[2];  // by turns: a lane may be one meeting ahead of the others
 };
 
 struct Block {
@@ -71,16 +76,22 @@ inline void run_fiber() {
 inline Warp& warp() { return block->warps[block->current / 32]; }
 inline int lane() { return static_cast<int>(block->current % 32); }
 
-// Every lane of the warp must come here.
-inline void warp_meets() {
+// Where this lane writes before the next meeting, and reads after it.
+inline Table& table() { return warp().tables[block->fibers[block->current].meetings % 2]; }
+
+// Every lane of the warp must come here; returns the table that they wrote.
+inline const Table& warp_meets() {
   Warp& w = warp();
+  const Table& shown = table();
+  ++block->fibers[block->current].meetings;
   const uint64_t generation = w.generation;
   if (++w.arrived == 32) {
     w.arrived = 0;
     ++w.generation;
-    return;
+  } else {
+    while (w.generation == generation) yield();
   }
-  while (warp().generation == generation) yield();
+  return shown;
 }
 
 inline void require(bool holds, const char* what) {
@@ -93,6 +104,8 @@ inline void require(bool holds, const char* what) {
 inline void launch(const std::vector<Place>& order, Place grid, unsigned threads, size_t shared_bytes,
                    const std::function<void()>& body) {
   gridDim = grid;
+  static std::vector<std::unique_ptr<char[]>> stacks;  // kept from launch to launch: fresh pages cost more than the kernels
+  while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
   for (const Place& place : order) {
     Block now;
     now.fibers.resize(threads);
@@ -101,10 +114,10 @@ inline void launch(const std::vector<Place>& order, Place grid, unsigned threads
     now.body = body;
     block = &now;
     blockIdx = place;
-    for (Fiber& fiber : now.fibers) {
-      fiber.stack.reset(new char[kStack]);
+    for (size_t i = 0; i < threads; ++i) {
+      Fiber& fiber = now.fibers[i];
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_sp = stacks[i].get();
       fiber.context.uc_stack.ss_size = kStack;
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, run_fiber, 0);
@@ -175,11 +188,10 @@ inline float load_shared_float(const float* p) { return *p; }
 
 inline void load_matrices(uint32_t v[4], uint32_t address) {
   emulated::require(address % 16 == 0 && address + 16 <= emulated::block->shared.size(), "ldmatrix out of bounds");
-  emulated::warp().b[emulated::lane()][0] = address;
-  emulated::warp_meets();
+  emulated::table().b[emulated::lane()][0] = address;
+  const emulated::Table& shown = emulated::warp_meets();
   for (int m = 0; m < 4; ++m)
-    std::memcpy(&v[m], dynamic_shared() + emulated::warp().b[m * 8 + emulated::lane() / 4][0] + emulated::lane() % 4 * 4, 4);
-  emulated::warp_meets();
+    std::memcpy(&v[m], dynamic_shared() + shown.b[m * 8 + emulated::lane() / 4][0] + emulated::lane() % 4 * 4, 4);
 }
 
 template <class T>
@@ -191,30 +203,25 @@ float half_value(uint32_t pair, int i) {
 // Lane (g, t) holds A rows g, g + 8 at k = 2t, 2t + 1, 2t + 8, 2t + 9; B of column g at the same k; C of columns 2t, 2t + 1.
 template <class T>
 void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, T) {
-  emulated::Warp& warp = emulated::warp();
   const int lane = emulated::lane();
-  std::memcpy(warp.a[lane], a, 16);
-  warp.b[lane][0] = b0, warp.b[lane][1] = b1;
-  emulated::warp_meets();
+  std::memcpy(emulated::table().a[lane], a, 16);
+  emulated::table().b[lane][0] = b0, emulated::table().b[lane][1] = b1;
+  const emulated::Table& shown = emulated::warp_meets();
   for (int i = 0; i < 4; ++i) {
     double sum = c[i];
     for (int k = 0; k < 16; ++k) {
       const int high = k / 8, t = k % 8 / 2, half = k % 2;
-      const uint32_t* from = warp.a[lane / 4 * 4 + t];
+      const uint32_t* from = shown.a[lane / 4 * 4 + t];
       sum += static_cast<double>(half_value<T>(from[(i >= 2 ? 1 : 0) + 2 * high], half)) *
-             half_value<T>(warp.b[(lane % 4 * 2 + i % 2) * 4 + t][high], half);
+             half_value<T>(shown.b[(lane % 4 * 2 + i % 2) * 4 + t][high], half);
     }
     c[i] = static_cast<float>(sum);
   }
-  emulated::warp_meets();
 }
 
 inline uint32_t shuffle(uint32_t value, int lane) {
-  emulated::warp().b[emulated::lane()][0] = value;
-  emulated::warp_meets();
-  const uint32_t found = emulated::warp().b[lane & 31][0];
-  emulated::warp_meets();
-  return found;
+  emulated::table().b[emulated::lane()][0] = value;
+  return emulated::warp_meets().b[lane & 31][0];
 }
 
 inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
