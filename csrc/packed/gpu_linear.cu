@@ -8,9 +8,9 @@ namespace discquant {
 namespace packed {
 namespace {
 
-template <class T, int kBits, int kTokenTiles, bool kExact>
-int launch(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
-  auto kernel = packed_linear_kernel<T, kBits, kTokenTiles, kExact>;
+template <class T, int kBits, int kTokenTiles, bool kExact, bool kWhole>
+int launch_as(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
+  auto kernel = packed_linear_kernel<T, kBits, kTokenTiles, kExact, kWhole>;
   const int bytes = shared_bytes(call.tokens, walk.slots, walk.chunk_tiles);
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
@@ -25,6 +25,12 @@ int launch(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
   config.attrs = &overlap;
   config.numAttrs = call.settled_weight && call.device.overlaps ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, call, walk);
+}
+
+template <class T, int kBits, int kTokenTiles, bool kExact>
+int launch(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
+  return walk.unit_groups == 1 ? launch_as<T, kBits, kTokenTiles, kExact, true>(call, walk, stream)
+                               : launch_as<T, kBits, kTokenTiles, kExact, false>(call, walk, stream);
 }
 
 template <class T, int kBits>

@@ -55,7 +55,8 @@ __device__ __forceinline__ uint32_t step_word(const uint32_t (&words)[2 * kBits]
   return words[first + at];
 }
 
-template <class T, int kBits, int kTokenTiles, bool kExact>
+// kWhole: a group spans the unit, or more.
+template <class T, int kBits, int kTokenTiles, bool kExact, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLinear p, const Walk walk) {
   constexpr int kDepth = depth<kBits>();
   uint8_t* const zeros = dynamic_shared();
@@ -67,8 +68,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   const int half = warp % 2, slice = warp / 2;
   const int row = half * kWarpTiles * kTileRows + lane / 4;
   const uint32_t run = blockIdx.x, first = walk.begin(run), last = walk.begin(run + 1);
-  const int group_steps = 8 / walk.unit_groups;  // k16 steps of a group in a unit: 2, 4 or 8
-  const int group_shift = walk.unit_groups == 1 ? 3 : walk.unit_groups == 2 ? 2 : 1;
+  const int group_steps = kWhole ? 8 : 8 / walk.unit_groups;  // k16 steps of a group in a unit: 2, 4 or 8
+  const int group_shift = kWhole || walk.unit_groups == 1 ? 3 : walk.unit_groups == 2 ? 2 : 1;
 
   Cursor head = walk_at(walk, first);
   int chunk = head.chunk, block = head.block;
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     const int row_of = 8 * r + lane / 4;
     const int at = (group << scale_shift) + (wide_scale ? row_of : row_of / 2);
     uint32_t held = from.scale[0];
-    if (scale_loads > 1) {
+    if (!kWhole && scale_loads > 1) {
       // By masks: a chain of choices would become an index, and that puts the registers into memory.
       held &= at / 32 == 0 ? ~0u : 0u;
 #pragma unroll
@@ -102,31 +103,53 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     return shuffle(from.zero, group * 8 + (8 * r + lane / 4) / 4) >> (lane / 4 % 4 * 8) & 255u;
   };
 
+  // The head of the stream in places of memory; worked out anew only where it leaves a row block.
+  int head_k, head_stop, head_jump;  // k tile, end of the chunk, and from there to the chunk's next row block
+  uint32_t head_at, head_groups;     // unit and first group in memory
+  auto place_head = [&] {
+    const int chunk_k = head.chunk * walk.chunk_tiles;
+    head_k = chunk_k + head.k_tile;
+    head_stop = chunk_k + head.width;
+    head_jump = walk.k_tiles - head.width;
+    head_at = static_cast<uint32_t>(head.block * walk.k_tiles + head_k);
+    head_groups = static_cast<uint32_t>(head.block * walk.groups);
+  };
+  place_head();
+  constexpr uint32_t kUnitBytes = kBlockRows / kTileRows * kTileBytes;
+  const uint8_t* const lane_scale =
+      static_cast<const uint8_t*>(p.scale) + (half << scale_shift) * 4 + (lane & ((1 << scale_shift) - 1)) * 4;
+
   auto load = [&](Fragment<kBits>& to) {
     if (head.unit >= last) return;
-    if (head.unit + kPrefetchUnits < last && lane < kWarpTiles * kTileBytes / 128) {
-      Cursor ahead = head;
-      walk_forward(walk, ahead, kPrefetchUnits);
-      const uint32_t at = static_cast<uint32_t>(ahead.block * walk.k_tiles + ahead.chunk * walk.chunk_tiles + ahead.k_tile);
-      prefetch(lane_words + static_cast<uint64_t>(at) * (kBlockRows / kTileRows * kTileBytes) + lane * (128 - 16));
-    }
-    const int k_tile = head.chunk * walk.chunk_tiles + head.k_tile;
-    const uint32_t unit_at = static_cast<uint32_t>(head.block * walk.k_tiles + k_tile);
-    const uint8_t* const from = lane_words + static_cast<uint64_t>(unit_at) * (kBlockRows / kTileRows * kTileBytes);
+    const uint32_t ahead = head_at + kPrefetchUnits + static_cast<uint32_t>(head_k + kPrefetchUnits >= head_stop ? head_jump : 0);
+    if (ahead < walk.units && head.unit + kPrefetchUnits < last && lane < kWarpTiles * kTileBytes / 128)
+      prefetch(lane_words + lane * (128 - 16) + static_cast<uint64_t>(ahead) * kUnitBytes);
+    const uint8_t* const from = lane_words + static_cast<uint64_t>(head_at) * kUnitBytes;
 #pragma unroll
     for (int tile = 0; tile < kWarpTiles; ++tile) load_words<kBits>(to.words[tile], from + tile * kTileBytes, lane);
-    const uint32_t first_group = static_cast<uint32_t>(head.block * walk.groups);
+    if constexpr (kWhole) {
+      const uint32_t group = head_groups + static_cast<uint32_t>(walk.group(head_k, 0));
+      to.scale[0] = load_word(lane_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
+      if (p.zero_point != nullptr) to.zero = load_word(p.zero_point, group * kBlockRows + half * 32 + (lane & 7) * 4);
+    } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j == 0 || j < scale_loads) {
-        const int word = 32 * j + lane;
-        const uint32_t at = (first_group + walk.group(k_tile, word >> scale_shift)) * 2 + half;
-        to.scale[j] = load_word(p.scale, 4 * ((at << scale_shift) + (word & ((1 << scale_shift) - 1))));
+      for (int j = 0; j < 4; ++j) {
+        if (j == 0 || j < scale_loads) {
+          const uint32_t group = head_groups + static_cast<uint32_t>(walk.group(head_k, 32 * j + lane >> scale_shift));
+          to.scale[j] = load_word(lane_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
+        }
       }
+      const uint32_t group = head_groups + static_cast<uint32_t>(walk.group(head_k, lane / 8));
+      if (p.zero_point != nullptr) to.zero = load_word(p.zero_point, group * kBlockRows + half * 32 + (lane & 7) * 4);
     }
-    if (p.zero_point != nullptr)
-      to.zero = load_word(p.zero_point, ((first_group + walk.group(k_tile, lane / 8)) * 2 + half) * 32 + lane % 8 * 4);
-    walk_forward(walk, head, kSlices);
+    head.unit += kSlices;
+    head_k += kSlices;
+    head_at += kSlices;
+    if (head_k >= head_stop) {
+      head.k_tile = head_k - head_stop + head.width;
+      walk_forward(walk, head, 0);
+      place_head();
+    }
   };
 
   // The chunk's activations, of the k tiles that this run meets: `count` units from k tile `from` on, round the chunk.

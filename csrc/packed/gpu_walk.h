@@ -45,14 +45,11 @@ struct Walk {
   }
   // Group of code `k_tile * 128 + 128 / unit_groups * i`; past the last group, where all codes are padding, the last.
   DISCQUANT_HD int group(int k_tile, int i) const {
-    int found;
-    if (unit_groups > 1) {
-      found = k_tile * unit_groups + (i < unit_groups ? i : unit_groups - 1);
-    } else {
-      found = group_tiles == 1
-                  ? k_tile
-                  : static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(k_tile)) * group_magic) >> 32);
-    }
+    if (unit_groups == 1)
+      return group_tiles == 1
+                 ? k_tile
+                 : static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(k_tile)) * group_magic) >> 32);
+    const int found = k_tile * unit_groups + (i < unit_groups ? i : unit_groups - 1);
     return found < groups ? found : groups - 1;
   }
   // Where a run leaves its part of a block that it shares: along the walk the run or the block grows, so no two agree.

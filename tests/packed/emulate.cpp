@@ -117,15 +117,21 @@ static std::vector<Place> places(unsigned x, unsigned y, Order order) {
   return found;
 }
 
+template <class T, int kBits, int kTokenTiles, bool kExact>
+static void run_thread(const GpuLinear& call, const Walk& walk) {
+  walk.unit_groups == 1 ? packed_linear_kernel<T, kBits, kTokenTiles, kExact, true>(call, walk)
+                        : packed_linear_kernel<T, kBits, kTokenTiles, kExact, false>(call, walk);
+}
+
 template <class T, int kBits>
 static void run(const GpuLinear& call, bool exact, const Walk& walk, Order order) {
   const int tiles = call.tokens <= 8 ? 1 : 2;
   const size_t bytes = static_cast<size_t>(shared_bytes(call.tokens, walk.slots, walk.chunk_tiles));
   emulated::launch(places(walk.runs, 1, order), Place{walk.runs, 1, 1}, kThreads, bytes, [&] {
     if (tiles == 1)
-      exact ? packed_linear_kernel<T, kBits, 1, true>(call, walk) : packed_linear_kernel<T, kBits, 1, false>(call, walk);
+      exact ? run_thread<T, kBits, 1, true>(call, walk) : run_thread<T, kBits, 1, false>(call, walk);
     else
-      exact ? packed_linear_kernel<T, kBits, 2, true>(call, walk) : packed_linear_kernel<T, kBits, 2, false>(call, walk);
+      exact ? run_thread<T, kBits, 2, true>(call, walk) : run_thread<T, kBits, 2, false>(call, walk);
   });
 }
 
