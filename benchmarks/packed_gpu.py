@@ -152,8 +152,11 @@ def providers(layer: Layer, x: Tensor) -> Iterator[tuple[str, int, list[Call]]]:
     # First: the others are told as multiples of it.
     yield "cuBLAS", 2 * layer.n * layer.k, cublas(layer, x)
     yield "discquant", layer.num_bytes, ours(layer, x)
-    yield "discquant exact", layer.num_bytes, ours(layer, x, mode="exact")
-    yield "discquant batch_invariant", layer.num_bytes, ours(layer, x, batch_invariant=True)
+    if (
+        x.shape[0] <= 64
+    ):  # beyond, exact is what is chosen anyway, and 16 tokens at a time is only for who must
+        yield "discquant exact", layer.num_bytes, ours(layer, x, mode="exact")
+        yield "discquant batch_invariant", layer.num_bytes, ours(layer, x, batch_invariant=True)
     for name, make in (("torch tinygemm", tinygemm), ("gemlite", gemlite)):
         try:
             calls = make(layer, x)
