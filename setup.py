@@ -145,7 +145,9 @@ class NinjaBuild(build_ext):
         if sys.platform == "linux":
             # What an operator throws, torch catches: a second libstdc++, some compilers' default, makes that crash.
             libraries.append("-l:libstdc++.so.6")
-        libraries += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"] + (["-lcudart"] if cuda else [])
+        libraries += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"] + (
+            ["-lcudart"] if cuda else []
+        )
         out = Path(self.get_ext_fullpath("discquant._C")).resolve()
         # An editable build gets a fresh temporary folder each time; objects kept here make the next one incremental.
         kept = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"

@@ -2,7 +2,7 @@
 """Memory that block states live in outside the compute device: an arena that a GPU can copy from, and mapped files.
 
 Not `pin_memory()`: it rounds up to powers of two (memory.md section 4). Here one anonymous map per block is
-registered with CUDA as it is.
+registered with CUDA as it is, in one call: a copy over the seam of two registrations is refused as an invalid argument.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import functools
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,6 @@ import torch
 from discquant.errors import DiskSpaceError
 
 PAGE = mmap.PAGESIZE
-REGISTER_BYTES = 2 << 30  # cudaHostRegister is called in pieces of this size
 
 
 @functools.lru_cache
@@ -49,6 +49,10 @@ def _advise(area: mmap.mmap, advice: str) -> None:
         area.madvise(option)
 
 
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
 class HostArena:
     """Anonymous memory of one block, registered with CUDA where `pin` asks for it."""
 
@@ -57,19 +61,16 @@ class HostArena:
         self._map = mmap.mmap(-1, max(PAGE, -(-num_bytes // PAGE) * PAGE))
         _advise(self._map, "MADV_HUGEPAGE")
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
-        self._registered: list[int] = []
+        self._unregister: weakref.finalize[[int], HostArena] | None = None
         self.problem = self._register(num_bytes) if pin and num_bytes else None
 
     def _register(self, num_bytes: int) -> str | None:
-        runtime = torch.cuda.cudart()
         base = self.tensor.data_ptr()
-        for begin in range(0, num_bytes, REGISTER_BYTES):
-            size = min(REGISTER_BYTES, num_bytes - begin)
-            code = int(runtime.cudaHostRegister(base + begin, size, 0))
-            if code != 0:
-                self.close()
-                return f"cudaHostRegister of {size} bytes failed with error {code}"
-            self._registered.append(base + begin)
+        code = int(torch.cuda.cudart().cudaHostRegister(base, num_bytes, 0))
+        if code != 0:
+            return f"cudaHostRegister of {num_bytes} bytes failed with error {code}"
+        # Also where nobody closes: CUDA refuses an address that it still knows from a map that is gone.
+        self._unregister = weakref.finalize(self, _unregister, base)
         if not self.tensor.is_pinned():
             return "torch does not see registered memory as pinned"
         return None
@@ -82,9 +83,8 @@ class HostArena:
 
     def close(self) -> None:
         """Unregister; the memory itself goes with the last tensor on it."""
-        for address in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
-        self._registered.clear()
+        if self._unregister is not None:
+            self._unregister()
 
 
 class MappedFile:

@@ -263,3 +263,33 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "free_host_bytes", lambda: 1000)
     assert Engine("auto").chosen(700) == "resident"
     assert Engine("auto").chosen(900) == "disk"
+
+
+def test_arena_is_registered_whole_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One registration each, however large: copies never cross a seam; dropping the arena undoes it."""
+    known: dict[int, int] = {}
+
+    class Runtime:
+        def cudaHostRegister(self, base: int, size: int, flags: int) -> int:  # noqa: N802
+            known[base] = size
+            return 0
+
+        def cudaHostUnregister(self, base: int) -> int:  # noqa: N802
+            del known[base]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    large = (3 << 30) + 17  # never touched: no memory behind it
+    arena = HostArena(large, pin=True)
+    assert arena.problem is None and known == {arena.tensor.data_ptr(): large}
+    arena.close()
+    arena.close()
+    assert not known
+    dropped = HostArena(4096, pin=True)
+    assert len(known) == 1
+    del dropped
+    assert not known
+    monkeypatch.setattr(Runtime, "cudaHostRegister", lambda *call: 2)
+    refused = HostArena(4096, pin=True)
+    assert refused.problem == "cudaHostRegister of 4096 bytes failed with error 2" and not known
