@@ -270,11 +270,11 @@ def test_arena_is_registered_whole_and_given_back(monkeypatch: pytest.MonkeyPatc
     known: dict[int, int] = {}
 
     class Runtime:
-        def cudaHostRegister(self, base: int, size: int, flags: int) -> int:  # noqa: N802
+        def cudaHostRegister(self, base: int, size: int, flags: int) -> int:
             known[base] = size
             return 0
 
-        def cudaHostUnregister(self, base: int) -> int:  # noqa: N802
+        def cudaHostUnregister(self, base: int) -> int:
             del known[base]
             return 0
 
