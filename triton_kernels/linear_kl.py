@@ -147,7 +147,7 @@ def chunk_rows(chunk_size: int, vocab_size: int, bytes_per_logit: int) -> int:
 def linear_kl_fwd(
     student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     normalizer: float | None, logit_scale: float, softcap: float | None, chunk_size: int,
-    block: int | None = None, num_warps: int = 8,
+    block: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch; arguments as `discquant.ops.linear_kl`, already checked. Returns loss, per_token, grad_student."""
     num_tokens, vocab_size = student.shape[0], weight.shape[0]
@@ -162,7 +162,8 @@ def linear_kl_fwd(
         inverse = student.new_full((), 1.0 / max(num_tokens, 1), dtype=acc)
     else:
         inverse = 1.0 / mask.sum().clamp(min=1).to(acc)
-    block_v = block or min(2048, triton.next_power_of_2(vocab_size))
+    # Measured on an H200: 4096 with 16 warps 0.416 ms for 768 rows of 128256, 2048 with 8 warps 0.458.
+    block_v = block or min(4096, triton.next_power_of_2(vocab_size))
     rows = chunk_rows(chunk_size, vocab_size, 2 * acc.itemsize + operand.itemsize)
     # Scratch is allocated once; rows start at multiples of 64 bytes whatever the vocabulary, as matmuls like it.
     height, width = min(rows, num_tokens), triton.cdiv(vocab_size, 32) * 32
@@ -180,7 +181,7 @@ def linear_kl_fwd(
             vocab_size, z_s.stride(0), diff.stride(0),
             LOGIT_SCALE=float(logit_scale), SOFTCAP=float(softcap or 0.0),
             NEAR=0.02 if acc == torch.float64 else 0.3, HAS_BIAS=bias is not None,
-            HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=num_warps,
+            HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=16 if block_v >= 4096 else 8,
         )  # fmt: skip
         _matmul(hidden[:count], diff[:count], head)
         scaled = hidden[:count] * inverse

@@ -8,6 +8,7 @@ projected step at once. Weights that `soft_linear` cannot take (convolutions, fu
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -87,11 +88,20 @@ class SoftLayer:
         self, module: nn.Linear, state: WeightState, grid: Mapping[str, Any], owner: SoftWeights
     ) -> None:
         """Bind a module to its state; `grid` from `grid_arguments`."""
-        self.module, self.state, self.owner = module, state, owner
+        self.module, self.state = module, state
+        # Weak: in a cycle the dense weights of every visited block would stay until Python looks for cycles.
+        self._owner = weakref.ref(owner)
         self.grid = dict(grid)
         self.grad: Tensor | None = None
         self.calls = 0
         self._dense: Tensor | None = None
+
+    @property
+    def owner(self) -> SoftWeights:
+        """The mapping that this layer belongs to, which outlives every pass through the block."""
+        found = self._owner()
+        assert found is not None
+        return found
 
     def _weight(self, stage: str, x: Tensor) -> Tensor | None:
         """Return the weight that this visit of the block shares, None where the op makes it on the fly."""

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -226,6 +228,32 @@ def test_layers_that_stay_dense_twice_and_unused() -> None:
     assert stepped == ["direct"]
     assert set(rest[0]) == {"conv.weight", "twice.weight", "unused.weight"}
     assert torch.equal(rest[0]["twice.weight"], found[0]["twice.weight"])
+
+
+def test_dense_weights_go_with_their_visit(make_model: Callable[..., Any], token_ids: Tensor) -> None:
+    """By reference counts: waiting for Python's search for cycles kept a copy of every block on the device."""
+    chain = _chain(make_model("llama-tied-bias").float())
+    states = _states(chain)
+    make = _soft(chain, states, torch.float32, strategy="materialise")
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def soft(index: int) -> SoftWeights:
+        nonlocal most
+        made = make(index)
+        alive.append(weakref.ref(made))
+        alive.extend(weakref.ref(layer) for layer in made.layers.values())
+        per_visit = 1 + len(made.layers)
+        most = max(most, sum(ref() is not None for ref in alive) // per_visit)
+        return made
+
+    gc.disable()
+    try:
+        _gradients(chain, soft, [chain.prepare(token_ids.to(DEVICE))])
+        assert len(chain.blocks) > 1 and not any(ref() is not None for ref in alive)
+    finally:
+        gc.enable()
+    assert most <= 2  # the one that is made, and the one that it replaces
 
 
 def test_reading_a_weight_directly_is_noticed() -> None:
