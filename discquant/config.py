@@ -113,6 +113,8 @@ class SolverConfig:
         curvature: Weight of the Kronecker-factored curvature term beside the KL gradient, 0 leaves it out; None sets it
             from the damage at the start (`schedule.resolve`). 1 counts each layer's own curvature twice; more holds
             undecided coordinates against the noise of tokens.
+        curvature_until: Share of the run over which the term fades out, linearly: while coordinates are driven to their
+            vertices it would hold them in the middle.
         curvature_samples: Token windows that the factors are gathered on.
         curvature_width: Channels per diagonal block of a factor; wider layers keep several blocks.
         state: Width of the per-weight state.
@@ -143,6 +145,7 @@ class SolverConfig:
     harden_final: float = 4.0
     snap_from: float = 0.95
     curvature: float | None = None
+    curvature_until: float = 0.6
     curvature_samples: int = 256
     curvature_width: int = 512
     state: StateFormat = "fp32"
@@ -172,6 +175,7 @@ class SolverConfig:
         _check("snap_from", "in [0, 1]", 0 <= self.snap_from <= 1, self.snap_from)
         weight = self.curvature
         _check("curvature", "at least 0 or None", weight is None or 0 <= weight < float("inf"), weight)
+        _check("curvature_until", "in (0, 1]", 0 < self.curvature_until <= 1, self.curvature_until)
         _check("curvature_samples", "at least 1", self.curvature_samples >= 1, self.curvature_samples)
         _check("curvature_width", "at least 16", self.curvature_width >= 16, self.curvature_width)
         for name, kind in (

@@ -18,6 +18,7 @@ class StepSettings:
     linear_weight: float
     hardening: float
     snap: float
+    curvature: float
 
 
 LR_PER_ROOT_KL = 0.18
@@ -72,6 +73,7 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     linear_weight: 1 until `linear_until` of the run, then 0.
     hardening: 0 until `harden_from`, linear to `harden_soft` at `harden_until`, linear to `harden_final`.
     snap: coordinates this near to a vertex are set to it: 0 until `snap_from`, linear to 1/2 at the last step.
+    curvature: `curvature`, linear to 0 at `curvature_until`.
 
     Raises:
         ValueError: `lr` or `lr_floor` is not set yet (`resolve` sets them).
@@ -96,7 +98,8 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     begin = min(math.floor(config.snap_from * config.iters), config.iters - 1)
     if config.snap_from < 1.0 and step > begin:
         snap = 0.5 * (step - begin) / (config.iters - begin)
-    return StepSettings(lr, 1.0 if done < linear_until(config) else 0.0, hardening, snap)
+    curvature = (config.curvature or 0.0) * max(0.0, 1.0 - done / config.curvature_until)
+    return StepSettings(lr, 1.0 if done < linear_until(config) else 0.0, hardening, snap, curvature)
 
 
 def moment_bound(config: SolverConfig) -> float:

@@ -72,7 +72,6 @@ class Solver:
         placement: The states, by block.
         step_number: Steps taken.
         gain: Gain on the KL gradient.
-        curvature: Weight of the curvature term beside the KL gradient.
         before_change: Called with a block's index before a step changes its state (a checkpoint that is still being
             written wants the old bytes).
     """
@@ -125,7 +124,6 @@ class Solver:
         self.step_number = 0
         self.dtype: torch.dtype = getattr(torch, config.compute_dtype)
         self.gain = GainControl(config.kl_weight or 1.0, None if config.kl_weight else config.saturation)
-        self.curvature = config.curvature or 0.0 if config.loss == "kl" else 0.0
         self.served = served or self.dtype
         self.before_change: Callable[[int], None] | None = None
         self._journal = Journal(JOURNAL_BYTES)
@@ -209,15 +207,16 @@ class Solver:
         self._journal.forget()
         return record
 
-    def with_curvature(self, ref: WeightRef, state: WeightState, grad: Tensor) -> Tensor:
+    def with_curvature(self, ref: WeightRef, state: WeightState, grad: Tensor, weight: float) -> Tensor:
         """Return the KL gradient with the curvature term, which needs no tokens and so carries no noise of theirs."""
         original = None if state.holds_teacher else ref.matrix()
         term = state.curvature_gradient(original, grad.dtype)
-        return grad if term is None else grad.add(term, alpha=self.curvature)
+        return grad if term is None else grad.add(term, alpha=weight)
 
     def _take_step(self, batches: Sequence[Prepared], tokens: int | None) -> StepRecord:
         number = self.step_number + 1
         now = settings(self.config, number)
+        curvature = now.curvature if self.config.loss == "kl" else 0.0
         options = StepOptions(
             optimizer=self.config.optimizer,
             lr=now.lr,
@@ -271,8 +270,8 @@ class Solver:
             matrices = take_matrices([refs[place] for place in left], grads)
             for place, grad in zip(left, matrices, strict=True):
                 state = block.states[place]
-                if self.curvature:
-                    grad = self.with_curvature(refs[place], state, grad)
+                if curvature:
+                    grad = self.with_curvature(refs[place], state, grad, curvature)
                 if not on_cpu:
                     names.append(state.name)
                     finite.append(torch.isfinite(grad).all())
@@ -311,7 +310,7 @@ class Solver:
                 return True
 
             # The clamp acts on the whole step's gradient, which one backward pass sees with one micro-batch only.
-            alone = len(batches) == 1 and self.ranks.world == 1 and not self.curvature
+            alone = len(batches) == 1 and self.ranks.world == 1 and not curvature
             return self.student_block(index, step_at_once if alone else None)
 
         gain = self.gain.gain

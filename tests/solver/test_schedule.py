@@ -73,7 +73,9 @@ def test_curvature_and_linear_phase_follow_the_damage() -> None:
     given = resolve(SolverConfig(curvature=0.0), 0.01)
     assert (given.curvature, given.linear_until) == (0.0, 0.15)
     assert resolve(SolverConfig(curvature=3.0, linear_until=0.4), 0.9).linear_until == 0.4
-    for wrong in ({"curvature": -1.0}, {"linear_until": 1.5}):
+    run = resolve(SolverConfig(iters=100, curvature=8.0, curvature_until=0.5), 0.02)
+    assert [settings(run, step).curvature for step in (1, 26, 51, 100)] == [8.0, 4.0, 0.0, 0.0]
+    for wrong in ({"curvature": -1.0}, {"linear_until": 1.5}, {"curvature_until": 0.0}):
         with pytest.raises(ValueError, match="config"):
             SolverConfig(**wrong)
 
