@@ -12,7 +12,9 @@ template <class T, int kBits, int kTokenTiles, bool kExact, bool kWhole>
 int launch_as(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
   auto kernel = packed_linear_kernel<T, kBits, kTokenTiles, kExact, kWhole>;
   const int bytes = shared_bytes(call.tokens, walk.slots, walk.chunk_tiles);
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // The device's own limit, not this launch's need: launches of several threads must not lower it for one another.
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, call.device.shared_bytes);
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(walk.runs);
