@@ -16,8 +16,10 @@ namespace packed {
 constexpr int kWarpTiles = 2;  // 16-row tiles of a warp: a fragment of activations serves both
 constexpr int kThreads = 32 * kSlices * kBlockRows / (kWarpTiles * kTileRows);
 
-// Units that a warp has in flight to registers; the L2 is kept this many units of the run ahead.
+// How far, in units of the run, the L2 is kept ahead of the loads.
 constexpr int kPrefetchUnits = 4 * kSlices;
+
+// Units that a warp has in flight to registers.
 template <int kBits>
 __host__ __device__ constexpr int depth() {
   return kBits == 4 ? 2 : 3;
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   const uint8_t* const lane_words = reinterpret_cast<const uint8_t*>(p.words) + half * kWarpTiles * kTileBytes + lane * 16;
   const bool wide_scale = p.scale_type == DType::kFloat32;
   const int scale_shift = wide_scale ? 5 : 4;  // 2^.. words of 32 rows' scales
-  const int scale_loads = (walk.unit_groups << scale_shift) / 32;  // beyond the first
+  const int scale_loads = (walk.unit_groups << scale_shift) / 32;  // of a unit, where it is more than one
   const int half_shift = wide_scale ? 0 : (row & 1) * 16;          // of a scale inside its 32 bits
 
   // Scale and zero point of the warp's row 8 * r + lane / 4, of a group of the unit.
