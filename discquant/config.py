@@ -145,7 +145,7 @@ class SolverConfig:
     harden_final: float = 4.0
     snap_from: float = 0.95
     curvature: float | None = None
-    curvature_until: float = 0.6
+    curvature_until: float = 1.0
     curvature_samples: int = 256
     curvature_width: int = 512
     state: StateFormat = "fp32"

@@ -114,11 +114,16 @@ def dense_linear(
         )  # fmt: skip
         return panel
 
-    if step >= out_features:
-        return torch.nn.functional.linear(x, weight(0, out_features), bias)
+    ranges = [(first, min(first + step, out_features)) for first in range(0, out_features, step)]
+    if not x.is_cuda or len(ranges) <= 1:
+        # What a tracer sees on a CPU; the joined copy is small beside the panels there.
+        parts = [
+            torch.nn.functional.linear(x, weight(first, last), None if bias is None else bias[first:last])
+            for first, last in ranges
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat([x.new_empty((x.shape[0], 0)), *parts], dim=1)
     y = x.new_empty((x.shape[0], out_features))
-    for first in range(0, out_features, step):
-        last = min(first + step, out_features)
+    for first, last in ranges:
         part, panel = y[:, first:last], weight(first, last).t()
         if bias is None:
             torch.mm(x, panel, out=part)
