@@ -144,10 +144,9 @@ class NinjaBuild(build_ext):
         libraries = [f"-L{shlex.quote(path)}" for path in library_paths("cuda" if cuda else "cpu")]
         if sys.platform == "linux":
             # What an operator throws, torch catches: a second libstdc++, some compilers' default, makes that crash.
-            libraries.append("-l:libstdc++.so.6")
-        libraries += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"] + (
-            ["-lcudart"] if cuda else []
-        )
+            # And libtorch is kept though nothing in it is named: it brings the CUDA half, which weak symbols look for.
+            libraries += ["-l:libstdc++.so.6", "-Wl,--no-as-needed"]
+        libraries += ["-ltorch", "-ltorch_cpu", "-lc10"] + (["-lcudart"] if cuda else [])
         out = Path(self.get_ext_fullpath("discquant._C")).resolve()
         # An editable build gets a fresh temporary folder each time; objects kept here make the next one incremental.
         kept = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
