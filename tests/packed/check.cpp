@@ -1,30 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run by `make -C csrc/packed sanitize`: what Python cannot reach (index maps, magic numbers)
-// and the CPU kernels on heap buffers of exactly the size that the contract asks for.
+// Run by `make -C csrc/packed sanitize`: what Python cannot reach (index maps, magic numbers) and the CPU
+// kernels on heap buffers of exactly the size that the contract asks for.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <set>
 #include <vector>
 
+#include "checks.h"
 #include "packed/cpu_linear.h"
 #include "packed/dequant.h"
 
 using namespace discquant::packed;
-
-#define CHECK(condition)                                                \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
-      std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
-      std::exit(1);                                                     \
-    }                                                                   \
-  } while (0)
-
-static uint32_t state = 12345;
-static uint32_t random_word() {
-  state = state * 1664525u + 1013904223u;
-  return state ^ (state >> 15);
-}
 
 static void maps_are_inverse() {
   for (Layout layout : {kLayoutMma, kLayoutCpu}) {

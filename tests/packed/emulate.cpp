@@ -6,24 +6,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "checks.h"
 #include "packed/gpu_dequantize.cuh"
 #include "packed/gpu_linear.cuh"
 
 using namespace discquant::packed;
-
-#define CHECK(condition)                                                \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
-      std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
-      std::exit(1);                                                     \
-    }                                                                   \
-  } while (0)
-
-static uint32_t state = 1;
-static uint32_t random_word() {
-  state = state * 1664525u + 1013904223u;
-  return state ^ (state >> 15);
-}
 static float random_value() { return static_cast<float>(static_cast<int>(random_word() % 2001) - 1000) / 500.0f; }
 
 // Heap memory without a spare byte, aligned as torch aligns.

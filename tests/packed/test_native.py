@@ -22,6 +22,14 @@ NVCC = shutil.which("nvcc")
 NEEDS_NVCC = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: CUDA sources are not compiled")
 
 
+def run_checks(repo_root: Path, target: str) -> None:
+    """Build and run a target of csrc/packed/Makefile."""
+    command = ["make", "-C", "csrc/packed", target]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "\nok\n" in done.stdout
+
+
 @pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="the sanitizer target is for x86-64"
 )
@@ -31,11 +39,7 @@ NEEDS_NVCC = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: CUD
 @pytest.mark.slow
 def test_sanitizers(repo_root: Path) -> None:
     """Index maps, magic numbers and every CPU kernel, under ASan and UBSan."""
-    done = subprocess.run(
-        ["make", "-C", "csrc/packed", "sanitize"], cwd=repo_root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "\nok\n" in done.stdout
+    run_checks(repo_root, "sanitize")
 
 
 def cubin(repo_root: Path, source: str, arch: str) -> tuple[Path, str]:
@@ -73,11 +77,7 @@ def cubin(repo_root: Path, source: str, arch: str) -> tuple[Path, str]:
 @pytest.mark.slow
 def test_kernels_on_an_emulated_gpu(repo_root: Path) -> None:
     """The decode and dequantising kernels themselves: float64 bounds, any order of blocks, exact-size buffers, ASan."""
-    done = subprocess.run(
-        ["make", "-C", "csrc/packed", "emulate"], cwd=repo_root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "\nok\n" in done.stdout
+    run_checks(repo_root, "emulate")
 
 
 @NEEDS_NVCC
