@@ -24,8 +24,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// All `threads` threads of the block. Unlike __syncthreads, each warp may come to it in another place of the program.
-__device__ __forceinline__ void block_barrier(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+// All `threads` threads of the block; each warp may come to it in another place of the program, and its lanes one by one:
+// `barrier.sync` without .aligned, which bar.sync implies.
+__device__ __forceinline__ void block_barrier(int threads) {
+  __syncwarp();
+  asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory");
+}
 
 // 16 bytes global -> shared without waiting, of which the first `bytes` are read and the rest is zero.
 __device__ __forceinline__ void copy16(void* to, const void* from, int bytes) {
