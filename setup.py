@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020a000000000000"
 # Longest suffix first: `_avx512vnni` must not be taken for `_avx512`.
 ISA_FLAGS = {
+    "_amx": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c -mamx-tile -mamx-int8",
     "_avx512vnni": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c",
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
     "_avx2": "-mavx2 -mfma -mf16c",
@@ -38,6 +39,12 @@ def isa_flags(source: str) -> str:
     """Instruction-set flags that a file's name asks for, e.g. ``gemv_avx2.cpp``."""
     stem = Path(source).stem
     return next((flags for suffix, flags in ISA_FLAGS.items() if stem.endswith(suffix)), "")
+
+
+def accepts(cxx: str, flags: str) -> bool:
+    """Whether the compiler knows these flags: GCC does AMX from 11 on."""
+    command = [*shlex.split(cxx), *shlex.split(flags), "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=b"", capture_output=True).returncode == 0
 
 
 def sources(kind: str, machine: str | None = None) -> list[str]:
@@ -172,7 +179,10 @@ class NinjaBuild(build_ext):
             lines.append(f"build {ninja_path(objects[-1])}: {rule} {ninja_path(str(ROOT / source))}")
             # torch 2.10 to 2.12 bring a pybind11 that refuses the stable ABI; bindings.cpp needs no torch header.
             stable = "" if Path(source).name == "bindings.cpp" else target
-            lines.append(f"  flags = {stable} {isa_flags(source)}")
+            flags = isa_flags(source)
+            if Path(source).stem.endswith("_amx") and not accepts(cxx, flags):
+                flags = ""  # the file compiles to "not there"
+            lines.append(f"  flags = {stable} {flags}")
         lines.append(f"build {ninja_path(str(out))}: link {' '.join(map(ninja_path, objects))}")
         (temp / "build.ninja").write_text("\n".join(lines) + "\n")
         done = subprocess.run([ninja, "-C", str(temp)], capture_output=True, text=True)

@@ -6,7 +6,9 @@ A provider keeps as many copies of its weight as leave the caches between two ca
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from discquant.ops import pack as packing
 from discquant.ops.packed_linear import dequantize_packed
 
 GROUP = 128
-COLD_BYTES = 96 * 2**20  # three times the last-level cache of the machines in use
+MOST_COLD_BYTES = 640 * 2**20
 MODES = {"a8": 0, "a15": 1, "fp32": 2}
 
 Call = Callable[[Tensor], Any]
@@ -45,7 +47,17 @@ class Provider:
 
 def copies(num_bytes: int) -> int:
     """How many weights of that size leave the caches before the first comes again."""
-    return min(64, max(1, -(-COLD_BYTES // num_bytes)))
+    return min(96, max(1, -(-cold_bytes() // num_bytes)))
+
+
+@functools.cache
+def cold_bytes() -> int:
+    """A quarter more than the last-level cache, which may be shared with other machines; 96 MB where it is unknown."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    except OSError:
+        return 96 * 2**20
+    return min(MOST_COLD_BYTES, max(96 * 2**20, int(text.removesuffix("K")) * 1280))
 
 
 class Weight:
@@ -165,12 +177,12 @@ def llama_cpp(weight: Weight, library: Ggml, kind: str, blocks: Tensor, threads:
     return Provider(f"ggml {kind} ({layers[0].buffer})", bits, blocks.numel(), calls, torch.float32)
 
 
-def plain_read(num_bytes: int) -> Provider:
-    """Every byte loaded once: the roof."""
+def plain_read(num_bytes: int, *, prefetch: bool) -> Provider:
+    """Every byte loaded once; the faster of the two ways is the roof."""
     num_bytes = num_bytes // 4096 * 4096
     buffers = [torch.ones(num_bytes // 4, dtype=torch.int32) for _ in range(copies(num_bytes))]
-    calls: list[Call] = [lambda _, b=b: torch.ops.discquant.stream_read(b) for b in buffers]  # type: ignore[misc]
-    return Provider("plain read", 0, num_bytes, calls, torch.float32)
+    calls: list[Call] = [lambda _, b=b: torch.ops.discquant.stream_read(b, prefetch) for b in buffers]  # type: ignore[misc]
+    return Provider(f"plain read{', prefetched' if prefetch else ''}", 0, num_bytes, calls, torch.float32)
 
 
 def check(provider: Provider, weight: Weight, x: Tensor) -> None:

@@ -4,6 +4,8 @@
 
 #include <sstream>
 
+#include "packed/cpu_linear.h"
+
 namespace discquant {
 
 std::string compiler() {
@@ -38,6 +40,7 @@ std::map<std::string, bool> cpu_features() {
   found["avx512vl"] = __builtin_cpu_supports("avx512vl");
   found["avx512_vnni"] = __builtin_cpu_supports("avx512vnni");
   found["avx512_bf16"] = __builtin_cpu_supports("avx512bf16");
+  found["amx_int8"] = packed::has_isa(packed::Isa::kAmx);  // a process must ask Linux for it
 #endif
   return found;
 }

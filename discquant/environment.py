@@ -150,6 +150,7 @@ def _extension_facts() -> dict[str, Any]:
 
 # What the CPU kernels of each instruction set need, best first: the rule of csrc/packed/cpu_linear.cpp.
 _ISA_FEATURES = {
+    "amx": ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8"),
     "avx512vnni": ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
     "avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx2": ("avx2", "fma"),

@@ -10,7 +10,7 @@ namespace packed {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Mode : int { kA8 = 0, kA15 = 1, kFp32 = 2 };
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAmx = 4 };
 
 // A weight in the kCpu layout. Scales and zero points: [padded_rows / 32][groups][32].
 struct CpuWeight {
@@ -26,11 +26,12 @@ struct CpuWeight {
   int64_t blocks;      // blocks that hold any of the K codes
 };
 
-// Up to kMaxTokens activations, prepared once and shared by all row tiles.
-// a8/a15: `plane` holds int8 x 4 words [plane][K/4][tokens]; x = step * (256 * plane0 + plane1), one plane for a8.
+// Up to CpuKernels::max_tokens activations, prepared once and shared by all row tiles.
+// a8/a15: x = step * (256 * plane0 + plane1), one plane for a8; a plane holds int8 x 4 words [K/4][tokens], or for
+// kernels with `by_token` int8 [blocks][tokens][block_size].
 // fp32: `values` [K][tokens].
 struct CpuTokens {
-  int tokens;          // padded count: 1, 2, 4, 6 or 8
+  int tokens;          // padded count: 1, 2, 4, 6 or 8; with `by_token` any
   int live;            // tokens that are real
   const int32_t* plane[2];
   const float* values;
@@ -38,7 +39,7 @@ struct CpuTokens {
   const int32_t* sum;  // [blocks][tokens], of the integer activations
 };
 
-constexpr int kMaxTokens = 8;
+constexpr int kMaxTokens = 32;  // of all kernels
 
 // Two pages and a bit ahead, into the second-level cache: the hardware stops at a page's end. Measured on Zen 4; nearer
 // distances and the first-level cache were slower than no prefetch at all, exact multiples of a page a little slower.
@@ -48,25 +49,29 @@ constexpr int kPrefetchBytes = 9216;
 using RowPairFn = void (*)(const CpuWeight&, const CpuTokens&, int64_t pair, float* out);
 
 // Quantise one row of activations. x: [k] floats, readable and zero up to a multiple of block_size.
-// planes: int8, [planes][k_padded/4][tokens][4], this token's bytes at stride tokens*4.
+// codes: this token's first four; the next four lie quad_bytes further, the next block block_size * tokens, the low
+// plane plane_bytes. step, sum: [blocks][tokens].
 using QuantizeFn = void (*)(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
-                            int64_t plane_bytes, int8_t* codes, float* step, int32_t* sum);
+                            int64_t quad_bytes, int64_t plane_bytes, int8_t* codes, float* step, int32_t* sum);
 
 struct CpuKernels {
   RowPairFn row_pair(int bits, Mode mode, int tokens) const {
     const int b = bits == 4 ? 0 : 1;
-    const int t = tokens == 1 ? 0 : tokens / 2;
+    const int t = tokens == 1 ? 0 : tokens < 8 ? tokens / 2 : 4;
     return table[b][static_cast<int>(mode)][t];
   }
-  RowPairFn table[2][3][5];  // [bits 4, 3][mode][tokens 1, 2, 4, 6, 8]
+  RowPairFn table[2][3][5];  // [bits 4, 3][mode][tokens 1, 2, 4, 6, 8 and more]
   QuantizeFn quantize;
-  void (*read)(const void* p, int64_t bytes, uint32_t* out);  // reads every byte once: the benchmark's roof
+  void (*read)(const void* p, int64_t bytes, bool prefetch, uint32_t* out);  // reads every byte once: the benchmark's roof
+  int max_tokens;  // of one call of row_pair
+  bool by_token;   // how CpuTokens::plane lies
 };
 
 const CpuKernels* kernels_scalar();
 const CpuKernels* kernels_avx2();
 const CpuKernels* kernels_avx512();
 const CpuKernels* kernels_avx512vnni();
+const CpuKernels* kernels_amx(Mode mode, int64_t tokens);  // null if the compiler did not know AMX
 
 }  // namespace packed
 }  // namespace discquant

@@ -11,6 +11,7 @@ namespace {
 struct Vectors256 {
   static constexpr int kRows = 8;
   static constexpr int kSums = 4;
+  static constexpr bool kPrefetchAlways = false;
   using I = __m256i;
   using F = __m256;
   using Table = int;

@@ -18,6 +18,7 @@ namespace {
 struct VectorsScalar {
   static constexpr int kRows = 16;
   static constexpr int kSums = 1;
+  static constexpr bool kPrefetchAlways = false;
   typedef int32_t I __attribute__((vector_size(64)));
   typedef uint32_t U __attribute__((vector_size(64)));
   typedef float F __attribute__((vector_size(64)));

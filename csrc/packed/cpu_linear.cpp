@@ -6,6 +6,11 @@
 #include <cstdlib>
 #include <memory>
 #include <vector>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "packed/float_types.h"
 
@@ -82,9 +87,22 @@ void for_each(int64_t n, const Parallel& parallel, const Fn& fn) {
       &context);
 }
 
-int padded_tokens(int64_t live) {
-  if (live <= 2) return static_cast<int>(live);
+int padded_tokens(const CpuKernels& kernels, int64_t live) {
+  if (live <= 2 || kernels.by_token) return static_cast<int>(live);
   return live <= 4 ? 4 : live <= 6 ? 6 : 8;
+}
+
+// Whether the processor has the int8 tiles of AMX and Linux lets this process use them; it asks before the first use.
+bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (kernels_amx(Mode::kA8, 1) == nullptr || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d & kAmxTile) && (d & kAmxInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -98,20 +116,26 @@ bool has_isa(Isa isa) {
   if (isa == Isa::kAvx2) return avx2;
   if (isa == Isa::kAvx512) return avx512;
   if (isa == Isa::kAvx512Vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
+  if (isa == Isa::kAmx) {
+    static const bool amx = has_isa(Isa::kAvx512Vnni) && may_use_amx();
+    return amx;
+  }
 #endif
   return isa == Isa::kScalar;
 }
 
 Isa best_isa() {
-  static const Isa best = has_isa(Isa::kAvx512Vnni) ? Isa::kAvx512Vnni
+  static const Isa best = has_isa(Isa::kAmx)          ? Isa::kAmx
+                          : has_isa(Isa::kAvx512Vnni) ? Isa::kAvx512Vnni
                           : has_isa(Isa::kAvx512)   ? Isa::kAvx512
                           : has_isa(Isa::kAvx2)     ? Isa::kAvx2
                                                     : Isa::kScalar;
   return best;
 }
 
-const CpuKernels* kernels_for(Isa isa) {
+const CpuKernels* kernels_for(Isa isa, Mode mode, int64_t tokens) {
 #if defined(__x86_64__)
+  if (isa == Isa::kAmx) return kernels_amx(mode, tokens);
   if (isa == Isa::kAvx2) return kernels_avx2();
   if (isa == Isa::kAvx512) return kernels_avx512();
   if (isa == Isa::kAvx512Vnni) return kernels_avx512vnni();
@@ -120,7 +144,7 @@ const CpuKernels* kernels_for(Isa isa) {
 }
 
 void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel& parallel) {
-  const CpuKernels* kernels = kernels_for(isa);
+  const CpuKernels* kernels = kernels_for(isa, mode, call.tokens);
   const int64_t k = call.in_features;
   const int64_t group_size = call.group_size > 0 ? call.group_size : padded_k(k);
   CpuWeight weight{};
@@ -136,10 +160,11 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
   weight.blocks = ceil_div(k, weight.block_size);
   const int64_t width = weight.blocks * weight.block_size;
 
-  // Token groups of eight, the last one padded up to the next kernel.
-  const int64_t groups = ceil_div(call.tokens, kMaxTokens);
+  // Groups of tokens, the last one padded up to the next kernel.
+  const int64_t most = kernels->max_tokens;
+  const int64_t groups = ceil_div(call.tokens, most);
   const int planes = mode == Mode::kA15 ? 2 : 1;
-  const int64_t all = (groups - 1) * kMaxTokens + padded_tokens(call.tokens - (groups - 1) * kMaxTokens);
+  const int64_t all = (groups - 1) * most + padded_tokens(*kernels, call.tokens - (groups - 1) * most);
   const bool integer = mode != Mode::kFp32;
   auto codes = scratch<int8_t>(integer ? planes * width * all : 0);
   auto values = scratch<float>(integer ? 0 : width * all);
@@ -147,9 +172,11 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
   auto sum = scratch<int32_t>(integer ? weight.blocks * all : 0);
   std::vector<CpuTokens> tokens(static_cast<size_t>(groups));
   for_each(groups, call.tokens * width < 65536 ? Parallel{} : parallel, [&](int64_t g) {
-    const int64_t first = g * kMaxTokens;
-    const int64_t live = call.tokens - first < kMaxTokens ? call.tokens - first : kMaxTokens;
-    const int count = padded_tokens(live);
+    const int64_t first = g * most;
+    const int64_t live = call.tokens - first < most ? call.tokens - first : most;
+    const int count = padded_tokens(*kernels, live);
+    const int64_t token_bytes = kernels->by_token ? weight.block_size : 4;
+    const int64_t quad_bytes = kernels->by_token ? 4 : 4 * count;
     int8_t* group_codes = codes.get() + planes * width * first;
     float* group_values = values.get() + (integer ? 0 : width * first);
     float* group_step = step.get() + weight.blocks * first;
@@ -158,8 +185,8 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
     for (int64_t m = 0; m < live; ++m) {
       row_to_float(call.x, call.x_type, (first + m) * call.x_stride, k, row.get());
       if (integer) {
-        kernels->quantize(row.get(), weight.blocks, weight.block_size, planes, static_cast<int>(m), count,
-                          width * count, group_codes, group_step, group_sum);
+        kernels->quantize(row.get(), weight.blocks, weight.block_size, planes, static_cast<int>(m), count, quad_bytes,
+                          width * count, group_codes + m * token_bytes, group_step, group_sum);
       } else {
         for (int64_t i = 0; i < width; ++i) group_values[i * count + m] = row[i];
       }
@@ -191,21 +218,21 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
           const int64_t left = call.out_features - first;
           for (int m = 0; m < t.live; ++m)
             store_row(out + (half * t.tokens + m) * kTileRows, call.bias, call.x_type, first,
-                      left < kTileRows ? left : kTileRows, call.y, (g * kMaxTokens + m) * call.out_features + first);
+                      left < kTileRows ? left : kTileRows, call.y, (g * most + m) * call.out_features + first);
         }
       }
     }
   });
 }
 
-uint32_t stream_read_cpu(const void* p, int64_t bytes, const Parallel& parallel) {
-  const CpuKernels* kernels = kernels_for(best_isa());
+uint32_t stream_read_cpu(const void* p, int64_t bytes, bool prefetch, const Parallel& parallel) {
+  const CpuKernels* kernels = kernels_for(best_isa(), Mode::kFp32, 1);
   const int64_t chunk = 65536;
   std::atomic<uint32_t> total{0};
   for_each(ceil_div(bytes, chunk), parallel, [&](int64_t c) {
     uint32_t lanes[16] = {0};
     const int64_t left = bytes - c * chunk;
-    kernels->read(static_cast<const char*>(p) + c * chunk, left < chunk ? left : chunk, lanes);
+    kernels->read(static_cast<const char*>(p) + c * chunk, left < chunk ? left : chunk, prefetch, lanes);
     uint32_t sum = 0;
     for (uint32_t lane : lanes) sum += lane;
     total += sum;

@@ -27,7 +27,7 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) == k, "packed_linear: x must be [tokens, ", k, "] on the CPU");
   STD_TORCH_CHECK(x.stride(1) == 1 || k == 1 || x.size(0) == 0, "packed_linear: x must have adjacent columns");
   STD_TORCH_CHECK(mode >= 0 && mode <= 2, "packed_linear: mode must be 0, 1 or 2, got ", mode);
-  STD_TORCH_CHECK(isa >= -1 && isa <= 3, "packed_linear: isa must be -1 to 3, got ", isa);
+  STD_TORCH_CHECK(isa >= -1 && isa <= 4, "packed_linear: isa must be -1 to 4, got ", isa);
   const Isa chosen = isa < 0 ? best_isa() : static_cast<Isa>(isa);
   STD_TORCH_CHECK(has_isa(chosen), "packed_linear: this processor lacks the instructions of isa ", isa);
   CpuLinear call{};
@@ -133,11 +133,11 @@ Tensor dequantize(const Tensor& words, const Tensor& scale, const std::optional<
   return out;
 }
 
-Tensor stream_read(const Tensor& t) {
+Tensor stream_read(const Tensor& t, bool prefetch) {
   const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && bytes % 4096 == 0, "stream_read: needs contiguous pages");
   Tensor out = torch::stable::new_empty(t, {1}, std::make_optional(ScalarType::Int));
-  *static_cast<uint32_t*>(out.mutable_data_ptr()) = stream_read_cpu(t.const_data_ptr(), bytes, torch_threads());
+  *static_cast<uint32_t*>(out.mutable_data_ptr()) = stream_read_cpu(t.const_data_ptr(), bytes, prefetch, torch_threads());
   return out;
 }
 

@@ -20,6 +20,7 @@ namespace {
 struct Vectors512 {
   static constexpr int kRows = 16;
   static constexpr int kSums = 16;
+  static constexpr bool kPrefetchAlways = false;
   using I = __m512i;
   using F = __m512;
   using Table = __m512;

@@ -18,7 +18,7 @@ Mode = Literal["auto", "a15", "a8", "fp32", "exact"]
 MODES = ("auto", "a15", "a8", "fp32", "exact")
 _CPU_MODES = {"a8": 0, "a15": 1, "fp32": 2}
 # Instruction sets of the CPU kernels, worst first; -1 in the operator is the best that the processor has.
-ISAS = ("scalar", "avx2", "avx512", "avx512vnni")
+ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "amx")
 X_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _GRID = "int out_features, int in_features, int num_bits, int group_size"
 
@@ -42,7 +42,7 @@ def _triton_launch(*args: Any) -> Tensor:
     return out
 
 
-def _stream_read_fake(t: Tensor) -> Tensor:
+def _stream_read_fake(t: Tensor, prefetch: bool) -> Tensor:
     return t.new_empty((1,), dtype=torch.int32)
 
 
@@ -58,7 +58,7 @@ _triton_op = registry.define(
     _triton_launch,
 )
 # Reads a tensor once as fast as loads go: the roof that the benchmark divides by.
-_stream_read_op = registry.define("stream_read(Tensor t) -> Tensor", _stream_read_fake, None)
+_stream_read_op = registry.define("stream_read(Tensor t, bool prefetch) -> Tensor", _stream_read_fake, None)
 
 
 def _check_weight(

@@ -124,14 +124,14 @@ static void cpu_kernels() {
           CpuDequantize dequantize{words.data, kLayoutCpu, scale.data, DType::kFloat16, packed_zero.data, 0, n, k, bits,
                                    group,      dense.data, DType::kFloat32};
           dequantize_cpu(dequantize, Parallel{});
-          for (int64_t tokens : {1, 2, 3, 5, 8, 9}) {
+          for (int64_t tokens : {1, 2, 3, 5, 8, 9, 17, 33}) {
             Exact<float> x(tokens * k), y(tokens * n), bias(n), first(tokens * n);
             for (int64_t i = 0; i < x.size; ++i) x.data[i] = static_cast<float>(random_word() % 2001) / 1000.0f - 1.0f;
             for (int64_t i = 0; i < n; ++i) bias.data[i] = static_cast<float>(i);
             CpuLinear call{x.data, k,           DType::kFloat32, tokens, words.data, scale.data, packed_zero.data,
                            DType::kFloat16, bias.data, y.data,   n,      k,          bits,       group};
             for (Mode mode : {Mode::kA8, Mode::kA15, Mode::kFp32}) {
-              for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni}) {
+              for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAmx}) {
                 if (!has_isa(isa)) continue;
                 packed_linear_cpu(call, mode, isa, Parallel{});
                 for (int64_t i = 0; i < y.size; ++i) {
