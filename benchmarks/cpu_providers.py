@@ -6,9 +6,7 @@ A provider keeps as many copies of its weight as leave the caches between two ca
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,8 @@ from discquant.ops import pack as packing
 from discquant.ops.packed_linear import dequantize_packed
 
 GROUP = 128
-MOST_COLD_BYTES = 640 * 2**20
+# Of each provider; a dozen of them take turns, so that more than 2 GB pass between two uses of the same bytes.
+COLD_BYTES = 96 * 2**20
 MODES = {"a8": 0, "a15": 1, "fp32": 2}
 
 Call = Callable[[Tensor], Any]
@@ -32,6 +31,7 @@ class Provider:
     def __init__(self, name: str, bits: int, num_bytes: int, calls: list[Call], dtype: torch.dtype) -> None:
         self.name, self.bits, self.num_bytes, self.calls, self.dtype = name, bits, num_bytes, calls, dtype
         self.times: list[float] = []
+        self.most_tokens = 1 << 30
 
     def turn(self, i: int, x: Tensor, clock: Callable[[], float]) -> None:
         """One timed call."""
@@ -47,17 +47,7 @@ class Provider:
 
 def copies(num_bytes: int) -> int:
     """How many weights of that size leave the caches before the first comes again."""
-    return min(96, max(1, -(-cold_bytes() // num_bytes)))
-
-
-@functools.cache
-def cold_bytes() -> int:
-    """A quarter more than the last-level cache, which may be shared with other machines; 96 MB where it is unknown."""
-    try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
-    except OSError:
-        return 96 * 2**20
-    return min(MOST_COLD_BYTES, max(96 * 2**20, int(text.removesuffix("K")) * 1280))
+    return min(64, max(1, -(-COLD_BYTES // num_bytes)))
 
 
 class Weight:
@@ -167,14 +157,25 @@ def ggml_blocks(weight: Weight, library: Ggml) -> dict[str, Tensor]:
     return {kind: library.quantize(weight.dense(bits), kind) for kind, bits in (("Q4_0", 4), ("Q3_K", 3))}
 
 
-def llama_cpp(weight: Weight, library: Ggml, kind: str, blocks: Tensor, threads: int) -> Provider:
-    """ggml's mul_mat in the buffer that llama.cpp would choose for these blocks."""
-    layers = [
-        library.linear(blocks, kind, weight.n, weight.k, threads) for _ in range(copies(blocks.numel()))
-    ]
-    calls: list[Call] = [lambda x, f=f: f(x) for f in layers]  # type: ignore[misc]
-    bits = 3 if kind == "Q3_K" else 4
-    return Provider(f"ggml {kind} ({layers[0].buffer})", bits, blocks.numel(), calls, torch.float32)
+def llama_cpp(weight: Weight, library: Ggml, kind: str, blocks: Tensor, threads: int) -> list[Provider]:
+    """ggml's mul_mat in the buffer that llama.cpp would choose for these blocks, and in the next where that is AMX.
+
+    ggml's AMX kernels are asked for one token only: for more, version 0.25.3 loads a tile configuration that the
+    processor refuses, and dies.
+    """
+    found: list[Provider] = []
+    for amx in (True, False):
+        layers = [
+            library.linear(blocks, kind, weight.n, weight.k, threads, amx=amx)
+            for _ in range(copies(blocks.numel()))
+        ]
+        calls: list[Call] = [lambda x, f=f: f(x) for f in layers]  # type: ignore[misc]
+        name, bits = f"ggml {kind} ({layers[0].buffer})", 3 if kind == "Q3_K" else 4
+        found.append(Provider(name, bits, blocks.numel(), calls, torch.float32))
+        if layers[0].buffer != "AMX":
+            break
+        found[-1].most_tokens = 1
+    return found
 
 
 def plain_read(num_bytes: int, *, prefetch: bool) -> Provider:

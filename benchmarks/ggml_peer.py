@@ -97,13 +97,18 @@ class Ggml:
                 i += 1
         return [*found, ctypes.c_void_p(self.call("ggml_backend_cpu_buffer_type"))]
 
-    def linear(self, blocks: Tensor, kind: str, n: int, k: int, threads: int) -> GgmlLinear:
+    def linear(
+        self, blocks: Tensor, kind: str, n: int, k: int, threads: int, *, amx: bool = True
+    ) -> GgmlLinear:
         """A layer over its own copy of `blocks`, in the first buffer type that supports this matmul."""
         backend = ctypes.c_void_p(self.call("ggml_backend_cpu_init"))
         self.call("ggml_backend_cpu_set_n_threads", backend, ctypes.c_int(threads))
         device = ctypes.c_void_p(self.call("ggml_backend_get_device", backend))
         types = self._buffer_types()
         for place in types:
+            name = ctypes.string_at(self.call("ggml_backend_buft_name", place)).decode()
+            if name == "AMX" and not amx:
+                continue
             context = self._context()
             weight = ctypes.c_void_p(
                 self.call("ggml_new_tensor_2d", context, ctypes.c_int(TYPES[kind]), k, n)
@@ -120,7 +125,6 @@ class Ggml:
         size = self.call("ggml_nbytes", weight)
         data = ctypes.c_void_p(blocks.data_ptr())
         self.call("ggml_backend_tensor_set", weight, data, ctypes.c_size_t(0), ctypes.c_size_t(size))
-        name = ctypes.string_at(self.call("ggml_backend_buft_name", place)).decode()
         graphs: dict[int, tuple[ctypes.c_void_p, ...]] = {}
 
         def run(x: Tensor) -> Tensor:

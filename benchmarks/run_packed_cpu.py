@@ -66,11 +66,10 @@ def measure_shape(
         torch.set_num_threads(count)
         peers = [*common, *(providers.onnx_runtime(weight, level, count) for level in (4, 0))]
         if library is not None:
-            peers += [
-                providers.llama_cpp(weight, library, kind, data, count) for kind, data in blocks.items()
-            ]
-        present = [peer for peer in peers if peer is not None]
+            for kind, data in blocks.items():
+                peers += providers.llama_cpp(weight, library, kind, data, count)
         for m in tokens:
+            present = [peer for peer in peers if peer is not None and peer.most_tokens >= m]
             x = torch.randn(m, k).bfloat16()
             inputs = {dtype: x.to(dtype).contiguous() for dtype in (torch.bfloat16, torch.float32)}
             for peer in (*reads, *present):

@@ -164,6 +164,24 @@ def refine() -> str:
     return _table(header, body)
 
 
+def cpu() -> str:
+    """Targets of packed inference on the CPU that was measured last."""
+    path = RESULTS / "packed_linear_cpu.csv"
+    if not path.exists():
+        return MISSING
+    with path.open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    found: dict[str, dict[str, str]] = {}
+    limits = {}
+    for verdict in packed_targets.verdicts(path):
+        head, _, what = verdict.what.partition(": ")
+        found.setdefault(head, {})[what] = "not measured" if verdict.value is None else f"{verdict.value:.2f}"
+        limits[what] = f"{'≤' if verdict.at_most else '≥'} {verdict.limit:g}"
+    body = [[what, *(cells[what] for cells in found.values()), limit] for what, limit in limits.items()]
+    head = f"{last['device'].removeprefix('cpu ')}, torch {last['torch']}, {last['date']}"
+    return f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', *found, 'target'], body)}"
+
+
 def gpu() -> str:
     """Targets of the kernels on every GPU that has a result file."""
     found = []
@@ -222,6 +240,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "training": training,
     "resume": resume,
     "refine": refine,
+    "cpu": cpu,
     "gpu": gpu,
     "gpu-scale": gpu_scale,
 }
