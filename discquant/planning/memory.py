@@ -217,7 +217,7 @@ def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
     # Sums as they are gathered are wide, whatever the state's width, and exist once more when they are scaled.
     wide = 2.0 * max(4, element) / (4 if solver.state == "fp32" else 2)
     largest = max(factor_bytes([block], setting.config) for block in shape.blocks)
-    saved = shape.largest.saved_elements * element * setting.micro_tokens
+    saved = shape.largest.saved_bytes(element) * setting.micro_tokens
     return {
         "teacher weights": float(shape.largest.weights * element)
         if setting.teacher_in_state or setting.streamed
@@ -246,7 +246,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     keep = keeps_graph(shape, setting)
     depth = len(shape.blocks)
     wide = 4 if element < 8 else 8
-    saved = largest.saved_elements * element
+    saved = largest.saved_bytes(element)
     # The teacher's weights are made beside the student's, unless the loaded model is the teacher.
     sides = 2 if setting.teacher_in_state or setting.streamed else 1
     students = depth if keep else 1
@@ -259,10 +259,13 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     undo = float(min(shape.weights * setting.layout.written, JOURNAL_BYTES))
     # E, E H, its pieces and G E H of one matrix, and its original; made when the logits are gone.
     term = curved * wide * max(m.rows * m.columns for m in largest.matrices)
+    # A gated product has all three gradients before any of what was kept for it goes; the logits have gone by then.
+    backward = 3.0 * largest.inner_elements * element * setting.micro_tokens
     return {
         "student and teacher weights": float(sides + students - 1) * largest.weights * element,
         "weight gradient": gradient * largest.weights,
-        "curvature of a matrix": max(0.0, term - logits),
+        "gradients of activations": max(0.0, backward - logits),
+        "curvature of a matrix": max(0.0, term - max(logits, backward)),
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
         "hidden states": 4.0 * tokens * shape.hidden * element,
         "logits": logits,
@@ -316,7 +319,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         held["GPU libraries"], device["cuBLAS workspace"] = LIBRARIES_FIRST, CUBLAS_WORKSPACE
     sampled = config.data.dataset == "self"
     # Rows are sampled side by side within a cache of this size (calibration.sampling.CACHE_BYTES).
-    cache = 2.0 * largest.saved_elements * setting.micro_tokens + 256.0 * shape.vocab * 12 if sampled else 0.0
+    cache = largest.saved_bytes(2) * setting.micro_tokens + 256.0 * shape.vocab * 12 if sampled else 0.0
     peaks.append(peak("calibrate", {"sampling": cache}, {"windows": windows}))
     held["windows"] = windows
     (held if setting.accelerator and setting.placement != "resident" else device)["scales"] = grids
