@@ -62,8 +62,11 @@ def test_cpu_features_agree_with_the_kernel() -> None:
         return
     line = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
     flags = set(line.split(":")[1].split())
+    amx = facts["cpu_features"].pop("amx_int8")
     assert facts["cpu_features"] == {name: name in flags for name in facts["cpu_features"]}
     assert {"avx2", "avx512f", "avx512_vnni", "avx512_bf16"} <= facts["cpu_features"].keys()
+    # The compiler must know it too, and Linux must let this process use it.
+    assert not amx or {"amx_tile", "amx_int8"} <= flags
 
 
 def test_triton_kernels_is_installed_under_our_name(repo_root: Path) -> None:
@@ -82,12 +85,20 @@ def test_isa_flags_follow_the_file_name(setup_module: ModuleType) -> None:
     assert "avx512" not in setup_module.isa_flags("csrc/packed/gemv_avx2.cpp")
     assert "-mavx512vnni" not in setup_module.isa_flags("gemv_avx512.cpp")
     assert "-mavx512vnni" in setup_module.isa_flags("gemv_avx512vnni.cpp")
+    assert "-mamx-int8" in setup_module.isa_flags("gemv_amx.cpp")
+    assert "-mamx-int8" not in setup_module.isa_flags("gemv_avx512vnni.cpp")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_flags_that_a_compiler_refuses(setup_module: ModuleType) -> None:
+    assert setup_module.accepts("c++", "-O1")
+    assert not setup_module.accepts("c++", "-mno-such-instructions")
 
 
 def test_x86_files_are_left_out_elsewhere(setup_module: ModuleType) -> None:
     arm = setup_module.sources("cpp", machine="aarch64")
     assert "csrc/bindings.cpp" in arm
-    assert not [path for path in arm if "avx" in Path(path).stem]
+    assert not [path for path in arm if "avx" in Path(path).stem or "amx" in Path(path).stem]
 
 
 def test_cuda_architectures(setup_module: ModuleType) -> None:

@@ -4,8 +4,22 @@
 from __future__ import annotations
 
 import llama_cpp
+import llama_cpp.llama_cpp as library
 import numpy as np
 from exchange import serve, versions
+
+_defaults = library.llama_model_default_params
+
+
+def _plain_buffers():
+    """Weights stay as the file has them: repacked for AMX, the library dies on more than one token (ggml 0.25.3)."""
+    parameters = _defaults()
+    if hasattr(parameters, "use_extra_bufts"):
+        parameters.use_extra_bufts = False
+    return parameters
+
+
+library.llama_model_default_params = _plain_buffers
 
 
 def consume(request, tokens):
