@@ -71,7 +71,7 @@ const CpuKernels* kernels_scalar();
 const CpuKernels* kernels_avx2();
 const CpuKernels* kernels_avx512();
 const CpuKernels* kernels_avx512vnni();
-const CpuKernels* kernels_amx(Mode mode, int64_t tokens);  // null if the compiler did not know AMX
+const CpuKernels* kernels_amx(int bits, Mode mode, int64_t tokens);  // null if the compiler did not know AMX
 
 }  // namespace packed
 }  // namespace discquant

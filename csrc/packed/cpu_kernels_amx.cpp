@@ -172,8 +172,7 @@ void tile_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out)
 
 }  // namespace
 
-const CpuKernels* kernels_amx(Mode mode, int64_t tokens) {
-  // One or two tokens do not repay the way of their codes through memory; float32 sums have no tiles.
+const CpuKernels* kernels_amx(int bits, Mode mode, int64_t tokens) {
   static const CpuKernels few = [] {
     CpuKernels k = *kernels_avx512vnni();
     k.table[0][0][0] = integer_pair<VectorsFew, 4, 1, 1>;
@@ -192,7 +191,10 @@ const CpuKernels* kernels_amx(Mode mode, int64_t tokens) {
     }
     return k;
   }();
-  return mode == Mode::kFp32 || tokens < 3 ? &few : &kernels;
+  // Measured on Sapphire Rapids: tiles are level or better from the second token on at 4 bits, from the third at 3. One
+  // token does not repay the way of its codes through memory; float32 sums have no tiles.
+  const int64_t least = bits == 3 ? 3 : 2;
+  return mode == Mode::kFp32 || tokens < least ? &few : &kernels;
 }
 
 }  // namespace packed
@@ -202,7 +204,7 @@ const CpuKernels* kernels_amx(Mode mode, int64_t tokens) {
 
 namespace discquant {
 namespace packed {
-const CpuKernels* kernels_amx(Mode, int64_t) { return nullptr; }
+const CpuKernels* kernels_amx(int, Mode, int64_t) { return nullptr; }
 }  // namespace packed
 }  // namespace discquant
 

@@ -96,7 +96,7 @@ int padded_tokens(const CpuKernels& kernels, int64_t live) {
 bool may_use_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a, b, c, d;
-  if (kernels_amx(Mode::kA8, 1) == nullptr || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (kernels_amx(4, Mode::kA8, 1) == nullptr || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return (d & kAmxTile) && (d & kAmxInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -133,9 +133,9 @@ Isa best_isa() {
   return best;
 }
 
-const CpuKernels* kernels_for(Isa isa, Mode mode, int64_t tokens) {
+const CpuKernels* kernels_for(Isa isa, int bits, Mode mode, int64_t tokens) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAmx) return kernels_amx(mode, tokens);
+  if (isa == Isa::kAmx) return kernels_amx(bits, mode, tokens);
   if (isa == Isa::kAvx2) return kernels_avx2();
   if (isa == Isa::kAvx512) return kernels_avx512();
   if (isa == Isa::kAvx512Vnni) return kernels_avx512vnni();
@@ -144,7 +144,7 @@ const CpuKernels* kernels_for(Isa isa, Mode mode, int64_t tokens) {
 }
 
 void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel& parallel) {
-  const CpuKernels* kernels = kernels_for(isa, mode, call.tokens);
+  const CpuKernels* kernels = kernels_for(isa, call.bits, mode, call.tokens);
   const int64_t k = call.in_features;
   const int64_t group_size = call.group_size > 0 ? call.group_size : padded_k(k);
   CpuWeight weight{};
@@ -226,7 +226,7 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
 }
 
 uint32_t stream_read_cpu(const void* p, int64_t bytes, bool prefetch, const Parallel& parallel) {
-  const CpuKernels* kernels = kernels_for(best_isa(), Mode::kFp32, 1);
+  const CpuKernels* kernels = kernels_for(best_isa(), 4, Mode::kFp32, 1);
   const int64_t chunk = 65536;
   std::atomic<uint32_t> total{0};
   for_each(ceil_div(bytes, chunk), parallel, [&](int64_t c) {

@@ -38,7 +38,7 @@ struct CpuLinear {
 // The best set of instructions of this processor, and whether it has a given one.
 Isa best_isa();
 bool has_isa(Isa isa);
-const CpuKernels* kernels_for(Isa isa, Mode mode, int64_t tokens);
+const CpuKernels* kernels_for(Isa isa, int bits, Mode mode, int64_t tokens);
 
 void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel& parallel);
 
