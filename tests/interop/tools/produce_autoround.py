@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from auto_round import AutoRound
 from exchange import serve, versions
@@ -27,7 +29,12 @@ def produce(request, tokens):
         device_map="cpu",
         amp=False,
     )
-    rounder.quantize_and_save(request["out"], format=request.get("format", "auto_round"))
+    out = Path(request["out"])
+    rounder.quantize_and_save(str(out), format=request.get("format", "auto_round"))
+    if not (out / "config.json").exists():  # from 0.16 on it saves to a folder of the model's name below
+        (below,) = (path.parent for path in out.glob("*/config.json"))
+        for file in below.iterdir():
+            file.rename(out / file.name)
     return {}, {"versions": versions("auto-round", "transformers", "torch")}
 
 
