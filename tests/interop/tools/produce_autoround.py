@@ -33,8 +33,9 @@ def produce(request, tokens):
     rounder.quantize_and_save(str(out), format=request.get("format", "auto_round"))
     if not (out / "config.json").exists():  # from 0.16 on it saves to a folder of the model's name below
         (below,) = (path.parent for path in out.glob("*/config.json"))
-        for file in below.iterdir():
+        for file in list(below.iterdir()):
             file.rename(out / file.name)
+        below.rmdir()
     return {}, {"versions": versions("auto-round", "transformers", "torch")}
 
 
