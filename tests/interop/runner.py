@@ -38,7 +38,11 @@ TOOL_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
-REFINE_OPTIONS = ("--dataset", "arithmetic", "--nsamples", "512", "--seqlen", "128")
+# By the bits of the file: 3 bits lose more, and get it back from more text and steps.
+REFINE_OPTIONS = {
+    3: ("--dataset", "arithmetic", "--nsamples", "8192", "--seqlen", "256", "--iters", "1024"),
+    4: ("--dataset", "arithmetic", "--nsamples", "512", "--seqlen", "128"),
+}
 
 
 class ToolError(RuntimeError):
@@ -115,10 +119,9 @@ class Runner:
         files = [*shared, *(HERE / "tools" / f"{script}.py" for script in scripts)]
         files += [HERE / "compare.py", HERE / "filediff.py", environments.requirements(row.tool)]
         if isinstance(row, Consumer):
-            files += [self.workshop.exported(CASES[row.case], row.format)]
-        else:
-            files += [MODELS["tiny_llama"], ROOT / "discquant"]
-        return file_digest(*files)
+            return file_digest(*files, self.workshop.exported(CASES[row.case], row.format))
+        digest = file_digest(*files, MODELS["tiny_llama"], ROOT / "discquant")
+        return " ".join((digest, *REFINE_OPTIONS[row.bits]))
 
     def consume(self, row: Consumer) -> dict[str, Any]:
         """Check one tool on one exported case.
@@ -288,7 +291,7 @@ class Runner:
             run,
             "--original",
             source,
-            *REFINE_OPTIONS,
+            *REFINE_OPTIONS[row.bits],
         ]
         run_script(command, folder / "refine.log", row.limit)
         found = registry.find(before).name
