@@ -22,7 +22,14 @@ EVALUATION_ROWS, EVALUATION_LOGITS, EVALUATION_CHUNK = 8, 1 << 28, 1 << 24
 # What CUDA's libraries and kernels take of the host, at the first matmul and once all sorts have run, and cuBLAS of the
 # device: as an H200 with torch 2.11 showed (benchmarks/results/nvidia-h200-quantize.json).
 LIBRARIES_FIRST, LIBRARIES, CUBLAS_WORKSPACE = 0.45e9, 0.9e9, float(1 << 25)
+HEAP = "kept by the allocator"
 COMPARED = 5 * 8.0 + 1  # float64: two log-probabilities, probabilities, two products of them; a mask
+# Reading text: the tokenizer and what it holds, and per token the lists that windows are cut from. As runs of the bundled
+# model with 4,096 and 16,384 windows showed (resident memory against the plan, Linux, glibc).
+TEXT, TOKEN_LISTS = 45e6, 25.0
+# glibc serves tensors up to this size from one heap and keeps what was freed between younger ones: by the same runs this
+# share of what a phase holds for a moment. Larger ones are maps of their own, which go back at once.
+HEAP_LIMIT, HEAP_SHARE = 1 << 25, 0.4
 WIDE_POSITIONS = (
     6 * 4.0
 )  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
@@ -275,6 +282,16 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     }
 
 
+def _heap(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> dict[str, float]:
+    """Return what the C library keeps between the tensors of a phase on a CPU; empty where they are too large for it."""
+    matrix = max(m.rows * m.columns for m in shape.largest.matrices)
+    widest = max(max(m.rows, m.columns) for m in shape.largest.matrices)
+    largest = setting.element * max(matrix, widest * setting.micro_tokens)
+    if setting.accelerator or largest > HEAP_LIMIT:
+        return {}
+    return {HEAP: HEAP_SHARE * sum(items.values())}
+
+
 def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     """Return the peak of each phase: open, calibrate, grid, start, teacher, solve, export, evaluate, in that order.
 
@@ -320,7 +337,11 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     sampled = config.data.dataset == "self"
     # Rows are sampled side by side within a cache of this size (calibration.sampling.CACHE_BYTES).
     cache = largest.saved_bytes(2) * setting.micro_tokens + 256.0 * shape.vocab * 12 if sampled else 0.0
-    peaks.append(peak("calibrate", {"sampling": cache}, {"windows": windows}))
+    text = not config.data.dataset.rpartition(":")[0].endswith(".safetensors")
+    tokens = config.data.nsamples * config.data.seqlen
+    held["tokenizer and text"] = TEXT if text else 0.0
+    lists = {"token lists": TOKEN_LISTS * tokens if text else 0.0}
+    peaks.append(peak("calibrate", {"sampling": cache}, {"windows": windows} | lists))
     held["windows"] = windows
     (held if setting.accelerator and setting.placement != "resident" else device)["scales"] = grids
     peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix}, {}))
@@ -328,7 +349,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         held["GPU libraries"] = LIBRARIES
     if started or config.method in ("gptq", "greedy"):
         method = "gptq" if started else config.method
-        peaks.append(peak("start", _layerwise(shape, setting, method), {"codes": packed}))
+        layer = _layerwise(shape, setting, method)
+        peaks.append(peak("start", layer | _heap(shape, setting, layer), {"codes": packed}))
     if discquant and teacher:
         # All rows enter and pass block by block beside what entered; at the end they are joined.
         passing = {
@@ -360,9 +382,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
             "gradients sampled for the gain": gain_bytes(shape) if config.solver.kl_weight is None else 0.0
         }
         stored["checkpoints (two)"] = 2 * weights * layout.written
-        peaks.append(
-            peak("solve", max(work, building, gathering, gain, key=lambda items: sum(items.values())), {})
-        )
+        moment = max(work, building, gathering, gain, key=lambda items: sum(items.values()))
+        peaks.append(peak("solve", moment | _heap(shape, setting, moment), {}))
         held.pop("boundary activations", None)
         stored.pop("boundary activations", None)
     # Codes of a solve and of RTN are computed when they are asked for, those at the start lie in a file.
@@ -376,7 +397,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     others = {"codes of baselines": packed * sum(name != "rtn" for name in unknown)}
     # Baselines are rounded first, then measured one after the other.
     moments = [_measuring(shape, setting), *(_layerwise(shape, setting, name) for name in unknown)]
-    peaks.append(peak("evaluate", max(moments, key=lambda items: sum(items.values())), others))
+    moment = max(moments, key=lambda items: sum(items.values()))
+    peaks.append(peak("evaluate", moment | _heap(shape, setting, moment), others))
     return peaks
 
 
