@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# Text and steps of a refine by the bits of the file: 3 bits lose more, and get it back from more of both.
+REFINE = {
+    3: {"nsamples": 8192, "seqlen": 256, "iters": 1024},
+    4: {"nsamples": 512, "seqlen": 128, "iters": 512},
+}
+
 
 @dataclass(frozen=True)
 class Consumer:
@@ -75,6 +81,11 @@ class Producer:
     def bar(self) -> float:
         """Largest allowed share of the file's own KL."""
         return 0.5 if self.bits == 3 else 0.7
+
+    @property
+    def options(self) -> list[str]:
+        """Of `discquant refine`."""
+        return ["--dataset", "arithmetic", *(f"--{key}={value}" for key, value in REFINE[self.bits].items())]
 
 
 def _llama_cpp(case: str, arithmetic: str) -> Consumer:

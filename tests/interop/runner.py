@@ -38,11 +38,6 @@ TOOL_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
-# By the bits of the file: 3 bits lose more, and get it back from more text and steps.
-REFINE_OPTIONS = {
-    3: ("--dataset", "arithmetic", "--nsamples", "8192", "--seqlen", "256", "--iters", "1024"),
-    4: ("--dataset", "arithmetic", "--nsamples", "512", "--seqlen", "128"),
-}
 
 
 class ToolError(RuntimeError):
@@ -121,7 +116,7 @@ class Runner:
         if isinstance(row, Consumer):
             return file_digest(*files, self.workshop.exported(CASES[row.case], row.format))
         digest = file_digest(*files, MODELS["tiny_llama"], ROOT / "discquant")
-        return " ".join((digest, *REFINE_OPTIONS[row.bits]))
+        return " ".join((digest, *row.options))
 
     def consume(self, row: Consumer) -> dict[str, Any]:
         """Check one tool on one exported case.
@@ -291,7 +286,7 @@ class Runner:
             run,
             "--original",
             source,
-            *REFINE_OPTIONS[row.bits],
+            *row.options,
         ]
         run_script(command, folder / "refine.log", row.limit)
         found = registry.find(before).name
