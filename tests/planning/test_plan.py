@@ -15,7 +15,7 @@ from discquant.cli import app
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import CapacityError, CheckpointError, ConfigError, MissingModelError
 from discquant.planning.hardware import DEVICES, GB, GIB, find_device
-from discquant.planning.memory import PLACEMENTS, gptq_bytes, needed, phase_peaks
+from discquant.planning.memory import HEAP, HEAP_SHARE, PLACEMENTS, gptq_bytes, needed, phase_peaks
 from discquant.planning.plan import Machine, make_plan, setting_for
 from discquant.planning.shape import ModelShape, read_shape
 from discquant.planning.traffic import (
@@ -395,3 +395,25 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.exit_code == 0 and "Transfers hide from" in shown.stdout
     refused = CliRunner().invoke(app, [*line, "--gpu-memory", "1", "--host-memory", "2"])
     assert isinstance(refused.exception, CapacityError)
+
+
+def test_allocator_and_text(shape_8b: ModelShape, tiny_llama_dir: Path) -> None:
+    """A CPU's heap keeps a share of small tensors' momentary bytes, of no larger ones; only text has token lists."""
+    small, config = read_shape(tiny_llama_dir), options(compute_dtype="float32")
+    cpu, gpu = Machine(DEVICES["cpu"], ROOMY, ROOMY), Machine(DEVICES["h100"], ROOMY, ROOMY)
+
+    def phases(shape: ModelShape, machine: Machine, dataset: str = "text.txt") -> dict[str, dict[str, float]]:
+        chosen = dataclasses.replace(config, data=DataConfig(dataset, 512, 256))
+        peaks = phase_peaks(shape, setting_for(shape, chosen, "resident", machine))
+        return {peak.name: peak.host for peak in peaks}
+
+    found = phases(small, cpu)
+    grid, solve = found["grid"], found["solve"]
+    kept = {item for item in found["export"] if item != "one layer packed"}
+    momentary = sum(size for item, size in solve.items() if item not in kept and item != HEAP)
+    assert solve[HEAP] == pytest.approx(HEAP_SHARE * momentary)
+    assert HEAP not in grid and grid["tokenizer and text"] > 0 and found["calibrate"]["token lists"] > 0
+    assert all(HEAP not in items for shape in (small, shape_8b) for items in phases(shape, gpu).values())
+    assert all(HEAP not in items for items in phases(shape_8b, cpu).values())
+    tokens = phases(small, cpu, "ids.safetensors:ids")
+    assert tokens["grid"]["tokenizer and text"] == 0 == tokens["calibrate"]["token lists"]
