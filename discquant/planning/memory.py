@@ -22,14 +22,13 @@ EVALUATION_ROWS, EVALUATION_LOGITS, EVALUATION_CHUNK = 8, 1 << 28, 1 << 24
 # What CUDA's libraries and kernels take of the host, at the first matmul and once all sorts have run, and cuBLAS of the
 # device: as an H200 with torch 2.11 showed (benchmarks/results/nvidia-h200-quantize.json).
 LIBRARIES_FIRST, LIBRARIES, CUBLAS_WORKSPACE = 0.45e9, 0.9e9, float(1 << 25)
-HEAP = "kept by the allocator"
 COMPARED = 5 * 8.0 + 1  # float64: two log-probabilities, probabilities, two products of them; a mask
-# Reading text: the tokenizer and what it holds, and per token the lists that windows are cut from. As runs of the bundled
-# model with 4,096 and 16,384 windows showed (resident memory against the plan, Linux, glibc).
+# Reading text: the tokenizer and what it holds, and per token the lists that windows are cut from. As runs of the
+# bundled model with 4,096 and 16,384 windows showed (resident memory against the plan, Linux, glibc).
 TEXT, TOKEN_LISTS = 45e6, 25.0
-# glibc serves tensors up to this size from one heap and keeps what was freed between younger ones: by the same runs this
-# share of what a phase holds for a moment. Larger ones are maps of their own, which go back at once.
-HEAP_LIMIT, HEAP_SHARE = 1 << 25, 0.4
+# glibc serves tensors up to this size from one heap and keeps what was freed between younger ones: by the same runs
+# this share of what a phase holds for a moment. Larger ones are maps of their own, which go back at once.
+HEAP, HEAP_LIMIT, HEAP_SHARE = "kept by the allocator", 1 << 25, 0.4
 WIDE_POSITIONS = (
     6 * 4.0
 )  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
@@ -283,7 +282,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
 
 
 def _heap(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> dict[str, float]:
-    """Return what the C library keeps between the tensors of a phase on a CPU; empty where they are too large for it."""
+    """Return what the C library keeps between tensors of a phase on a CPU; empty where they are too large for it."""
     matrix = max(m.rows * m.columns for m in shape.largest.matrices)
     widest = max(max(m.rows, m.columns) for m in shape.largest.matrices)
     largest = setting.element * max(matrix, widest * setting.micro_tokens)
