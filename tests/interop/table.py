@@ -33,7 +33,7 @@ REFINED = """
 
 Each tool quantizes the bundled model itself ({calibration} windows of {seqlen} tokens where it calibrates),
 `discquant refine` chooses the codes again on the file's own grid, and the tool's own reader decodes both files.
-It takes {options} of calibration text.
+Text and steps: {options}.
 KL(original || file), mean over 12,288 positions of held-out text (48 windows of 256), weights as the tool
 decodes them, activations in float32.
 """
@@ -51,7 +51,7 @@ def document(results: Mapping[str, Any]) -> str:
     )
     text += _table(head, (_consumer(name, row) for name, row in consumers.items()))
     options = ", ".join(
-        f"{taken['iters']} steps on {taken['nsamples']:,} windows of {taken['seqlen']} tokens at {bits} bits"
+        f"at {bits} bits {taken['nsamples']:,} windows of {taken['seqlen']} tokens and {taken['iters']:,} steps"
         for bits, taken in REFINE.items()
     )
     text += REFINED.format(calibration=CALIBRATION_WINDOWS, seqlen=SEQLEN, options=options)
