@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantize the bundled model at 3 bits, compare with RTN and GPTQ on held-out text and problems, generate text.
 
-Run by `make quickstart`; writes build/quickstart/ and prints one table. Everything is offline.
+Run by `make quickstart`; writes build/quickstart/ and prints one table. Everything is offline. More steps give a lower
+KL, and machines differ by a factor of three: the plan for this machine, timed first, decides how many steps are taken.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from discquant.calibration.arithmetic import problems, prompt
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.evaluation.evaluate import evaluate
 from discquant.generation import stream
+from discquant.planning.hardware import host_memory, this_device
+from discquant.planning.plan import Machine, make_plan
+from discquant.planning.shape import read_shape
+from discquant.planning.timing import measure
 from discquant.progress import ProgressBar
 from discquant.run.pipeline import Events, Pipeline
 
@@ -27,12 +32,37 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE / "tiny_llama"
 METHODS = ("rtn", "gptq", "discquant")
 GRID = GridConfig(bits=3, group_size=64, sym=True, grid="search")
-DATA = DataConfig(dataset="arithmetic", nsamples=4096, seqlen=256)
+STEPS = (1024, 512, 256)  # DiscQuant takes the first that fits the time
+SEQLEN = 256
 
 
-def _run(method: str, out: Path) -> float:
+def _config(method: str, iters: int) -> QuantizeConfig:
+    """The default recipe; as many windows as DiscQuant's steps read, so that none is read twice."""
+    solver = SolverConfig(iters=iters)
+    data = DataConfig(dataset="arithmetic", nsamples=iters * solver.batch_size, seqlen=SEQLEN)
+    return QuantizeConfig(grid=GRID, method=method, solver=solver, data=data, baselines=())  # type: ignore[arg-type]
+
+
+def _steps(minutes: float, console: Console) -> int:
+    """Time one block on this machine; return the most steps whose planned time fits in `minutes`."""
+    config = _config("discquant", STEPS[0])
+    shape = read_shape(str(MODEL), config.ignore)
+    rates = measure(MODEL, shape, config)
+    machine = Machine(this_device(), host_memory(), float(shutil.disk_usage(HERE).free))
+    for iters in STEPS:
+        plan = make_plan(shape, _config("discquant", iters), machine, placement="resident", rates=rates)
+        if plan.total_seconds <= 60 * minutes:
+            break
+    console.print(
+        f"{iters} steps: {plan.step_seconds:.2f} s each on this machine, planned {plan.total_seconds / 60:.1f} minutes "
+        f"(of {minutes:g} at most)"
+    )
+    return iters
+
+
+def _run(method: str, out: Path, iters: int) -> float:
     """Quantize with one method; return the seconds it took."""
-    config = QuantizeConfig(grid=GRID, method=method, solver=SolverConfig(), data=DATA, baselines=())  # type: ignore[arg-type]
+    config = _config(method, iters)
     begin = time.perf_counter()
     with ProgressBar() as bar:
         Pipeline(
@@ -69,14 +99,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "quickstart")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems to answer")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows to measure on")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="DiscQuant's time, which decides its steps"
+    )
+    parser.add_argument("--steps", type=int, help="steps whatever they take")
     parser.add_argument("--record", action="store_true", help="also write benchmarks/results/quickstart.json")
     arguments = parser.parse_args()
     console = Console()
     shutil.rmtree(arguments.out, ignore_errors=True)
+    iters = arguments.steps or _steps(arguments.minutes, console)
     seconds = {}
     for method in METHODS:
         console.rule(method)
-        seconds[method] = _run(method, arguments.out / method)
+        seconds[method] = _run(method, arguments.out / method, iters)
     console.rule("measure")
     exported = [arguments.out / method / "compressed-tensors" for method in METHODS]
     found = evaluate(
@@ -84,7 +119,7 @@ def main() -> None:
         [MODEL, *exported],
         "arithmetic:heldout",
         nsamples=arguments.windows,
-        seqlen=DATA.seqlen,
+        seqlen=SEQLEN,
         exact_match_problems=arguments.problems,
     )
     rows = [
@@ -93,6 +128,7 @@ def main() -> None:
             "method": name,
             "file_bytes": _file_bytes(folder),
             "seconds": round(seconds.get(name, 0.0), 1),
+            "iters": iters if name == "discquant" else None,
         }
         for row, name, folder in zip(found, ("original", *METHODS), [MODEL, *exported], strict=True)
     ]
