@@ -238,11 +238,59 @@ def gpu_scale() -> str:
     return _table(header, body) if body else "_Not measured on a GPU._"
 
 
+def plan_memory() -> str:
+    """Peak memory of whole runs on a CPU against their plan."""
+    found = _load(RESULTS / "plan_memory.json")
+    if found is None:
+        return MISSING
+    body = []
+    for name, case in found["cases"].items():
+        phases = [phase["ratio"] for phase in case["phases"]]
+        largest = max(phase["actual_bytes"] for phase in case["phases"])
+        body.append([
+            name,
+            f"{case['batch_size']} x {case['seqlen']}",
+            f"{largest / 1e6:.0f}",
+            f"{case['peak_ratio']:.2f}",
+            f"{min(phases):.2f}-{max(phases):.2f}",
+        ])  # fmt: skip
+    header = ["run", "windows x tokens per step", "peak MB", "actual / planned", "of each phase"]
+    return _table(header, body)
+
+
+def export() -> str:
+    """What `discquant export` takes, and whether its memory grows with the model."""
+    found = _load(RESULTS / "export.json")
+    if found is None:
+        return MISSING
+    by: dict[str, dict[str, dict[str, float]]] = {}
+    for key, row in found["rows"].items():
+        name, depth = key.split(", ")
+        by.setdefault(name, {})[depth] = row
+    depths = sorted({depth for rows in by.values() for depth in rows}, key=lambda depth: int(depth.split()[0]))
+    body = []
+    for name, rows in by.items():
+        last = rows.get(depths[-1], {})
+        body.append([
+            name,
+            f"{last['cpu_seconds_per_gb']:.1f}" if last else "",
+            *(f"{rows[depth]['peak_over_imports_bytes'] / 1e6:.0f}" if depth in rows else "" for depth in depths),
+        ])  # fmt: skip
+    some = [row for rows in by.values() for row in rows.values()]
+    shard = max(row["largest_shard_bytes"] for row in some) / 1e6
+    sizes = " and ".join(f"{size / 1e9:.2f}" for size in sorted({row["original_bytes"] for row in some}))
+    header = ["format", "processor seconds per GB", *(f"peak MB, {depth}" for depth in depths)]
+    note = f"One thread; originals of {sizes} GB in shards of at most {shard:.0f} MB; memory over that of the imports."
+    return f"{_table(header, body)}\n\n{note}"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "sweep": sweep,
     "stories260k": stories,
     "training": training,
+    "export": export,
+    "plan-memory": plan_memory,
     "resume": resume,
     "refine": refine,
     "cpu": cpu,

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from discquant.config import GridConfig
-from discquant.errors import UserError
+from discquant.config import GRID_KINDS, GridConfig
+from discquant.errors import UnrepresentableError, UserError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
@@ -36,17 +36,16 @@ from discquant.grids import place_grid
 
 SECONDS = 5.0  # of CPU per file, whatever else the machine does; a whole one reads in milliseconds
 MEMORY = 1 << 30  # bytes beyond what the process holds when the run begins
-HIDDEN, WIDE, VOCABULARY = 64, 256, 40
+WIDTHS, WIDE, VOCABULARY = (64, 256), 256, 40  # the second width for grids whose blocks have 256 columns
 Files = dict[str, bytes]
+# Every layout that a format has: a format's cases take those that it can hold in turn.
 GRIDS = (
-    GridConfig(4, 32, True),
-    GridConfig(4, 64, True),
-    GridConfig(4, 32, False),
-    GridConfig.of_kind("q4_0"),
-)  # fmt: skip
+    *(GridConfig(bits, 32, sym) for bits in (4, 3, 2, 8) for sym in (True, False)),
+    *(GridConfig.of_kind(kind) for kind in GRID_KINDS),
+)
 
 
-def source_model(folder: Path) -> Path:
+def source_model(folder: Path, hidden: int) -> Path:
     """A Llama of one block as plain files: enough for every writer, without building a model."""
     generator = torch.Generator().manual_seed(7)
 
@@ -55,19 +54,19 @@ def source_model(folder: Path) -> Path:
 
     block = "model.layers.0"
     tensors = {
-        "model.embed_tokens.weight": tensor(VOCABULARY, HIDDEN),
-        "lm_head.weight": tensor(VOCABULARY, HIDDEN),
-        "model.norm.weight": tensor(HIDDEN),
-        f"{block}.input_layernorm.weight": tensor(HIDDEN),
-        f"{block}.post_attention_layernorm.weight": tensor(HIDDEN),
-        **{f"{block}.self_attn.{n}_proj.weight": tensor(HIDDEN, HIDDEN) for n in "qkvo"},
-        **{f"{block}.mlp.{n}_proj.weight": tensor(WIDE, HIDDEN) for n in ("gate", "up")},
-        f"{block}.mlp.down_proj.weight": tensor(HIDDEN, WIDE),
+        "model.embed_tokens.weight": tensor(VOCABULARY, hidden),
+        "lm_head.weight": tensor(VOCABULARY, hidden),
+        "model.norm.weight": tensor(hidden),
+        f"{block}.input_layernorm.weight": tensor(hidden),
+        f"{block}.post_attention_layernorm.weight": tensor(hidden),
+        **{f"{block}.self_attn.{n}_proj.weight": tensor(hidden, hidden) for n in "qkvo"},
+        **{f"{block}.mlp.{n}_proj.weight": tensor(WIDE, hidden) for n in ("gate", "up")},
+        f"{block}.mlp.down_proj.weight": tensor(hidden, WIDE),
     }
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "head_dim": 16,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "head_dim": hidden // 4,
         "intermediate_size": WIDE, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
         "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 64,
         "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16", "bos_token_id": 1,
@@ -105,13 +104,24 @@ def _tokenizer(folder: Path) -> None:
     )
 
 
-def base_files(name: str, folder: Path) -> tuple[Format, Path]:
-    """A small valid file of a format."""
-    source = folder / "source"
+def base_files(chosen: Format, folder: Path) -> list[Path]:
+    """Small valid files of a format, one of each grid that it can hold."""
+    found = []
+    for index, grid in enumerate(GRIDS):
+        hidden = next((width for width in WIDTHS if _fits(chosen, grid, width)), None)
+        if hidden is None:
+            continue
+        # Some refuse only the values: a scale that the served dtype does not have.
+        with suppress(UnrepresentableError):
+            found.append(_base(chosen, grid, hidden, folder, f"{chosen.name}_{index}"))
+    return found
+
+
+def _base(chosen: Format, grid: GridConfig, hidden: int, folder: Path, name: str) -> Path:
+    source = folder / f"source{hidden}"
     if not source.exists():
-        source_model(source)
-    chosen, checkpoint, target = registry.by_name(name), Checkpoint(source), folder / name
-    grid = next(g for g in GRIDS if _fits(chosen, g))
+        source_model(source, hidden)
+    checkpoint, target = Checkpoint(source), folder / name
     layers = []
     for key in checkpoint.tensors:
         if key.endswith("proj.weight"):
@@ -119,12 +129,12 @@ def base_files(name: str, folder: Path) -> tuple[Format, Path]:
             laid = place_grid(weight, grid)
             layers.append(CodedLayer(key.removesuffix(".weight"), laid.nearest(weight), laid))
     chosen.write(checkpoint, target, layers)
-    return chosen, target
+    return target
 
 
-def _fits(chosen: Format, grid: GridConfig) -> bool:
+def _fits(chosen: Format, grid: GridConfig, hidden: int) -> bool:
     try:
-        for shape in ((HIDDEN, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE)):
+        for shape in ((hidden, hidden), (WIDE, hidden), (hidden, WIDE)):
             chosen.check(shape, grid)
     except UserError:
         return False
@@ -369,21 +379,23 @@ def check(chosen: Format, path: Path, result: Result, case: int) -> None:
 
 
 def fuzz(name: str, count: int, folder: Path, *, first: int = 0) -> Result:
-    """Damage a valid file of a format `count` times; case numbers are the seeds."""
-    chosen, base = base_files(name, folder)
-    files, single = snapshot(base), base.is_file()
-    consume(chosen, base)
+    """Damage valid files of a format `count` times; case numbers are the seeds and choose the file."""
+    chosen = registry.by_name(name)
+    bases = [(base, snapshot(base)) for base in base_files(chosen, folder)]
+    for base, _ in bases:
+        consume(chosen, base)
     result = Result()
     place = folder / "case"
     with limits():
         for case in range(first, first + count):
+            base, files = bases[case % len(bases)]
             damaged = mutate(files, random.Random(f"{name}:{case}"))
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
             for file, data in damaged.items():
                 (place / file).parent.mkdir(parents=True, exist_ok=True)
                 (place / file).write_bytes(data)
-            check(chosen, place / base.name if single else place, result, case)
+            check(chosen, place / base.name if base.is_file() else place, result, case)
     return result
 
 
