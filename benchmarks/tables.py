@@ -267,7 +267,9 @@ def export() -> str:
     for key, row in found["rows"].items():
         name, depth = key.split(", ")
         by.setdefault(name, {})[depth] = row
-    depths = sorted({depth for rows in by.values() for depth in rows}, key=lambda depth: int(depth.split()[0]))
+    depths = sorted(
+        {depth for rows in by.values() for depth in rows}, key=lambda depth: int(depth.split()[0])
+    )
     body = []
     for name, rows in by.items():
         last = rows.get(depths[-1], {})
