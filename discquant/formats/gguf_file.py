@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from discquant.errors import CheckpointError, MissingModelError
+from discquant.formats.mapped import forget_pages, map_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -278,8 +279,7 @@ def byte_diff(
     outside, total = abs(before.size - after.size), 0
     inside: dict[str, int] = {}
     spans = sorted((before.tensors[name].start, before.tensors[name].num_bytes, name) for name in codes)
-    left = np.memmap(before.path, dtype=np.uint8, mode="r")
-    right = np.memmap(after.path, dtype=np.uint8, mode="r")
+    left, right = map_file(before.path), map_file(after.path)
     shorter = min(before.size, after.size)
     at = 0
     for start, length, name in spans:
@@ -291,6 +291,7 @@ def byte_diff(
             if found:
                 inside[name] = inside.get(name, 0) + found
         total += length // block[name] * sum(high - low for low, high in codes[name])
+        forget_pages(left, right)
         at = start + length
     outside += _count_changed(left, right, at, shorter)
     return {"code_bytes": total, "changed": sum(inside.values()), "outside": outside, "tensors": inside}
@@ -303,4 +304,8 @@ def _pieces(start: int, stop: int, block: int) -> Iterator[tuple[int, int]]:
 
 
 def _count_changed(left: Any, right: Any, start: int, stop: int) -> int:
-    return sum(int((left[a:b] != right[a:b]).sum()) for a, b in _pieces(start, stop, 1))
+    found = 0
+    for a, b in _pieces(start, stop, 1):
+        found += int((left[a:b] != right[a:b]).sum())
+        forget_pages(left, right)
+    return found

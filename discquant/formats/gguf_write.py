@@ -37,6 +37,7 @@ from discquant.formats.gguf_model import (
     to_gguf,
 )
 from discquant.formats.gguf_tokenizer import GgufVocabulary, read_vocabulary
+from discquant.formats.mapped import forget_pages
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import digest
 from discquant.formats.safetensors_file import tensor_bytes
@@ -304,7 +305,8 @@ def prove_gguf(source: Checkpoint, file: Path, layers: Iterable[CodedLayer], hea
     """
     import gguf
 
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    reader = gguf.GGUFReader(file)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     left = dict.fromkeys(_wanted(source))
     weights, count = 0, 0
     for layer in layers:
@@ -321,6 +323,7 @@ def prove_gguf(source: Checkpoint, file: Path, layers: Iterable[CodedLayer], hea
         )
         expected = layer.grid.dequantize(layer.q, torch.float32).cpu().numpy()
         _same(name, decoded, expected)
+        forget_pages(reader.data)
         weights += layer.q.numel()
         count += 1
     copied = 0
@@ -333,6 +336,7 @@ def prove_gguf(source: Checkpoint, file: Path, layers: Iterable[CodedLayer], hea
             tuple(int(size) for size in reversed(tensor.shape))
         )
         _same(name, _original_rows(values, key.rpartition(".")[0], heads), source.read(key).float().numpy())
+        forget_pages(reader.data)
         copied += tensor.n_bytes
     extra = set(stored) - {ROPE_FACTORS}
     if extra:

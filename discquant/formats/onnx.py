@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from discquant.errors import (
 )
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, Format, LayerFacts
+from discquant.formats.mapped import forget_pages, map_file
 from discquant.formats.onnx_blocks import block_size, check, encode
 from discquant.formats.onnx_file import (
     FLOATS,
@@ -228,17 +228,18 @@ def _byte_diff(files: list[Path], after: Path, stored: Mapping[str, Node]) -> di
     inside: dict[str, int] = {}
     outside = 0
     for file in files:
-        left = np.memmap(file, dtype=np.uint8, mode="r")
-        right = np.memmap(after / file.name, dtype=np.uint8, mode="r")
+        left, right = map_file(file), map_file(after / file.name)
         if len(left) != len(right):
             raise ProofError(f"proof: {file.name} has {len(right)} bytes, the original {len(left)}")
         mine = [node for node in stored.values() if node.packed.file == file]
         total, counted = 0, 0
         for start in range(0, len(left), 1 << 24):
             total += int((left[start : start + (1 << 24)] != right[start : start + (1 << 24)]).sum())
+            forget_pages(left, right)
         for node in mine:
             span = slice(node.packed.start, node.packed.start + node.packed.num_bytes)
             changed = int((left[span] != right[span]).sum())
+            forget_pages(left, right)
             counted += changed
             if changed:
                 inside[node.name] = changed
