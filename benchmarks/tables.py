@@ -286,11 +286,47 @@ def export() -> str:
     return f"{_table(header, body)}\n\n{note}"
 
 
+def cpu_scale() -> str:
+    """Cost of a streamed step by the number of blocks, on a CPU."""
+    found = _load(RESULTS / "scale.json")
+    if found is None:
+        return MISSING
+    body = []
+    for row in found["rows"]:
+        peak = max(row["phases"], key=lambda phase: phase["peak_rss_bytes"])
+        planned = row["planned_seconds_per_step"]
+        body.append([
+            str(row["blocks"]),
+            f"{row['weights'] / 1e6:,.0f}",
+            f"{row['cpu_seconds_per_step']:.1f}",
+            "" if planned is None else f"{row['cpu_seconds_per_step'] / planned:.2f}",
+            f"{row['state_bytes'] / 1e6:,.0f}",
+            f"{peak['peak_rss_bytes'] / 1e6:,.0f}",
+            f"{peak['peak_rss_bytes'] / peak['planned_bytes']:.2f}",
+        ])  # fmt: skip
+    header = [
+        "blocks", "M weights", "processor seconds per step", "/ planned", "state MB on disk", "peak resident MB",
+        "/ planned",
+    ]  # fmt: skip
+    fitted = found["cpu_seconds_line"]
+    note = (
+        f"Llama 3.1 70B's shape with widths divided by {found['widths_divided_by']}, {found['tokens_per_step']} tokens "
+        f"per step, one thread, placement {found['rows'][0]['placement']}."
+    )
+    if fitted is not None:
+        note += (
+            f" A line through the seconds, {fitted['a']:.2f} + {fitted['per_block']:.2f} per block, is off by "
+            f"{fitted['largest_residual']:.1%} at most; 80 blocks by it: {fitted['at_80']:,.0f} s."
+        )
+    return f"{_table(header, body)}\n\n{note}"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "sweep": sweep,
     "stories260k": stories,
     "training": training,
+    "cpu-scale": cpu_scale,
     "export": export,
     "plan-memory": plan_memory,
     "resume": resume,

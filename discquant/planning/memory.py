@@ -28,7 +28,7 @@ COMPARED = 5 * 8.0 + 1  # float64: two log-probabilities, probabilities, two pro
 TEXT, TOKEN_LISTS = 45e6, 25.0
 # glibc serves tensors up to this size from one heap and keeps what was freed between younger ones: by the same runs
 # this share of what a phase holds for a moment. Larger ones are maps of their own, which go back at once.
-HEAP, HEAP_LIMIT, HEAP_SHARE = "kept by the allocator", 1 << 25, 0.4
+HEAP, HEAP_LIMIT, HEAP_SHARE = "kept by the allocator", 1 << 25, 0.35
 WIDE_POSITIONS = (
     6 * 4.0
 )  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
