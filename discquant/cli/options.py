@@ -14,6 +14,8 @@ from discquant.config import GridConfig, Method, SolverConfig, preset
 from discquant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from discquant.run.events import Events
     from discquant.run.pipeline import Pipeline
     from discquant.solver.engine import Engine
@@ -100,6 +102,7 @@ def method_names(text: str) -> tuple[Method, ...]:
 
 def run_pipeline(
     build: Callable[[Events, Engine], Pipeline],
+    out: Path,
     *,
     device: str,
     placement: str,
@@ -110,10 +113,11 @@ def run_pipeline(
 
     Args:
         build: Makes the pipeline.
+        out: Its run directory.
         device: Word for the compute device; refused before anything else where it is not there.
         placement: See `Engine`.
         activations: See `Engine`.
-        threads: CPU threads of torch; None leaves them.
+        threads: CPU threads of torch; None takes those that the run in `out` was begun with, or leaves them.
 
     Returns:
         The summary; None in every process but the first.
@@ -122,11 +126,14 @@ def run_pipeline(
 
     from discquant.environment import compute_device
     from discquant.progress import ProgressBar
+    from discquant.run.directory import RunDirectory
     from discquant.run.events import Events, RunStoppedError
     from discquant.solver.engine import Engine
     from discquant.solver.ranks import Ranks
 
     where = compute_device(device, Ranks.local())
+    if threads is None:  # torchrun sets another number than a process of its own has
+        threads = RunDirectory(out).recorded_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     ranks = Ranks.from_environment(where)

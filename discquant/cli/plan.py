@@ -39,6 +39,9 @@ def plan(
     batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
     iters: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    curvature: Annotated[
+        float | None, typer.Option(help="Weight of the curvature term; 0 leaves it and its memory out.")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="gptq, ref or random.")] = None,
     dataset: Annotated[str, typer.Option(help="As in quantize; self samples from the model.")] = "self",
     baselines: Annotated[str, typer.Option(help="As in quantize, or none.")] = "rtn,gptq",
@@ -74,8 +77,10 @@ def plan(
     if placement not in ("auto", "resident", "host", "disk"):
         raise ConfigError(f"plan: --placement must be auto, resident, host or disk, got {placement!r}")
     device = hardware.this_device() if gpu == "auto" else hardware.find_device(gpu)
+    if measure and device.name != hardware.this_device().name:
+        raise ConfigError(f"plan: --measure times this machine, which is no {gpu}; leave --gpu out")
     for name, value in (("--gpu-memory", gpu_memory), ("--host-memory", host_memory), ("--disk", disk)):
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ConfigError(f"plan: {name} must be above 0, got {value}")
     if gpu_memory is not None:
         if device.memory is None:
@@ -89,6 +94,7 @@ def plan(
         "batch_size": batch_size,
         "micro_batch": micro_batch,
         "iters": iters,
+        "curvature": curvature,
         "start": start,
         "compute_dtype": "bfloat16" if accelerated else "float32",
     }

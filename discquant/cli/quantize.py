@@ -117,7 +117,7 @@ def quantize(
         )  # fmt: skip
 
     summary = options.run_pipeline(
-        build, device=device, placement=placement, activations=activations, threads=threads
+        build, out, device=device, placement=placement, activations=activations, threads=threads
     )
     if summary is not None:
         _print_summary(summary, out)

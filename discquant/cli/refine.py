@@ -78,7 +78,7 @@ def refine(
         )  # fmt: skip
 
     summary = options.run_pipeline(
-        build, device=device, placement=placement, activations=activations, threads=threads
+        build, out, device=device, placement=placement, activations=activations, threads=threads
     )
     if summary is None:
         return

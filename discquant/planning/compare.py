@@ -14,7 +14,7 @@ from discquant.planning.hardware import DEVICES, host_memory, this_device
 from discquant.planning.memory import Placement
 from discquant.planning.plan import Machine, Plan, make_plan
 from discquant.planning.rates import load_rates, machine_name, nearest_rates
-from discquant.planning.shape import shape_of
+from discquant.planning.shape import ModelShape
 
 # Python, torch and transformers before a model is opened; a run takes its own reading instead.
 PROCESS_BYTES = 0.45e9
@@ -24,23 +24,25 @@ SPANS = {"round": ("teacher", "start", "solve")}
 
 
 def plan_of_run(
-    model: Any,
+    shape: ModelShape,
     config: QuantizeConfig,
     *,
     process: float,
     placement: Placement | Literal["auto"] = "resident",
     disk: float = 1e18,
     device: torch.device | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """Plan a run of a model in memory on this machine, with its rates where they were measured.
 
     Args:
-        model: The opened model.
+        shape: The model's sizes.
         config: The run's options.
         process: Resident memory of the process before the model was opened, bytes.
         placement: Where the state will live.
-        disk: Free disk; the export checks its own.
+        disk: Bytes of disk that the run may fill.
         device: Where it computes; None is the CPU.
+        ranks: Processes that share this machine's memory, each with as much.
 
     Returns:
         The plan.
@@ -48,7 +50,6 @@ def plan_of_run(
     Raises:
         CapacityError: It cannot fit.
     """
-    shape = shape_of(model, config.ignore, name=type(model).__name__)
     solver = config.solver
     rates = nearest_rates(
         load_rates(),
@@ -61,7 +62,8 @@ def plan_of_run(
     # A plan is good to 10 %: what exceeds the memory by no more is not refused.
     on_gpu = device is not None and device.type == "cuda"
     where = this_device(device.index or 0) if device is not None and on_gpu else DEVICES["cpu"]
-    machine = Machine(where, host_memory() * (1 + MEMORY_TOLERANCE), disk)
+    share = (1 + MEMORY_TOLERANCE) / ranks
+    machine = Machine(where, host_memory() * share, disk * (1 + MEMORY_TOLERANCE))
     return make_plan(shape, config, machine, placement=placement, rates=rates, process=process)
 
 

@@ -70,7 +70,9 @@ def find_device(name: str) -> Device:
     Raises:
         ConfigError: It is not there; the message lists what is.
     """
-    key = name.lower().removeprefix("rtx").removeprefix("nvidia").strip(" -_")
+    key = name.lower().strip(" -_")
+    for word in ("nvidia", "geforce", "rtx"):
+        key = key.removeprefix(word).strip(" -_")
     if key not in DEVICES:
         raise ConfigError(f"plan: --gpu must be one of {', '.join(DEVICES)} or auto, got {name!r}")
     return DEVICES[key]

@@ -318,7 +318,11 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     device: dict[str, float] = {"frozen parameters": frozen}
     held: dict[str, float] = {"process": setting.process}
     stored: dict[str, float] = {}
-    if setting.whole_model:
+    if setting.whole_model and setting.streamed and setting.accelerator:
+        # They stay with the host; a block's come to the device while it runs.
+        held["original weights"] = own
+        device["original weights of a block"] = max(b.weights for b in shape.blocks) * float(element)
+    elif setting.whole_model:
         device["original weights"] = own
 
     def peak(name: str, at_device: dict[str, float], at_host: dict[str, float]) -> PhasePeak:
@@ -380,7 +384,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         gain = {
             "gradients sampled for the gain": gain_bytes(shape) if config.solver.kl_weight is None else 0.0
         }
-        stored["checkpoints (two)"] = 2 * weights * layout.written
+        # The next one is complete before the oldest goes.
+        stored["checkpoints (three)"] = 3 * weights * layout.written
         moment = max(work, building, gathering, gain, key=lambda items: sum(items.values()))
         peaks.append(peak("solve", moment | _heap(shape, setting, moment), {}))
         held.pop("boundary activations", None)

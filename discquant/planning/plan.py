@@ -40,6 +40,8 @@ from discquant.planning.traffic import (
 
 # The engine fetches a block's whole state for either pass.
 FORWARD_PREFIX = False
+# Stands for calibration text of the user's own.
+TEXT_FILE = "TEXT.jsonl"
 # State formats compared with the one asked for.
 STATES: tuple[tuple[str, str], ...] = (("fp32", "adamw"), ("u8", "adamw"), ("u8", "momentum"))
 
@@ -240,9 +242,17 @@ def _smaller(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
     """Return changes that need less memory, mildest first, each with the options that make it."""
     found = []
     current, said = config, ""
+    if config.data.dataset == "self":  # sampling needs the whole model in memory
+        current = dataclasses.replace(current, data=dataclasses.replace(current.data, dataset=TEXT_FILE))
+        said = f"--dataset {TEXT_FILE}"
+        found.append((said, current))
+    if config.solver.curved:
+        current = dataclasses.replace(current, solver=dataclasses.replace(current.solver, curvature=0.0))
+        said = f"{said} --curvature 0".strip()
+        found.append((said, current))
     if config.solver.start == "gptq":
         current = dataclasses.replace(current, solver=dataclasses.replace(current.solver, start="ref"))
-        said = "--start ref --baselines none"
+        said = f"{said} --start ref --baselines none".strip()
         current = dataclasses.replace(current, baselines=())
         found.append((said, current))
     if (config.solver.state, config.solver.optimizer) != ("u8", "momentum"):

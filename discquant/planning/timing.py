@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from discquant.config import QuantizeConfig
+from discquant.errors import CapacityError
+from discquant.planning.hardware import GB, host_memory
 from discquant.planning.rates import Rates, machine_name
 from discquant.planning.shape import ModelShape, empty_model, open_config
 from discquant.planning.traffic import ATTENTION_BACKWARD, ATTENTION_FORWARD, HEAD_FLOP, state_layout
@@ -90,8 +92,8 @@ def measure(
     Returns:
         Rates of this machine.
 
-    Note:
-        Needs memory for one block with its state and gradient.
+    Raises:
+        CapacityError: One block with its state and gradient does not fit into the host's memory.
     """
     from discquant.ops import StepOptions, projected_step_
     from discquant.solver.chain import DecoderChain
@@ -103,6 +105,14 @@ def measure(
     from discquant.solver.weight_ref import first_not_finite, take_matrices
 
     options = config.solver
+    count = shape.largest.weights
+    # Weights, gradient and their sum in float32 beside the state while it is made.
+    needed = count * (3 * 4.0 + state_layout(options.state, options.optimizer, config.grid.bits).total + 8.0)
+    if needed > host_memory():
+        raise CapacityError(
+            f"plan: --measure times one block, {count / 1e9:.2f} G weights, which takes about {needed / GB:.1f} "
+            f"GB; there are {host_memory() / GB:.1f}"
+        )
     dtype = getattr(torch, options.compute_dtype)
     chain = DecoderChain(one_block_model(model, dtype, trust_remote_code=trust_remote_code), config.ignore)
     assert chain.head is not None

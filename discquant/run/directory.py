@@ -68,6 +68,13 @@ class RunDirectory:
         loaded: dict[str, Any] = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         return loaded
 
+    def recorded_threads(self) -> int | None:
+        """Return the CPU threads that the run here was begun with, None where there is no run."""
+        if not self.is_run(self.path):
+            return None
+        found = self.config().get("identity", {}).get("threads")
+        return found if type(found) is int and found > 0 else None
+
     def check(self, identity: Mapping[str, Any], *, resume: bool) -> bool:
         """See whether this run may be made or continued here; nothing is written.
 

@@ -13,8 +13,8 @@ from typing import Any
 from discquant.solver.solver import StepRecord
 
 
-class RunStoppedError(RuntimeError):
-    """SIGTERM or SIGINT arrived; the run can be continued."""
+class RunStoppedError(BaseException):
+    """SIGTERM or SIGINT arrived; the run can be continued. Like KeyboardInterrupt, no library's `except` takes it."""
 
 
 @dataclass

@@ -6,7 +6,9 @@ Every stage leaves its result in the run directory; the same command again conti
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from discquant.run.checks import check_formats, check_ignore, check_text, run_id
 from discquant.run.directory import RunDirectory, served_dtype
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.phases import Phases
-from discquant.run.planned import compare_run, plan_run
+from discquant.run.planned import compare_run, plan_run, refuse_too_large
 from discquant.run.solving import Codes, Solving
 from discquant.run.summary import coded_layers, summarize_run
 from discquant.run.windows import CALIBRATION, keep_windows, run_windows, split_windows
@@ -37,6 +39,7 @@ from discquant.solver.solve import Solve, TokenRows, lay_grids
 __all__ = ["Events", "Pipeline", "RunStoppedError", "weight_bytes"]
 
 COMPLETE = "complete"
+STATE = "state"  # files of a placement on disk, within the run directory
 
 
 class Pipeline:
@@ -63,7 +66,7 @@ class Pipeline:
         self.engine = engine or Engine()
         self.phases = Phases(self.engine.device)
         if self.engine.folder is None:
-            self.engine.folder = self.directory.path / "state"
+            self.engine.folder = self.directory.path / STATE
         self._solving = Solving(self.directory, self.config, self.engine, self.events, self._stop)
 
     def execute(self) -> dict[str, Any]:
@@ -76,11 +79,28 @@ class Pipeline:
             UserError: Bad input, found before any long work.
             RunStoppedError: A signal arrived; the same command continues.
         """
+        if self.config.method == "discquant":
+            options = self.config.solver
+            self.engine.ranks.span(-(-options.batch_size // options.micro_batch))  # every rank needs a share
         try:
             with self._stop:
                 return self._execute() if self.engine.ranks.first else self._follow()
         finally:
             self._solving.close()
+            self._remove_files(self.engine.ranks.rank)
+
+    def _remove_files(self, rank: int | None) -> None:
+        """Remove what a placement on disk has left in the run directory: of one rank, or of all.
+
+        A killed run leaves its files; nothing reads them again, for checkpoints hold what counts.
+        """
+        folder = self.directory.path / STATE
+        if rank is not None:
+            shutil.rmtree(folder / f"rank-{rank}", ignore_errors=True)
+            with contextlib.suppress(OSError):  # another rank is not done yet
+                folder.rmdir()
+            return
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _follow(self) -> dict[str, Any]:
         """Take part in the solve of another rank; nothing is written."""
@@ -98,6 +118,7 @@ class Pipeline:
         check_output_dir(self.directory.path, self.resume)
         for name in self.config.formats:
             registry.by_name(name)
+        refuse_too_large(self.model_path, self.config, self.engine, self.directory.path, self.trust)
         with self._phase("open"):
             source = open_source(
                 self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust
@@ -111,7 +132,10 @@ class Pipeline:
             self.events.say(f"{self.directory.path} is complete already")
             self.engine.ranks.share(COMPLETE)
             return dict(json.loads((self.directory.path / "summary.json").read_text(encoding="utf-8")))
-        plan = plan_run(source.model, self.config, placement=self.engine.where, device=self.engine.device)
+        self._remove_files(None)
+        plan = plan_run(source.model, self.config, self.engine, self.directory.path)
+        for warning in plan.warnings:
+            self.events.say(f"note: {warning}")
         with self._phase("calibrate"):
             windows = run_windows(self.directory, self.config, source)
             train, held = split_windows(windows, self.config)
@@ -143,6 +167,8 @@ class Pipeline:
         summary["phases"] = self.phases.records
         summary["checkpoints"] = self._solving.checkpoints
         summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)
+        if solve is not None:
+            summary["plan"]["placement"] = solve.solver.placement.where  # `auto` looks at what is free
         self.directory.write_summary(summary)
         self._report()
         return summary

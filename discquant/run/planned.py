@@ -4,33 +4,67 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
-
-import torch
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from discquant.config import QuantizeConfig
+from discquant.errors import UserError
 from discquant.planning.compare import against_plan, plan_of_run
-from discquant.planning.memory import Placement
 from discquant.planning.plan import Plan
+from discquant.planning.shape import read_shape, shape_of
 from discquant.run.directory import METRICS, RunDirectory
 from discquant.run.phases import resident_bytes
+from discquant.solver.engine import Engine
 
 
-def plan_run(
-    model: Any,
-    config: QuantizeConfig,
-    *,
-    placement: Placement | Literal["auto"] = "resident",
-    device: torch.device | None = None,
-) -> Plan:
+def free_disk(out: Path) -> float:
+    """Return the bytes that a run in `out` may fill: what is free there, and what an earlier part of it has written."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    own = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if out.is_dir() else 0
+    return float(shutil.disk_usage(place).free + own)
+
+
+def local_ranks() -> int:
+    """Return how many processes of a run share this machine's memory."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def refuse_too_large(
+    model: str, config: QuantizeConfig, engine: Engine, out: Path, trust: Mapping[str, bool]
+) -> None:
+    """Refuse a run that cannot fit from the model's config.json, before a weight is opened.
+
+    Raises:
+        CapacityError: It cannot fit; the message has the numbers and what would.
+    """
+    try:
+        shape = read_shape(model, config.ignore, trust_remote_code=trust["trust_remote_code"])
+    except UserError:
+        return  # opening the model says what is wrong with it
+    plan_of_run(
+        shape,
+        config,
+        process=float(resident_bytes()),
+        placement=engine.where,
+        disk=free_disk(out),
+        device=engine.device,
+        ranks=local_ranks(),
+    )
+
+
+def plan_run(model: Any, config: QuantizeConfig, engine: Engine, out: Path) -> Plan:
     """Plan a run whose model is open.
 
     Args:
         model: Opened, and where it runs.
         config: The run's options.
-        placement: Where the solver's state will live.
-        device: Compute device; None is the CPU.
+        engine: Where the solver's state will live, and what computes.
+        out: The run directory, for the disk it is on.
 
     Returns:
         The plan; its process is what this one holds besides the model.
@@ -44,7 +78,15 @@ def plan_run(
         if p.device.type == "cpu"
     )
     process = max(0.0, float(resident_bytes() - held))
-    return plan_of_run(model, config, process=process, placement=placement, device=device)
+    return plan_of_run(
+        shape_of(model, config.ignore, name=type(model).__name__),
+        config,
+        process=process,
+        placement=engine.where,
+        disk=free_disk(out),
+        device=engine.device,
+        ranks=local_ranks(),
+    )
 
 
 def compare_run(

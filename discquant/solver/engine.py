@@ -26,6 +26,7 @@ from discquant.solver.placement import CHOICES, Choice, Placement, Where
 from discquant.solver.ranks import Ranks
 
 MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 # Of what is free, the state may take this much; the rest is for weights in use and activations.
 RESIDENT_SHARE = 0.5
 # A model that takes more than this of a free GPU stays on the host, and its blocks come one by one.
@@ -60,14 +61,18 @@ def curvature_bytes(shape: tuple[int, int], options: SolverConfig) -> int:
 
 
 def free_host_bytes() -> int | None:
-    """Return the memory that can be had without swapping, None where the system does not tell."""
-    try:
+    """Return the memory that can be had without swapping or leaving the container's limit, None where nothing tells."""
+    found = []
+    with contextlib.suppress(OSError):
         for line in MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+                found.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is the word "max"
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        rows = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = sum(int(value) for key, value in rows if key == "inactive_file")
+        found.append(max(0, limit - used + cached))
+    return min(found) if found else None
 
 
 @dataclass

@@ -120,7 +120,7 @@ class Ranks:
         if size == 0 or (self.world - 1) * size >= count:
             raise ConfigError(
                 f"ranks: {self.world} ranks need at least as many micro-batches in each of their subtrees, got {count} "
-                "per step; choose a smaller micro_batch or fewer ranks"
+                "per step; choose a smaller --micro-batch or fewer ranks"
             )
         return range(self.rank * size, min(count, (self.rank + 1) * size))
 

@@ -227,7 +227,10 @@ class Solve:
                     for ref, start in zip(refs, starts, strict=True)
                 ]
             )
-        keep = placement.where == "resident" and activation_bytes(chain, tokens) <= KEEP_GRAPH_BYTES
+        boundaries = self.engine.boundary_store(placement)
+        # Boundaries that live elsewhere come back as copies, which no kept graph leads to.
+        keep = placement.where == boundaries.where == "resident"
+        keep = keep and activation_bytes(chain, tokens) <= KEEP_GRAPH_BYTES
         self.solver = Solver(
             chain,
             placement,
@@ -235,7 +238,7 @@ class Solve:
             seed=config.seed,
             keep_graph=keep,
             served=served,
-            boundaries=self.engine.boundary_store(placement),
+            boundaries=boundaries,
             ranks=self.engine.ranks,
         )
         if remember and options.teacher_source == "state":

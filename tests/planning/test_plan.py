@@ -223,7 +223,7 @@ def test_issue_targets(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
             assert all(peak.total("host") <= 270 * GIB for peak in made.peaks)
             assert made.setting.placement == "host" and not made.warnings
             files = {item for peak in made.peaks for item, size in peak.disk.items() if size}
-            expected = {"checkpoints (two)", "exported model", "codes"}
+            expected = {"checkpoints (three)", "exported model", "codes"}
             assert files == expected | ({"codes at the start"} if start == "gptq" else set())
 
 

@@ -148,17 +148,27 @@ def test_a_run_that_cannot_fit_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The plan of a run knows this machine's memory; 10 % above it is not refused."""
-    import transformers
-
     monkeypatch.setenv("DISCQUANT_CACHE", str(tmp_path))
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
-    made = compare.plan_of_run(model, CONFIG, process=1e9)
-    peak = needed(list(made.peaks), "host")
+    shape = read_shape(folder)
+    made = compare.plan_of_run(shape, CONFIG, process=1e9)
+    peak, disk = (needed(list(made.peaks), where) for where in ("host", "disk"))
     monkeypatch.setattr(compare, "host_memory", lambda: peak / 1.09)
-    assert compare.plan_of_run(model, CONFIG, process=1e9).setting.placement == "resident"
+    assert compare.plan_of_run(shape, CONFIG, process=1e9, disk=disk / 1.09).setting.placement == "resident"
+    with pytest.raises(CapacityError, match="of disk"):
+        compare.plan_of_run(shape, CONFIG, process=1e9, disk=disk / 1.2)
+    with pytest.raises(CapacityError, match="of host memory"):
+        compare.plan_of_run(shape, CONFIG, process=1e9, ranks=2)  # each process holds as much
     monkeypatch.setattr(compare, "host_memory", lambda: peak / 1.2)
     with pytest.raises(CapacityError, match="of host memory"):
-        compare.plan_of_run(model, CONFIG, process=1e9)
+        compare.plan_of_run(shape, CONFIG, process=1e9)
+
+
+def test_measuring_asks_for_memory_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from discquant.planning import timing
+
+    monkeypatch.setattr(timing, "host_memory", lambda: 1e3)
+    with pytest.raises(CapacityError, match="--measure"):
+        measure(folder, read_shape(folder), CONFIG)
 
 
 def test_machine_is_named_with_its_threads() -> None:

@@ -147,7 +147,7 @@ def test_spans_are_aligned_subtrees() -> None:
     assert [Ranks(rank, 4).span(8) for rank in range(4)] == [range(2), range(2, 4), range(4, 6), range(6, 8)]
     assert [Ranks(rank, 2).span(6) for rank in range(2)] == [range(4), range(4, 6)]
     assert Ranks().span(3) == range(3)
-    with pytest.raises(ConfigError, match="smaller micro_batch or fewer ranks"):
+    with pytest.raises(ConfigError, match="smaller --micro-batch or fewer ranks"):
         Ranks(0, 4).span(2)
     with pytest.raises(ConfigError, match="power of two, got 3"):
         Ranks(0, 3)
