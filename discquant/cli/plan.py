@@ -160,6 +160,11 @@ def _print(made: Plan) -> None:
         f"{made.shape.untouched / 1e9:.3f} G others; {made.setting.layout.name} state, "
         f"{made.state_bytes_per_weight:.4g} bytes per weight, {made.setting.placement}"
     )
+    solver = made.setting.config.solver
+    console.print(
+        f"for quantize with --state {solver.state} --optimizer {solver.optimizer} "
+        f"--compute-dtype {solver.compute_dtype}"
+    )
     table = Table(title="Peak memory per phase, GB")
     columns = (["device"] if device.memory is not None else []) + ["host", "disk"]
     table.add_column("phase")
