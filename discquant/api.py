@@ -21,6 +21,7 @@ from discquant.formats.codes import QuantizedLinear
 from discquant.formats.source import open_source, read_config
 from discquant.grids import Grid
 from discquant.ops.packed_linear import MODES, Mode
+from discquant.run.checks import check_groups, check_ignore
 from discquant.run.directory import RunDirectory, load_run_model
 from discquant.run.summary import coded_layers
 from discquant.solver.chain import Chain, DecoderChain, ModuleChain
@@ -122,13 +123,16 @@ def quantize(
         NotImplementedError: The model is no chain of decoder blocks with a linear head.
     """
     config = config or QuantizeConfig()
+    check_ignore(model, config.ignore)
     served = next(model.parameters()).dtype
     chain = DecoderChain(model, config.ignore)
+    check_groups(chain, config.grid)
     if calibration is None:
         data = config.data
         calibration = load_windows(
-            data.dataset, tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed, model=model
-        )
+            data.dataset, tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed, model=model,
+            chat_template=data.chat_template, text_key=data.text_key,
+        )  # fmt: skip
     windows = calibration if isinstance(calibration, Windows) else Windows.make(calibration)
     chain.verify(windows.input_ids[:1])
     rows = TokenRows(chain, windows.input_ids, windows.mask, config.solver.micro_batch)
@@ -157,6 +161,7 @@ def quantize_module(
         ValueError: Nothing to quantize, or a weight that is not finite.
     """
     config = config or QuantizeConfig(ignore=())
+    check_ignore(module, config.ignore)
     chain = ModuleChain(module, config.ignore)
     rows = TokenRows(chain, inputs, None, config.solver.micro_batch)
     return _run(chain, rows, config, next(module.parameters()).dtype, on_step)

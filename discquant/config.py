@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -34,6 +35,16 @@ GROUP_SIZES_HINT = "-1 (whole row) or a positive multiple of 8, usually 32, 64 o
 def _check(argument: str, contract: str, ok: bool, actual: object) -> None:
     if not ok:
         raise ValueError(f"config: {argument} must be {contract}, got {actual!r}")
+
+
+def _whole(argument: str, least: int, actual: object) -> None:
+    ok = type(actual) is int and actual >= least
+    _check(argument, f"an integer, at least {least}", ok, actual)
+
+
+def _positive(argument: str, actual: float | None) -> None:
+    ok = actual is None or (actual > 0 and math.isfinite(actual))
+    _check(argument, "above 0 and finite, or None", ok, actual)
 
 
 @dataclass(frozen=True)
@@ -158,15 +169,15 @@ class SolverConfig:
         Raises:
             ValueError: A field is out of range.
         """
-        _check("iters", "at least 1", self.iters >= 1, self.iters)
-        _check("batch_size", "at least 1", self.batch_size >= 1, self.batch_size)
-        _check("micro_batch", "at least 1", self.micro_batch >= 1, self.micro_batch)
-        _check("lr", "above 0 or None", self.lr is None or self.lr > 0, self.lr)
+        for name, least in (("iters", 1), ("batch_size", 1), ("micro_batch", 1), ("warmup", 0)):
+            _whole(name, least, getattr(self, name))
+        for name, least in (("curvature_samples", 1), ("curvature_width", 16)):
+            _whole(name, least, getattr(self, name))
+        for name in ("lr", "kl_weight"):
+            _positive(name, getattr(self, name))
         floor = self.lr_floor
         _check("lr_floor", "in [0, 1] or None", floor is None or 0 <= floor <= 1, floor)
-        _check("warmup", "at least 0", self.warmup >= 0, self.warmup)
         _check("grad_clamp", "above 0", self.grad_clamp > 0, self.grad_clamp)
-        _check("kl_weight", "above 0 or None", self.kl_weight is None or self.kl_weight > 0, self.kl_weight)
         _check("saturation", "in (0, 1)", 0 < self.saturation < 1, self.saturation)
         until = self.linear_until
         _check("linear_until", "in [0, 1] or None", until is None or 0 <= until <= 1, until)
@@ -176,8 +187,6 @@ class SolverConfig:
         weight = self.curvature
         _check("curvature", "at least 0 or None", weight is None or 0 <= weight < float("inf"), weight)
         _check("curvature_until", "in (0, 1]", 0 < self.curvature_until <= 1, self.curvature_until)
-        _check("curvature_samples", "at least 1", self.curvature_samples >= 1, self.curvature_samples)
-        _check("curvature_width", "at least 16", self.curvature_width >= 16, self.curvature_width)
         for name, kind in (
             ("optimizer", OptimizerName),
             ("loss", LossName),
@@ -255,11 +264,15 @@ class DataConfig:
         dataset: `self`, a .txt/.jsonl/.parquet path, `file.safetensors:key`, or a `datasets` name.
         nsamples: Token windows kept.
         seqlen: Tokens per window.
+        chat_template: Put plain text and question-answer pairs through the tokenizer's chat template.
+        text_key: Key of plain text in .jsonl, .parquet and data sets.
     """
 
     dataset: str = "self"
     nsamples: int = 2048
     seqlen: int = 256
+    chat_template: bool = False
+    text_key: str = "text"
 
     def __post_init__(self) -> None:
         """Validate.
@@ -267,8 +280,9 @@ class DataConfig:
         Raises:
             ValueError: A field is out of range.
         """
-        _check("nsamples", "at least 1", self.nsamples >= 1, self.nsamples)
-        _check("seqlen", "at least 8", self.seqlen >= 8, self.seqlen)
+        _whole("nsamples", 1, self.nsamples)
+        _whole("seqlen", 8, self.seqlen)
+        _check("text_key", "a name", bool(self.text_key), self.text_key)
 
 
 @dataclass(frozen=True)
@@ -306,11 +320,10 @@ class QuantizeConfig:
         )
         known = all(name in get_args(Method) and name != "discquant" for name in self.baselines)
         _check("baselines", "a list of rtn, greedy, gptq", known, self.baselines)
-        _check("validation_windows", "at least 1", self.validation_windows >= 1, self.validation_windows)
-        _check("gptq_samples", "at least 1", self.gptq_samples >= 1, self.gptq_samples)
-        _check("gptq_damp", "above 0", self.gptq_damp > 0, self.gptq_damp)
-        _check("seed", "in [0, 2^31)", 0 <= self.seed < 2**31, self.seed)
-        _check("checkpoint_every", "at least 1", self.checkpoint_every >= 1, self.checkpoint_every)
+        for name in ("validation_windows", "gptq_samples", "checkpoint_every"):
+            _whole(name, 1, getattr(self, name))
+        _check("gptq_damp", "above 0", 0 < self.gptq_damp < math.inf, self.gptq_damp)
+        _check("seed", "in [0, 2^31)", type(self.seed) is int and 0 <= self.seed < 2**31, self.seed)
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from discquant.cli import options
 from discquant.cli.app import app
+from discquant.environment import compute_device
+from discquant.errors import ConfigError
 
 
 @app.command()
@@ -27,6 +30,13 @@ def evaluate(
         typer.Option(help="Also answer this many held-out arithmetic problems (bundled generator)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the text.")] = 1,
+    chat_template: options.ChatTemplate = False,
+    text_key: options.TextKey = "text",
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
 ) -> None:
     """Compare CANDIDATES with ORIGINAL: KL (mean, quantiles, max), top-1 agreement, perplexity, bits per weight."""
@@ -34,6 +44,10 @@ def evaluate(
     from discquant.evaluation.evaluate import print_table, write_json
     from discquant.run.directory import load_run_model
 
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"evaluate: --json {json_file}: there is no folder {json_file.absolute().parent}")
+    where = compute_device(device)
+    options.set_threads(threads)
     rows = run_evaluation(
         original,
         candidates,
@@ -42,6 +56,12 @@ def evaluate(
         seqlen=seqlen,
         exact_match_problems=exact_match,
         seed=seed,
+        batch_size=batch_size,
+        device=where,
+        chat_template=chat_template,
+        text_key=text_key,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
         open_run=load_run_model,
     )
     print_table(rows)

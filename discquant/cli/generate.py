@@ -29,6 +29,7 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Continue PROMPT, streaming, and print tokens per second."""
+    from discquant.environment import compute_device
     from discquant.generation import stream
 
     stream(
@@ -38,5 +39,5 @@ def generate(
         temperature=temperature,
         seed=seed,
         mode=mode,
-        device=device,
+        device=None if device is None else str(compute_device(device)),
     )

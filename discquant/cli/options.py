@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 STOPPED = 143  # 128 + SIGTERM
 COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 
+ChatTemplate = Annotated[
+    bool, typer.Option(help="Put plain text and question-answer pairs through the tokenizer's chat template.")
+]
+TextKey = Annotated[str, typer.Option(help="Key of the text in .jsonl, .parquet and data sets.")]
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(help="Tokens per window.")]
 Iters = Annotated[int | None, typer.Option(help="Optimizer steps; default from the preset.")]
@@ -100,6 +104,21 @@ def method_names(text: str) -> tuple[Method, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())  # type: ignore[misc]
 
 
+def set_threads(threads: int | None) -> None:
+    """Give torch this many CPU threads; None leaves them.
+
+    Raises:
+        ConfigError: Less than one.
+    """
+    import torch
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise ConfigError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
 def run_pipeline(
     build: Callable[[Events, Engine], Pipeline],
     out: Path,
@@ -122,8 +141,6 @@ def run_pipeline(
     Returns:
         The summary; None in every process but the first.
     """
-    import torch
-
     from discquant.environment import compute_device
     from discquant.progress import ProgressBar
     from discquant.run.directory import RunDirectory
@@ -134,8 +151,7 @@ def run_pipeline(
     where = compute_device(device, Ranks.local())
     if threads is None:  # torchrun sets another number than a process of its own has
         threads = RunDirectory(out).recorded_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     ranks = Ranks.from_environment(where)
     engine = Engine(placement, activations, where, ranks=ranks)  # type: ignore[arg-type]
     with ProgressBar() as bar, contextlib.closing(ranks):

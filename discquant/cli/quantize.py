@@ -57,6 +57,8 @@ def quantize(
     curvature: options.Curvature = None,
     optimizer: options.Optimizer = None,
     loss: Annotated[str | None, typer.Option(help="kl, or the paper's variants ce and mse.")] = None,
+    chat_template: options.ChatTemplate = False,
+    text_key: options.TextKey = "text",
     start: Annotated[str | None, typer.Option(help="Where frac starts: ref, gptq or random.")] = None,
     state: options.State = None,
     compute_dtype: options.ComputeDtype = None,
@@ -99,7 +101,7 @@ def quantize(
         grid=grid_config,
         method=method,  # type: ignore[arg-type]
         solver=solver,
-        data=DataConfig(dataset, nsamples, seqlen),
+        data=DataConfig(dataset, nsamples, seqlen, chat_template, text_key),
         format=format_name,
         ignore=tuple(ignore or ["lm_head"]),
         gptq_samples=gptq_samples,

@@ -26,6 +26,8 @@ def refine(
     dataset: Annotated[str, typer.Option(help="Calibration; see `discquant quantize --help`.")] = "self",
     nsamples: options.Samples = 2048,
     seqlen: options.Seqlen = 256,
+    chat_template: options.ChatTemplate = False,
+    text_key: options.TextKey = "text",
     method: Annotated[str, typer.Option(help="discquant, gptq or greedy.")] = "discquant",
     iters: options.Iters = None,
     batch_size: options.BatchSize = None,
@@ -63,7 +65,7 @@ def refine(
     config = QuantizeConfig(
         method=method,  # type: ignore[arg-type]
         solver=solver,
-        data=DataConfig(dataset, nsamples, seqlen),
+        data=DataConfig(dataset, nsamples, seqlen, chat_template, text_key),
         seed=seed,
         checkpoint_every=checkpoint_every,
         baselines=options.method_names(baselines),

@@ -252,7 +252,7 @@ def open_source(
     if own_code and not trust_remote_code:
         raise CheckpointError(
             f"{folder} wants to run code of its own (auto_map in its configuration); "
-            "allow remote code explicitly if you trust its authors"
+            "allow it (--trust-remote-code) if you trust its authors"
         )
     if config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantized already; give the original model")

@@ -292,7 +292,7 @@ def _heap(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> di
 
 
 def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
-    """Return the peak of each phase: open, calibrate, grid, start, teacher, solve, export, evaluate, in that order.
+    """Return the peak of each phase: open, grid, calibrate, start, teacher, solve, export, evaluate, in that order.
 
     `start` and `teacher` are there where the run has them: GPTQ, and the teacher's last hidden states remembered.
     """
@@ -344,10 +344,10 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     tokens = config.data.nsamples * config.data.seqlen
     held["tokenizer and text"] = TEXT if text else 0.0
     lists = {"token lists": TOKEN_LISTS * tokens if text else 0.0}
+    peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix, "scales": grids}, {}))
+    (held if setting.accelerator and setting.placement != "resident" else device)["scales"] = grids
     peaks.append(peak("calibrate", {"sampling": cache}, {"windows": windows} | lists))
     held["windows"] = windows
-    (held if setting.accelerator and setting.placement != "resident" else device)["scales"] = grids
-    peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix}, {}))
     if setting.accelerator:
         held["GPU libraries"] = LIBRARIES
     if started or config.method in ("gptq", "greedy"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import discquant
-from discquant.config import QuantizeConfig
+from discquant.config import GridConfig, QuantizeConfig
 from discquant.environment import device_name
 from discquant.errors import CalibrationError, ConfigError
 from discquant.formats import registry
@@ -41,6 +41,20 @@ def check_ignore(chain_model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
             raise ConfigError(
                 f"quantize: no module matches --ignore {pattern!r}; last names here: {', '.join(known)}"
             )
+
+
+def check_groups(chain: Chain, grid: GridConfig) -> None:
+    """Refuse groups that are wider than every weight.
+
+    Raises:
+        ConfigError: So they are; -1 asks for one group per row.
+    """
+    widest = max((ref.shape[1] for refs in chain.weights for ref in refs), default=0)
+    if grid.kind == "uniform" and widest and grid.group_size > widest:
+        raise ConfigError(
+            f"quantize: --group-size must be at most the widest row = {widest}, or -1 for whole rows, "
+            f"got {grid.group_size}"
+        )
 
 
 def check_formats(

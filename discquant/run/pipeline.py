@@ -23,14 +23,15 @@ from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.lazy import settle
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
-from discquant.run.checks import check_formats, check_ignore, check_text, run_identity
+from discquant.run.checks import check_formats, check_groups, check_ignore, check_text, run_identity
 from discquant.run.directory import RunDirectory, served_dtype
 from discquant.run.events import Events, RunStoppedError, StopSignal
+from discquant.run.lock import locked
 from discquant.run.phases import Phases
 from discquant.run.planned import compare_run, plan_run, refuse_too_large
 from discquant.run.solving import Codes, Solving
 from discquant.run.summary import coded_layers, summarize_run
-from discquant.run.windows import CALIBRATION, keep_windows, run_windows, split_windows
+from discquant.run.windows import CALIBRATION, few_windows, keep_windows, run_windows, split_windows
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.layerwise import layerwise_codes
@@ -83,8 +84,8 @@ class Pipeline:
             options = self.config.solver
             self.engine.ranks.span(-(-options.batch_size // options.micro_batch))  # every rank needs a share
         try:
-            with self._stop:
-                return self._execute() if self.engine.ranks.first else self._follow()
+            with self._stop, contextlib.ExitStack() as held:
+                return self._execute(held) if self.engine.ranks.first else self._follow()
         finally:
             self._solving.close()
             self._remove_files(self.engine.ranks.rank)
@@ -114,7 +115,7 @@ class Pipeline:
             self._solve(chain, self._grids(chain), rows, held, source)
         return {}
 
-    def _execute(self) -> dict[str, Any]:
+    def _execute(self, held_open: contextlib.ExitStack) -> dict[str, Any]:
         check_output_dir(self.directory.path, self.resume)
         for name in self.config.formats:
             registry.by_name(name)
@@ -128,7 +129,9 @@ class Pipeline:
             check_text(source, self.config.data.dataset)
             identity = self._identity(source)
             continued = self.directory.check(identity, resume=self.resume)
-        if continued and self.directory.complete:
+            if continued:
+                held_open.enter_context(locked(self.directory.path))
+        if continued and self.directory.complete and self._exported():
             self.events.say(f"{self.directory.path} is complete already")
             self.engine.ranks.share(COMPLETE)
             return dict(json.loads((self.directory.path / "summary.json").read_text(encoding="utf-8")))
@@ -136,16 +139,21 @@ class Pipeline:
         plan = plan_run(source.model, self.config, self.engine, self.directory.path)
         for warning in plan.warnings:
             self.events.say(f"note: {warning}")
+        # Before the text, which may be long work: a format that cannot hold a grid is found here.
+        with self._phase("grid"):
+            grids = self._grids(chain)
         with self._phase("calibrate"):
             windows = run_windows(self.directory, self.config, source)
             train, held = split_windows(windows, self.config)
+            if len(windows) < self.config.data.nsamples + self.config.validation_windows:
+                self.events.say(f"note: {few_windows(windows, self.config)}")
             chain.verify(train.input_ids[:1])
             if not continued:  # nothing has been written before all input is known to be good
+                held_open.enter_context(locked(self.directory.path))
+                self.directory.check(identity, resume=self.resume)  # nobody else was faster
                 self.directory.start(self._record(source), identity)
             keep_windows(self.directory, windows)
             self.engine.ranks.share("calibrated")
-        with self._phase("grid"):
-            grids = self._grids(chain)
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
         solve: Solve | None = None
         with self._phase("round"):
@@ -173,11 +181,17 @@ class Pipeline:
         self._report()
         return summary
 
+    def _exported(self) -> bool:
+        """Whether every format that was asked for is there."""
+        return all((self.directory.path / name).exists() for name in self.config.formats)
+
     def _chain(self, source: Source) -> DecoderChain:
         """Return the original model as a chain, where it is to run."""
         check_ignore(source.model, self.config.ignore)
         self._settle(source.model)
-        return DecoderChain(source.model, self.config.ignore)
+        chain = DecoderChain(source.model, self.config.ignore)
+        check_groups(chain, self.config.grid)
+        return chain
 
     def _settle(self, model: torch.nn.Module) -> None:
         """Bring the model to the compute device: whole, or its blocks one by one where the engine says so."""

@@ -35,6 +35,8 @@ def run_windows(directory: RunDirectory, config: QuantizeConfig, source: Source)
         seqlen=data.seqlen,
         seed=config.seed,
         model=source.model,
+        chat_template=data.chat_template,
+        text_key=data.text_key,
     )
 
 
@@ -44,6 +46,16 @@ def keep_windows(directory: RunDirectory, windows: Windows) -> None:
     if not path.exists():
         tensors = {"input_ids": windows.input_ids.int(), "mask": windows.mask.to(torch.uint8)}
         save_tensors_atomic(path, tensors, {"source": windows.source})
+
+
+def few_windows(windows: Windows, config: QuantizeConfig) -> str:
+    """Say that the text is shorter than what was asked for."""
+    wanted = config.data.nsamples + config.validation_windows
+    tokens = int(windows.mask.sum())
+    return (
+        f"{config.data.dataset} gives {len(windows)} windows, {tokens:,} tokens, of the {wanted} windows of "
+        f"{config.data.seqlen} asked for: the result is fitted to little text, and measured on less"
+    )
 
 
 def split_windows(windows: Windows, config: QuantizeConfig) -> tuple[Windows, Windows]:

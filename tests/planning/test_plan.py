@@ -387,7 +387,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["curvature_flop_per_step"] > 0
     assert facts["flop_per_step"] == facts["flop_per_token"] * 16384 + facts["curvature_flop_per_step"]
     assert [phase["name"] for phase in facts["phases"]] == [
-        "open", "calibrate", "grid", "start", "solve", "export", "evaluate",
+        "open", "grid", "calibrate", "start", "solve", "export", "evaluate",
     ]  # fmt: skip
     for phase in facts["phases"]:
         assert phase["gpu_bytes"] == pytest.approx(sum(phase["items"]["gpu"].values()))

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
-from discquant.errors import CapacityError, ConfigError
+from discquant.errors import CapacityError, ConfigError, OutputExistsError, UnrepresentableError
 from discquant.planning import compare
 from discquant.run import pipeline
 from discquant.run.directory import RunDirectory
@@ -84,3 +86,76 @@ def test_refused_before_the_model_is_opened(
     with pytest.raises(CapacityError, match="of disk"):
         Pipeline(model_dir, out, _config(dataset)).execute()
     assert not out.exists()
+
+
+def test_one_process_at_a_time(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    """A second run into a directory that is being written is refused, and disturbs nothing."""
+    out, refused = tmp_path / "out", []
+
+    def second(record: StepRecord, iters: int) -> None:
+        if record.step == 2:
+            with pytest.raises(OutputExistsError, match="another process is at work"):
+                Pipeline(model_dir, out, _config(dataset)).execute()
+            refused.append(record.step)
+
+    Pipeline(model_dir, out, _config(dataset), events=Events(step=second)).execute()
+    assert refused == [2]
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in steps if "kind" not in row] == [1, 2, 3]
+
+
+def test_a_complete_run_writes_what_was_removed(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = dataclasses.replace(_config(dataset), format="compressed-tensors,gptq")
+    Pipeline(model_dir, out, config).execute()
+    before = hashlib.sha256((out / "gptq" / "model.safetensors").read_bytes()).hexdigest()
+    shutil.rmtree(out / "gptq")
+    Pipeline(model_dir, out, config).execute()
+    assert hashlib.sha256((out / "gptq" / "model.safetensors").read_bytes()).hexdigest() == before
+
+
+def test_refused_before_the_text_is_read(
+    model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grid that the format cannot hold, and groups wider than every row."""
+
+    def read(*arguments: object, **options: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(pipeline, "run_windows", read)
+    out = tmp_path / "out"
+    asymmetric = dataclasses.replace(_config(dataset), grid=GridConfig(4, 32, False), format="mlx")
+    with pytest.raises(UnrepresentableError, match="mlx"):
+        Pipeline(model_dir, out, asymmetric).execute()
+    wide = dataclasses.replace(_config(dataset), grid=GridConfig(4, 1024))
+    with pytest.raises(ConfigError, match="--group-size must be at most the widest row = 96"):
+        Pipeline(model_dir, out, wide).execute()
+    assert not out.exists()
+
+
+def test_little_text_is_said(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(_config(dataset), data=DataConfig(dataset, 400, 16))
+    said: list[str] = []
+    Pipeline(model_dir, tmp_path / "out", config, events=Events(message=said.append)).execute()
+    assert any("fitted to little text" in line for line in said)
+
+
+def test_chat_template_and_key_reach_the_text(tmp_path: Path) -> None:
+    """`DataConfig` decides them, and they are part of what a run is."""
+    from transformers import AutoTokenizer
+
+    from discquant.formats.source import open_source
+    from discquant.run.windows import run_windows
+
+    examples = Path(__file__).resolve().parents[2] / "examples" / "tiny_llama"
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"body": f"one and two are three {n}"}) + "\n" for n in range(60)))
+    source = open_source(examples)
+    source.tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    config = dataclasses.replace(
+        _config("unused"), data=DataConfig(str(text), 4, 16, chat_template=True, text_key="body")
+    )
+    windows = run_windows(RunDirectory(tmp_path / "none"), config, source)
+    shown = AutoTokenizer.from_pretrained(examples).decode(windows.input_ids.flatten())
+    assert "[one and two" in shown
+    assert config.to_dict()["data"]["text_key"] == "body"
