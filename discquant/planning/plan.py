@@ -274,14 +274,16 @@ def _smaller(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
     return found
 
 
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GB:,.1f} GB" if num_bytes >= 0.1 * GB else f"{1e3 * num_bytes / GB:,.2f} MB"
+
+
 def _gigabytes(option: Option, machine: Machine) -> str:
     parts = []
     if machine.device.memory is not None:
-        parts.append(
-            f"{option.gpu / GB:.1f} GB of device memory (there are {machine.device.memory / GB:.1f})"
-        )
-    parts.append(f"{option.host / GB:.1f} GB of host memory (there are {machine.host / GB:.1f})")
-    parts.append(f"{option.disk / GB:.1f} GB of disk (there are {machine.disk / GB:.1f})")
+        parts.append(f"{_size(option.gpu)} of device memory (there are {_size(machine.device.memory)})")
+    parts.append(f"{_size(option.host)} of host memory (there are {_size(machine.host)})")
+    parts.append(f"{_size(option.disk)} of disk ({_size(machine.disk)} are free)")
     return ", ".join(parts)
 
 
