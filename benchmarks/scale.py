@@ -167,7 +167,7 @@ def one_depth(given: argparse.Namespace, depth: int) -> dict[str, Any]:
             wall.append(time.perf_counter() - begin)
             processor.append(time.process_time() - begin_processor)
         # One layer's codes at a time.
-        checksum = sum(int(state.codes().sum()) for block in run.solver.states for state in block)
+        checksum = sum(int(codes.sum()) for codes in run.coded().values())
     placement = getattr(run.solver, "placement", None)
     shape = shape_of(chain.model, name="synthetic")
     rates = Rates(**json.loads(given.rates)) if given.rates else None

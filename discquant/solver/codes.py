@@ -88,7 +88,9 @@ class StateCodes(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Return the codes of a layer, uint8, [out_features, in_features], on the CPU."""
         index, place = self._places[name]
-        return self._placement.home(index).states[place].codes().cpu()
+        codes = self._placement.home(index).states[place].codes().cpu()
+        self._placement.release(index)
+        return codes
 
     def __iter__(self) -> Iterator[str]:
         """Yield module names in the model's order."""

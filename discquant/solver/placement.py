@@ -266,6 +266,12 @@ class Placement:
         """Yield every block where it lives."""
         for index in range(len(self)):
             yield self.home(index)
+            self.release(index)
+
+    def release(self, index: int) -> None:
+        """Give back the memory of a block that was read at home on disk; the next look takes it from the file."""
+        if self.where == "disk":
+            self._homes[index].release()
 
     def changed_at_home(self) -> None:
         """Forget copies on the compute device: blocks were changed where they live."""
