@@ -31,8 +31,9 @@ from discquant.formats.safetensors_format import (
 from discquant.formats.scheme import Scheme
 from discquant.grids import UniformGrid
 
-ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # which element nibble i holds
-PLACE = torch.argsort(ORDER)
+# Lists, not tensors: a module may be imported where new tensors get no values (transformers builds models on meta).
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which element nibble i holds
+PLACE = [ORDER.index(element) for element in range(8)]
 
 
 def pack_awq(codes: Tensor) -> Tensor:

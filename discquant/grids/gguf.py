@@ -29,8 +29,8 @@ FALLBACK = {"q4_k": "q4_1", "q3_k": "q4_0"}
 SCALE_LEVELS = 63
 # Weights that are taken at a time: the scratch of a candidate then stays in the cache (twice as fast as 2^22).
 _CHUNK = 1 << 17
-_STRETCH = torch.linspace(-0.9, 0.9, 9).tolist()
-_RATIOS = torch.linspace(0.7, 1.05, 8).tolist()
+_STRETCH = torch.linspace(-0.9, 0.9, 9, device="cpu").tolist()  # importable under torch.device("meta")
+_RATIOS = torch.linspace(0.7, 1.05, 8, device="cpu").tolist()
 
 
 def gguf_kind(kind: str, in_features: int, name: str = "layer") -> str:

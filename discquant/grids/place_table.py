@@ -11,7 +11,7 @@ from discquant.grids.table import E2M1_LEVELS, E8M0_BIAS, NF4_LEVELS, TableGrid,
 
 E2M1_TOP, E4M3_TOP = 6.0, 448.0
 E4M3_LEAST = 2.0**-9  # the smallest float8_e4m3fn above zero: no block scale of ours is zero
-_RATIOS = torch.linspace(0.6, 1.1, 26).tolist()
+_RATIOS = torch.linspace(0.6, 1.1, 26, device="cpu").tolist()  # importable under torch.device("meta")
 _CHUNK = 1 << 22  # weights at a time; the scratch of a candidate is a few times this
 
 

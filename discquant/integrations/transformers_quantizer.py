@@ -65,10 +65,11 @@ def _classes() -> tuple[Any, Any]:
             if not checkpoint_files:
                 raise CheckpointError("discquant: transformers names no weight files to load from")
             self.folder = Path(checkpoint_files[0]).parent
-            self.format = registry.find(self.folder)
             self.dtype = dtype
-            # transformers builds the model where tensors have no values; those of the file must have some.
+            # transformers builds the model where tensors have no values; those of the file must have some, and those
+            # of modules that are first imported here.
             with torch.device("cpu"):
+                self.format = registry.find(self.folder)
                 self.shapes = {row.name: row.shape for row in self.format.describe(self.folder).layers}
             unread = set(model._keys_to_ignore_on_load_unexpected or ())
             for name, shape in self.shapes.items():

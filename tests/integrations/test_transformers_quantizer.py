@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import discquant
 from discquant import _extension
 from discquant.config import GridConfig
 from discquant.errors import CheckpointError
@@ -92,6 +95,46 @@ def test_same_logits_on_packed_layers(original: Path, tmp_path: Path, name: str,
         assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 15)
     with pytest.raises(ValueError, match="serializable"):
         model.save_pretrained(tmp_path / "again")
+
+
+_FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from discquant.integrations.transformers_quantizer import register
+
+register()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.no_grad():
+    torch.save(model(torch.arange(24).reshape(2, 12)).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", ["awq", "autoround"])
+def test_same_logits_where_the_format_is_first_imported_on_meta(
+    original: Path, tmp_path: Path, name: str
+) -> None:
+    """In a process of its own: modules imported while transformers builds the model must hold real values."""
+    _export(original, tmp_path / "out", name, GridConfig(4, 32, False))
+    found = tmp_path / "found.pt"
+    subprocess.run([sys.executable, "-c", _FRESH, str(tmp_path / "out"), str(found)], check=True)
+    reference = discquant.load(tmp_path / "out", torch.float32, mode="plain")
+    with torch.no_grad():
+        assert torch.equal(torch.load(found), reference(torch.arange(24).reshape(2, 12)).logits)
+
+
+def test_modules_can_be_imported_on_meta() -> None:
+    """Nothing that is made at import may depend on the default device."""
+    script = """
+import importlib, pkgutil, torch
+with torch.device("meta"):
+    import discquant
+    for found in pkgutil.walk_packages(discquant.__path__, "discquant."):
+        if found.name.split(".")[1] in ("formats", "grids", "modules", "ops", "rounding", "solver"):
+            module = importlib.import_module(found.name)
+            tensors = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
+            assert not tensors, (found.name, tensors)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.usefixtures("_registered")
