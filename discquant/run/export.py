@@ -23,6 +23,7 @@ from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import model_digest, resolve
 from discquant.formats.write import weight_shape
+from discquant.run.derive import check_unscaled
 from discquant.run.directory import SUMMARY, RunDirectory
 
 
@@ -54,7 +55,8 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
 
     Raises:
         MissingModelError: There is no such thing, or the run has no final codes.
-        CheckpointError: A file cannot be read, or the run's original has changed since.
+        CheckpointError: A file cannot be read, the run's original has changed since, or the quantized model does not
+            derive from `original`.
         ConfigError: A quantized model without `original`.
     """
     if not RunDirectory.is_run(path):
@@ -65,7 +67,9 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
             )
         recipe: dict[str, Any] = {"converted_from": chosen.name}
         home = path.parent / f"{path.stem}-formats"
-        return Solved(Checkpoint(resolve(original)), lambda: chosen.read(path), recipe, (), home)
+        source = Checkpoint(resolve(original))
+        check_unscaled(chosen, path, source)
+        return Solved(source, lambda: chosen.read(path), recipe, (), home)
     run = RunDirectory(path)
     config = run.config()
     identity = config["identity"]
