@@ -21,6 +21,7 @@ from discquant.formats.coded import CodedLayer
 from discquant.grids import place_grid
 from discquant.run.derive import row_correlations
 from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.export import export
 from discquant.run.refine import RefinePipeline
 
 Make = Callable[..., Path]
@@ -151,6 +152,10 @@ def test_scaled_files_are_refined_in_their_basis(
     assert len(found["derivation"]["folded"]) == 6
     assert found["derivation"]["worst_correlation"] > 0.9
     assert found["improved"]
+    # The codes stand for scaled weights, so they must not meet the original's norms.
+    with pytest.raises(CheckpointError, match="scaled weights"):
+        export(tmp_path / "out", ["mlx"])
+    assert not (tmp_path / "out" / "mlx").exists()
 
 
 def _rotate(model: nn.Module) -> None:
