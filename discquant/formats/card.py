@@ -122,10 +122,12 @@ def _measured(summary: Mapping[str, Any] | None) -> list[str]:
         "| method | " + " | ".join(title for title, _, _ in _COLUMNS) + " |",
         "|---|" + "---:|" * len(_COLUMNS),
     ]
+    rejected = (summary.get("refine") or {}).get("rejected")
     for method, found in summary["methods"].items():
         cells = ["n/a" if found.get(key) is None else shape.format(found[key]) for _, key, shape in _COLUMNS]
         mark = "**" if method == summary.get("method") else ""
-        lines.append(f"| {mark}{method}{mark} | " + " | ".join(cells) + " |")
+        label = f"{method} (rejected)" if method == rejected else method
+        lines.append(f"| {mark}{label}{mark} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 

@@ -140,6 +140,88 @@ def _same(stored: Tensor, original: Tensor) -> bool:
     return torch.equal(stored, original.to(stored.dtype))
 
 
+def _inert(name: str, stored: Tensor) -> bool:
+    """Whether a tensor that the original lacks changes nothing: tools write biases of zeros, and rotary tables."""
+    return name.endswith("rotary_emb.inv_freq") or (name.endswith(".bias") and not bool(stored.any()))
+
+
+def _compare_rest(
+    chosen: Format, path: Path, original_of: Callable[[str], Tensor | None], seen: set[str], task: str
+) -> tuple[int, dict[str, Tensor]]:
+    """Compare what a file holds besides coded layers; names are added to `seen`.
+
+    Returns:
+        How many tensors were compared, and those that differ.
+
+    Raises:
+        CheckpointError: The original lacks one.
+    """
+    compared, different = 0, dict[str, Tensor]()
+    for name, stored in plain_tensors(chosen, path):
+        original = original_of(name)
+        if original is None:
+            if _inert(name, stored):
+                continue
+            raise CheckpointError(f"{task}: the file has a tensor {name} that the original lacks")
+        if not _same(stored, original):
+            coded = not isinstance(chosen, SafetensorsFormat) and stored.dim() == 2
+            if (
+                coded
+                and stored.shape == original.shape
+                and distance(original.float(), stored.float()) < CODED
+            ):
+                continue  # in a type that is not refined: near, and told as not compared
+            different[name] = stored
+        seen.add(name)
+        compared += 1
+    return compared, different
+
+
+@torch.no_grad()
+def check_unscaled(chosen: Format, path: Path, original: Checkpoint) -> None:
+    """Refuse a file whose codes do not stand for this original's weights as they are; one layer in memory at a time.
+
+    Unlike `check_derivation` it builds no model and recovers no scales: a file in a scaled basis is refused.
+
+    Args:
+        chosen: Format of the file.
+        path: The file.
+        original: What it is said to be quantized from.
+
+    Raises:
+        CheckpointError: Layers, shapes or tensors do not belong to this original, or its weights were scaled, rotated
+            or trained on before they were quantized.
+    """
+    hint = (
+        "the file comes from another model, or from weights that were scaled first (AWQ, SmoothQuant) or rotated; "
+        "its codes do not fit this original"
+    )
+    seen: set[str] = set()
+    # Norms and embeddings first: small, and most wrong pairs show there.
+    if isinstance(chosen, SafetensorsFormat) or hasattr(chosen, "rest"):
+        read = original.read
+        _, different = _compare_rest(
+            chosen, path, lambda name: read(name) if name in original.tensors else None, seen, "export"
+        )
+        if different:
+            names = ", ".join(sorted(different)[:4])
+            raise CheckpointError(
+                f"export: {len(different)} tensors differ from the original ({names}): {hint}"
+            )
+    for layer in chosen.read(path):
+        info = original.tensors.get(f"{layer.name}.weight")
+        if info is None:
+            raise CheckpointError(f"export: the original has no layer {layer.name}: another architecture")
+        if tuple(info.shape) != tuple(layer.q.shape):
+            raise CheckpointError(
+                f"export: {layer.name} is {list(layer.q.shape)} in the file, {list(info.shape)} in the original"
+            )
+        if not derives(original.read(f"{layer.name}.weight").float(), layer):
+            raise CheckpointError(
+                f"export: {layer.name} is further from the original than rounding explains: {hint}"
+            )
+
+
 @torch.no_grad()
 def check_derivation(
     chosen: Format, path: Path, layers: Mapping[str, CodedLayer], source: Source, tokens: Tensor
@@ -173,25 +255,8 @@ def check_derivation(
             raise CheckpointError(
                 f"refine: {name} is {list(layer.q.shape)} in the file, {list(shape)} in the original"
             )
-    original_of = _originals(source)
-    compared, different = 0, {}
     seen = {f"{name}.weight" for name in layers}
-    for name, stored in plain_tensors(chosen, path):
-        seen.add(name)
-        original = original_of(name)
-        if original is None:
-            raise CheckpointError(f"refine: the file has a tensor {name} that the original lacks")
-        if not _same(stored, original):
-            coded = not isinstance(chosen, SafetensorsFormat) and stored.dim() == 2
-            if (
-                coded
-                and stored.shape == original.shape
-                and distance(original.float(), stored.float()) < CODED
-            ):
-                seen.discard(name)  # in a type that is not refined: near, and told as not compared
-                continue
-            different[name] = stored
-        compared += 1
+    compared, different = _compare_rest(chosen, path, _originals(source), seen, "refine")
     folded = _fold(source.model, weight_of, layers, different, tokens)
     if different:
         names = ", ".join(sorted(different)[:4])

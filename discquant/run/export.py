@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discquant.errors import CheckpointError, ConfigError
+from discquant.errors import CheckpointError, ConfigError, MissingModelError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
@@ -23,6 +23,7 @@ from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import model_digest, resolve
 from discquant.formats.write import weight_shape
+from discquant.run.derive import check_unscaled
 from discquant.run.directory import SUMMARY, RunDirectory
 
 
@@ -54,7 +55,8 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
 
     Raises:
         MissingModelError: There is no such thing, or the run has no final codes.
-        CheckpointError: A file cannot be read, or the run's original has changed since.
+        CheckpointError: A file cannot be read, the run's original has changed since, the quantized model does not
+            derive from `original`, or the run refined a file of scaled weights.
         ConfigError: A quantized model without `original`.
     """
     if not RunDirectory.is_run(path):
@@ -65,7 +67,9 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
             )
         recipe: dict[str, Any] = {"converted_from": chosen.name}
         home = path.parent / f"{path.stem}-formats"
-        return Solved(Checkpoint(resolve(original)), lambda: chosen.read(path), recipe, (), home)
+        source = Checkpoint(resolve(original))
+        check_unscaled(chosen, path, source)
+        return Solved(source, lambda: chosen.read(path), recipe, (), home)
     run = RunDirectory(path)
     config = run.config()
     identity = config["identity"]
@@ -77,7 +81,21 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
     recipe = dict(identity["config"])
     if (path / SUMMARY).is_file():
         recipe["summary"] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    if config.get("quantized"):
+        _check_basis(run, recipe.get("summary"))
     return Solved(source, run.coded_layers, recipe, tuple(recipe.get("ignore", ())), path)
+
+
+def _check_basis(run: RunDirectory, summary: dict[str, Any] | None) -> None:
+    """Refuse a refined file whose weights were scaled: its codes belong to norms that only that file has."""
+    if summary is None:
+        raise MissingModelError(f"export: {run.path} has not finished; repeat its command to finish it")
+    folded = summary["refine"]["derivation"]["folded"]
+    if folded:
+        raise CheckpointError(
+            f"export: the file that {run.path} refined has scaled weights ({folded[0]} and {len(folded) - 1} more "
+            "modules); its codes do not fit the original's other tensors. Use the refined file in the run itself"
+        )
 
 
 def export(

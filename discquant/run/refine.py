@@ -29,6 +29,7 @@ from discquant.run.directory import served_dtype
 from discquant.run.events import Events
 from discquant.run.pipeline import Pipeline, weight_bytes
 from discquant.run.solving import kept_start
+from discquant.run.summary import layer_table
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.measure import mean_kl, served_weights
@@ -84,6 +85,7 @@ class RefinePipeline(Pipeline):
         self.derivation: Derivation | None = None
         self._fixed: dict[str, CodedLayer] = {}
         self._counts: dict[str, int] = {}
+        self._measured: Chain | None = None
         super().__init__(
             original,
             out,
@@ -185,6 +187,7 @@ class RefinePipeline(Pipeline):
     ) -> dict[str, Mapping[str, Tensor]]:
         """The file itself, and what was asked for besides."""
         self._counts = _outside(chain, self.file_layers)
+        self._measured = chain
         fixed = {name: layer.q for name, layer in self._fixed.items()}
         found: dict[str, Mapping[str, Tensor]] = {
             FILE: {name: layer.q for name, layer in self.file_layers.items()}
@@ -211,6 +214,10 @@ class RefinePipeline(Pipeline):
             )
             codes = {name: layer.q for name, layer in self.file_layers.items()}
             self.directory.save_codes(codes, grids)
+            # What is served is the file: card and report must not give it the numbers of the rejected solve.
+            summary["method"] = FILE
+            assert self._measured is not None
+            summary["layers"] = layer_table(self._measured, grids, codes)
         target = self.directory.path / (self.chosen.name if self.quantized.is_dir() else self.quantized.name)
         if not target.exists():
             summary["byte_diff"] = self.chosen.rewrite(self.quantized, target, codes).get("byte_diff")
@@ -223,6 +230,7 @@ class RefinePipeline(Pipeline):
             "kl_after": after if better else before,
             "kl_ratio": (after if better else before) / max(before, 1e-30),
             "improved": better,
+            "rejected": None if better else self.config.method,
             "start": self._started_from(),
             **self._counts,
             "derivation": dataclasses.asdict(self.derivation),

@@ -72,8 +72,9 @@ def _methods(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
         if any(methods[name].get(column[1]) is not None for name in names)
         and (column[1] != "nonfinite" or any(methods[name].get("nonfinite") for name in names))
     ]
+    rejected = (summary.get("refine") or {}).get("rejected")
     rows = [
-        [plots.NAMES.get(name, name), *(_cell(methods[name].get(key), form) for _, key, form in shown)]
+        [_label(name, rejected), *(_cell(methods[name].get(key), form) for _, key, form in shown)]
         for name in names
     ]
     lines = [
@@ -89,7 +90,8 @@ def _methods(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     lines += [f"{told}. KL(original ‖ quantized) in nats; the standard error is over windows."]
     if first.get("perplexity_original") is not None:
         lines += [f"The original's perplexity there is {first['perplexity_original']:.4g}."]
-    lines += ["", *_comparison(methods, str(summary.get("method") or config.get("method") or "discquant"))]
+    served = str(summary.get("method") or config.get("method") or "discquant")
+    lines += ["", *_comparison(methods, served, rejected)]
     before = summary.get("kl_before_rounding")
     after = (methods.get("discquant") or {}).get("kl_mean")
     if before is not None:
@@ -101,8 +103,14 @@ def _methods(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _comparison(methods: dict[str, Any], method: str) -> list[str]:
-    """How the run's method compares with the others, in one sentence."""
+def _label(name: str, rejected: str | None) -> str:
+    """A method's name; a solve whose codes were not kept says so."""
+    shown = plots.NAMES.get(name, name)
+    return f"{shown} (rejected)" if name == rejected else shown
+
+
+def _comparison(methods: dict[str, Any], method: str, rejected: str | None) -> list[str]:
+    """How what the run serves compares with the others, in one sentence."""
     own = (methods.get(method) or {}).get("kl_mean")
     if own is None:
         return []
@@ -110,7 +118,7 @@ def _comparison(methods: dict[str, Any], method: str) -> list[str]:
     for name in _ordered(methods):
         other = methods[name].get("kl_mean")
         if name != method and other:
-            parts.append(f"{own / other:.3g} times {plots.NAMES.get(name, name)}'s")
+            parts.append(f"{own / other:.3g} times {_label(name, rejected)}'s")
     return [f"Mean KL of {plots.NAMES.get(method, method)}: {' and '.join(parts)}.", ""] if parts else []
 
 

@@ -53,9 +53,10 @@ def bits_per_weight(layers: Iterable[CodedLayer]) -> float:
     return bits / max(1, weights)
 
 
-def _layer_table(
+def layer_table(
     chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
+    """Count per layer the weights, those between two grid points, and those whose code is not the nearest."""
     table = []
     for refs in chain.weights:
         for ref in refs:
@@ -114,7 +115,7 @@ def summarize_run(
         "method": method,
         "methods": measured,
         "held_out": {"windows": len(held), "tokens": held.tokens, "source": held.source},
-        "layers": _layer_table(chain, grids, codes),
+        "layers": layer_table(chain, grids, codes),
         "sizes": {
             "original_bytes": sum(file.stat().st_size for file in source.path.glob("*.safetensors")),
             "packed_bytes": None,

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from discquant.cli import app
@@ -84,6 +88,64 @@ def test_a_model_in_one_format_becomes_another(run_dir: Path, model_dir: Path, t
     for one, two in zip(first, second, strict=True):
         assert one.name == two.name
         assert torch.equal(one.q, two.q)
+
+
+def _changed(model_dir: Path, out: Path, change: Callable[[nn.Module], None]) -> Path:
+    """A copy of the model whose first block has been changed."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        change(model.model.layers[0])
+    model.save_pretrained(out)
+    return out
+
+
+def _scale(block: Any) -> None:
+    """What AWQ does: the norm over s, columns behind it times s; the function stays."""
+    s = torch.rand(64).to(torch.bfloat16) * 3 + 0.5
+    block.input_layernorm.weight.div_(s)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(block.self_attn, name).weight.mul_(s)
+
+
+def _scale_linear(block: Any) -> None:
+    """The same between two linear layers, which no norm gives away."""
+    s = torch.rand(96).to(torch.bfloat16) * 3 + 0.5
+    block.mlp.up_proj.weight.div_(s.unsqueeze(1))
+    block.mlp.down_proj.weight.mul_(s)
+
+
+def _disturb(block: Any) -> None:
+    weight = block.mlp.down_proj.weight
+    weight.add_(torch.randn(weight.shape).to(weight.dtype) * weight.std())
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [(_scale, "input_layernorm"), (_scale_linear, "rounding explains"), (_disturb, "rounding explains")],
+)
+def test_refuses_an_original_that_the_file_was_not_made_from(
+    run_dir: Path, model_dir: Path, tmp_path: Path, change: Callable[[nn.Module], None], word: str
+) -> None:
+    export(run_dir, ["awq", "gptq"], tmp_path)
+    other = _changed(model_dir, tmp_path / "other", change)
+    for name in ("awq", "gptq"):
+        with pytest.raises(CheckpointError, match=word):
+            export(tmp_path / name, ["mlx"], tmp_path, original=str(other))
+    assert not (tmp_path / "mlx").exists()
+
+
+def test_a_bias_of_zeros_does_not_matter(run_dir: Path, model_dir: Path, tmp_path: Path) -> None:
+    """Old GPTQ files have one per layer; the original has none."""
+    export(run_dir, ["gptq"], tmp_path)
+    file = tmp_path / "gptq" / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.0.mlp.up_proj.bias"
+    save_file({**tensors, name: torch.zeros(96)}, file, {"format": "pt"})
+    export(tmp_path / "gptq", ["mlx"], tmp_path, original=str(model_dir))
+    save_file({**tensors, name: torch.ones(96)}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="that the original lacks"):
+        export(tmp_path / "gptq", ["awq"], tmp_path, original=str(model_dir))
 
 
 def test_refuses(run_dir: Path, model_dir: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from discquant.formats.coded import CodedLayer
 from discquant.grids import place_grid
 from discquant.run.derive import row_correlations
 from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.export import export
 from discquant.run.refine import RefinePipeline
 
 Make = Callable[..., Path]
@@ -120,6 +121,15 @@ def test_a_worse_result_keeps_the_file(
     found = summary["refine"]
     assert not found["improved"] and found["kl_after"] == found["kl_before"]
     assert summary["byte_diff"]["changed"] == 0
+    # What is served is the file, and nothing gives it the numbers of the rejected codes.
+    assert summary["method"] == "file" and found["rejected"] == "greedy"
+    assert summary["methods"]["file"]["kl_mean"] == found["kl_after"] < summary["methods"]["greedy"]["kl_mean"]
+    assert sum(row["moved"] for row in summary["layers"]) == 0, "the file holds nearest codes"
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert "| greedy (rejected) |" in report and "Mean KL of file: " in report
+    export(out, ["mlx"])
+    card = (out / "mlx" / "README.md").read_text(encoding="utf-8")
+    assert "| **file** |" in card and "| greedy (rejected) |" in card
     assert all(torch.equal(q, _codes(file)[n]) for n, q in _codes(out / "compressed-tensors").items())
     kept = {layer.name: layer.q for layer in RunDirectory(out).coded_layers()}
     assert all(torch.equal(q, kept[n]) for n, q in _codes(file).items())
@@ -151,6 +161,10 @@ def test_scaled_files_are_refined_in_their_basis(
     assert len(found["derivation"]["folded"]) == 6
     assert found["derivation"]["worst_correlation"] > 0.9
     assert found["improved"]
+    # The codes stand for scaled weights, so they must not meet the original's norms.
+    with pytest.raises(CheckpointError, match="scaled weights"):
+        export(tmp_path / "out", ["mlx"])
+    assert not (tmp_path / "out" / "mlx").exists()
 
 
 def _rotate(model: nn.Module) -> None:
