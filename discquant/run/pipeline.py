@@ -23,7 +23,7 @@ from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.lazy import settle
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
-from discquant.run.checks import check_formats, check_ignore, check_text, run_identity
+from discquant.run.checks import check_formats, check_grids, check_ignore, check_text, run_identity
 from discquant.run.directory import RunDirectory, served_dtype
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.phases import Phases
@@ -111,7 +111,7 @@ class Pipeline:
         train, held = split_windows(run_windows(self.directory, self.config, source), self.config)
         if self.config.method == "discquant":
             rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
-            self._solve(chain, self._grids(chain), rows, held, source)
+            self._solve(chain, self._grids(chain, source), rows, held, source)
         return {}
 
     def _execute(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class Pipeline:
             keep_windows(self.directory, windows)
             self.engine.ranks.share("calibrated")
         with self._phase("grid"):
-            grids = self._grids(chain)
+            grids = self._grids(chain, source)
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
         solve: Solve | None = None
         with self._phase("round"):
@@ -196,13 +196,10 @@ class Pipeline:
         """Return what config.json holds besides the identity."""
         return {"source": str(source.path.resolve()), **self.trust}
 
-    def _grids(self, chain: Chain) -> dict[str, Grid]:
+    def _grids(self, chain: Chain, source: Source) -> dict[str, Grid]:
         """Lay the grids and ask every format whether it can hold them, before anything is rounded."""
         grids = lay_grids(chain, self.config.grid)
-        for name in self.config.formats:
-            chosen = registry.by_name(name)
-            for layer, grid in grids.items():
-                chosen.check_grid(layer, grid)
+        check_grids(source, self.config.formats, grids)
         return grids
 
     def _served(self, source: Source) -> torch.dtype:

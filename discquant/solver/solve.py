@@ -24,6 +24,7 @@ from discquant.solver.schedule import GainControl, resolve
 from discquant.solver.solver import Solver, StepRecord, row_order
 from discquant.solver.state import Kept, WeightState
 from discquant.solver.usage import unseen_experts
+from discquant.solver.weight_ref import WeightRef
 
 # Placement policy: what may be kept instead of recomputed. Neither changes a bit of the result.
 KEEP_GRAPH_BYTES = 3 << 30
@@ -92,11 +93,20 @@ def lay_grids(chain: Chain, config: GridConfig) -> dict[str, Grid]:
     grids: dict[str, Grid] = {}
     for refs in chain.weights:
         for ref in refs:
-            try:
-                grids[ref.name] = place_grid(ref.matrix(), config).to(torch.device("cpu"))
-            except ValueError as error:
-                raise ValueError(f"{ref.name}.weight: {error}") from error
+            grids[ref.name] = lay_grid(ref, config)
     return grids
+
+
+def lay_grid(ref: WeightRef, config: GridConfig, rows: int | None = None) -> Grid:
+    """Lay a grid on one weight, or on its first `rows` rows; on the CPU.
+
+    Raises:
+        ValueError: The weight is not finite; the message names it.
+    """
+    try:
+        return place_grid(ref.matrix()[:rows], config).to(torch.device("cpu"))
+    except ValueError as error:
+        raise ValueError(f"{ref.name}.weight: {error}") from error
 
 
 def published_gain(chain: Chain, grids: Mapping[str, Grid], rho: float) -> float:

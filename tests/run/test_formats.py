@@ -63,12 +63,29 @@ def test_refused_before_any_work(model_dir: Path, dataset: str, tmp_path: Path) 
         ("gptq,nonsense", GridConfig(4, 32, True), ConfigError),
         ("gptq", GridConfig.of_kind("nvfp4"), UnrepresentableError),
         ("awq", GridConfig(3, 32, True), UnrepresentableError),
+        # What only scales and offsets show: there is no bfloat16 number for them.
+        ("mlx", GridConfig(4, 32, False), UnrepresentableError),
+        ("mlx", GridConfig.of_kind("q4_1"), UnrepresentableError),
+        ("compressed-tensors", GridConfig.of_kind("q4_0"), UnrepresentableError),
     ):
         with pytest.raises(error):
             Pipeline(model_dir, tmp_path / "out", _config(dataset, grid, formats)).execute()
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="format"):
         QuantizeConfig(format=" , ")
+
+
+@pytest.mark.parametrize("grid", [GridConfig.of_kind("q4_1"), GridConfig(3, 32, False)])
+def test_formats_are_asked_in_the_dtype_of_the_source(
+    model_dir: Path, dataset: str, tmp_path: Path, grid: GridConfig
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    Pipeline(tmp_path / "half", tmp_path / "out", _config(dataset, grid, "mlx")).execute()
+    layers = {layer.name: layer for layer in RunDirectory(tmp_path / "out").coded_layers()}
+    for layer in registry.by_name("mlx").read(tmp_path / "out" / "mlx"):
+        assert torch.equal(layer.q, layers[layer.name].q)
 
 
 def test_store_and_restore() -> None:
