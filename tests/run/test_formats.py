@@ -15,6 +15,7 @@ from discquant.formats import registry
 from discquant.grids import AffineGrid, TableGrid, UniformGrid
 from discquant.grids.storage import restore, store
 from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.inspection import inspect
 from discquant.run.pipeline import Pipeline
 
 
@@ -49,6 +50,13 @@ def test_a_look_up_grid_through_a_run(model_dir: Path, dataset: str, tmp_path: P
     assert summary["sizes"]["bits_per_weight"] == pytest.approx(4.5)
     layers = list(RunDirectory(tmp_path / "out").coded_layers())
     assert len(layers) == 14 and all(isinstance(layer.grid, TableGrid) for layer in layers)
+    # Engines keep one global scale of fused matrices, and take block scales as they are.
+    scales = {layer.name: float(layer.grid.tensor_scale) for layer in layers}  # type: ignore[attr-defined]
+    for parent, members in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
+        for block in (0, 1):
+            assert len({scales[f"model.layers.{block}.{parent}.{name}"] for name in members}) == 1
+    assert len(set(scales.values())) > 4
+    assert not inspect(tmp_path / "out" / "compressed-tensors")["problems"]
     with pytest.raises(UnrepresentableError, match="uniform"):
         next(RunDirectory(tmp_path / "out").layers())
     ids = torch.randint(3, 97, (1, 12))
