@@ -111,6 +111,7 @@ class Description:
         untouched_bytes: Bytes of all other tensors.
         file_bytes: Bytes of all weight files.
         notes: What a user should know, one sentence each (act-order, an old layout, ...).
+        problems: What contradicts itself or would break in engines, one sentence each.
     """
 
     format: str
@@ -118,6 +119,7 @@ class Description:
     untouched_bytes: int
     file_bytes: int
     notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 class Format(Protocol):

@@ -30,6 +30,7 @@ from discquant.formats.compressed_tensors import (
     quantization_config,
     repack_like,
 )
+from discquant.formats.engines import FUSED
 from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import read_tensor
 from discquant.formats.safetensors_format import SafetensorsFormat, expect, expect_matrix, grouped
@@ -150,6 +151,20 @@ class CompressedTensors(SafetensorsFormat):
             if stored.scheme.kind == "int" and words != -(-stored.shape[1] * bits // 32):
                 yield f"{bits}-bit codes lie {32 // bits} to a word, as compressed-tensors wrote them before 0.18"
                 break
+
+    def problems(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """NVFP4's global scales that differ where engines keep only one."""
+        stored = {layer.name: layer for layer in self.layers(checkpoint) if fp4.GLOBAL in layer.tensors}
+        for name in stored:
+            parent, _, last = name.rpartition(".")
+            for members in FUSED:
+                if last != members[0]:
+                    continue
+                fused = [stored[key] for key in (f"{parent}.{member}" for member in members) if key in stored]
+                if len({float(layer.read(fp4.GLOBAL)) for layer in fused}) > 1:
+                    yield (
+                        f"{parent}: engines fuse {', '.join(members)} and keep one global scale, but the file's differ"
+                    )
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -105,7 +105,8 @@ ROWS: tuple[EngineRow, ...] = (
     EngineRow("MLX", ("mlx",), ("int", "affine"), (3, 4), _ANY, "yes"),
     EngineRow("MLX", ("mlx",), ("int", "affine"), (2, 5, 6, 8), _ANY, "unclear", "decoded, not served"),
     EngineRow("ONNX Runtime", ("onnx",), _INT, (2, 4, 8), _ANY, "yes", "MatMulNBits"),
-    EngineRow("ONNX Runtime", ("onnx",), _INT, (3,), _ANY, "no", "3-bit codes are widened to 4 bits"),
+    EngineRow("ONNX Runtime", ("onnx",), _INT, (3,), _ANY, "yes", "MatMulNBits, stored as 4 bits"),
+    EngineRow("ONNX Runtime", ("onnx",), _INT, (5, 6, 7), _ANY, "yes", "MatMulNBits, stored as 8 bits"),
     EngineRow("TensorRT-LLM", (*_V1, "awq"), _INT, (4,), True, "unclear", "from memory"),
     EngineRow("TGI", (*_V1, "awq"), _INT, (4,), True, "unclear", "from memory"),
 )  # fmt: skip

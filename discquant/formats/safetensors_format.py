@@ -57,10 +57,21 @@ class SafetensorsFormat(Layout):
         total = sum(info.num_bytes for info in checkpoint.tensors.values())
         files = {info.file for info in checkpoint.tensors.values()}
         size = sum(file.stat().st_size for file in files)
-        return Description(self.name, tuple(rows), total - used, size, tuple(self.notes(checkpoint)))
+        return Description(
+            self.name,
+            tuple(rows),
+            total - used,
+            size,
+            tuple(self.notes(checkpoint)),
+            tuple(self.problems(checkpoint)),
+        )
 
     def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
         """What a user should know about a file, from headers and configuration."""
+        return iter(())
+
+    def problems(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """What contradicts itself in a file or would break in engines, as far as schemes alone do not show it."""
         return iter(())
 
     def read(self, path: Path) -> Iterator[CodedLayer]:

@@ -99,12 +99,13 @@ def _asymmetric(grouped: _Grouped, bits: int, search: bool) -> tuple[Tensor, Ten
     return best, best_zero
 
 
-def place_grid(weight: Tensor, config: GridConfig) -> Grid:
+def place_grid(weight: Tensor, config: GridConfig, *, largest: float | None = None) -> Grid:
     """Lay a grid of the configured kind on a weight matrix.
 
     Args:
         weight: Floating, [out_features, in_features].
         config: Kind, bits, group size, symmetry, scale rule.
+        largest: Of nvfp4, see `place_table`; other kinds have no scale of the whole matrix.
 
     Returns:
         The grid, its scales exactly those that a file will hold.
@@ -117,7 +118,7 @@ def place_grid(weight: Tensor, config: GridConfig) -> Grid:
     if config.kind == "uniform":
         return place_uniform(weight, config)
     if config.kind in ("nf4", "mxfp4", "nvfp4"):
-        return place_table(weight, config.kind, search=search)
+        return place_table(weight, config.kind, search=search, largest=largest)
     return place_gguf(weight, config.kind, search=search)
 
 

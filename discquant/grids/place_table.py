@@ -15,7 +15,7 @@ _RATIOS = torch.linspace(0.6, 1.1, 26, device="cpu").tolist()  # importable unde
 _CHUNK = 1 << 22  # weights at a time; the scratch of a candidate is a few times this
 
 
-def place_table(weight: Tensor, kind: str, *, search: bool = True) -> TableGrid:
+def place_table(weight: Tensor, kind: str, *, search: bool = True, largest: float | None = None) -> TableGrid:
     """Lay the grid of a look-up table on a weight matrix.
 
     Args:
@@ -23,6 +23,8 @@ def place_table(weight: Tensor, kind: str, *, search: bool = True) -> TableGrid:
             MXFP4 32, NVFP4 16).
         kind: nf4, mxfp4 or nvfp4.
         search: Take the block scale of least squared error; else the smallest that covers the largest weight.
+        largest: NVFP4: the largest magnitude that the global scale is chosen for; None is the matrix's own. Matrices
+            that an engine fuses need one in common, at least that of each.
 
     Returns:
         The grid.
@@ -47,7 +49,8 @@ def place_table(weight: Tensor, kind: str, *, search: bool = True) -> TableGrid:
         if kind == "mxfp4":
             return TableGrid.mxfp4(_rows(weight, block, lambda values: _mxfp4(values, search)))
         # The block of the largest weight gets a scale near the top of e4m3; searched scales may exceed it a little.
-        largest = float(weight.detach().abs().max()) if weight.numel() else 0.0
+        if largest is None:
+            largest = float(weight.detach().abs().max()) if weight.numel() else 0.0
         divisor = torch.tensor([E2M1_TOP * E4M3_TOP / (max(_RATIOS) * max(largest, 1e-20))])
         divisor = divisor.to(weight.device)
         return TableGrid.nvfp4(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,15 @@ from discquant.errors import CalibrationError, ConfigError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.export import plan_export
+from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import Source
+from discquant.grids import Grid
 from discquant.solver.chain import Chain
+from discquant.solver.solve import lay_grid
+
+PROBE_ROWS = 64
 
 
 def check_ignore(chain_model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
@@ -62,6 +67,9 @@ def check_formats(
 ) -> None:
     """Refuse what an output format cannot hold before anything is computed; say what some engines will refuse.
 
+    Whether a format holds scales and offsets shows only in their values, so a grid is laid on some rows of the first
+    weight. What it refuses, the grid of the whole weight would be refused for as well.
+
     Args:
         source: The original.
         chain: The same as a chain.
@@ -71,6 +79,7 @@ def check_formats(
 
     Raises:
         UnrepresentableError, OutputExistsError, DiskSpaceError: See `formats.export.plan_export`.
+        ValueError: The first weight is not finite; the message names it.
     """
     shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
     for name in config.formats:
@@ -87,6 +96,31 @@ def check_formats(
         schemes = {layer: Scheme.planned(shape, config.grid) for layer, shape in shapes.items()}
         for warning in plan_export(source.path, target, schemes, name).warnings:
             say(f"note: {warning}")
+    if config.formats:
+        first = chain.weights[0][0]
+        check_grids(source, config.formats, {first.name: lay_grid(first, config.grid, PROBE_ROWS)})
+
+
+def check_grids(source: Source, formats: Iterable[str], grids: Mapping[str, Grid]) -> None:
+    """Ask every format whether it can hold the laid grids.
+
+    Args:
+        source: The original; engines compute in the dtype of its weights.
+        formats: Names of formats.
+        grids: By module name.
+
+    Raises:
+        UnrepresentableError: Scales or offsets have no place in a format.
+    """
+    for name in formats:
+        chosen = registry.by_name(name)
+        if not isinstance(chosen, SafetensorsFormat):
+            for layer, grid in grids.items():
+                chosen.check_grid(layer, grid)
+            continue
+        tensors = Checkpoint(source.path).tensors
+        for layer, grid in grids.items():
+            chosen.check_grid(layer, grid, TORCH_DTYPES[tensors[f"{layer}.weight"].dtype])
 
 
 def check_text(source: Source, dataset: str) -> None:

@@ -23,7 +23,14 @@ from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.lazy import settle
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
-from discquant.run.checks import check_formats, check_groups, check_ignore, check_text, run_identity
+from discquant.run.checks import (
+    check_formats,
+    check_grids,
+    check_groups,
+    check_ignore,
+    check_text,
+    run_identity,
+)
 from discquant.run.directory import RunDirectory, served_dtype
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.lock import locked
@@ -112,7 +119,7 @@ class Pipeline:
         train, held = split_windows(run_windows(self.directory, self.config, source), self.config)
         if self.config.method == "discquant":
             rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
-            self._solve(chain, self._grids(chain), rows, held, source)
+            self._solve(chain, self._grids(chain, source), rows, held, source)
         return {}
 
     def _execute(self, held_open: contextlib.ExitStack) -> dict[str, Any]:
@@ -141,7 +148,7 @@ class Pipeline:
             self.events.say(f"note: {warning}")
         # Before the text, which may be long work: a format that cannot hold a grid is found here.
         with self._phase("grid"):
-            grids = self._grids(chain)
+            grids = self._grids(chain, source)
         with self._phase("calibrate"):
             windows = run_windows(self.directory, self.config, source)
             train, held = split_windows(windows, self.config)
@@ -210,13 +217,10 @@ class Pipeline:
         """Return what config.json holds besides the identity."""
         return {"source": str(source.path.resolve()), **self.trust}
 
-    def _grids(self, chain: Chain) -> dict[str, Grid]:
+    def _grids(self, chain: Chain, source: Source) -> dict[str, Grid]:
         """Lay the grids and ask every format whether it can hold them, before anything is rounded."""
         grids = lay_grids(chain, self.config.grid)
-        for name in self.config.formats:
-            chosen = registry.by_name(name)
-            for layer, grid in grids.items():
-                chosen.check_grid(layer, grid)
+        check_grids(source, self.config.formats, grids)
         return grids
 
     def _served(self, source: Source) -> torch.dtype:

@@ -129,7 +129,7 @@ class RefinePipeline(Pipeline):
     def _record(self, source: Source) -> dict[str, Any]:
         return {**super()._record(source), "quantized": str(self.quantized.resolve())}
 
-    def _grids(self, chain: Chain) -> dict[str, Grid]:
+    def _grids(self, chain: Chain, source: Source) -> dict[str, Grid]:
         """The file's own grids."""
         return {name: layer.grid for name, layer in self.file_layers.items()}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from discquant.config import GridConfig, LossName, QuantizeConfig, SolverConfig
+from discquant.formats.engines import FUSED
 from discquant.grids import Grid, place_grid
 from discquant.solver.calibrate import calibrate_gain
 from discquant.solver.chain import Chain, Prepared
@@ -24,6 +25,7 @@ from discquant.solver.schedule import GainControl, resolve
 from discquant.solver.solver import Solver, StepRecord, row_order
 from discquant.solver.state import Kept, WeightState
 from discquant.solver.usage import unseen_experts
+from discquant.solver.weight_ref import WeightRef
 
 # Placement policy: what may be kept instead of recomputed. Neither changes a bit of the result.
 KEEP_GRAPH_BYTES = 3 << 30
@@ -86,17 +88,45 @@ class TokenRows:
 def lay_grids(chain: Chain, config: GridConfig) -> dict[str, Grid]:
     """Lay a grid on every weight of the chain; by module name, on the CPU.
 
+    NVFP4 has one global scale per matrix, but engines keep one for all that they fuse (q, k and v, say) and take the
+    block scales as they are: those matrices get the same.
+
     Raises:
         ValueError: A weight is not finite; the message names it.
     """
     grids: dict[str, Grid] = {}
     for refs in chain.weights:
+        largest = _largest_fused(refs) if config.kind == "nvfp4" else {}
         for ref in refs:
-            try:
-                grids[ref.name] = place_grid(ref.matrix(), config).to(torch.device("cpu"))
-            except ValueError as error:
-                raise ValueError(f"{ref.name}.weight: {error}") from error
+            grids[ref.name] = lay_grid(ref, config, largest=largest.get(ref.name))
     return grids
+
+
+def _largest_fused(refs: Sequence[WeightRef]) -> dict[str, float]:
+    """Largest magnitude of the matrices that an engine fuses with a weight of this block, by the weight's name."""
+    fused: dict[tuple[str, int], list[str]] = {}
+    own: dict[str, float] = {}
+    for ref in refs:
+        parent, _, last = ref.name.rpartition(".")
+        for number, members in enumerate(FUSED):
+            if last in members:
+                own[ref.name] = float(ref.matrix().abs().max())
+                fused.setdefault((parent, number), []).append(ref.name)
+    return {name: max(own[other] for other in names) for names in fused.values() for name in names}
+
+
+def lay_grid(
+    ref: WeightRef, config: GridConfig, rows: int | None = None, *, largest: float | None = None
+) -> Grid:
+    """Lay a grid on one weight, or on its first `rows` rows; on the CPU. `largest` as for `place_grid`.
+
+    Raises:
+        ValueError: The weight is not finite; the message names it.
+    """
+    try:
+        return place_grid(ref.matrix()[:rows], config, largest=largest).to(torch.device("cpu"))
+    except ValueError as error:
+        raise ValueError(f"{ref.name}.weight: {error}") from error
 
 
 def published_gain(chain: Chain, grids: Mapping[str, Grid], rho: float) -> float:

@@ -111,7 +111,8 @@ def test_engines_give_the_worst_answer() -> None:
         ("transformers", "compressed-tensors", 3, False, "unclear", "not looked up"),
         ("transformers", "gptq-v2", 3, True, "yes", "gptqmodel"),
         ("transformers", "autoround", 3, True, "yes", "accuracy trouble"),
-        ("ONNX Runtime", "onnx", 3, True, "no", "widened"),
+        ("ONNX Runtime", "onnx", 3, True, "yes", "stored as 4 bits"),
+        ("ONNX Runtime", "onnx", 6, True, "yes", "stored as 8 bits"),
         ("TGI", "gptq", 4, True, "unclear", "from memory"),
     ],
 )  # fmt: skip

@@ -82,6 +82,13 @@ def test_read_and_rewrite(written: tuple[str, Path], llama_dir: Path, tmp_path: 
     assert {row.kind for row in chosen.describe(out).layers} == {kind}
 
 
+def test_global_scales_that_an_engine_would_drop(written: tuple[str, Path]) -> None:
+    kind, out = written  # every matrix has a grid of its own
+    found = by_name("compressed-tensors").describe(out).problems
+    assert len(found) == (4 if kind == "nvfp4" else 0)
+    assert all("one global scale" in text for text in found)
+
+
 def test_nf4_has_no_served_format(llama_dir: Path, tmp_path: Path) -> None:
     chosen = by_name("compressed-tensors")
     with pytest.raises(UnrepresentableError, match="serves no nf4"):

@@ -15,6 +15,7 @@ from discquant.formats import registry
 from discquant.grids import AffineGrid, TableGrid, UniformGrid
 from discquant.grids.storage import restore, store
 from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.inspection import inspect
 from discquant.run.pipeline import Pipeline
 
 
@@ -49,6 +50,13 @@ def test_a_look_up_grid_through_a_run(model_dir: Path, dataset: str, tmp_path: P
     assert summary["sizes"]["bits_per_weight"] == pytest.approx(4.5)
     layers = list(RunDirectory(tmp_path / "out").coded_layers())
     assert len(layers) == 14 and all(isinstance(layer.grid, TableGrid) for layer in layers)
+    # Engines keep one global scale of fused matrices, and take block scales as they are.
+    scales = {layer.name: float(layer.grid.tensor_scale) for layer in layers}  # type: ignore[attr-defined]
+    for parent, members in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
+        for block in (0, 1):
+            assert len({scales[f"model.layers.{block}.{parent}.{name}"] for name in members}) == 1
+    assert len(set(scales.values())) > 4
+    assert not inspect(tmp_path / "out" / "compressed-tensors")["problems"]
     with pytest.raises(UnrepresentableError, match="uniform"):
         next(RunDirectory(tmp_path / "out").layers())
     ids = torch.randint(3, 97, (1, 12))
@@ -63,12 +71,29 @@ def test_refused_before_any_work(model_dir: Path, dataset: str, tmp_path: Path) 
         ("gptq,nonsense", GridConfig(4, 32, True), ConfigError),
         ("gptq", GridConfig.of_kind("nvfp4"), UnrepresentableError),
         ("awq", GridConfig(3, 32, True), UnrepresentableError),
+        # What only scales and offsets show: there is no bfloat16 number for them.
+        ("mlx", GridConfig(4, 32, False), UnrepresentableError),
+        ("mlx", GridConfig.of_kind("q4_1"), UnrepresentableError),
+        ("compressed-tensors", GridConfig.of_kind("q4_0"), UnrepresentableError),
     ):
         with pytest.raises(error):
             Pipeline(model_dir, tmp_path / "out", _config(dataset, grid, formats)).execute()
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="format"):
         QuantizeConfig(format=" , ")
+
+
+@pytest.mark.parametrize("grid", [GridConfig.of_kind("q4_1"), GridConfig(3, 32, False)])
+def test_formats_are_asked_in_the_dtype_of_the_source(
+    model_dir: Path, dataset: str, tmp_path: Path, grid: GridConfig
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    Pipeline(tmp_path / "half", tmp_path / "out", _config(dataset, grid, "mlx")).execute()
+    layers = {layer.name: layer for layer in RunDirectory(tmp_path / "out").coded_layers()}
+    for layer in registry.by_name("mlx").read(tmp_path / "out" / "mlx"):
+        assert torch.equal(layer.q, layers[layer.name].q)
 
 
 def test_store_and_restore() -> None:
