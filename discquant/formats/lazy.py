@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.stored import parameter_readers, stored_name
 
 ATTRIBUTE = "_discquant_lazy"  # of a block: its LazyBlock; of a parameter without memory: what reads it
 
@@ -96,6 +97,11 @@ class LazyBlock:
             self._leave()
 
 
+def is_lazy(model: nn.Module) -> bool:
+    """Whether matrices of a model stay in its checkpoint until a block runs."""
+    return any(hasattr(parameter, ATTRIBUTE) for parameter in model.parameters())
+
+
 def settle(model: nn.Module, device: torch.device, *, stream: bool) -> None:
     """Bring a model to the device that it runs on, in place.
 
@@ -139,13 +145,6 @@ def substitute(model: nn.Module, name: str, reader: Callable[[], Tensor]) -> Non
     raise KeyError(name)
 
 
-def _reader(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        return checkpoint.read(name).to(dtype)
-
-    return read
-
-
 def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Return the largest list of modules of a model with its name."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
@@ -169,7 +168,8 @@ def build_lazy(
 ) -> Any | None:
     """Return a model with lazy blocks in eval mode, or None where only the library's own loader will do.
 
-    That is so where a checkpoint's tensors are not the model's parameters one to one (fused experts, say).
+    That is so where a checkpoint's tensors become the model's parameters by more than a new name or a place among fused
+    experts.
 
     Args:
         folder: With config.json.
@@ -182,11 +182,20 @@ def build_lazy(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    found = _blocks(model)
-    parameters = dict(model.named_parameters())  # tied ones once
-    if found is None or any(
-        name not in checkpoint.tensors or tuple(parameter.shape) != tuple(checkpoint.tensors[name].shape)
-        for name, parameter in parameters.items()
+    parameters = dict(model.named_parameters())
+    if parameters.keys() <= checkpoint.tensors.keys():
+        model._weight_conversions = []  # nothing to take back: stored under the model's own names
+    found, readers = _blocks(model), parameter_readers(model, checkpoint, dtype)
+    persistent = model.state_dict().keys()
+    buffers = {
+        name: stored_name(model, name, buffer.shape) or ""
+        for name, buffer in model.named_buffers()
+        if name in persistent
+    }
+    if (
+        found is None
+        or readers is None
+        or any(stored not in checkpoint.tensors for stored in buffers.values())
     ):
         return None
     _real_buffers(model)
@@ -196,7 +205,7 @@ def build_lazy(
         LazyBlock(
             block,
             {
-                name[len(inside) :]: _reader(checkpoint, name, dtype)
+                name[len(inside) :]: readers[name]
                 for name, parameter in parameters.items()
                 if name.startswith(inside) and parameter.dim() >= 2
             },
@@ -205,11 +214,9 @@ def build_lazy(
         if hasattr(parameter, ATTRIBUTE):
             continue
         owner, _, key = name.rpartition(".")
-        value = checkpoint.read(name).to(dtype)
-        model.get_submodule(owner)._parameters[key] = nn.Parameter(value, requires_grad=False)
-    for name in dict(model.named_buffers()):
-        if name in checkpoint.tensors:
-            owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key].copy_(checkpoint.read(name))
+        model.get_submodule(owner)._parameters[key] = nn.Parameter(readers[name](), requires_grad=False)
+    for name, stored in buffers.items():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key].copy_(checkpoint.read(stored))
     model.tie_weights()
     return model.eval()

@@ -60,7 +60,8 @@ class Setting:
         element: Bytes per element of computing, 2 or 4 (8 in float64).
         process: What the process holds before it opens a model.
         stored: Bytes per weight in the checkpoint, or of the smallest dtype that holds the weights exactly.
-        experts: The model has fused experts, which block-wise loading does not read.
+        blockwise: The original's blocks can be read one by one.
+        ranks: Processes that share a step's windows; all else here is of one of them.
     """
 
     config: QuantizeConfig
@@ -69,7 +70,8 @@ class Setting:
     element: int = 4
     process: float = 0.0
     stored: int = 2
-    experts: bool = False
+    blockwise: bool = True
+    ranks: int = 1
 
     @property
     def streamed(self) -> bool:
@@ -84,7 +86,7 @@ class Setting:
     @property
     def whole_model(self) -> bool:
         """Whether the original weights stay in memory; streamed, they are read block by block, after any sampling."""
-        return not self.streamed or self.experts or self.config.data.dataset == "self"
+        return not self.streamed or not self.blockwise or self.config.data.dataset == "self"
 
     @property
     def layout(self) -> StateLayout:
@@ -99,9 +101,17 @@ class Setting:
         )
 
     @property
-    def tokens(self) -> int:
-        """Tokens per step."""
+    def step_tokens(self) -> int:
+        """Tokens per step of all ranks."""
         return self.config.solver.batch_size * self.config.data.seqlen
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step of one rank, of the one with most: an aligned subtree of the micro-batches (`Ranks.span`)."""
+        solver = self.config.solver
+        passes = -(-solver.batch_size // solver.micro_batch)
+        own = (1 << (passes - 1).bit_length()) // self.ranks * solver.micro_batch
+        return min(solver.batch_size, max(solver.micro_batch, own)) * self.config.data.seqlen
 
     @property
     def micro_tokens(self) -> int:
@@ -125,7 +135,7 @@ def keeps_graph(shape: ModelShape, setting: Setting) -> bool:
     from discquant.solver.solve import KEEP_GRAPH_BYTES
 
     outputs = sum(m.rows * m.count for block in shape.blocks for m in block.matrices)
-    return setting.placement == "resident" and outputs * setting.tokens * 4 * 3 <= KEEP_GRAPH_BYTES
+    return setting.placement == "resident" and outputs * setting.step_tokens * 4 * 3 <= KEEP_GRAPH_BYTES
 
 
 def remembers_teacher(shape: ModelShape, setting: Setting) -> bool:
@@ -257,19 +267,21 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     sides = 2 if setting.teacher_in_state or setting.streamed else 1
     students = depth if keep else 1
     # Micro-batches are summed in float32 (the GPU kernels accumulate in place).
-    summed = setting.tokens > setting.micro_tokens or element < wide
+    summed = setting.step_tokens > setting.micro_tokens or element < wide
     curved = 5.0 if setting.config.solver.curved else 0.0
     gradient = float(wide + (element if summed and not setting.accelerator else 0))
     logits = _logit_tensors(shape, setting) * wide
     graphs = float(saved * tokens * depth)
     undo = float(min(shape.weights * setting.layout.written, JOURNAL_BYTES))
     # E, E H, its pieces and G E H of one matrix, and its original; made when the logits are gone.
-    term = curved * wide * max(m.rows * m.columns for m in largest.matrices)
+    matrix = max(m.rows * m.columns for m in largest.matrices)
+    term = curved * wide * matrix
     # A gated product has all three gradients before any of what was kept for it goes; the logits have gone by then.
     backward = 3.0 * largest.inner_elements * element * setting.micro_tokens
     return {
         "student and teacher weights": float(sides + students - 1) * largest.weights * element,
         "weight gradient": gradient * largest.weights,
+        "another rank's gradient of a matrix": float(wide) * matrix if setting.ranks > 1 else 0.0,
         "gradients of activations": max(0.0, backward - logits),
         "curvature of a matrix": max(0.0, term - max(logits, backward)),
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
@@ -367,8 +379,9 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         work, gathering = _working(shape, setting), _gathering(shape, setting)
         where = {"resident": device, "host": held, "disk": stored}[setting.placement]
         where["state"] = state
-        if setting.placement == "disk":
-            stored["boundary activations"] = boundaries
+        if setting.placement == "disk":  # which all ranks share, each with files of its own
+            stored["state"] = state * setting.ranks
+            stored["boundary activations"] = boundaries * setting.ranks
         if setting.placement == "resident" or not setting.accelerator:
             work["boundary activations"] = boundaries if setting.placement != "disk" else 0.0
             gathering["boundary activations"] = work["boundary activations"]

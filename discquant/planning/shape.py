@@ -86,6 +86,7 @@ class ModelShape:
         attention: heads * head_dim, the width in which scores are computed.
         frozen: Parameters outside the blocks: embedding, final norm, head (once where tied).
         file_bytes: Bytes per weight in the checkpoint.
+        blockwise: Its blocks can be read one by one (`formats.lazy`).
     """
 
     name: str
@@ -95,6 +96,7 @@ class ModelShape:
     attention: int
     frozen: int
     file_bytes: int = 2
+    blockwise: bool = True
 
     @property
     def weights(self) -> int:

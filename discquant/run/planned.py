@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 from discquant.config import QuantizeConfig
 from discquant.errors import UserError
+from discquant.formats.lazy import is_lazy
 from discquant.planning.compare import against_plan, plan_of_run
 from discquant.planning.plan import Plan
 from discquant.planning.shape import read_shape, shape_of
@@ -78,8 +80,9 @@ def plan_run(model: Any, config: QuantizeConfig, engine: Engine, out: Path) -> P
         if p.device.type == "cpu"
     )
     process = max(0.0, float(resident_bytes() - held))
+    shape = shape_of(model, config.ignore, name=type(model).__name__)
     return plan_of_run(
-        shape_of(model, config.ignore, name=type(model).__name__),
+        dataclasses.replace(shape, blockwise=is_lazy(model)),
         config,
         process=process,
         placement=engine.where,
