@@ -188,6 +188,7 @@ class Pipeline:
         summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)
         if solve is not None:
             summary["plan"]["placement"] = solve.solver.placement.where  # `auto` looks at what is free
+            summary["plan"]["moved_per_step"] = self._solving.moved()
         self.directory.write_summary(summary)
         self._report()
         return summary

@@ -146,4 +146,11 @@ def report_lines(summary: dict[str, Any]) -> list[str]:
             f" A step took {seconds['actual']:.3g} s; this machine's rates are not measured "
             "(`discquant plan MODEL --measure`), so the plan has no time for it."
         )
+    moved = found.get("moved_per_step")
+    if moved:
+        told += (
+            f" A step moved {moved['bytes_in'] / 1e6:,.0f} MB of state to the compute device, "
+            f"{moved['bytes_out'] / 1e6:,.0f} MB of it back and {moved['boundary_bytes'] / 1e6:,.0f} MB of activations "
+            f"both ways; the solve waited {moved['waited_seconds']:.2g} s of a step for them."
+        )
     return [*lines, "", told, ""]
