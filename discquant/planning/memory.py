@@ -29,6 +29,13 @@ TEXT, TOKEN_LISTS = 45e6, 25.0
 # glibc serves tensors up to this size from one heap and keeps what was freed between younger ones: by the same runs
 # this share of what a phase holds for a moment. Larger ones are maps of their own, which go back at once.
 HEAP, HEAP_LIMIT, HEAP_SHARE = "kept by the allocator", 1 << 25, 0.35
+OF_WEIGHTS = frozenset(
+    (
+        "student and teacher weights", "teacher weights", "weight gradient", "another rank's gradient of a matrix",
+        "curvature of a matrix", "bytes to undo a step", "block slots", "factors of a block", "positions of one matrix",
+        "state of a block unpacked", "a matrix as read", "X^T X and its factor", "a candidate's weights",
+    )
+)  # fmt: skip
 WIDE_POSITIONS = (
     6 * 4.0
 )  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
@@ -294,13 +301,18 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
 
 
 def _heap(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> dict[str, float]:
-    """Return what the C library keeps between tensors of a phase on a CPU; empty where they are too large for it."""
-    matrix = max(m.rows * m.columns for m in shape.largest.matrices)
-    widest = max(max(m.rows, m.columns) for m in shape.largest.matrices)
-    largest = setting.element * max(matrix, widest * setting.micro_tokens)
-    if setting.accelerator or largest > HEAP_LIMIT:
+    """Return what the C library keeps between tensors of a phase on a CPU: of activations and of weights it serves."""
+    if setting.accelerator:
         return {}
-    return {HEAP: HEAP_SHARE * sum(items.values())}
+    matrices = shape.largest.matrices
+    small = sum(m.weights for m in matrices if m.rows * m.columns * setting.element <= HEAP_LIMIT)
+    of_weights = small / max(1, shape.largest.weights)
+    # Most activations are as wide as the hidden state; a few wider ones between them do not keep the heap tidy.
+    of_activations = float(shape.hidden * setting.micro_tokens * setting.element <= HEAP_LIMIT)
+    served = sum(
+        size * (of_weights if name in OF_WEIGHTS else of_activations) for name, size in items.items()
+    )
+    return {HEAP: HEAP_SHARE * served}
 
 
 def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:

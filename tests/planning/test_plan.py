@@ -434,6 +434,8 @@ def test_allocator_and_text(shape_8b: ModelShape, tiny_llama_dir: Path) -> None:
     assert solve[HEAP] == pytest.approx(HEAP_SHARE * momentary)
     assert HEAP not in grid and grid["tokenizer and text"] > 0 and found["calibrate"]["token lists"] > 0
     assert all(HEAP not in items for shape in (small, shape_8b) for items in phases(shape, gpu).values())
-    assert all(HEAP not in items for items in phases(shape_8b, cpu).values())
+    # Of a large model only the key and value matrices are small enough, a few percent of it.
+    large = phases(shape_8b, cpu).values()
+    assert 0 < max(items.get(HEAP, 0) / sum(items.values()) for items in large) < 0.02
     tokens = phases(small, cpu, "ids.safetensors:ids")
     assert tokens["grid"]["tokenizer and text"] == 0 == tokens["calibrate"]["token lists"]
