@@ -87,6 +87,14 @@ class LazyBlock:
             places.append((module, own, parameter, reader if wanted else read))
         self._places = places
 
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        """Return what reads a parameter, by its name within the block."""
+        owner, _, key = name.rpartition(".")
+        module = self._block.get_submodule(owner)
+        (found,) = [read for place, own, _, read in self._places if place is module and own == key]
+        assert found is not None
+        return found
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep the matrices from here to the end of the context, to run the block several times."""
@@ -136,12 +144,27 @@ def substitute(model: nn.Module, name: str, reader: Callable[[], Tensor]) -> Non
     Raises:
         KeyError: No lazy block holds it.
     """
+    lazy, local = _lazy_block(model, name)
+    lazy.replace(local, reader)
+
+
+def reader_of(model: nn.Module, name: str) -> Callable[[], Tensor]:
+    """Return what reads the parameter `name` of a lazy model; also of a copy of one, whose parameters do not tell.
+
+    Raises:
+        KeyError: No lazy block holds it.
+    """
+    lazy, local = _lazy_block(model, name)
+    return lazy.reader(local)
+
+
+def _lazy_block(model: nn.Module, name: str) -> tuple[LazyBlock, str]:
+    """Return the lazy block that holds a parameter, and the parameter's name in it."""
     parts = name.split(".")
     for place in range(1, len(parts)):
         lazy = getattr(model.get_submodule(".".join(parts[:place])), ATTRIBUTE, None)
         if isinstance(lazy, LazyBlock):
-            lazy.replace(".".join(parts[place:]), reader)
-            return
+            return lazy, ".".join(parts[place:])
     raise KeyError(name)
 
 
