@@ -238,9 +238,9 @@ def gpu_scale() -> str:
     return _table(header, body) if body else "_Not measured on a GPU._"
 
 
-def plan_memory() -> str:
-    """Peak memory of whole runs on a CPU against their plan."""
-    found = _load(RESULTS / "plan_memory.json")
+def plan() -> str:
+    """Memory and time of whole runs on a CPU against their plan."""
+    found = _load(RESULTS / "plan.json")
     if found is None:
         return MISSING
     body = []
@@ -253,9 +253,11 @@ def plan_memory() -> str:
             f"{largest / 1e6:.0f}",
             f"{case['peak_ratio']:.2f}",
             f"{min(phases):.2f}-{max(phases):.2f}",
+            "" if case["step"] is None else f"{case['step']['actual']:.2f}",
+            "" if case["step"] is None else f"{case['step']['ratio']:.2f}",
         ])  # fmt: skip
     header = ["run", "windows x tokens per step", "peak MB", "actual / planned", "of each phase"]
-    return _table(header, body)
+    return _table([*header, "s per step", "actual / planned"], body)
 
 
 def export() -> str:
@@ -328,7 +330,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "training": training,
     "cpu-scale": cpu_scale,
     "export": export,
-    "plan-memory": plan_memory,
+    "plan": plan,
     "resume": resume,
     "refine": refine,
     "cpu": cpu,

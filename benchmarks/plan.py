@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak resident memory of whole runs on a CPU against their plan: `python benchmarks/plan_memory.py`.
+"""Peak resident memory and seconds per step of whole runs on a CPU against their plan: `python benchmarks/plan.py`.
 
-Writes benchmarks/results/plan_memory.json after each case; with --only, the others stay as they are. The plan's share
-for the allocator comes from runs of the bundled model, so the other half is a random model of another shape, whose
-tensors are below and above what the allocator keeps.
+Each case first measures this machine's rates (`discquant plan --measure`) for its own shapes; for the times other work
+should rest. Writes benchmarks/results/plan.json after each case; with --only, the others stay as they are. The plan's
+share for the allocator comes from runs of the bundled model, so the other half is a random model of another shape,
+whose tensors are below and above what the allocator keeps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from discquant import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny_llama"
-RESULT = ROOT / "benchmarks" / "results" / "plan_memory.json"
+RESULT = ROOT / "benchmarks" / "results" / "plan.json"
 # Name -> whether it is the random model, windows, tokens per window, windows per step and per pass, more options.
 CASES: dict[str, tuple[bool, int, int, int, int, tuple[str, ...]]] = {
     "bundled, fp32 AdamW": (False, 4096, 256, 8, 8, ()),
@@ -51,18 +53,25 @@ def random_model(out: Path) -> None:
 def measure(case: str, model: Path, out: Path, iters: int) -> dict[str, Any]:
     """Run one case in a process of its own; return what its summary says of plan and actual."""
     _, rows, seqlen, batch, micro, extra = CASES[case]
-    command = [
-        sys.executable, "-m", "discquant", "quantize", str(model), str(out), "--bits", "3", "--group-size", "64",
-        "--dataset", "arithmetic", "--nsamples", str(rows), "--seqlen", str(seqlen), "--batch-size", str(batch),
-        "--micro-batch", str(micro), "--iters", str(iters), "--gptq-samples", "32", "--baselines", "none", *extra,
+    options = [
+        "--bits", "3", "--group-size", "64", "--dataset", "arithmetic", "--nsamples", str(rows),
+        "--seqlen", str(seqlen), "--batch-size", str(batch), "--micro-batch", str(micro), "--iters", str(iters),
+        "--baselines", "none", *extra,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{case}: {done.stderr[-2000:]}")
+    environ = {**os.environ, "DISCQUANT_CACHE": str(out.with_suffix(".rates"))}
+    for words in (
+        ("plan", str(model), "--measure", *options),
+        ("quantize", str(model), str(out), "--gptq-samples", "32", *options),
+    ):
+        command = [sys.executable, "-m", "discquant", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+        if done.returncode != 0:
+            raise SystemExit(f"{case}: {done.stderr[-2000:]}")
     plan = json.loads((out / "summary.json").read_text(encoding="utf-8"))["plan"]
     return {
         "windows": rows, "seqlen": seqlen, "batch_size": batch, "micro_batch": micro, "iters": iters,
         "peak_ratio": plan["peak_ratio"], "within": plan["within"]["memory"], "phases": plan["memory"],
+        "step": plan["step_seconds"],
     }  # fmt: skip
 
 
@@ -84,7 +93,7 @@ def main() -> None:
                 continue
             model = folder / "random" if random else MODEL
             found[case] = measure(case, model, folder / str(number), given.iters)
-            print(case, found[case]["peak_ratio"], flush=True)
+            print(case, found[case]["peak_ratio"], found[case]["step"], flush=True)
             ordered = {name: found[name] for name in CASES if name in found}
             document = {"versions": facts["versions"], "cpu": facts["cpu"], "cases": ordered}
             RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
