@@ -217,7 +217,7 @@ class RefinePipeline(Pipeline):
             # What is served is the file: card and report must not give it the numbers of the rejected solve.
             summary["method"] = FILE
             assert self._measured is not None
-            summary["layers"] = layer_table(self._measured, grids, codes)
+            summary["layers"] = layer_table(self._measured, grids, codes, summary.get("experts_unseen", ()))
         target = self.directory.path / (self.chosen.name if self.quantized.is_dir() else self.quantized.name)
         if not target.exists():
             summary["byte_diff"] = self.chosen.rewrite(self.quantized, target, codes).get("byte_diff")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,9 +54,17 @@ def bits_per_weight(layers: Iterable[CodedLayer]) -> float:
 
 
 def layer_table(
-    chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor]
+    chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor], frozen: Container[str] = ()
 ) -> list[dict[str, Any]]:
-    """Count per layer the weights, those between two grid points, and those whose code is not the nearest."""
+    """Count per layer the weights, those that may move, and those whose code is not the nearest.
+
+    Args:
+        chain: The original model.
+        grids: Grid of every weight.
+        codes: Codes of every weight.
+        frozen: Names of weights that the solve kept at nearest (experts that no token reached); none of theirs may
+            move, and elsewhere those between two grid points may.
+    """
     table = []
     for refs in chain.weights:
         for ref in refs:
@@ -68,7 +76,7 @@ def layer_table(
                 {
                     "name": ref.name,
                     "weights": q_down.numel(),
-                    "live": int(live.sum()),
+                    "live": 0 if ref.name in frozen else int(live.sum()),
                     "moved": int((codes[ref.name] != nearest).sum()),
                     "bits": grid.num_bits,
                 }
@@ -115,7 +123,7 @@ def summarize_run(
         "method": method,
         "methods": measured,
         "held_out": {"windows": len(held), "tokens": held.tokens, "source": held.source},
-        "layers": layer_table(chain, grids, codes),
+        "layers": layer_table(chain, grids, codes, frozenset() if solve is None else solve.unseen),
         "sizes": {
             "original_bytes": sum(file.stat().st_size for file in source.path.glob("*.safetensors")),
             "packed_bytes": None,
