@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from discquant.errors import MissingModelError
+from discquant.formats import registry
+from discquant.formats.bits import file_bits_per_weight
 from discquant.formats.checkpoint import Checkpoint, read_json
-from discquant.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO
 from discquant.formats.load import load_quantized
 from discquant.formats.safetensors_file import DTYPE_BITS
 from discquant.formats.source import is_run, open_source, read_config
@@ -38,14 +39,10 @@ def bits_per_weight(path: str | Path) -> float | None:
         return None if bits is None else float(bits)
     if not any(folder.glob("*.safetensors")):
         return None
+    for chosen in map(registry.by_name, registry.names()):
+        if chosen.detects(folder):
+            return file_bits_per_weight(chosen, folder)
     checkpoint = Checkpoint(folder)
-    packed = [name.removesuffix(PACKED) for name in checkpoint.tensors if name.endswith(f".{PACKED}")]
-    if packed:
-        stored = [
-            checkpoint.tensors.get(base + suffix) for base in packed for suffix in (PACKED, SCALE, ZERO)
-        ]
-        weights = sum(int(checkpoint.read(base + SHAPE).prod()) for base in packed)
-        return 8 * sum(info.num_bytes for info in stored if info is not None) / weights
     matrices = [info for info in checkpoint.tensors.values() if len(info.shape) >= 2]
     weights = sum(math.prod(info.shape) for info in matrices)
     return (

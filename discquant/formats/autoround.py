@@ -37,6 +37,7 @@ class AutoRound(SafetensorsFormat):
 
     name = "autoround"
     codes = CODES
+    aside = (INDEX,)
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method, as newer and older releases spell it."""

@@ -90,6 +90,7 @@ class LayerFacts:
         group_size: Columns per scale; -1 is the whole row.
         symmetric: Whether zero is the same code everywhere by definition.
         stored_bytes: Everything the file keeps for this layer's weight.
+        weight_bits: Those of it that count per weight, see `formats.bits`.
     """
 
     name: str
@@ -99,6 +100,7 @@ class LayerFacts:
     group_size: int
     symmetric: bool
     stored_bytes: int
+    weight_bits: int
 
 
 @dataclass(frozen=True)

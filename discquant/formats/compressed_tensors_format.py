@@ -45,6 +45,7 @@ class CompressedTensors(SafetensorsFormat):
 
     name = "compressed-tensors"
     codes = PACKED
+    aside = (SHAPE, GROUP_INDEX, fp4.GLOBAL)
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method."""

@@ -57,8 +57,9 @@ class Gguf:
         for module, tensor in _coded(file):
             kind = TYPES[tensor.type]
             _rows_of(file, heads, module, tensor)
-            facts = (kind.name, kind.num_bits, kind.group_size, kind.symmetric, tensor.num_bytes)
-            rows.append(LayerFacts(module, (tensor.shape[0], tensor.shape[1]), *facts))
+            facts = (kind.name, kind.num_bits, kind.group_size, kind.symmetric)
+            shape, size = (tensor.shape[0], tensor.shape[1]), tensor.num_bytes
+            rows.append(LayerFacts(module, shape, *facts, stored_bytes=size, weight_bits=8 * size))
             used += tensor.num_bytes
         known = {row.name for row in rows}
         for name, tensor in file.tensors.items():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from discquant import environment
 from discquant.errors import ProofError, UnrepresentableError
+from discquant.formats.bits import bits_per_weight
 from discquant.formats.card import hub_name, write_card
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
@@ -132,7 +133,7 @@ def write_gguf(
             "engines": engine_rows("gguf", schemes),
             "warnings": warnings,
             "quantized_weights": weights,
-            "bits_per_weight": sum(row["bits"] for row in table.values()) / weights if weights else None,
+            "bits_per_weight": bits_per_weight((row["bits"], row["shape"]) for row in table.values()),
             "weight_file_bytes": (partial / FILE).stat().st_size,
             "layers": table,
             "shards": {FILE: {"bytes": (partial / FILE).stat().st_size, "sha256": digest(partial / FILE)}},

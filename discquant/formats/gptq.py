@@ -40,6 +40,7 @@ class Gptq(SafetensorsFormat):
     """See `coded.Format`; `offset` is what the file's zero points lack."""
 
     codes = CODES
+    aside = (INDEX,)
 
     def __init__(self, name: str, checkpoint_format: str, offset: int) -> None:
         self.name, self.checkpoint_format, self.offset = name, checkpoint_format, offset

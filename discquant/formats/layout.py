@@ -52,6 +52,9 @@ class Layout(ABC):
 
     name: str
     codes: str  # suffix of the tensor that holds the codes, and nothing else
+    aside: tuple[
+        str, ...
+    ] = ()  # suffixes of tensors that a matrix or column has once: no part of bits per weight
     metadata: Mapping[str, str] = {"format": "pt"}  # of every written file
 
     @abstractmethod

@@ -68,6 +68,7 @@ class Onnx:
                 node.block,
                 node.zero_points is None,
                 node.num_bytes,
+                8 * node.num_bytes,
             )
             for node in nodes
         ]

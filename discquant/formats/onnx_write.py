@@ -16,6 +16,7 @@ from torch import Tensor
 
 from discquant import environment
 from discquant.errors import ProofError, UnrepresentableError
+from discquant.formats.bits import bits_per_weight
 from discquant.formats.card import hub_name, write_card
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
@@ -161,7 +162,7 @@ def write_onnx(
                 for bits in widened
             ],
             "quantized_weights": weights,
-            "bits_per_weight": sum(row["bits"] for row in table.values()) / weights if weights else None,
+            "bits_per_weight": bits_per_weight((row["bits"], row["shape"]) for row in table.values()),
             "weight_file_bytes": sum((partial / file).stat().st_size for file in (FILE, DATA)),
             "layers": table,
             "shards": {

@@ -51,6 +51,7 @@ class SafetensorsFormat(Layout):
                     scheme.group_size,
                     scheme.symmetric,
                     stored.stored_bytes,
+                    8 * sum(row.num_bytes for key, row in stored.tensors.items() if key not in self.aside),
                 )
             )
             used += stored.stored_bytes

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from discquant.config import GridConfig
+from discquant.formats.coded import LayerFacts
 from discquant.formats.codes import QuantizedLinear
 from discquant.grids import Grid, UniformGrid
 from discquant.grids.affine import AffineGrid
@@ -40,6 +41,12 @@ class Scheme:
         else:
             kind = "int" if isinstance(grid, UniformGrid) else str(getattr(grid, "kind", type(grid).__name__))
         return cls(grid.num_bits, grid.group_size, grid.symmetric, kind)
+
+    @classmethod
+    def of_facts(cls, row: LayerFacts) -> Scheme:
+        """The scheme behind a row's `kind`, which carries its width (`int3`)."""
+        kind = next((name for name in ("int", "affine") if row.kind == f"{name}{row.num_bits}"), row.kind)
+        return cls(row.num_bits, row.group_size, row.symmetric, kind)
 
     @classmethod
     def planned(cls, shape: tuple[int, int], grid: GridConfig) -> Scheme:

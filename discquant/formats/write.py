@@ -16,6 +16,7 @@ from typing import Any
 
 from discquant import environment
 from discquant.errors import UnrepresentableError
+from discquant.formats.bits import bits_per_weight
 from discquant.formats.card import hub_name, write_card
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer
@@ -138,7 +139,7 @@ def write_model(
             "engines": engine_rows(chosen.name, schemes),
             "warnings": problems(chosen.name, schemes, shapes),
             "quantized_weights": weights,
-            "bits_per_weight": sum(row["bits"] for row in table.values()) / weights if weights else None,
+            "bits_per_weight": bits_per_weight((row["bits"], row["shape"]) for row in table.values()),
             "weight_file_bytes": sum(row["bytes"] for row in writer.shards.values()),
             "layers": table,
             "shards": writer.shards,
@@ -182,7 +183,8 @@ def _write_layers(
         schemes[name] = scheme
         for suffix, tensor in stored.items():
             writer.add(f"{name}.{suffix}", tensor)
-        bits = 8 * sum(writer.tensors[f"{name}.{suffix}"].num_bytes for suffix in stored)
+        counted = [suffix for suffix in stored if suffix not in chosen.aside]
+        bits = 8 * sum(writer.tensors[f"{name}.{suffix}"].num_bytes for suffix in counted)
         table[name] = {**asdict(scheme), "shape": list(shape), "bits": bits}
     return schemes, table, untouched
 

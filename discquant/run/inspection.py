@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from discquant.formats import registry
+from discquant.formats.bits import bits_per_weight, grid_bits
 from discquant.formats.coded import Description, LayerFacts
 from discquant.formats.engines import AS_OF, engine_rows, problems
 from discquant.formats.scheme import Scheme
@@ -23,27 +24,30 @@ def describe(path: Path) -> Description:
     """
     if not RunDirectory.is_run(path):
         return registry.find(path).describe(path)
+    run = RunDirectory(path)
+    config = run.config()["identity"]["config"]
+    name, served = _served(path, config["format"])
     rows = []
-    for layer in RunDirectory(path).coded_layers():
+    for layer in run.coded_layers():
         scheme = Scheme.of_grid(layer.grid)
-        grid = layer.grid
-        # As a dense file would store it: codes, 16-bit scales, zero points of num_bits.
-        bits = layer.q.numel() * grid.num_bits + grid.scale.numel() * 16
-        bits += 0 if grid.zero_point is None else grid.zero_point.numel() * grid.num_bits
         shape = (layer.q.shape[0], layer.q.shape[1])
-        rows.append(
-            LayerFacts(
-                layer.name,
-                shape,
-                scheme.label,
-                scheme.num_bits,
-                scheme.group_size,
-                scheme.symmetric,
-                -(-bits // 8),
-            )
-        )
-    notes = ("a run directory: export it to serve it; sizes are those of a dense file with 16-bit scales",)
+        bits = grid_bits(layer.grid, shape, config["grid"]["kind"])
+        stored = -(-bits // 8)
+        if layer.name in served:
+            stored, bits = served[layer.name].stored_bytes, served[layer.name].weight_bits
+        facts = (scheme.label, scheme.num_bits, scheme.group_size, scheme.symmetric, stored, bits)
+        rows.append(LayerFacts(layer.name, shape, *facts))
+    sizes = "a dense file with 16-bit scales" if name is None else f"its {name} file"
+    notes = (f"a run directory: export it to serve it; sizes are those of {sizes}",)
     return Description("run", tuple(rows), 0, (path / CODES).stat().st_size, notes)
+
+
+def _served(path: Path, formats: str) -> tuple[str | None, dict[str, LayerFacts]]:
+    """The first format that a run wrote, and the layers of its file; the run's own report counts them too."""
+    name = formats.partition(",")[0].strip()
+    if name not in registry.names() or not (path / name).exists():
+        return None, {}
+    return name, {row.name: row for row in registry.by_name(name).describe(path / name).layers}
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -53,16 +57,15 @@ def inspect(path: Path) -> dict[str, Any]:
         MissingModelError, CheckpointError, NotImplementedError: It cannot be read.
     """
     found = describe(path)
-    schemes = {row.name: scheme_of(row) for row in found.layers}
+    schemes = {row.name: Scheme.of_facts(row) for row in found.layers}
     shapes = {row.name: row.shape for row in found.layers}
     weights = sum(rows * columns for rows, columns in shapes.values())
-    stored = sum(row.stored_bytes for row in found.layers)
     return {
         "format": found.format,
         "schemes": list(dict.fromkeys(str(scheme) for scheme in schemes.values())),
         "layers": [asdict(row) for row in found.layers],
         "quantized_weights": weights,
-        "bits_per_weight": 8 * stored / weights if weights else None,
+        "bits_per_weight": bits_per_weight((row.weight_bits, row.shape) for row in found.layers),
         "untouched_bytes": found.untouched_bytes,
         "file_bytes": found.file_bytes,
         "engines": engine_rows(found.format, schemes),
@@ -70,12 +73,6 @@ def inspect(path: Path) -> dict[str, Any]:
         "problems": [*problems(found.format, schemes, shapes), *found.problems],
         "notes": list(found.notes),
     }
-
-
-def scheme_of(row: LayerFacts) -> Scheme:
-    """The scheme behind a row's `kind`, which carries its width (`int3`)."""
-    kind = next((name for name in ("int", "affine") if row.kind == f"{name}{row.num_bits}"), row.kind)
-    return Scheme(row.num_bits, row.group_size, row.symmetric, kind)
 
 
 def print_report(found: Mapping[str, Any]) -> None:

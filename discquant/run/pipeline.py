@@ -19,6 +19,7 @@ from torch import Tensor
 from discquant.calibration import Windows
 from discquant.config import Method, QuantizeConfig
 from discquant.formats import registry
+from discquant.formats.bits import file_bits_per_weight
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.lazy import is_lazy, settle
 from discquant.formats.source import Source, check_output_dir, open_source
@@ -332,6 +333,12 @@ class Pipeline:
                 )
             sizes[name] = weight_bytes(target)
         summary["sizes"]["packed_bytes"] = next(iter(sizes.values()), None)
+        for name in self.config.formats[
+            :1
+        ]:  # what is served counts: a format may store codes or scales wider
+            summary["sizes"]["bits_per_weight"] = file_bits_per_weight(
+                registry.by_name(name), self.directory.path / name
+            )
         summary["sizes"]["formats"] = sizes
 
     def _report(self) -> None:

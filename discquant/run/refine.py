@@ -19,6 +19,7 @@ from torch import Tensor
 from discquant.config import GridConfig, QuantizeConfig
 from discquant.errors import CheckpointError, ConfigError
 from discquant.formats import registry
+from discquant.formats.bits import file_bits_per_weight
 from discquant.formats.checkpoint import read_json
 from discquant.formats.coded import CodedLayer
 from discquant.formats.safetensors_format import SafetensorsFormat
@@ -217,7 +218,7 @@ class RefinePipeline(Pipeline):
             # What is served is the file: card and report must not give it the numbers of the rejected solve.
             summary["method"] = FILE
             assert self._measured is not None
-            summary["layers"] = layer_table(self._measured, grids, codes)
+            summary["layers"] = layer_table(self._measured, grids, codes, summary.get("experts_unseen", ()))
         target = self.directory.path / (self.chosen.name if self.quantized.is_dir() else self.quantized.name)
         if not target.exists():
             summary["byte_diff"] = self.chosen.rewrite(self.quantized, target, codes).get("byte_diff")
@@ -235,11 +236,7 @@ class RefinePipeline(Pipeline):
             **self._counts,
             "derivation": dataclasses.asdict(self.derivation),
         }
-        told = self.chosen.describe(target)
-        stored, weights = zip(
-            *((row.stored_bytes, row.shape[0] * row.shape[1]) for row in told.layers), strict=True
-        )
-        summary["sizes"]["bits_per_weight"] = 8 * sum(stored) / sum(weights)
+        summary["sizes"]["bits_per_weight"] = file_bits_per_weight(self.chosen, target)
         summary["sizes"]["packed_bytes"] = weight_bytes(target)
         summary["sizes"]["formats"] = {self.chosen.name: weight_bytes(target)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from discquant.calibration import Windows
 from discquant.evaluation.divergence import compare_models
+from discquant.formats.bits import bits_per_weight, grid_bits
 from discquant.formats.coded import CodedLayer
 from discquant.formats.source import Source
-from discquant.grids import AffineGrid, Grid, TableGrid
+from discquant.grids import Grid
 from discquant.run.directory import RunDirectory, apply_layers
 from discquant.solver.chain import Chain
 from discquant.solver.measure import mean_kl
@@ -40,21 +41,18 @@ def frac_histogram(solve: Solve) -> list[int]:
     return [int(count) for count in total]
 
 
-def bits_per_weight(layers: Iterable[CodedLayer]) -> float:
-    """Return bits of codes, scales (16 each) and zero points (num_bits each) or minima (16) per quantized weight."""
-    bits = weights = 0
-    for layer in layers:
-        grid, groups = layer.grid, layer.grid.scale.numel()
-        block = grid.block_scale if isinstance(grid, TableGrid) else None
-        bits += layer.q.numel() * grid.num_bits + groups * (16 if block is None else 8 * block.element_size())
-        bits += 0 if grid.zero_point is None else groups * grid.num_bits
-        bits += groups * 16 if isinstance(grid, AffineGrid) else 0
-        weights += layer.q.numel()
-    return bits / max(1, weights)
+def layer_table(
+    chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor], frozen: Container[str] = ()
+) -> list[dict[str, Any]]:
+    """Count per layer the weights, those that may move, and those whose code is not the nearest.
 
-
-def layer_table(chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Count per layer the weights, those between two grid points, and those whose code is not the nearest."""
+    Args:
+        chain: The original model.
+        grids: Grid of every weight.
+        codes: Codes of every weight.
+        frozen: Names of weights that the solve kept at nearest (experts that no token reached); none of theirs may
+            move, and elsewhere those between two grid points may.
+    """
     table = []
     for refs in chain.weights:
         for ref in refs:
@@ -66,7 +64,7 @@ def layer_table(chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Ten
                 {
                     "name": ref.name,
                     "weights": q_down.numel(),
-                    "live": int(live.sum()),
+                    "live": 0 if ref.name in frozen else int(live.sum()),
                     "moved": int((codes[ref.name] != nearest).sum()),
                     "bits": grid.num_bits,
                 }
@@ -99,10 +97,10 @@ def summarize_run(
         served: Dtype that engines dequantize to.
 
     Returns:
-        The summary, plain data; the exporter adds the sizes of what it wrote.
+        The summary, plain data; the exporter adds the sizes of what it wrote, and bits per weight as they are there.
     """
     config = directory.config()["identity"]["config"]
-    method = config["method"]
+    method, kind = config["method"], config["grid"]["kind"]
     measured = {}
     # One candidate at a time: a copy of the model each.
     for name, found in {**baselines, method: codes}.items():
@@ -113,11 +111,15 @@ def summarize_run(
         "method": method,
         "methods": measured,
         "held_out": {"windows": len(held), "tokens": held.tokens, "source": held.source},
-        "layers": layer_table(chain, grids, codes),
+        "layers": layer_table(chain, grids, codes, frozenset() if solve is None else solve.unseen),
         "sizes": {
             "original_bytes": sum(file.stat().st_size for file in source.path.glob("*.safetensors")),
             "packed_bytes": None,
-            "bits_per_weight": bits_per_weight(coded_layers(codes, grids)),
+            "bits_per_weight": bits_per_weight(
+                (grid_bits(layer.grid, shape, kind), shape)
+                for layer in coded_layers(codes, grids)
+                for shape in [(layer.q.shape[0], layer.q.shape[1])]
+            ),
         },
     }
     if solve is not None:

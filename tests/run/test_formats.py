@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import discquant
 from discquant.config import DataConfig, GridConfig, QuantizeConfig
 from discquant.errors import ConfigError, UnrepresentableError
+from discquant.evaluation.candidates import bits_per_weight
 from discquant.formats import registry
 from discquant.grids import AffineGrid, TableGrid, UniformGrid
 from discquant.grids.storage import restore, store
@@ -64,6 +66,49 @@ def test_a_look_up_grid_through_a_run(model_dir: Path, dataset: str, tmp_path: P
         assert torch.equal(
             load_run_model(tmp_path / "out")(ids).logits, discquant.load(tmp_path / "out")(ids).logits
         )
+
+
+@pytest.fixture(scope="module")
+def wide_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one block whose rows fill the blocks of K types."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("wide")
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("grid", "name", "bits"),
+    [
+        (GridConfig.of_kind("q4_k"), "gguf", 4.5),
+        (GridConfig.of_kind("q3_k"), "gguf", 3.4375),
+        (GridConfig.of_kind("q4_1"), "gguf", 5),
+        (GridConfig(3, 64, True), "compressed-tensors", 3.25),
+        (GridConfig(4, 32, False), "compressed-tensors", 4.625),
+        # 3-bit codes are stored as Q4_0, with a scale for 32 columns; GPTQ keeps zero points of symmetric grids too.
+        (GridConfig(3, 64, True), "gguf", 4.5),
+        (GridConfig(3, 64, True), "gptq", 3 + 19 / 64),
+    ],
+)
+def test_bits_per_weight_are_one_number(
+    wide_dir: Path, dataset: str, tmp_path: Path, grid: GridConfig, name: str, bits: float
+) -> None:
+    """A run, its file's manifest, `inspect` of both and `evaluate` agree; a run without a file says the grid's."""
+    out = tmp_path / "out"
+    summary = Pipeline(wide_dir, out, _config(dataset, grid, name)).execute()
+    manifest = json.loads((out / name / "discquant_manifest.json").read_text(encoding="utf-8"))
+    assert summary["sizes"]["bits_per_weight"] == manifest["bits_per_weight"] == bits
+    assert inspect(out)["bits_per_weight"] == inspect(out / name)["bits_per_weight"] == bits
+    assert f"{bits:.3f} bits per quantized weight" in (out / name / "README.md").read_text(encoding="utf-8")
+    assert bits_per_weight(out / name) == (None if name == "gguf" else bits)
+    bare = Pipeline(wide_dir, tmp_path / "bare", _config(dataset, grid, "none")).execute()
+    own = bits if grid.kind != "uniform" or name == "compressed-tensors" else 3.25
+    assert bare["sizes"]["bits_per_weight"] == inspect(tmp_path / "bare")["bits_per_weight"] == own
 
 
 def test_refused_before_any_work(model_dir: Path, dataset: str, tmp_path: Path) -> None:
