@@ -30,13 +30,13 @@ from discquant.formats.compressed_tensors import (
     quantization_config,
     repack_like,
 )
-from discquant.formats.engines import FUSED
 from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import read_tensor
 from discquant.formats.safetensors_format import SafetensorsFormat, expect, expect_matrix, grouped
 from discquant.formats.scheme import Scheme
 from discquant.grids import UniformGrid
 
+from discquant.grids.fused import FUSED
 _FLOATS = "BF16 F16 F32"
 
 
