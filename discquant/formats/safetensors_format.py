@@ -57,13 +57,11 @@ class SafetensorsFormat(Layout):
         total = sum(info.num_bytes for info in checkpoint.tensors.values())
         files = {info.file for info in checkpoint.tensors.values()}
         size = sum(file.stat().st_size for file in files)
+        problems = list(self.problems(checkpoint))
+        if not rows:
+            problems.insert(0, f"the configuration says {self.name}, but no layer is quantized")
         return Description(
-            self.name,
-            tuple(rows),
-            total - used,
-            size,
-            tuple(self.notes(checkpoint)),
-            tuple(self.problems(checkpoint)),
+            self.name, tuple(rows), total - used, size, tuple(self.notes(checkpoint)), tuple(problems)
         )
 
     def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
