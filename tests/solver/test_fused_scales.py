@@ -70,6 +70,6 @@ def test_streamed_weights() -> None:
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
-    refs = plain("attn.q_proj", 1.0), plain("attn.k_proj", float("nan"))
+    refs = plain("attn.q_proj", 1.0), plain("attn.k_proj", float("inf"))
     with pytest.raises(ValueError, match=r"attn\.k_proj\.weight"):
         lay_grids(chain_of(*refs), NVFP4)
