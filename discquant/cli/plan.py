@@ -53,6 +53,9 @@ def plan(
         float | None, typer.Option(help="Host memory in GB instead of this machine's.")
     ] = None,
     disk: Annotated[float | None, typer.Option(help="Free disk in GB instead of what is free here.")] = None,
+    ranks: Annotated[
+        int, typer.Option(help="Processes that torchrun starts on one machine, each with such a GPU.")
+    ] = 1,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time this machine on one block of MODEL and keep the rates.")
     ] = False,
@@ -73,9 +76,12 @@ def plan(
     from discquant.planning.plan import Machine, make_plan
     from discquant.planning.rates import keep_rates, load_rates, machine_name, nearest_rates
     from discquant.planning.shape import read_shape
+    from discquant.solver.ranks import Ranks
 
     if placement not in ("auto", "resident", "host", "disk"):
         raise ConfigError(f"plan: --placement must be auto, resident, host or disk, got {placement!r}")
+    if ranks < 1 or ranks & (ranks - 1):
+        raise ConfigError(f"plan: --ranks must be a power of two, got {ranks}")
     device = hardware.this_device() if gpu == "auto" else hardware.find_device(gpu)
     if measure and device.name != hardware.this_device().name:
         raise ConfigError(f"plan: --measure times this machine, which is no {gpu}; leave --gpu out")
@@ -131,7 +137,9 @@ def plan(
         device,
         hardware.host_memory() if host_memory is None else host_memory * hardware.GB,
         float(shutil.disk_usage(".").free) if disk is None else disk * hardware.GB,
+        ranks,
     )
+    Ranks(0, ranks).span(-(-solver.batch_size // solver.micro_batch))  # refuses ranks without a share
     from discquant.planning.compare import PROCESS_BYTES
 
     made = make_plan(
@@ -165,7 +173,8 @@ def _print(made: Plan) -> None:
         f"for quantize with --state {solver.state} --optimizer {solver.optimizer} "
         f"--compute-dtype {solver.compute_dtype}"
     )
-    table = Table(title="Peak memory per phase, GB")
+    ranks = made.setting.ranks
+    table = Table(title="Peak memory per phase, GB" + (f", each of {ranks} ranks" if ranks > 1 else ""))
     columns = (["device"] if device.memory is not None else []) + ["host", "disk"]
     table.add_column("phase")
     for column in columns:
@@ -177,7 +186,7 @@ def _print(made: Plan) -> None:
         cells = [f"{peak.total('gpu' if c == 'device' else c) / gigabyte:,.3f}" for c in columns]
         table.add_row(peak.name, *cells, f"{largest} {items[largest] / gigabyte:,.3f}")
     console.print(table)
-    options = Table(title="Against the alternatives")
+    options = Table(title="Against the alternatives" + (", the machine's" if ranks > 1 else ""))
     for column in ("placement", "state", *columns, "in GB/step", "out GB/step", "s/step", "fits"):
         options.add_column(column, justify="left" if column in ("placement", "state") else "right")
     for option in made.options:
@@ -194,9 +203,14 @@ def _print(made: Plan) -> None:
     hide = made.hide
     console.print(
         f"{made.work.total / 1e9:,.1f} GFLOP per token, {facts['flop_per_step'] / 1e12:,.2f} TFLOP per step of "
-        f"{made.setting.tokens:,} tokens; {made.step_seconds:,.3g} s per step, "
+        f"{made.setting.step_tokens:,} tokens; {made.step_seconds:,.3g} s per step, "
         f"{made.total_seconds / 3600:,.3g} h for {facts['steps']} steps ({facts['rates']})"
     )
+    if ranks > 1:
+        console.print(
+            f"Every rank computes at most {made.setting.tokens:,} of them, and sends and receives "
+            f"{made.exchanged / gigabyte:,.2f} GB of gradients per step, whose time is not in the plan."
+        )
     if device.memory is not None:
         console.print(
             f"Transfers hide from {hide.forward:,.0f} tokens per step forward, {hide.duplex:,.0f} backward with both "

@@ -95,13 +95,14 @@ class Checkpoint:
             raise MissingModelError(f"{self.path} is no model: it has no config.json")
         return read_json(self.path / "config.json")
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in memory of its own.
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """One tensor in memory of its own, or one entry of its first dimension.
 
         Raises:
             KeyError: There is no such tensor.
         """
-        return read_tensor(self.tensors[name])
+        info = self.tensors[name]
+        return read_tensor(info if index is None else info.entry(index))
 
     def iterate(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, one at a time, in the order they lie on disk."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.stored import parameter_readers, stored_name
 
 ATTRIBUTE = "_discquant_lazy"  # of a block: its LazyBlock; of a parameter without memory: what reads it
 
@@ -86,6 +87,14 @@ class LazyBlock:
             places.append((module, own, parameter, reader if wanted else read))
         self._places = places
 
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        """Return what reads a parameter, by its name within the block."""
+        owner, _, key = name.rpartition(".")
+        module = self._block.get_submodule(owner)
+        (found,) = [read for place, own, _, read in self._places if place is module and own == key]
+        assert found is not None
+        return found
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep the matrices from here to the end of the context, to run the block several times."""
@@ -94,6 +103,11 @@ class LazyBlock:
             yield
         finally:
             self._leave()
+
+
+def is_lazy(model: nn.Module) -> bool:
+    """Whether matrices of a model stay in its checkpoint until a block runs."""
+    return any(hasattr(parameter, ATTRIBUTE) for parameter in model.parameters())
 
 
 def settle(model: nn.Module, device: torch.device, *, stream: bool) -> None:
@@ -130,20 +144,28 @@ def substitute(model: nn.Module, name: str, reader: Callable[[], Tensor]) -> Non
     Raises:
         KeyError: No lazy block holds it.
     """
+    lazy, local = _lazy_block(model, name)
+    lazy.replace(local, reader)
+
+
+def reader_of(model: nn.Module, name: str) -> Callable[[], Tensor]:
+    """Return what reads the parameter `name` of a lazy model; also of a copy of one, whose parameters do not tell.
+
+    Raises:
+        KeyError: No lazy block holds it.
+    """
+    lazy, local = _lazy_block(model, name)
+    return lazy.reader(local)
+
+
+def _lazy_block(model: nn.Module, name: str) -> tuple[LazyBlock, str]:
+    """Return the lazy block that holds a parameter, and the parameter's name in it."""
     parts = name.split(".")
     for place in range(1, len(parts)):
         lazy = getattr(model.get_submodule(".".join(parts[:place])), ATTRIBUTE, None)
         if isinstance(lazy, LazyBlock):
-            lazy.replace(".".join(parts[place:]), reader)
-            return
+            return lazy, ".".join(parts[place:])
     raise KeyError(name)
-
-
-def _reader(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        return checkpoint.read(name).to(dtype)
-
-    return read
 
 
 def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -169,7 +191,8 @@ def build_lazy(
 ) -> Any | None:
     """Return a model with lazy blocks in eval mode, or None where only the library's own loader will do.
 
-    That is so where a checkpoint's tensors are not the model's parameters one to one (fused experts, say).
+    That is so where a checkpoint's tensors become the model's parameters by more than a new name or a place among fused
+    experts.
 
     Args:
         folder: With config.json.
@@ -182,11 +205,20 @@ def build_lazy(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    found = _blocks(model)
-    parameters = dict(model.named_parameters())  # tied ones once
-    if found is None or any(
-        name not in checkpoint.tensors or tuple(parameter.shape) != tuple(checkpoint.tensors[name].shape)
-        for name, parameter in parameters.items()
+    parameters = dict(model.named_parameters())
+    if parameters.keys() <= checkpoint.tensors.keys():
+        model._weight_conversions = []  # nothing to take back: stored under the model's own names
+    found, readers = _blocks(model), parameter_readers(model, checkpoint, dtype)
+    persistent = model.state_dict().keys()
+    buffers = {
+        name: stored_name(model, name, buffer.shape) or ""
+        for name, buffer in model.named_buffers()
+        if name in persistent
+    }
+    if (
+        found is None
+        or readers is None
+        or any(stored not in checkpoint.tensors for stored in buffers.values())
     ):
         return None
     _real_buffers(model)
@@ -196,7 +228,7 @@ def build_lazy(
         LazyBlock(
             block,
             {
-                name[len(inside) :]: _reader(checkpoint, name, dtype)
+                name[len(inside) :]: readers[name]
                 for name, parameter in parameters.items()
                 if name.startswith(inside) and parameter.dim() >= 2
             },
@@ -205,11 +237,9 @@ def build_lazy(
         if hasattr(parameter, ATTRIBUTE):
             continue
         owner, _, key = name.rpartition(".")
-        value = checkpoint.read(name).to(dtype)
-        model.get_submodule(owner)._parameters[key] = nn.Parameter(value, requires_grad=False)
-    for name in dict(model.named_buffers()):
-        if name in checkpoint.tensors:
-            owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key].copy_(checkpoint.read(name))
+        model.get_submodule(owner)._parameters[key] = nn.Parameter(readers[name](), requires_grad=False)
+    for name, stored in buffers.items():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key].copy_(checkpoint.read(stored))
     model.tie_weights()
     return model.eval()

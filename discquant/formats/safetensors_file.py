@@ -55,6 +55,12 @@ class TensorInfo:
         """Length of its data."""
         return self.stop - self.start
 
+    def entry(self, index: int) -> TensorInfo:
+        """Return where one entry of the first dimension lies."""
+        size = self.num_bytes // self.shape[0]
+        start = self.start + index * size
+        return TensorInfo(self.name, self.file, self.dtype, self.shape[1:], start, start + size)
+
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Validate a file by its header and length alone.

@@ -42,7 +42,7 @@ def plan_of_run(
         placement: Where the state will live.
         disk: Bytes of disk that the run may fill.
         device: Where it computes; None is the CPU.
-        ranks: Processes that share this machine's memory, each with as much.
+        ranks: Processes that share this machine, each with a device of its own where there are any.
 
     Returns:
         The plan.
@@ -62,8 +62,8 @@ def plan_of_run(
     # A plan is good to 10 %: what exceeds the memory by no more is not refused.
     on_gpu = device is not None and device.type == "cuda"
     where = this_device(device.index or 0) if device is not None and on_gpu else DEVICES["cpu"]
-    share = (1 + MEMORY_TOLERANCE) / ranks
-    machine = Machine(where, host_memory() * share, disk * (1 + MEMORY_TOLERANCE))
+    spare = 1 + MEMORY_TOLERANCE
+    machine = Machine(where, host_memory() * spare, disk * spare, ranks)
     return make_plan(shape, config, machine, placement=placement, rates=rates, process=process)
 
 

@@ -29,6 +29,13 @@ TEXT, TOKEN_LISTS = 45e6, 25.0
 # glibc serves tensors up to this size from one heap and keeps what was freed between younger ones: by the same runs
 # this share of what a phase holds for a moment. Larger ones are maps of their own, which go back at once.
 HEAP, HEAP_LIMIT, HEAP_SHARE = "kept by the allocator", 1 << 25, 0.35
+OF_WEIGHTS = frozenset(
+    (
+        "student and teacher weights", "teacher weights", "weight gradient", "another rank's gradient of a matrix",
+        "curvature of a matrix", "bytes to undo a step", "block slots", "factors of a block", "positions of one matrix",
+        "state of a block unpacked", "a matrix as read", "X^T X and its factor", "a candidate's weights",
+    )
+)  # fmt: skip
 WIDE_POSITIONS = (
     6 * 4.0
 )  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
@@ -60,7 +67,8 @@ class Setting:
         element: Bytes per element of computing, 2 or 4 (8 in float64).
         process: What the process holds before it opens a model.
         stored: Bytes per weight in the checkpoint, or of the smallest dtype that holds the weights exactly.
-        experts: The model has fused experts, which block-wise loading does not read.
+        blockwise: The original's blocks can be read one by one.
+        ranks: Processes that share a step's windows; all else here is of one of them.
     """
 
     config: QuantizeConfig
@@ -69,7 +77,8 @@ class Setting:
     element: int = 4
     process: float = 0.0
     stored: int = 2
-    experts: bool = False
+    blockwise: bool = True
+    ranks: int = 1
 
     @property
     def streamed(self) -> bool:
@@ -84,7 +93,7 @@ class Setting:
     @property
     def whole_model(self) -> bool:
         """Whether the original weights stay in memory; streamed, they are read block by block, after any sampling."""
-        return not self.streamed or self.experts or self.config.data.dataset == "self"
+        return not self.streamed or not self.blockwise or self.config.data.dataset == "self"
 
     @property
     def layout(self) -> StateLayout:
@@ -99,9 +108,17 @@ class Setting:
         )
 
     @property
-    def tokens(self) -> int:
-        """Tokens per step."""
+    def step_tokens(self) -> int:
+        """Tokens per step of all ranks."""
         return self.config.solver.batch_size * self.config.data.seqlen
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step of one rank, of the one with most: an aligned subtree of the micro-batches (`Ranks.span`)."""
+        solver = self.config.solver
+        passes = -(-solver.batch_size // solver.micro_batch)
+        own = (1 << (passes - 1).bit_length()) // self.ranks * solver.micro_batch
+        return min(solver.batch_size, max(solver.micro_batch, own)) * self.config.data.seqlen
 
     @property
     def micro_tokens(self) -> int:
@@ -125,7 +142,7 @@ def keeps_graph(shape: ModelShape, setting: Setting) -> bool:
     from discquant.solver.solve import KEEP_GRAPH_BYTES
 
     outputs = sum(m.rows * m.count for block in shape.blocks for m in block.matrices)
-    return setting.placement == "resident" and outputs * setting.tokens * 4 * 3 <= KEEP_GRAPH_BYTES
+    return setting.placement == "resident" and outputs * setting.step_tokens * 4 * 3 <= KEEP_GRAPH_BYTES
 
 
 def remembers_teacher(shape: ModelShape, setting: Setting) -> bool:
@@ -257,19 +274,21 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     sides = 2 if setting.teacher_in_state or setting.streamed else 1
     students = depth if keep else 1
     # Micro-batches are summed in float32 (the GPU kernels accumulate in place).
-    summed = setting.tokens > setting.micro_tokens or element < wide
+    summed = setting.step_tokens > setting.micro_tokens or element < wide
     curved = 5.0 if setting.config.solver.curved else 0.0
     gradient = float(wide + (element if summed and not setting.accelerator else 0))
     logits = _logit_tensors(shape, setting) * wide
     graphs = float(saved * tokens * depth)
     undo = float(min(shape.weights * setting.layout.written, JOURNAL_BYTES))
     # E, E H, its pieces and G E H of one matrix, and its original; made when the logits are gone.
-    term = curved * wide * max(m.rows * m.columns for m in largest.matrices)
+    matrix = max(m.rows * m.columns for m in largest.matrices)
+    term = curved * wide * matrix
     # A gated product has all three gradients before any of what was kept for it goes; the logits have gone by then.
     backward = 3.0 * largest.inner_elements * element * setting.micro_tokens
     return {
         "student and teacher weights": float(sides + students - 1) * largest.weights * element,
         "weight gradient": gradient * largest.weights,
+        "another rank's gradient of a matrix": float(wide) * matrix if setting.ranks > 1 else 0.0,
         "gradients of activations": max(0.0, backward - logits),
         "curvature of a matrix": max(0.0, term - max(logits, backward)),
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
@@ -282,13 +301,18 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
 
 
 def _heap(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> dict[str, float]:
-    """Return what the C library keeps between tensors of a phase on a CPU; empty where they are too large for it."""
-    matrix = max(m.rows * m.columns for m in shape.largest.matrices)
-    widest = max(max(m.rows, m.columns) for m in shape.largest.matrices)
-    largest = setting.element * max(matrix, widest * setting.micro_tokens)
-    if setting.accelerator or largest > HEAP_LIMIT:
+    """Return what the C library keeps between tensors of a phase on a CPU: of activations and of weights it serves."""
+    if setting.accelerator:
         return {}
-    return {HEAP: HEAP_SHARE * sum(items.values())}
+    matrices = shape.largest.matrices
+    small = sum(m.weights for m in matrices if m.rows * m.columns * setting.element <= HEAP_LIMIT)
+    of_weights = small / max(1, shape.largest.weights)
+    # Most activations are as wide as the hidden state; a few wider ones between them do not keep the heap tidy.
+    of_activations = float(shape.hidden * setting.micro_tokens * setting.element <= HEAP_LIMIT)
+    served = sum(
+        size * (of_weights if name in OF_WEIGHTS else of_activations) for name, size in items.items()
+    )
+    return {HEAP: HEAP_SHARE * served}
 
 
 def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
@@ -367,8 +391,9 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         work, gathering = _working(shape, setting), _gathering(shape, setting)
         where = {"resident": device, "host": held, "disk": stored}[setting.placement]
         where["state"] = state
-        if setting.placement == "disk":
-            stored["boundary activations"] = boundaries
+        if setting.placement == "disk":  # which all ranks share, each with files of its own
+            stored["state"] = state * setting.ranks
+            stored["boundary activations"] = boundaries * setting.ranks
         if setting.placement == "resident" or not setting.accelerator:
             work["boundary activations"] = boundaries if setting.placement != "disk" else 0.0
             gathering["boundary activations"] = work["boundary activations"]

@@ -48,11 +48,12 @@ STATES: tuple[tuple[str, str], ...] = (("fp32", "adamw"), ("u8", "adamw"), ("u8"
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the plan is for; bytes of host memory and of free disk."""
+    """Where the plan is for: one rank's device, and bytes of host memory and of free disk that all ranks share."""
 
     device: Device
     host: float
     disk: float
+    ranks: int = 1
 
     @property
     def accelerated(self) -> bool:
@@ -62,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Option:
-    """One row of the comparison: a placement and a state format."""
+    """One row of the comparison: a placement and a state format; bytes of a rank's device and of the whole machine."""
 
     placement: Placement
     state: str
@@ -104,6 +105,11 @@ class Plan:
         factors = factor_bytes(self.shape.blocks, self.setting.config)
         return self.setting.layout.total + factors / max(1, self.shape.weights)
 
+    @property
+    def exchanged(self) -> float:
+        """Bytes that a rank sends, and receives, per step: float32 sums of gradients, once per level of the tree."""
+        return 4.0 * self.shape.weights * (self.setting.ranks - 1).bit_length()
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; bytes, seconds, FLOP."""
         moved = None if self.moved is None else dataclasses.asdict(self.moved)
@@ -118,7 +124,9 @@ class Plan:
             "placement": self.setting.placement,
             "state": self.setting.layout.name,
             "state_bytes_per_weight": self.state_bytes_per_weight,
-            "tokens_per_step": self.setting.tokens,
+            "tokens_per_step": self.setting.step_tokens,
+            "ranks": self.setting.ranks,
+            "exchanged_bytes_per_step": self.exchanged,
             "phases": [
                 {
                     "name": peak.name,
@@ -131,7 +139,7 @@ class Plan:
             ],
             "flop_per_token": self.work.total,
             "curvature_flop_per_step": self.work.step,
-            "flop_per_step": self.work.total * self.setting.tokens + self.work.step,
+            "flop_per_step": self.work.total * self.setting.step_tokens + self.work.step,
             "moved_per_step": moved,
             "tokens_to_hide_transfers": dataclasses.asdict(self.hide),
             "step_seconds": self.step_seconds,
@@ -150,7 +158,7 @@ def _fits(peaks: Sequence[PhasePeak], machine: Machine) -> bool:
     memory = machine.device.memory
     return (
         (memory is None or needed(list(peaks), "gpu") <= memory)
-        and needed(list(peaks), "host") <= machine.host
+        and needed(list(peaks), "host") * machine.ranks <= machine.host
         and needed(list(peaks), "disk") <= machine.disk
     )
 
@@ -183,6 +191,9 @@ def _seconds(
         keep_graph=keeps_graph(shape, setting),
     )
     seconds += work.step / rates.matmul
+    # Gradients of micro-batches are added in float32, two in and one out; the bytes that a step changes are kept.
+    added = 1.5 * 4 * (-(-setting.tokens // setting.micro_tokens) - 1)
+    seconds += shape.weights * (added + setting.layout.written) / rates.copy
     if moved is not None:  # a copy on this machine competes with the work for the same memory: not hidden
         seconds += (moved.total_in + moved.out) / rates.copy
     return moved, modelled, seconds
@@ -205,8 +216,16 @@ def setting_for(
 ) -> Setting:
     """Return the setting of a run of a model on a machine."""
     element = {"bfloat16": 2, "float32": 4, "float64": 8}[config.solver.compute_dtype]
-    experts = any(matrix.active < 1 for block in shape.blocks for matrix in block.matrices)
-    return Setting(config, placement, machine.accelerated, element, process, shape.file_bytes, experts)
+    return Setting(
+        config,
+        placement,
+        machine.accelerated,
+        element,
+        process,
+        shape.file_bytes,
+        shape.blockwise,
+        machine.ranks,
+    )
 
 
 def _option(
@@ -224,7 +243,7 @@ def _option(
         placement,
         setting.layout.name,
         needed(peaks, "gpu"),
-        needed(peaks, "host"),
+        needed(peaks, "host") * machine.ranks,
         needed(peaks, "disk"),
         moved.total_in + moved.boundaries if moved else 0.0,
         moved.out + moved.boundaries if moved else 0.0,
@@ -368,9 +387,10 @@ def make_plan(
     enough = max(hide.serial, hide.forward)
     if chosen.placement != "resident" and machine.accelerated and chosen.tokens < enough:
         slowed = modelled.total / max(1e-30, modelled.forward + modelled.backward + modelled.head)
-        batch = -(-int(enough) // config.data.seqlen)
+        each = " and rank" if machine.ranks > 1 else ""
+        batch = -(-int(enough) * machine.ranks // config.data.seqlen)
         warnings.append(
-            f"{chosen.tokens} tokens per step are too few for the transfers to hide: {enough:,.0f} are needed "
+            f"{chosen.tokens} tokens per step{each} are too few for the transfers to hide: {enough:,.0f} are needed "
             f"({max(hide.duplex, hide.forward):,.0f} if both directions run at once), e.g. --batch-size {batch}; "
             f"a step takes {slowed:.1f} times its work"
         )

@@ -87,6 +87,7 @@ class ModelShape:
         attention: heads * head_dim, the width in which scores are computed.
         frozen: Parameters outside the blocks: embedding, final norm, head (once where tied).
         file_bytes: Bytes per weight in the checkpoint.
+        blockwise: Its blocks can be read one by one (`formats.lazy`).
         positions: How long windows may be; None where the configuration does not say.
     """
 
@@ -97,6 +98,7 @@ class ModelShape:
     attention: int
     frozen: int
     file_bytes: int = 2
+    blockwise: bool = True
     positions: Positions | None = None
 
     @property
@@ -226,7 +228,7 @@ def shape_of(model: Any, ignore: Sequence[str] = ("lm_head",), *, name: str = "m
     size = stored.itemsize if isinstance(stored, torch.dtype) else 2
     vocab = int(chain.head.weight.shape[0])
     positions = positions_of(model.config)
-    return ModelShape(name, tuple(blocks), hidden, vocab, width, frozen, size, positions)
+    return ModelShape(name, tuple(blocks), hidden, vocab, width, frozen, size, positions=positions)
 
 
 def repeated(shape: ModelShape, depth: int) -> ModelShape:

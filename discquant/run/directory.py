@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch import Tensor
 from discquant.errors import CheckpointError, MissingModelError, OutputExistsError, ResumeError
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.lazy import substitute
+from discquant.formats.lazy import reader_of, substitute
 from discquant.formats.output import sync_path
 from discquant.formats.safetensors_file import read_header, read_tensor
 from discquant.grids import Grid
 from discquant.grids.storage import restore, store
 from discquant.run.stored import Given, save_tensors_atomic
+from discquant.solver.weight_ref import WeightRef
 
 CONFIG, METRICS, CODES, SUMMARY = "config.json", "metrics.jsonl", "codes.safetensors", "summary.json"
 MARKER = "discquant_run"
@@ -209,6 +210,26 @@ def _served(layer: CodedLayer | QuantizedLinear, served: torch.dtype, weight: Te
     return lambda: layer.dequantize(served).to(dtype).reshape(shape)
 
 
+def _served_experts(
+    model: torch.nn.Module,
+    refs: Sequence[WeightRef],
+    layers: Sequence[CodedLayer | QuantizedLinear],
+    served: torch.dtype,
+) -> Callable[[], Tensor]:
+    """Return what reads a fused parameter: each part from its codes, what has none from where it was read before."""
+    name, dtype, shape = refs[0].param_name, refs[0].parameter.dtype, refs[0].parameter.shape
+    covered = sum(ref.matrix_size for ref in refs) == refs[0].parameter.numel()
+    before = None if covered else reader_of(model, name)
+
+    def read() -> Tensor:
+        whole = torch.empty(shape, dtype=dtype) if before is None else before().to(dtype)
+        for ref, layer in zip(refs, layers, strict=True):
+            ref.view(whole).copy_(layer.dequantize(served))
+        return whole
+
+    return read
+
+
 @torch.no_grad()
 def apply_layers(
     model: torch.nn.Module, layers: Iterable[CodedLayer | QuantizedLinear], served: torch.dtype
@@ -222,9 +243,13 @@ def apply_layers(
 
     # Experts are fused in memory and separate in the checkpoint, whose names the layers bear.
     experts = {ref.name: ref for ref in expert_refs(model, model, "", lambda name: True, strict=False)}
+    unread: dict[str, list[tuple[WeightRef, CodedLayer | QuantizedLinear]]] = {}
     for layer in layers:
         if layer.name in experts:
             ref = experts[layer.name]
+            if ref.parameter.is_meta:
+                unread.setdefault(ref.param_name, []).append((ref, layer))
+                continue
             weight = ref.view(ref.parameter)
         else:
             try:
@@ -240,6 +265,9 @@ def apply_layers(
                 f"run: {layer.name} has {list(weight.shape)} in the model, {list(value.shape)} in codes"
             )
         weight.copy_(value.reshape(weight.shape))
+    for name, parts in unread.items():
+        refs, codes = zip(*parts, strict=True)
+        substitute(model, name, _served_experts(model, refs, codes, served))
     return model
 
 

@@ -20,7 +20,7 @@ from discquant.calibration import Windows
 from discquant.config import Method, QuantizeConfig
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
-from discquant.formats.lazy import settle
+from discquant.formats.lazy import is_lazy, settle
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
 from discquant.run.checks import (
@@ -131,6 +131,10 @@ class Pipeline:
             source = open_source(
                 self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust
             )
+            if self._lazy() and not is_lazy(source.model):
+                self.events.say(
+                    "note: the original cannot be read block by block; it stays in memory as a whole"
+                )
             chain = self._chain(source)
             self._check_formats(source, chain)
             check_text(source, self.config.data.dataset)
@@ -184,6 +188,7 @@ class Pipeline:
         summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)
         if solve is not None:
             summary["plan"]["placement"] = solve.solver.placement.where  # `auto` looks at what is free
+            summary["plan"]["moved_per_step"] = self._solving.moved()
         self.directory.write_summary(summary)
         self._report()
         return summary

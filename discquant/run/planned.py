@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 from discquant.config import QuantizeConfig
 from discquant.errors import UserError
+from discquant.formats.lazy import is_lazy
 from discquant.planning.compare import against_plan, plan_of_run
 from discquant.planning.plan import Plan
 from discquant.planning.shape import read_shape, shape_of
@@ -79,8 +81,9 @@ def plan_run(model: Any, config: QuantizeConfig, engine: Engine, out: Path) -> P
         if p.device.type == "cpu"
     )
     process = max(0.0, float(resident_bytes() - held))
+    shape = shape_of(model, config.ignore, name=type(model).__name__)
     return plan_of_run(
-        shape_of(model, config.ignore, name=type(model).__name__),
+        dataclasses.replace(shape, blockwise=is_lazy(model)),
         config,
         process=process,
         placement=engine.where,
@@ -143,5 +146,12 @@ def report_lines(summary: dict[str, Any]) -> list[str]:
         told += (
             f" A step took {seconds['actual']:.3g} s; this machine's rates are not measured "
             "(`discquant plan MODEL --measure`), so the plan has no time for it."
+        )
+    moved = found.get("moved_per_step")
+    if moved:
+        told += (
+            f" A step moved {moved['bytes_in'] / 1e6:,.0f} MB of state to the compute device, "
+            f"{moved['bytes_out'] / 1e6:,.0f} MB of it back and {moved['boundary_bytes'] / 1e6:,.0f} MB of activations "
+            f"both ways; the solve waited {moved['waited_seconds']:.2g} s of a step for them."
         )
     return [*lines, "", told, ""]

@@ -28,6 +28,7 @@ from discquant.solver.chain import Chain
 from discquant.solver.engine import Engine
 from discquant.solver.measure import mean_kl
 from discquant.solver.solve import Solve, TokenRows
+from discquant.solver.solver import StepRecord
 
 VALIDATIONS = 16  # per run
 VALIDATION_ROWS = 8
@@ -68,6 +69,8 @@ class Solving:
         self.directory, self.config, self.engine, self.events = directory, config, engine, events
         self.solve: Solve | None = None
         self.checkpoints: dict[str, Any] | None = None
+        self._steps = 0  # taken by this process
+        self._said: set[str] = set()
         self._stop = stop
         self._folder = directory.path / "checkpoints"
 
@@ -109,8 +112,7 @@ class Solving:
         solve = self.solve = Solve(
             chain, grids, rows, self.config, served=served, fresh=fresh, start_codes=start, engine=self.engine
         )
-        for note in solve.solver.placement.notes:
-            self.events.say(f"note: {note}")
+        self._say_notes(solve)
         if not fresh and load_checkpoint(self._folder, solve) is None:
             raise ResumeError(
                 f"quantize: no checkpoint in {self._folder} can be read; remove that folder to start again"
@@ -122,6 +124,38 @@ class Solving:
         else:
             self._follow(solve)
         return solve
+
+    def moved(self) -> dict[str, float] | None:
+        """Return what a step of this process moved between the compute device and where state and activations live.
+
+        Bytes of state in and out, of activations both ways, and seconds that the solve waited for a block; None where
+        all are resident, or no step was taken.
+        """
+        if self.solve is None or not self._steps:
+            return None
+        placement, boundaries = self.solve.solver.placement, self.solve.solver.boundaries
+        if placement.where == boundaries.where == "resident":
+            return None
+        total = {
+            "bytes_in": placement.bytes_in,
+            "bytes_out": placement.bytes_out,
+            "boundary_bytes": boundaries.bytes_moved,
+            "waited_seconds": placement.waited,
+        }
+        return {name: value / self._steps for name, value in total.items()}
+
+    def _advance(self, solve: Solve) -> StepRecord:
+        record = solve.advance()
+        self._steps += 1
+        self._say_notes(solve)
+        return record
+
+    def _say_notes(self, solve: Solve) -> None:
+        """Say what placing state and activations found, each once; activations have homes from the first step on."""
+        for note in (*solve.solver.placement.notes, *solve.solver.boundaries.notes):
+            if note not in self._said:
+                self._said.add(note)
+                self.events.say(f"note: {note}")
 
     def close(self) -> None:
         """Stop copies and remove the placement's files."""
@@ -147,7 +181,7 @@ class Solving:
         with self._stop.deferred():
             while not solve.done:
                 begin = time.perf_counter()
-                record = solve.advance()
+                record = self._advance(solve)
                 seconds = round(time.perf_counter() - begin, 4)
                 stopping = self._stopping()
                 writer.check()
@@ -170,7 +204,7 @@ class Solving:
         """Take every step that the first rank takes."""
         with self._stop.deferred():
             while not solve.done:
-                record = solve.advance()
+                record = self._advance(solve)
                 if self._stopping() and not solve.done:
                     raise self._stopped(record.step)
 

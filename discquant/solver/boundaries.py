@@ -20,6 +20,10 @@ class Boundaries:
     """A stack of lists of tensors, one list per block; what is taken out is what was put in, bit for bit.
 
     Homes are made in the first step and used again in the others.
+
+    Attributes:
+        bytes_moved: Out and in again so far.
+        notes: What the user should know, one line each.
     """
 
     def __init__(
@@ -28,6 +32,7 @@ class Boundaries:
         """Choose where; `folder` is for the files of `disk`."""
         self.where, self.device, self.folder = where, torch.device(device), folder
         self.bytes_moved = 0
+        self.notes: list[str] = []
         self._kept: list[list[Tensor]] = []
         self._homes: list[HostArena | MappedFile] = []
         self._views: list[list[Tensor]] = []
@@ -94,7 +99,10 @@ class Boundaries:
         if self.where == "disk":
             assert self.folder is not None
             return MappedFile(self.folder / f"boundary-{index:04d}.act", num_bytes)
-        return HostArena(num_bytes, pin=self.device.type == "cuda")
+        home = HostArena(num_bytes, pin=self.device.type == "cuda")
+        if home.note is not None and not self.notes:
+            self.notes.append(f"{home.note} (activations)")
+        return home
 
     def pop(self) -> list[Tensor]:
         """Return the inputs of the last block that is kept, on the device, and begin to bring those before it."""

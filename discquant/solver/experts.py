@@ -1,57 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts blocks: fused [experts, rows, columns] parameters as matrices under their checkpoint names.
 
-`transformers` joins the per-expert matrices of a checkpoint when it loads it. Its own conversion tells where each went;
+`transformers` joins the per-expert matrices of a checkpoint when it loads it (`formats.fused` tells where each went);
 the router is no linear layer of a known kind and stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from discquant.solver.weight_ref import Part, WeightRef
-
-_FUSED = ("gate_up_proj", "up_proj", "down_proj")
-
-
-def _fused_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Yield (module name, module, parameter name, parameter) of every fused expert weight below `root`."""
-    for name, module in root.named_modules():
-        for key in _FUSED:
-            parameter = module._parameters.get(key)
-            if parameter is not None and parameter.dim() == 3:
-                yield name, module, key, parameter
-
-
-def _checkpoint_parts(model: nn.Module, name: str, shape: torch.Size, transposed: bool) -> dict[str, Part]:
-    """Return where each checkpoint tensor of a fused parameter lies in it, by the checkpoint's name.
-
-    The library's reverse conversion is applied to numbered rows: what comes out as one tensor names its rows.
-    A checkpoint that holds the parameter fused as well gives one matrix per expert, under `<name>.<expert>`.
-    """
-    owner = name.rpartition(".")[0]
-    experts, rows = shape[0], shape[2] if transposed else shape[1]
-    key = name.rpartition(".")[2]
-    fused = {f"{owner}.{e}.{key}": Part(owner, e, 0, rows, transposed) for e in range(experts)}
-    if transposed or not hasattr(model, "config"):
-        return fused
-    from transformers.core_model_loading import revert_weight_conversion
-
-    numbers = torch.arange(experts * rows).view(experts, rows, 1)
-    found: dict[str, Part] = {}
-    for stored, tensor in revert_weight_conversion(model, {name: numbers}).items():
-        flat = tensor.flatten()
-        begin, count = int(flat[0]), flat.numel()
-        whole = count > rows or not stored.endswith(".weight")
-        if whole or not torch.equal(flat, torch.arange(begin, begin + count)):
-            return fused
-        at = begin % rows
-        found[stored.removesuffix(".weight")] = Part(owner, begin // rows, at, at + count, False)
-    return found
+from discquant.formats.stored import checkpoint_parts, fused_parameters
+from discquant.solver.weight_ref import WeightRef
 
 
 def settle_kernel(model: nn.Module) -> None:
@@ -63,7 +26,7 @@ def settle_kernel(model: nn.Module) -> None:
     first = next(model.parameters(), None)
     choose = getattr(model, "set_experts_implementation", None)
     loops = first is not None and (first.dtype == torch.float64 or first.is_cuda)
-    if choose is not None and loops and next(_fused_parameters(model), None) is not None:
+    if choose is not None and loops and next(fused_parameters(model), None) is not None:
         choose("eager")
 
 
@@ -91,7 +54,7 @@ def expert_refs(
         NotImplementedError: Fused experts whose orientation is not declared.
     """
     refs: list[WeightRef] = []
-    for local, module, key, parameter in _fused_parameters(root):
+    for local, module, key, parameter in fused_parameters(root):
         owner = ".".join(part for part in (prefix, local) if part)
         name = f"{owner}.{key}"
         if not (selected(owner) and selected(name)):
@@ -105,7 +68,7 @@ def expert_refs(
                 f"leave it alone with --ignore {owner.rpartition('.')[2]}"
             )
         param_name = f"{local}.{key}" if local else key
-        parts = _checkpoint_parts(model, name, parameter.shape, transposed)
+        parts = checkpoint_parts(model, name, parameter.shape, transposed)
         ordered = sorted(parts.items(), key=lambda item: (item[1].expert, item[1].begin))
         refs += [WeightRef(found, param_name, parameter, part) for found, part in ordered if selected(found)]
     return refs

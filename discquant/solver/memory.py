@@ -75,6 +75,11 @@ class HostArena:
             return "torch does not see registered memory as pinned"
         return None
 
+    @property
+    def note(self) -> str | None:
+        """One line for the user where the memory is not pinned as it should be."""
+        return self.problem and f"host memory is not pinned, copies will be slower: {self.problem}"
+
     def written(self) -> None:
         """Nothing to do: memory keeps what is copied into it."""
 
@@ -90,7 +95,7 @@ class HostArena:
 class MappedFile:
     """Memory of one block on a file, reserved in full so that a full disk is noticed before the solve."""
 
-    problem: str | None = None
+    note: str | None = None
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         """Make the file.

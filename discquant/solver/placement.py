@@ -154,8 +154,8 @@ class Placement:
             home = MappedFile(self.folder / f"block-{len(self._blocks):04d}.state", num_bytes)
         else:
             home = HostArena(num_bytes, pin=self.device.type == "cuda")
-        if home.problem is not None and not self.notes:
-            self.notes.append(f"host memory is not pinned, copies will be slower: {home.problem}")
+        if home.note is not None and not self.notes:
+            self.notes.append(home.note)
         self._homes.append(home)
         return home.tensor
 

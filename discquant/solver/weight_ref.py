@@ -3,27 +3,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from discquant.formats.stored import Part
+
 LAZY = "_discquant_lazy"  # see `formats.lazy`
-
-
-class Part(NamedTuple):
-    """Where a matrix lies in a fused parameter: rows `begin` to `end` of expert `expert`.
-
-    `owner` is the module that holds the parameter; `transposed` says that it stores [in_features, out_features].
-    """
-
-    owner: str
-    expert: int
-    begin: int
-    end: int
-    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,10 @@ class WeightRef:
     def matrix(self) -> Tensor:
         """Return the weight as a contiguous [out_features, in_features], where its block runs."""
         read = getattr(self.parameter, LAZY, None)  # a parameter without memory has one
-        found = self.view(self.parameter.detach() if read is None else read()).contiguous()
+        if read is not None and self.part is not None:
+            found: Tensor = read.matrix(self.part)
+        else:
+            found = self.view(self.parameter.detach() if read is None else read()).contiguous()
         return found if self.device is None else found.to(self.device)
 
     @property
@@ -90,13 +82,18 @@ def assemble(refs: Sequence[WeightRef], matrices: Iterable[Tensor]) -> dict[str,
         Value by parameter name; what no ref covers of a fused parameter keeps its own value.
     """
     whole: dict[str, Tensor] = {}
+    covered = Counter[str]()
+    for ref in refs:
+        covered[ref.param_name] += ref.matrix_size
     for ref, matrix in zip(refs, matrices, strict=True):
         if ref.part is None:
             whole[ref.param_name] = ref.shaped(matrix)
             continue
         if ref.param_name not in whole:
-            own = ref.parameter.detach()
-            whole[ref.param_name] = own.to(device=matrix.device, dtype=matrix.dtype, copy=True)
+            whole[ref.param_name] = matrix.new_empty(ref.parameter.shape)
+            if covered[ref.param_name] < ref.parameter.numel():
+                read = getattr(ref.parameter, LAZY, ref.parameter.detach)
+                whole[ref.param_name].copy_(read())
         ref.view(whole[ref.param_name]).copy_(matrix)
     return whole
 
@@ -109,10 +106,15 @@ def take_matrices(refs: Sequence[WeightRef], values: dict[str, Tensor]) -> Itera
         yield ref.view(whole).contiguous()
 
 
+def _all_finite(value: Tensor) -> bool:
+    """Whether no entry is NaN or Inf. Their sum tells, in one pass of five; only if it overflows all are asked."""
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
+
+
 def first_not_finite(refs: Sequence[WeightRef], values: dict[str, Tensor]) -> str | None:
     """Return the name of the first ref whose value holds NaN or Inf, None where all are finite."""
-    bad = {name for name, value in values.items() if not bool(torch.isfinite(value).all())}
+    bad = {name for name, value in values.items() if not _all_finite(value)}
     for ref in refs:
-        if ref.param_name in bad and not bool(torch.isfinite(ref.view(values[ref.param_name])).all()):
+        if ref.param_name in bad and not _all_finite(ref.view(values[ref.param_name])):
             return ref.name
     return None

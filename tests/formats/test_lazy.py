@@ -25,6 +25,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Gemma2": {"head_dim": 8, "sliding_window": 5},  # tied, with a scale buffer that no checkpoint holds
     "Qwen2": {},
+    "Mixtral": {"num_local_experts": 4, "head_dim": 8},  # its checkpoint has other names, and experts apart
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
 }
 
 
@@ -70,9 +72,10 @@ def test_same_logits_and_nothing_stays(family: str, tmp_path: Path) -> None:
         assert torch.equal(one, other), name
 
 
-def test_a_solve_gives_the_same_codes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])
+def test_a_solve_gives_the_same_codes(family: str, tmp_path: Path) -> None:
     """Grids, GPTQ start, solve and codes read the checkpoint block by block and end in the same bytes."""
-    _write("Llama", tmp_path)
+    _write(family, tmp_path)
     found = []
     for lazy, where in ((False, "resident"), (True, "host")):
         model = open_source(tmp_path, dtype=torch.float32, lazy=lazy).model
@@ -129,6 +132,39 @@ def test_a_block_can_be_held(tmp_path: Path) -> None:
 def _call(chain: DecoderChain) -> tuple[torch.Tensor, Any]:
     prepared = chain.prepare(torch.randint(3, 61, (1, 6)))
     return prepared.hidden, prepared.calls[1]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_of_experts_one_is_read_at_a_time(
+    apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint holds them apart, or as the model does; either way one matrix costs its own bytes."""
+    _write("Mixtral", tmp_path)
+    if not apart:
+        model = open_source(tmp_path, dtype=torch.bfloat16).model
+        model.save_pretrained(tmp_path, save_original_format=False)
+    whole = DecoderChain(open_source(tmp_path, dtype=torch.float32).model)
+    chain = DecoderChain(open_source(tmp_path, dtype=torch.float32, lazy=True).model)
+    assert chain.lazy
+    sizes: list[int] = []
+    read = Checkpoint.read
+
+    def watched(self: Checkpoint, *args: Any) -> torch.Tensor:
+        found = read(self, *args)
+        sizes.append(found.numel())
+        return found
+
+    monkeypatch.setattr(Checkpoint, "read", watched)
+    compared = 0
+    for ref, other in zip(chain.weights[1], whole.weights[1], strict=True):
+        assert (ref.name, ref.part) == (other.name, other.part)
+        assert torch.equal(ref.matrix(), other.matrix())
+        if ref.part is not None:
+            # Both gates of a file that joins them come in one piece.
+            assert len(sizes) == 1 and sizes[0] <= (1 if apart else 2) * ref.matrix_size
+            compared += 1
+        sizes.clear()
+    assert compared == (12 if apart else 8)
 
 
 def test_other_names_in_the_checkpoint_are_loaded_whole(tmp_path: Path) -> None:

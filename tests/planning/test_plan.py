@@ -256,7 +256,7 @@ def test_refusal_names_numbers_and_what_would_fit(shape_70b: ModelShape) -> None
     """What cannot fit is refused: what it needs, what is there, and the nearest options that would do."""
     machine = Machine(DEVICES["4090"], 400 * GB, ROOMY)
     with pytest.raises(
-        CapacityError, match=r"G weights .* needs .* device memory \(there are 25.8\)"
+        CapacityError, match=r"G weights .* needs .* device memory \(there are 25.8 GB\)"
     ) as refusal:
         make_plan(shape_70b, options(start="gptq", state="fp32", optimizer="adamw"), machine)
     said = str(refusal.value)
@@ -286,6 +286,26 @@ def test_too_few_tokens_is_a_warning_with_the_number(shape_70b: ModelShape) -> N
     advised = int(warning.partition("--batch-size ")[2].split(";")[0])
     assert not make_plan(shape_70b, options(batch_size=advised), machine, placement="host").warnings
     assert make_plan(shape_70b, options(batch_size=advised - 1), machine, placement="host").warnings
+
+
+def test_ranks_share_a_step_and_a_machine(shape_8b: ModelShape) -> None:
+    """Each has its share of the tokens and its own device; host memory and disk are the machine's."""
+    config, roomy = options(curvature=None), Machine(DEVICES["4090"], ROOMY, ROOMY)
+    alone = make_plan(shape_8b, config, roomy, placement="disk")
+    four = make_plan(shape_8b, config, dataclasses.replace(roomy, ranks=4), placement="disk")
+    assert (four.setting.tokens, four.setting.step_tokens) == (
+        alone.setting.tokens // 4,
+        alone.setting.tokens,
+    )
+    assert four.step.forward == pytest.approx(alone.step.forward / 4)
+    assert four.exchanged == 2 * 4 * shape_8b.weights and alone.exchanged == 0
+    state = [{peak.name: peak for peak in made.peaks}["solve"].disk for made in (alone, four)]
+    assert state[1]["state"] == 4 * state[0]["state"]
+    assert state[1]["boundary activations"] == pytest.approx(state[0]["boundary activations"])
+    host = max(peak.total("host") for peak in four.peaks)
+    with pytest.raises(CapacityError):
+        make_plan(shape_8b, config, Machine(DEVICES["4090"], 3.9 * host, ROOMY, ranks=4), placement="disk")
+    assert make_plan(shape_8b, config, Machine(DEVICES["4090"], 4.1 * host, ROOMY, ranks=4), placement="disk")
 
 
 def test_more_of_anything_needs_no_less(shape_8b: ModelShape) -> None:
@@ -429,6 +449,8 @@ def test_allocator_and_text(shape_8b: ModelShape, tiny_llama_dir: Path) -> None:
     assert solve[HEAP] == pytest.approx(HEAP_SHARE * momentary)
     assert HEAP not in grid and grid["tokenizer and text"] > 0 and found["calibrate"]["token lists"] > 0
     assert all(HEAP not in items for shape in (small, shape_8b) for items in phases(shape, gpu).values())
-    assert all(HEAP not in items for items in phases(shape_8b, cpu).values())
+    # Of a large model only the key and value matrices are small enough, a few percent of it.
+    large = phases(shape_8b, cpu).values()
+    assert 0 < max(items.get(HEAP, 0) / sum(items.values()) for items in large) < 0.02
     tokens = phases(small, cpu, "ids.safetensors:ids")
     assert tokens["grid"]["tokenizer and text"] == 0 == tokens["calibrate"]["token lists"]

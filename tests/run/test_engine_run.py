@@ -21,6 +21,7 @@ from discquant.run.directory import RunDirectory
 from discquant.run.events import Events, RunStoppedError
 from discquant.run.pipeline import Pipeline
 from discquant.solver.engine import Engine
+from discquant.solver.memory import HostArena
 from discquant.solver.ranks import Ranks
 from discquant.solver.solver import StepRecord
 
@@ -45,6 +46,31 @@ def test_state_and_activations_anywhere_give_the_same_bytes(
         assert summary["plan"]["placement"] == where
         assert not (out / "state").exists()
     assert len(found) == 1
+
+
+def test_what_was_moved_is_reported(
+    model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And memory that could not be pinned is said once for the state and once for the activations."""
+    monkeypatch.setattr(HostArena, "note", "host memory is not pinned, copies will be slower: a test")
+    for placement in ("host", "resident"):
+        said: list[str] = []
+        engine = Engine(placement, placement)  # type: ignore[arg-type]
+        config = _config(dataset)
+        summary = Pipeline(
+            model_dir, tmp_path / placement, config, events=Events(message=said.append), engine=engine
+        ).execute()
+        report = (tmp_path / placement / "report.md").read_text(encoding="utf-8")
+        moved = summary["plan"]["moved_per_step"]
+        pinned = [line for line in said if "not pinned" in line]
+        if placement == "resident":
+            assert moved is None and "A step moved" not in report and not pinned
+            continue
+        assert "A step moved" in report and len(pinned) == 2 and "(activations)" in pinned[1]
+        weights = sum(row["weights"] for row in summary["layers"])
+        # Of fp32 AdamW a step sends home the positions and both moments.
+        assert moved["bytes_out"] >= 12 * weights and moved["bytes_in"] > moved["bytes_out"]
+        assert moved["boundary_bytes"] > 0 and moved["waited_seconds"] >= 0
 
 
 def test_a_killed_run_s_files_go_when_it_continues(model_dir: Path, dataset: str, tmp_path: Path) -> None:
