@@ -18,6 +18,7 @@ from discquant.environment import compute_device
 from discquant.errors import ConfigError, MissingModelError
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
+from discquant.formats.registry import quantized as quantized_format
 from discquant.formats.source import open_source, read_config
 from discquant.grids import Grid
 from discquant.ops.packed_linear import MODES, Mode
@@ -247,7 +248,8 @@ def _open_model(
         folder = exported
     if not (folder / "config.json").is_file():
         raise MissingModelError(f"load: {folder} is neither a model nor a run directory")
-    if not read_config(folder).get("quantization_config"):
+    read_config(folder)
+    if quantized_format(folder) is None:
         original: nn.Module = open_source(folder, dtype=dtype).model
         return original
     if mode != "plain" and _extension.available():

@@ -131,7 +131,7 @@ def test_damaged_models(
 ) -> None:
     damage(model)
     out = tmp_path / "out"
-    _refused(run("quantize", str(model), str(out), "--dataset", tokens), out, *words)
+    _refused(run("quantize", str(model), str(out), "--dataset", tokens, "--seqlen", "32"), out, *words)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,7 @@ def test_damaged_models(
         (("--lr", "-1"), ("lr",)),
         (("--baselines", "rtn,best"), ("baselines", "best")),
         (("--seed", "-1"), ("seed",)),
+        (("--seqlen", "65"), ("seqlen", "64 positions", "65")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -157,7 +158,8 @@ def test_bad_options(
     options: tuple[str, ...], words: tuple[str, ...], run: Run, model: Path, tokens: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    _refused(run("quantize", str(model), str(out), "--dataset", tokens, *options), out, *words)
+    line = ("quantize", str(model), str(out), "--dataset", tokens, "--seqlen", "32", *options)
+    _refused(run(*line), out, *words)
 
 
 def test_bad_calibration(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
@@ -225,7 +227,7 @@ def test_no_disk_space(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     out = tmp_path / "out"
-    _refused(run("quantize", str(model), str(out), "--dataset", tokens), out, "free")
+    _refused(run("quantize", str(model), str(out), "--dataset", tokens, "--seqlen", "32"), out, "free")
 
 
 def test_bad_candidates(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
@@ -278,7 +280,11 @@ def test_ragged_groups_live_in_the_run_directory(run: Run, model: Path, tokens: 
     """A width that no format holds is refused for a format, and evaluated from the run's codes without one."""
     refused = tmp_path / "refused"
     _refused(
-        run("quantize", str(model), str(refused), "--dataset", tokens, "--group-size", "40"), refused, "40"
+        run(
+            "quantize", str(model), str(refused), "--dataset", tokens, "--seqlen", "32", "--group-size", "40"
+        ),
+        refused,
+        "40",
     )
     out = tmp_path / "out"
     status, _, error = run(

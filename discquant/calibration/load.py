@@ -13,6 +13,7 @@ from torch import Tensor
 
 from discquant.calibration import documents, sampling
 from discquant.calibration.arithmetic import SPLITS, Split, calibration_documents
+from discquant.calibration.positions import positions_of
 from discquant.calibration.windows import Windows, cut, cut_rows
 from discquant.errors import CalibrationError
 
@@ -229,18 +230,18 @@ def load_windows(
 
     Raises:
         ValueError: nsamples or seqlen out of range.
+        ConfigError: seqlen is more than the model's positions.
         CalibrationError: Missing, unreadable, empty or too short data, a missing key, ids beyond the vocabulary,
-            more positions than the model has, no tokenizer for text, no model for `self`.
+            no tokenizer for text, no model for `self`.
     """
     if nsamples < 1:
         raise ValueError(f"load_windows: nsamples must be at least 1, got {nsamples}")
     if seqlen < 2:
         raise ValueError(f"load_windows: seqlen must be at least 2, got {seqlen}")
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and seqlen > positions:
-        raise CalibrationError(
-            f"calibration: seqlen must be at most the model's {positions} positions, got {seqlen}"
-        )
+    positions = positions_of(getattr(model, "config", None))
+    note = positions.check(seqlen) if positions is not None else None
+    if note is not None:
+        logger.warning("%s", note)
     pad, eos = (sampling.special_id(name, tokenizer, model) for name in ("pad", "eos"))
     token_file = _token_file(dataset)
     if dataset == "self":

@@ -13,6 +13,7 @@ from discquant.formats import registry
 from discquant.formats.bits import file_bits_per_weight
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.load import load_quantized
+from discquant.formats.registry import quantized
 from discquant.formats.safetensors_file import DTYPE_BITS
 from discquant.formats.source import is_run, open_source, read_config
 
@@ -81,7 +82,7 @@ def open_candidate(
         if open_run is None:
             raise ValueError(f"evaluate: open_run must be given to load the run directory {path}, got None")
         return open_run(folder).eval()
-    if folder.is_dir() and read_config(folder).get("quantization_config"):
+    if folder.is_dir() and read_config(folder) and quantized(folder) is not None:
         return load_quantized(folder, trust_remote_code=trust_remote_code)
     return open_source(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle).model
 

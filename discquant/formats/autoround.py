@@ -18,10 +18,11 @@ from discquant.errors import UnrepresentableError
 from discquant.formats import awq, gptq
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
-from discquant.formats.gptq import CODES, INDEX, SCALES, ZEROS, most_common, quantization
+from discquant.formats.gptq import CODES, INDEX, SCALES, ZEROS, most_common, width_and_group
 from discquant.formats.layout import StoredLayer
-from discquant.formats.safetensors_format import SafetensorsFormat, grouped, integer
+from discquant.formats.safetensors_format import SafetensorsFormat, grouped
 from discquant.formats.scheme import Scheme
+from discquant.formats.stated import contradictions, quantization
 
 # The field names the auto-round release that made a file. Ours are not made by it: this is the release whose loader the
 # interop checks run. transformers 5.22 and gptqmodel 7.6 do not read it; vLLM reads it in files of quant_method "gptq",
@@ -59,8 +60,7 @@ class AutoRound(SafetensorsFormat):
             raise NotImplementedError(
                 f"{where}: of AutoRound only integers are read, got {said['data_type']!r}"
             )
-        bits = integer(said, "bits", where, 2, 8)
-        group_size = integer(said, "group_size", where, -1, 1 << 24)
+        bits, group_size = width_and_group(said, checkpoint)
         symmetric = said.get("sym", True) is True
         for name, tensors in grouped(checkpoint, CODES, (CODES, ZEROS, SCALES, INDEX)):
             if packing == _AWQ:
@@ -135,6 +135,11 @@ class AutoRound(SafetensorsFormat):
     def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
         """Act-order."""
         yield from gptq.act_order_note(self.layers(checkpoint))
+
+    def problems(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """Where shapes contradict the configuration."""
+        said = quantization(checkpoint)
+        yield from contradictions(said, *width_and_group(said, checkpoint), self.layers(checkpoint))
 
 
 def _writes_awq(scheme: Scheme) -> bool:

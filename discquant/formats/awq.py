@@ -16,7 +16,7 @@ from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.bitstream import pack, unpack
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
-from discquant.formats.gptq import CODES, FLOATS, SCALES, ZEROS, group_of, quantization
+from discquant.formats.gptq import CODES, FLOATS, SCALES, ZEROS, group_of
 from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import TensorInfo
 from discquant.formats.safetensors_format import (
@@ -29,6 +29,7 @@ from discquant.formats.safetensors_format import (
     uniform,
 )
 from discquant.formats.scheme import Scheme
+from discquant.formats.stated import contradictions, quantization
 from discquant.grids import UniformGrid
 
 # Lists, not tensors: a module may be imported where new tensors get no values (transformers builds models on meta).
@@ -130,11 +131,16 @@ class Awq(SafetensorsFormat):
         bits = said.get("bits", said.get("w_bit"))
         if version != "gemm" or bits != 4:
             raise NotImplementedError(f"{where}: of AWQ only gemm with 4 bits is read, got {version}, {bits}")
-        key = "group_size" if "group_size" in said else "q_group_size"
-        group_size = integer(said, key, where, -1, 1 << 24)
+        group_size = _group(said, where)
         symmetric = said.get("zero_point", True) is False
         for name, tensors in grouped(checkpoint, CODES, (CODES, ZEROS, SCALES)):
             yield stored_layer(name, tensors, group_size, symmetric)
+
+    def problems(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """Where shapes contradict the configuration."""
+        said = quantization(checkpoint)
+        size = _group(said, f"{checkpoint.path}/config.json")
+        yield from contradictions(said, 4, size, self.layers(checkpoint))
 
     def decode(self, stored: StoredLayer) -> CodedLayer:
         """Codes and grid."""
@@ -177,6 +183,10 @@ class Awq(SafetensorsFormat):
             "modules_to_not_convert": list(ignored),
         }
         return {}
+
+
+def _group(said: Mapping[str, Any], where: str) -> int:
+    return integer(said, "group_size" if "group_size" in said else "q_group_size", where, -1, 1 << 24)
 
 
 FORMAT: Format = Awq()

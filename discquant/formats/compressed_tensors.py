@@ -27,6 +27,7 @@ __all__ = [
     "SHAPE",
     "ZERO",
     "Scheme",
+    "activations",
     "check_representable",
     "decode",
     "encode",
@@ -206,8 +207,11 @@ def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Sche
         source: Where it stands, for messages.
 
     Raises:
-        NotImplementedError: Another method or format, or groups that quantize more than weights.
+        NotImplementedError: Another method or format, or weights of a kind that is not read.
         CheckpointError: The entry is malformed.
+
+    Note:
+        Of groups that quantize activations as well it is the scheme of the weights; see `activations`.
     """
     layout = config.get("format")
     if config.get("quant_method") != "compressed-tensors" or layout not in (
@@ -253,8 +257,9 @@ def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Sche
 
 def _parse_group(group: Mapping[str, Any], layout: Any, source: str) -> Scheme:
     weights = group["weights"]
-    if group.get("input_activations") or group.get("output_activations"):
-        raise NotImplementedError(f"{source}: quantized activations are not read")
+    for key in ("input_activations", "output_activations"):
+        if not isinstance(group.get(key), (Mapping, type(None))):
+            raise ValueError(f"{key} {group[key]!r}")
     bits, size, strategy = weights["num_bits"], weights.get("group_size"), weights["strategy"]
     symmetric = bool(weights["symmetric"])
     if weights["type"] == "float":
@@ -273,6 +278,21 @@ def _parse_group(group: Mapping[str, Any], layout: Any, source: str) -> Scheme:
     if said not in (LAYOUTS[scheme.kind], "mixed-precision"):
         raise NotImplementedError(f"{source}: {scheme} in the layout {said} is not read")
     return scheme
+
+
+def activations(config: Mapping[str, Any]) -> str:
+    """What a `quantization_config` that `parse_config` takes quantizes besides weights: `inputs float4`, or "".
+
+    Such files are read for their weights alone; engines that serve them round the activations, too.
+    """
+    found: dict[str, None] = {}
+    for group in config["config_groups"].values():
+        for key, what in (("input_activations", "inputs"), ("output_activations", "outputs")):
+            if group.get(key):
+                found[f"{what} {group[key].get('type', 'int')}{group[key].get('num_bits', '')}"] = None
+    if config.get("kv_cache_scheme"):
+        found["keys and values"] = None
+    return ", ".join(found)
 
 
 def _unpacked(

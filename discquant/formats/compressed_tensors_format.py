@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from discquant.formats.compressed_tensors import (
     SCALE,
     SHAPE,
     ZERO,
+    activations,
     check_representable,
     decode,
     encode,
@@ -30,14 +31,18 @@ from discquant.formats.compressed_tensors import (
     quantization_config,
     repack_like,
 )
-from discquant.formats.engines import FUSED
 from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import read_tensor
 from discquant.formats.safetensors_format import SafetensorsFormat, expect, expect_matrix, grouped
 from discquant.formats.scheme import Scheme
 from discquant.grids import UniformGrid
+from discquant.grids.fused import FUSED
 
 _FLOATS = "BF16 F16 F32"
+# How activations are rounded, where a file quantizes them: of a layer, and of attention's cache.
+_PARTS = ("scale", "zero_point", "global_scale")
+_ACTIVATIONS = frozenset(f"{what}_{part}" for what in ("input", "output") for part in _PARTS)
+_CACHE = frozenset(f"{what}_{part}" for what in "kv" for part in _PARTS)
 
 
 class CompressedTensors(SafetensorsFormat):
@@ -54,11 +59,7 @@ class CompressedTensors(SafetensorsFormat):
 
     def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
         """Modules with a `weight_packed`."""
-        said = checkpoint.config().get("quantization_config")
-        if not isinstance(said, dict):
-            raise CheckpointError(
-                f"{checkpoint.path} is not quantized: config.json has no quantization_config"
-            )
+        said = _said(checkpoint)
         scheme_of = parse_config(said, f"{checkpoint.path}/config.json")
         # parse_config has seen that the groups are well formed.
         ordered = any(group["weights"].get("actorder") == "group" for group in said["config_groups"].values())
@@ -99,6 +100,22 @@ class CompressedTensors(SafetensorsFormat):
             layer.num_bits, layer.group_size, layer.symmetric, layer.scale, layer.zero_point, g_idx=index
         )
         return CodedLayer(stored.name, layer.q, grid)
+
+    def passive(self, checkpoint: Checkpoint, coded: Collection[str]) -> set[str]:
+        """Scales of quantized activations."""
+        cache = bool(_said(checkpoint).get("kv_cache_scheme"))
+        split = {key: key.rpartition(".") for key in checkpoint.tensors}
+        return {
+            key
+            for key, (name, _, suffix) in split.items()
+            if (name in coded and suffix in _ACTIVATIONS) or (cache and suffix in _CACHE)
+        }
+
+    def beyond_weights(self, checkpoint: Checkpoint) -> str:
+        """Quantized activations."""
+        said = _said(checkpoint)
+        parse_config(said, f"{checkpoint.path}/config.json")  # else its groups may be anything
+        return activations(said)
 
     def repack(self, stored: StoredLayer, q: Tensor) -> Tensor:
         """Dense or 10 per word, as the file has it."""
@@ -145,6 +162,7 @@ class CompressedTensors(SafetensorsFormat):
 
     def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
         """Act-order, and the layout before 0.18."""
+        yield from super().notes(checkpoint)
         if any(key.endswith(f".{GROUP_INDEX}") for key in checkpoint.tensors):
             yield "act-order (weight_g_idx): Humming and current vLLM refuse it"
         for stored in self.layers(checkpoint):
@@ -155,6 +173,7 @@ class CompressedTensors(SafetensorsFormat):
 
     def problems(self, checkpoint: Checkpoint) -> Iterator[str]:
         """NVFP4's global scales that differ where engines keep only one."""
+        yield from super().problems(checkpoint)
         stored = {layer.name: layer for layer in self.layers(checkpoint) if fp4.GLOBAL in layer.tensors}
         for name in stored:
             parent, _, last = name.rpartition(".")
@@ -166,6 +185,13 @@ class CompressedTensors(SafetensorsFormat):
                     yield (
                         f"{parent}: engines fuse {', '.join(members)} and keep one global scale, but the file's differ"
                     )
+
+
+def _said(checkpoint: Checkpoint) -> dict[str, Any]:
+    said = checkpoint.config().get("quantization_config")
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{checkpoint.path} is not quantized: config.json has no quantization_config")
+    return said
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from discquant.formats.scheme import Scheme
+from discquant.grids.fused import FUSED
 
 AS_OF = "2026-09"
-# Engines fuse these, so the members must share one grid.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 # What engines call GPTQ is v1; v2 is read by gptqmodel, other readers of it were not looked up.
 _V1, _V2, _ANY = ("gptq",), ("gptq-v2",), None
 _GPTQ = (*_V1, *_V2)

@@ -7,13 +7,14 @@ Codes are packed along in_features, zero points along out_features, both as the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import discquant
-from discquant.errors import CheckpointError, UnrepresentableError
+from discquant.errors import CheckpointError, UnrepresentableError, UserError
 from discquant.formats.bitstream import pack, unpack, words_for
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import CodedLayer, Format
@@ -29,6 +30,7 @@ from discquant.formats.safetensors_format import (
     uniform,
 )
 from discquant.formats.scheme import Scheme
+from discquant.formats.stated import OLD, contradictions, quantization
 from discquant.grids import UniformGrid
 
 CODES, ZEROS, SCALES, INDEX = "qweight", "qzeros", "scales", "g_idx"
@@ -50,15 +52,30 @@ class Gptq(SafetensorsFormat):
         said = config.get("quantization_config")
         if not isinstance(said, dict) or said.get("quant_method") != "gptq":
             return False
+        return self._is_mine(said)
+
+    def _is_mine(self, said: Mapping[str, Any]) -> bool:
         named = said.get("checkpoint_format") or said.get("format") or "gptq"
         return bool(named == self.checkpoint_format)
+
+    def detects(self, path: Path) -> bool:
+        """By config.json; AutoGPTQ once wrote quantize_config.json alone, which often names no method."""
+        if super().detects(path):
+            return True
+        try:
+            if read_json(path / "config.json").get("quantization_config") or not (path / OLD).is_file():
+                return False
+            said = read_json(path / OLD)
+            if said.get("quant_method", "gptq") != "gptq" or not self._is_mine(said):
+                return False
+            return any(key.endswith(f".{CODES}") for key in Checkpoint(path).tensors)
+        except (OSError, UserError):
+            return False
 
     def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
         """Modules with a `qweight`."""
         said = quantization(checkpoint)
-        where = f"{checkpoint.path}/config.json"
-        bits = integer(said, "bits", where, 2, 8)
-        group_size = integer(said, "group_size", where, -1, 1 << 24)
+        bits, group_size = width_and_group(said, checkpoint)
         symmetric = said.get("sym", True) is True
         for name, tensors in grouped(checkpoint, CODES, (CODES, ZEROS, SCALES, INDEX)):
             yield stored_layer(name, tensors, bits, group_size, symmetric, self.offset)
@@ -121,19 +138,20 @@ class Gptq(SafetensorsFormat):
         """Act-order."""
         yield from act_order_note(self.layers(checkpoint))
 
+    def problems(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """Where shapes contradict the configuration."""
+        said = quantization(checkpoint)
+        yield from contradictions(said, *width_and_group(said, checkpoint), self.layers(checkpoint))
 
-def quantization(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The quantization_config of config.json, else quantize_config.json.
+
+def width_and_group(said: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[int, int]:
+    """Bits and group size that a configuration says of all modules.
 
     Raises:
-        CheckpointError: There is neither.
+        CheckpointError: One is missing or impossible.
     """
-    said = checkpoint.config().get("quantization_config")
-    if said is None and (checkpoint.path / "quantize_config.json").is_file():
-        said = read_json(checkpoint.path / "quantize_config.json")
-    if not isinstance(said, dict):
-        raise CheckpointError(f"{checkpoint.path} is not quantized: config.json has no quantization_config")
-    return said
+    where = f"{checkpoint.path}/config.json"
+    return integer(said, "bits", where, 2, 8), integer(said, "group_size", where, -1, 1 << 24)
 
 
 def stored_layer(

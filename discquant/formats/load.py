@@ -6,6 +6,8 @@ Needs no compressed-tensors library.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,14 @@ from torch import Tensor
 
 from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import Format
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.compressed_tensors import PACKED, decode, parse_config
 from discquant.formats.registry import find
-from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.safetensors_format import SafetensorsFormat, inert, weights_only
+from discquant.formats.source import quiet_library
+
+logger = logging.getLogger(__name__)
 
 
 def read_layers(path: str | Path) -> Iterator[QuantizedLinear]:
@@ -44,6 +50,22 @@ def read_layers(path: str | Path) -> Iterator[QuantizedLinear]:
     for key in checkpoint.tensors:
         if key.endswith(f".{PACKED}"):
             yield layer(key.removesuffix(f".{PACKED}"))
+
+
+def other_tensors(chosen: Format, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file besides its coded layers, under the names of transformers.
+
+    A GGUF file may hold some of them in types that have no codes here (Q6_K embeddings); they come decoded. Of ONNX
+    there are none: only files of ours name them so.
+    """
+    if isinstance(chosen, SafetensorsFormat):
+        checkpoint = Checkpoint(path)
+        for name in chosen.plain(checkpoint, chosen.layers(checkpoint)):
+            yield name, checkpoint.read(name)
+        return
+    rest = getattr(chosen, "rest", None)
+    if rest is not None:
+        yield from rest(path)
 
 
 def load_quantized(
@@ -75,24 +97,31 @@ def load_quantized(
     chosen = find(path)
     if not isinstance(chosen, SafetensorsFormat):
         raise NotImplementedError(f"load: {path} is {chosen.name}; its own engine runs it")
+    note_beyond(chosen, checkpoint)
     state = {f"{layer.name}.weight": layer.dequantize(dtype) for layer in chosen.read(Path(path))}
-    consumed = {
-        f"{stored.name}.{suffix}" for stored in chosen.layers(checkpoint) for suffix in stored.tensors
-    }
-    state |= {name: checkpoint.read(name) for name in checkpoint.tensors if name not in consumed}
+    others = dict(other_tensors(chosen, Path(path)))
+    idle = {name for name in others if inert(name, functools.partial(others.__getitem__, name))}
+    state |= others
     architecture = (config.architectures or [""])[0]
     model_class = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
     extra = (
         {"trust_remote_code": True} if trust_remote_code and not hasattr(transformers, architecture) else {}
     )
-    model, loaded = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **extra
-    )
+    with quiet_library():
+        model, loaded = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **extra
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loaded[kind]:
-            raise CheckpointError(
-                f"{path} does not fit {type(model).__name__}: {kind} {sorted(loaded[kind])[:8]}"
-            )
+        wrong = sorted(set(loaded[kind]) - idle)
+        if wrong:
+            raise CheckpointError(f"{path} does not fit {type(model).__name__}: {kind} {wrong[:8]}")
     if (Path(path) / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def note_beyond(chosen: SafetensorsFormat, checkpoint: Checkpoint) -> None:
+    """Warn where a file quantizes more than the weights that a model is loaded with."""
+    more = chosen.beyond_weights(checkpoint)
+    if more:
+        logger.warning("%s: %s", checkpoint.path, weights_only(more))

@@ -7,6 +7,7 @@ The model is built without weights; its other tensors are read one by one, then 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.safetensors_format import SafetensorsFormat, inert
 from discquant.grids import UniformGrid
 from discquant.modules import PackedReport, load_packed
 from discquant.ops.pack import SCALE_DTYPES
@@ -95,6 +96,7 @@ def load_packed_model(
     """
     import transformers
 
+    from discquant.formats.load import note_beyond
     from discquant.formats.registry import find
 
     folder = Path(path)
@@ -104,7 +106,6 @@ def load_packed_model(
         return None
     stored = list(found.layers(checkpoint))
     quantized = {layer.name for layer in stored}
-    consumed = {f"{layer.name}.{suffix}" for layer in stored for suffix in layer.tensors}
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Without this entry transformers takes the weights for what they now are: plain.
     if hasattr(config, "quantization_config"):
@@ -116,8 +117,12 @@ def load_packed_model(
     with _parameters_on_meta():
         model: Any = model_class._from_config(config, dtype=dtype)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    others = [key for key in checkpoint.tensors if key not in consumed]
     names = {*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))}
+    others = [
+        key
+        for key in found.plain(checkpoint, stored)
+        if key in names or not inert(key, functools.partial(checkpoint.read, key))
+    ]
     if not quantized <= linear or not names.issuperset(others) or model._keep_in_fp32_modules:
         return None
     for layer in stored:
@@ -126,6 +131,12 @@ def load_packed_model(
             raise CheckpointError(
                 f"{path}: {layer.name} has the shape {list(layer.shape)}, config.json makes it {list(shape)}"
             )
+    # A head of its own in a file whose configuration ties it: tying would drop it.
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    for pair in tied.items():
+        if set(pair) <= set(others) and not torch.equal(*map(checkpoint.read, pair)):
+            return None
+    note_beyond(found, checkpoint)
     for key in others:
         _put(model, key, checkpoint.read(key))
     # Kernels read their own layout, made where the codes are; everything else moves at the end.

@@ -7,7 +7,7 @@ against the lengths in its headers before memory is taken for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from discquant.config import GridConfig
 from discquant.errors import CheckpointError, UnrepresentableError, UserError
 from discquant.formats.checkpoint import Checkpoint, read_json
-from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, LayerFacts
+from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, Format, LayerFacts
 from discquant.formats.layout import Layout, StoredLayer
 from discquant.formats.rewrite import rewrite_model
 from discquant.formats.safetensors_file import TensorInfo
@@ -58,18 +58,33 @@ class SafetensorsFormat(Layout):
         total = sum(info.num_bytes for info in checkpoint.tensors.values())
         files = {info.file for info in checkpoint.tensors.values()}
         size = sum(file.stat().st_size for file in files)
+        problems = list(self.problems(checkpoint))
+        if not rows:
+            problems.insert(0, f"the configuration says {self.name}, but no layer is quantized")
         return Description(
-            self.name,
-            tuple(rows),
-            total - used,
-            size,
-            tuple(self.notes(checkpoint)),
-            tuple(self.problems(checkpoint)),
+            self.name, tuple(rows), total - used, size, tuple(self.notes(checkpoint)), tuple(problems)
         )
 
     def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
         """What a user should know about a file, from headers and configuration."""
-        return iter(())
+        more = self.beyond_weights(checkpoint)
+        if more:
+            yield weights_only(more)
+
+    def beyond_weights(self, checkpoint: Checkpoint) -> str:
+        """What a file quantizes besides weights, in a few words, "" where nothing; kept, but not computed here."""
+        return ""
+
+    def passive(self, checkpoint: Checkpoint, coded: Collection[str]) -> set[str]:
+        """Tensors of a file that belong to `beyond_weights`; `coded` are the modules with codes."""
+        return set()
+
+    def plain(self, checkpoint: Checkpoint, layers: Iterable[StoredLayer]) -> list[str]:
+        """Names of a file's tensors that are weights without codes: norms, embeddings, biases, in file order."""
+        coded = {stored.name: stored for stored in layers}
+        used = {f"{name}.{suffix}" for name, stored in coded.items() for suffix in stored.tensors}
+        used |= self.passive(checkpoint, coded)
+        return [name for name in checkpoint.tensors if name not in used]
 
     def problems(self, checkpoint: Checkpoint) -> Iterator[str]:
         """What contradicts itself in a file or would break in engines, as far as schemes alone do not show it."""
@@ -134,6 +149,23 @@ class SafetensorsFormat(Layout):
     def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
         """See `coded.Format`."""
         return rewrite_model(self, path, out, codes)
+
+
+def beyond_weights(chosen: Format, path: Path) -> str:
+    """What a quantized model quantizes besides weights, see `SafetensorsFormat.beyond_weights`."""
+    return chosen.beyond_weights(Checkpoint(path)) if isinstance(chosen, SafetensorsFormat) else ""
+
+
+def weights_only(more: str) -> str:
+    """The sentence for a file that quantizes more than weights."""
+    return (
+        f"activations are quantized too ({more}); they stay in full precision here, only weights are decoded"
+    )
+
+
+def inert(name: str, read: Callable[[], Tensor]) -> bool:
+    """Whether a tensor changes nothing in a model that lacks it: tools write biases of zeros, and rotary tables."""
+    return name.endswith("rotary_emb.inv_freq") or (name.endswith(".bias") and not bool(read().any()))
 
 
 def grouped(

@@ -24,7 +24,9 @@ from discquant.errors import CalibrationError, CheckpointError, MissingModelErro
 from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json
 from discquant.formats.lazy import build_lazy
 from discquant.formats.output import check_space
+from discquant.formats.registry import quantized
 from discquant.formats.safetensors_file import TORCH_DTYPES, read_bytes, read_tensor, tensor_bytes
+from discquant.formats.safetensors_format import SafetensorsFormat
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -170,7 +172,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_library() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Loading without transformers' progress bar and table of defects: what matters is in our own error."""
     from transformers.utils import logging
 
@@ -189,7 +191,7 @@ def _build(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: bool, 
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet_library():
+        with quiet_library():
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype="auto" if dtype is None else dtype,
@@ -254,7 +256,7 @@ def open_source(
             f"{folder} wants to run code of its own (auto_map in its configuration); "
             "allow it (--trust-remote-code) if you trust its authors"
         )
-    if config.get("quantization_config"):
+    if config.get("quantization_config") or isinstance(quantized(folder), SafetensorsFormat):
         raise CheckpointError(f"{folder} is quantized already; give the original model")
     pickles = pickled_files(folder)
     checkpoint = None if pickles and allow_pickle else Checkpoint(folder)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from discquant.formats.bitstream import unpack
-from discquant.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO, parse_config
+from discquant.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO, activations, parse_config
 from discquant.formats.scheme import Scheme
 from discquant.modules import PackedLinear
 
@@ -44,6 +44,11 @@ def _config_class(method: Any) -> type:
         def __init__(self, said: Mapping[str, Any]) -> None:
             super().__init__()
             self.scheme_of = parse_config(said, "config.json")
+            if activations(said):
+                raise NotImplementedError(
+                    f"discquant: activations are quantized too ({activations(said)}), which our kernels do not do; "
+                    f"leave --quantization {NAME} out"
+                )
             self.ignore = tuple(str(name) for name in said.get("ignore") or ())
 
         @classmethod

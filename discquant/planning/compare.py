@@ -48,7 +48,7 @@ def plan_of_run(
         The plan.
 
     Raises:
-        CapacityError: It cannot fit.
+        ConfigError, CapacityError: See `make_plan`.
     """
     solver = config.solver
     rates = nearest_rates(

@@ -359,9 +359,11 @@ def make_plan(
         The plan.
 
     Raises:
+        ConfigError: The windows are longer than the model's positions.
         CapacityError: It fits with no placement (with none but the one asked for); the message has the numbers and the
             nearest configuration that would.
     """
+    long = shape.positions.check(config.data.seqlen) if shape.positions is not None else None
     wanted = PLACEMENTS if placement == "auto" else (placement,)
     chosen: Setting | None = None
     for candidate in wanted:
@@ -381,7 +383,7 @@ def make_plan(
         for policy in PLACEMENTS
         for other in states
     )
-    warnings = []
+    warnings = [] if long is None else [long]
     enough = max(hide.serial, hide.forward)
     if chosen.placement != "resident" and machine.accelerated and chosen.tokens < enough:
         slowed = modelled.total / max(1e-30, modelled.forward + modelled.backward + modelled.head)

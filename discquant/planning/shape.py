@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from discquant.calibration.positions import Positions, positions_of
 from discquant.errors import CheckpointError, MissingModelError
 
 
@@ -87,6 +88,7 @@ class ModelShape:
         frozen: Parameters outside the blocks: embedding, final norm, head (once where tied).
         file_bytes: Bytes per weight in the checkpoint.
         blockwise: Its blocks can be read one by one (`formats.lazy`).
+        positions: How long windows may be; None where the configuration does not say.
     """
 
     name: str
@@ -97,6 +99,7 @@ class ModelShape:
     frozen: int
     file_bytes: int = 2
     blockwise: bool = True
+    positions: Positions | None = None
 
     @property
     def weights(self) -> int:
@@ -223,7 +226,9 @@ def shape_of(model: Any, ignore: Sequence[str] = ("lm_head",), *, name: str = "m
     frozen = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     stored = getattr(config, "dtype", None) or torch.bfloat16
     size = stored.itemsize if isinstance(stored, torch.dtype) else 2
-    return ModelShape(name, tuple(blocks), hidden, int(chain.head.weight.shape[0]), width, frozen, size)
+    vocab = int(chain.head.weight.shape[0])
+    positions = positions_of(model.config)
+    return ModelShape(name, tuple(blocks), hidden, vocab, width, frozen, size, positions=positions)
 
 
 def repeated(shape: ModelShape, depth: int) -> ModelShape:

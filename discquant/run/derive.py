@@ -7,7 +7,7 @@ that a tool folded into norms and neighbouring layers are recovered where foldin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
-from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.load import other_tensors
+from discquant.formats.safetensors_format import SafetensorsFormat, inert
 from discquant.formats.source import Source
 
 # A file's squared distance to the original may be this many times that of rounding to nearest on its own grid: GPTQ
@@ -28,6 +29,8 @@ ROUNDING_MARGIN = 6.0
 CODED = 0.06
 # Largest difference of logits, relative to the largest logit, that folding scales may make in float32.
 LOGIT_BOUND = 1e-3
+# What embeddings are called; a head that is tied to one may lie in a file as well.
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 NORM_FOLDS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -55,25 +58,6 @@ class Derivation:
     untouched: int
     not_compared: tuple[str, ...]
     folded: tuple[str, ...]
-
-
-def plain_tensors(chosen: Format, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file besides its coded layers, under the names of transformers.
-
-    A GGUF file may hold some of them in types that are not refined (Q6_K embeddings); they come decoded.
-    """
-    if isinstance(chosen, SafetensorsFormat):
-        checkpoint = Checkpoint(path)
-        used = {
-            f"{stored.name}.{suffix}" for stored in chosen.layers(checkpoint) for suffix in stored.tensors
-        }
-        for name in checkpoint.tensors:
-            if name not in used:
-                yield name, checkpoint.read(name)
-        return
-    rest = getattr(chosen, "rest", None)
-    if rest is not None:
-        yield from rest(path)
 
 
 def distance(weight: Tensor, decoded: Tensor) -> float:
@@ -119,10 +103,24 @@ class _Weights:
 def _originals(source: Source) -> Callable[[str], Tensor | None]:
     """How to read a tensor of the original as its checkpoint has it; None where there is none of that name."""
     if any(source.path.glob("*.safetensors")):
-        checkpoint = Checkpoint(source.path)
-        return lambda name: checkpoint.read(name) if name in checkpoint.tensors else None
+        return _reader(Checkpoint(source.path))
     state = source.model.state_dict()
     return lambda name: state.get(name)
+
+
+def _reader(original: Checkpoint) -> Callable[[str], Tensor | None]:
+    """The same of a checkpoint. A head that it lacks is its embedding, unless its configuration denies that."""
+    tensors, tied = original.tensors, original.config().get("tie_word_embeddings") is not False
+    embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
+
+    def read(name: str) -> Tensor | None:
+        if name in tensors:
+            return original.read(name)
+        if tied and len(embeddings) == 1 and name.endswith("lm_head.weight"):
+            return original.read(embeddings[0])
+        return None
+
+    return read
 
 
 def _names(source: Source) -> list[str]:
@@ -140,11 +138,6 @@ def _same(stored: Tensor, original: Tensor) -> bool:
     return torch.equal(stored, original.to(stored.dtype))
 
 
-def _inert(name: str, stored: Tensor) -> bool:
-    """Whether a tensor that the original lacks changes nothing: tools write biases of zeros, and rotary tables."""
-    return name.endswith("rotary_emb.inv_freq") or (name.endswith(".bias") and not bool(stored.any()))
-
-
 def _compare_rest(
     chosen: Format, path: Path, original_of: Callable[[str], Tensor | None], seen: set[str], task: str
 ) -> tuple[int, dict[str, Tensor]]:
@@ -157,10 +150,10 @@ def _compare_rest(
         CheckpointError: The original lacks one.
     """
     compared, different = 0, dict[str, Tensor]()
-    for name, stored in plain_tensors(chosen, path):
+    for name, stored in other_tensors(chosen, path):
         original = original_of(name)
         if original is None:
-            if _inert(name, stored):
+            if inert(name, stored.detach):
                 continue
             raise CheckpointError(f"{task}: the file has a tensor {name} that the original lacks")
         if not _same(stored, original):
@@ -199,10 +192,7 @@ def check_unscaled(chosen: Format, path: Path, original: Checkpoint) -> None:
     seen: set[str] = set()
     # Norms and embeddings first: small, and most wrong pairs show there.
     if isinstance(chosen, SafetensorsFormat) or hasattr(chosen, "rest"):
-        read = original.read
-        _, different = _compare_rest(
-            chosen, path, lambda name: read(name) if name in original.tensors else None, seen, "export"
-        )
+        _, different = _compare_rest(chosen, path, _reader(original), seen, "export")
         if different:
             names = ", ".join(sorted(different)[:4])
             raise CheckpointError(

@@ -19,7 +19,7 @@ from discquant.formats.coded import CodedLayer
 from discquant.formats.export import plan_export
 from discquant.formats.output import check_space, check_target
 from discquant.formats.safetensors_file import TORCH_DTYPES
-from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import model_digest, resolve
 from discquant.formats.write import weight_shape
@@ -37,6 +37,7 @@ class Solved:
         recipe: For manifest and card; `summary` in it is the run's summary.json.
         ignore: Modules that stay as they are.
         home: Folder that receives a folder per format if the user names none.
+        dropped: What the codes' file quantizes besides weights, which no written file does; "" where nothing.
     """
 
     source: Checkpoint
@@ -44,6 +45,7 @@ class Solved:
     recipe: dict[str, Any]
     ignore: tuple[str, ...]
     home: Path
+    dropped: str = ""
 
 
 def open_solved(path: Path, original: str | None = None) -> Solved:
@@ -69,7 +71,9 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
         home = path.parent / f"{path.stem}-formats"
         source = Checkpoint(resolve(original))
         check_unscaled(chosen, path, source)
-        return Solved(source, lambda: chosen.read(path), recipe, (), home)
+        return Solved(
+            source, lambda: chosen.read(path), recipe, (), home, dropped=beyond_weights(chosen, path)
+        )
     run = RunDirectory(path)
     config = run.config()
     identity = config["identity"]
@@ -81,9 +85,14 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
     recipe = dict(identity["config"])
     if (path / SUMMARY).is_file():
         recipe["summary"] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    dropped = ""
     if config.get("quantized"):
         _check_basis(run, recipe.get("summary"))
-    return Solved(source, run.coded_layers, recipe, tuple(recipe.get("ignore", ())), path)
+        refined = path / str(recipe["format"])
+        if refined.is_dir():
+            dropped = beyond_weights(registry.find(refined), refined)
+    ignore = tuple(recipe.get("ignore", ()))
+    return Solved(source, run.coded_layers, recipe, ignore, path, dropped=dropped)
 
 
 def _check_basis(run: RunDirectory, summary: dict[str, Any] | None) -> None:
@@ -125,6 +134,10 @@ def export(
     solved = open_solved(path, original)
     targets = {name: (out or solved.home) / name for name in names}
     _preflight(solved, targets, say)
+    if solved.dropped:
+        say(
+            f"note: the file quantizes activations ({solved.dropped}); what is written quantizes weights alone"
+        )
     for name, target in targets.items():
         registry.by_name(name).write(
             solved.source,

@@ -42,6 +42,7 @@ def refuse_too_large(
     """Refuse a run that cannot fit from the model's config.json, before a weight is opened.
 
     Raises:
+        ConfigError: Its windows are longer than the model's positions.
         CapacityError: It cannot fit; the message has the numbers and what would.
     """
     try:

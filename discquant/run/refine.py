@@ -22,7 +22,7 @@ from discquant.formats import registry
 from discquant.formats.bits import file_bits_per_weight
 from discquant.formats.checkpoint import read_json
 from discquant.formats.coded import CodedLayer
-from discquant.formats.safetensors_format import SafetensorsFormat
+from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights, weights_only
 from discquant.formats.source import Source
 from discquant.grids import Grid
 from discquant.run.derive import Derivation, check_derivation, common_grid
@@ -103,6 +103,9 @@ class RefinePipeline(Pipeline):
         every = DecoderChain(source.model, ("lm_head",))
         tokens = torch.arange(16).unsqueeze(0) % int(source.model.get_input_embeddings().weight.shape[0])
         self.derivation = check_derivation(self.chosen, self.quantized, self.file_layers, source, tokens)
+        more = beyond_weights(self.chosen, self.quantized)
+        if more:
+            self.events.say(f"note: {weights_only(more)}, and only they are compared with the original")
         for name in self.derivation.folded:
             self.events.say(f"note: the file's weights are scaled by {name}; refined in its basis")
         if self.derivation.not_compared:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from discquant.config import GridConfig, LossName, QuantizeConfig, SolverConfig
-from discquant.formats.engines import FUSED
 from discquant.grids import Grid, place_grid
+from discquant.grids.fused import FUSED
 from discquant.solver.calibrate import calibrate_gain
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.codes import NearestCodes, StateCodes
@@ -103,7 +104,11 @@ def lay_grids(chain: Chain, config: GridConfig) -> dict[str, Grid]:
 
 
 def _largest_fused(refs: Sequence[WeightRef]) -> dict[str, float]:
-    """Largest magnitude of the matrices that an engine fuses with a weight of this block, by the weight's name."""
+    """Largest magnitude of the matrices that an engine fuses with a weight of this block, by the weight's name.
+
+    Raises:
+        ValueError: A weight is not finite; the message names it.
+    """
     fused: dict[tuple[str, int], list[str]] = {}
     own: dict[str, float] = {}
     for ref in refs:
@@ -111,6 +116,8 @@ def _largest_fused(refs: Sequence[WeightRef]) -> dict[str, float]:
         for number, members in enumerate(FUSED):
             if last in members:
                 own[ref.name] = float(ref.matrix().abs().max())
+                if not math.isfinite(own[ref.name]):
+                    raise ValueError(f"{ref.name}.weight: must be finite, got NaN or Inf")
                 fused.setdefault((parent, number), []).append(ref.name)
     return {name: max(own[other] for other in names) for names in fused.values() for name in names}
 

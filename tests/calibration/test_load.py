@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from discquant.calibration import load_windows
 from discquant.calibration.load import text_mask
-from discquant.errors import CalibrationError
+from discquant.errors import CalibrationError, ConfigError
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
 BOS, EOS, PAD = 1, 2, 0
@@ -255,7 +255,6 @@ def test_rejects_names_and_models(tokenizer: Any, model: Any, tmp_path: Path) ->
         ("a:b:c:d", {}, "name:config:split"),
         ("arithmetic:validation", {}, "train, calibration, heldout"),
         ("self", {}, "no model was given"),
-        ("self", {"model": model, "seqlen": 65}, "at most the model's 64 positions"),
         (str(tmp_path / "a.txt"), {"tokenizer": None}, "has no tokenizer"),
     ]
     for dataset, options, words in cases:
@@ -263,6 +262,8 @@ def test_rejects_names_and_models(tokenizer: Any, model: Any, tmp_path: Path) ->
         with pytest.raises(CalibrationError) as raised:
             load_windows(dataset, chosen, nsamples=2, **({"seqlen": 8} | options))
         assert words in str(raised.value), f"{dataset}: {raised.value}"
+    with pytest.raises(ConfigError, match="at most the model's 64 positions, got 65"):
+        load_windows("self", tokenizer, nsamples=2, seqlen=65, model=model)
     with pytest.raises(ValueError, match="nsamples must be at least 1"):
         load_windows("self", tokenizer, nsamples=0, seqlen=8, model=model)
     with pytest.raises(ValueError, match="seqlen must be at least 2"):

@@ -199,6 +199,11 @@ def test_config_is_what_the_library_reads() -> None:
             "quantization_config is malformed: KeyError 'weights'",
         ),
         ({"config_groups": None}, CheckpointError, "malformed"),
+        (
+            {"config_groups": {"g": {"weights": {}, "input_activations": 8}}},
+            CheckpointError,
+            "malformed: ValueError input_activations 8",
+        ),
     ],
 )
 def test_parse_config_rejects(change: dict[str, object], error: type[Exception], message: str) -> None:

@@ -154,6 +154,15 @@ def test_what_is_left_to_vllm() -> None:
 
 
 @pytest.mark.usefixtures("vllm")
+def test_quantized_activations_are_left_to_vllm() -> None:
+    _, _, said = _layer(GridConfig(4, 32, True))
+    said["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int"}
+    vllm_plugin.register()
+    with pytest.raises(NotImplementedError, match=r"activations are quantized too \(inputs int8\)"):
+        METHODS["discquant"].from_config(said)  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("vllm")
 def test_refuses_what_no_kernel_multiplies() -> None:
     with pytest.raises(NotImplementedError, match="3 and 4 bits"):
         vllm_plugin.check_scheme(Scheme(8, 32, True))

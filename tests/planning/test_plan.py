@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from discquant.calibration.positions import Positions
 from discquant.cli import app
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import CapacityError, CheckpointError, ConfigError, MissingModelError
@@ -415,6 +416,20 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.exit_code == 0 and "Transfers hide from" in shown.stdout
     refused = CliRunner().invoke(app, [*line, "--gpu-memory", "1", "--host-memory", "2"])
     assert isinstance(refused.exception, CapacityError)
+
+
+def test_windows_fit_the_positions(shape_8b: ModelShape) -> None:
+    """Plan and run refuse the same: a run asks its plan before it opens a weight."""
+    config = dataclasses.replace(options(), data=DataConfig("text.txt", 512, 131073))
+    machine = Machine(DEVICES["h100"], ROOMY, ROOMY)
+    with pytest.raises(ConfigError, match="at most the model's 131072 positions, got 131073"):
+        make_plan(shape_8b, config, machine)
+    stretched = dataclasses.replace(shape_8b, positions=Positions(1024, 4096))
+    found = make_plan(stretched, options(), machine).warnings
+    assert any("longer than the model's 1024 positions" in text for text in found)
+    line = ["plan", str(CONFIGS / "llama-3.1-8b"), "--gpu", "h100", "--seqlen", "200000"]
+    refused = CliRunner().invoke(app, line)
+    assert isinstance(refused.exception, ConfigError)
 
 
 def test_allocator_and_text(shape_8b: ModelShape, tiny_llama_dir: Path) -> None:

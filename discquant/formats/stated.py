@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration says of a folder's quantization, and where tensors of GPTQ, AWQ and AutoRound contradict it.
+
+Their readers take widths and groups from the shapes, which cannot be wrong; engines take them from the configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from discquant.errors import CheckpointError
+from discquant.formats.checkpoint import Checkpoint, read_json
+from discquant.formats.layout import StoredLayer
+
+OLD = "quantize_config.json"
+_SPECIAL = set("*+?^$()[]{}|\\")
+
+
+def quantization(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The quantization_config of config.json, else quantize_config.json.
+
+    Raises:
+        CheckpointError: There is neither.
+    """
+    said = checkpoint.config().get("quantization_config")
+    if said is None and (checkpoint.path / OLD).is_file():
+        said = read_json(checkpoint.path / OLD)
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{checkpoint.path} is not quantized: config.json has no quantization_config")
+    return said
+
+
+def override(said: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """What a configuration says of one module on top of all: GPTQ's `dynamic`, AutoRound's `extra_config`.
+
+    Returns:
+        The entries; None where it says that the module is not quantized.
+    """
+    dynamic, extra = said.get("dynamic"), said.get("extra_config")
+    for pattern, own in dynamic.items() if isinstance(dynamic, dict) else ():
+        if _matches(re.match, pattern.removeprefix("+:").removeprefix("-:"), name):
+            return None if pattern.startswith("-:") else _table(own)
+    if not isinstance(extra, dict):
+        return {}
+    if name in extra:
+        return _table(extra[name])
+    patterns = (key for key in extra if _SPECIAL & set(key) and _matches(re.search, key, name))
+    return _table(extra.get(next(patterns, ""), {}))
+
+
+def contradictions(
+    said: Mapping[str, Any], bits: int, group_size: int, layers: Iterable[StoredLayer]
+) -> Iterator[str]:
+    """Yield a sentence for every width and group that the configuration says and the tensors have not.
+
+    Args:
+        said: The configuration.
+        bits: Its width for all modules.
+        group_size: Its columns per group for all modules, -1 for the row.
+        layers: The file's layers, by their shapes.
+    """
+    found: dict[str, list[str]] = {}
+    for stored in layers:
+        columns, held = stored.shape[1], stored.scheme
+        own = override(said, stored.name)
+        if own is None:
+            found.setdefault("are not quantized, but they are", []).append(stored.name)
+            continue
+        width, size = own.get("bits", bits), own.get("group_size", group_size)
+        row = type(size) is not int or size < 1 or size >= columns
+        if width != held.num_bits or (1 if row else -(-columns // size)) != held.groups(columns):
+            actual = f"{held.num_bits} bits {_per(held.group_size)}"
+            text = f"have {width} bits {_per(size)}, but their shapes are those of {actual}"
+            found.setdefault(text, []).append(stored.name)
+    for text, names in found.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"the configuration says that {names[0]}{more} {text}: engines go by the configuration"
+
+
+def _per(size: object) -> str:
+    return "per row" if size == -1 else f"in groups of {size}"
+
+
+def _table(entries: object) -> Mapping[str, Any]:
+    return entries if isinstance(entries, dict) else {}
+
+
+def _matches(how: Any, pattern: str, name: str) -> bool:
+    try:
+        return how(pattern, name) is not None
+    except (re.error, RecursionError, OverflowError):  # no pattern: it matches nothing
+        return False
