@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card (README.md) of an exported model, as the hub expects it: front matter, KL table, recipe, hashes."""
+"""The model card (README.md) of an exported model, as the hub expects it: front matter, KL table, recipe, hashes.
+
+It says what discquant did: rounded a model, or converted a file.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from typing import Any
 from discquant.formats.checkpoint import read_json
 
 CARD, MANIFEST, PROOF = "README.md", "discquant_manifest.json", "discquant_proof.json"
+# The hub takes every folder with a config.json for transformers unless its card names another library.
+LIBRARIES = {"mlx": "mlx", "gguf": "gguf", "onnx": "onnx"}
+_PROJECT = "[discquant](https://arxiv.org/abs/2501.06417)"
 _COLUMNS = (
     ("KL mean", "kl_mean", "{:.5f}"),
     ("± s.e.", "kl_stderr", "{:.5f}"),
@@ -47,23 +53,18 @@ def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, A
         license_name=inherited.get("license_name"),
         license_link=inherited.get("license_link"),
         language=inherited.get("language"),
-        library_name="mlx" if manifest["format"] == "mlx" else "transformers",
+        library_name=LIBRARIES.get(manifest["format"], "transformers"),
         pipeline_tag="text-generation",
         base_model=base,
         base_model_relation="quantized" if base else None,
-        tags=[
-            "discquant",
-            manifest["format"],
-            *dict.fromkeys(part for part in scheme.split() if part[-1].isdigit()),
-        ],
+        tags=_tags(manifest),
     )
     lines = [
         f"# {origin['name']}, {scheme}, {manifest['format']}",
         "",
-        f"{manifest['quantized_weights']:,} weights of `{base or origin['name']}` rounded by "
-        f"[discquant](https://arxiv.org/abs/2501.06417) to {scheme}: "
+        *_written(manifest, base, scheme),
         f"{manifest['bits_per_weight']:.3f} bits per quantized weight, {manifest['weight_file_bytes']:,} bytes of "
-        "weights in all. Everything else is the original's, byte for byte.",
+        "weights in all.",
         "",
         *_measured(summary),
         *_engines(manifest),
@@ -111,6 +112,35 @@ def _scheme(manifest: Mapping[str, Any]) -> str:
     return " and ".join(kinds) or "no layers"
 
 
+def _tags(manifest: Mapping[str, Any]) -> list[str]:
+    """What people filter by: that it is quantized, the format, widths, and kinds with a name of their own."""
+    rows = manifest["layers"].values()
+    kinds = {row["kind"].lower() for row in rows} - {"int", "affine"}
+    bits = {row["num_bits"] for row in rows}
+    tags = ["discquant", "quantized", manifest["format"], *(f"{number}-bit" for number in sorted(bits))]
+    return [*tags, *sorted(kinds)]
+
+
+def _written(manifest: Mapping[str, Any], base: str | None, scheme: str) -> list[str]:
+    """What an exported folder is."""
+    recipe, count = manifest["recipe"], f"{manifest['quantized_weights']:,}"
+    origin = f"`{base or manifest['source']['name']}`"
+    # GGUF widens vectors to float32, and reorders rows.
+    rest = "has the original's values" if manifest["format"] == "gguf" else "is the original's, byte for byte"
+    converted, taken = recipe.get("converted_from"), recipe.get("refined_from")
+    if converted:
+        return [
+            f"{origin} quantized, converted from `{converted['name']}` ({converted['format']}) to "
+            f"{manifest['format']} by {_PROJECT}: the codes of its {count} quantized weights ({scheme}) are that "
+            f"file's, none was chosen anew. Everything else {rest}.",
+        ]
+    method = f", method {recipe['method']}," if recipe.get("method") else ""
+    grid = f" on the grid of `{taken['name']}` ({taken['format']}):" if taken else " to"
+    return [
+        f"{count} weights of {origin} rounded by {_PROJECT}{method}{grid} {scheme}. Everything else {rest}."
+    ]
+
+
 def _measured(summary: Mapping[str, Any] | None) -> list[str]:
     if not summary or not summary.get("methods"):
         return ["Divergence from the original was not measured for this file.", ""]
@@ -154,7 +184,8 @@ def _recipe(manifest: Mapping[str, Any]) -> list[str]:
     recipe = manifest["recipe"]
     seed = recipe.get("seed")
     text = json.dumps(recipe, indent=1, ensure_ascii=False)
-    return ["## Recipe", "", f"Seed {seed}.", "", "```json", text, "```", ""]
+    said = [] if seed is None else [f"Seed {seed}.", ""]
+    return ["## Recipe", "", *said, "```json", text, "```", ""]
 
 
 def _hashes(manifest: Mapping[str, Any], proof: Mapping[str, Any] | None) -> list[str]:
@@ -162,6 +193,9 @@ def _hashes(manifest: Mapping[str, Any], proof: Mapping[str, Any] | None) -> lis
     lines = ["## Hashes", "", f"- original weights: `{origin['sha256']}`"]
     if origin.get("revision"):
         lines.append(f"- original revision: `{origin['revision']}`")
+    recipe = manifest["recipe"]
+    taken = recipe.get("refined_from") or recipe.get("converted_from") or {}
+    lines += [f"- {name} of `{taken['name']}`: `{sha}`" for name, sha in taken.get("files", {}).items()]
     lines += [f"- {name}: `{row['sha256']}`" for name, row in manifest["shards"].items()]
     if proof is not None:
         lines += ["", f"Proof, re-read from disk: {proof['result']} ({proof['weights']:,} weights)."]

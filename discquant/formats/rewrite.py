@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from discquant.formats.proof import prove_codes
 from discquant.formats.safetensors_file import TensorInfo, tensor_bytes
 
 _CHUNK = 16 << 20
+_WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data")
 
 
 def rewrite_model(chosen: Layout, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -90,6 +91,20 @@ def rewrite_model(chosen: Layout, path: Path, out: Path, codes: Mapping[str, Ten
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Files that hold the weights of a model, which is a folder or one file."""
+    return [path] if path.is_file() else sorted({file for kind in _WEIGHTS for file in path.glob(kind)})
+
+
+def file_facts(format_name: str, path: Path, files: Iterable[Path]) -> dict[str, Any]:
+    """Name, format and files of a quantized model, each file with its SHA-256."""
+    return {
+        "name": path.resolve().name,
+        "format": format_name,
+        "files": {file.name: digest(file) for file in files},
+    }
 
 
 def check_codes(stored: StoredLayer, q: Tensor) -> None:

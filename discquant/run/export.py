@@ -18,6 +18,7 @@ from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.export import plan_export
 from discquant.formats.output import check_space, check_target
+from discquant.formats.rewrite import file_facts, weight_files
 from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
@@ -65,10 +66,10 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
             raise ConfigError(
                 f"export: {path} is a {chosen.name} model; name the model it was made from with --original"
             )
-        recipe: dict[str, Any] = {"converted_from": chosen.name}
         home = path.parent / f"{path.stem}-formats"
         source = Checkpoint(resolve(original))
         check_unscaled(chosen, path, source)
+        recipe: dict[str, Any] = {"converted_from": file_facts(chosen.name, path, weight_files(path))}
         return Solved(source, lambda: chosen.read(path), recipe, (), home)
     run = RunDirectory(path)
     config = run.config()
@@ -83,6 +84,10 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
         recipe["summary"] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
     if config.get("quantized"):
         _check_basis(run, recipe.get("summary"))
+        refined = recipe["summary"]["refine"]
+        # Where no better codes were found, those of the file stand in another format, and nothing was rounded.
+        file = refined.get("file") or {"name": Path(config["quantized"]).name, "format": refined["format"]}
+        recipe["refined_from" if refined["improved"] else "converted_from"] = file
     return Solved(source, run.coded_layers, recipe, tuple(recipe.get("ignore", ())), path)
 
 
