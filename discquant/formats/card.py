@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card (README.md) of an exported model, as the hub expects it: front matter, KL table, recipe, hashes.
 
-It says what discquant did: rounded a model, or converted a file.
+It says what discquant did: rounded a model, converted a file, or refined one.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _COLUMNS = (
 
 
 def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, Any] | None = None) -> None:
-    """Write the card of an exported folder from its manifest, proof and the run's summary.
+    """Write the card of an exported or refined folder from its manifest, proof and the run's summary.
 
     Args:
-        folder: Holds the manifest and config.json.
-        source: The original model; its own card gives licence and language.
+        folder: Holds the manifest.
+        source: The original model; its own card gives licence and language, else that of a refined file does.
         summary: summary.json of the run; None says that nothing was measured.
 
     Raises:
@@ -42,9 +42,14 @@ def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, A
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    manifest, config = read_json(folder / MANIFEST), read_json(folder / "config.json")
+    manifest = read_json(folder / MANIFEST)
+    places = [place / "config.json" for place in (folder, source) if place is not None]
+    config = next((read_json(place) for place in places if place.is_file()), {})
     proof = read_json(folder / PROOF) if (folder / PROOF).exists() else None
-    inherited = _inherited(source)
+    taken = manifest.get("refined_from") or {}
+    inherited = _inherited(source and source / CARD) or _inherited(
+        taken.get("card") and folder / taken["card"]
+    )
     origin = manifest["source"]
     base = origin.get("hub")
     scheme = _scheme(manifest)
@@ -60,9 +65,9 @@ def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, A
         tags=_tags(manifest),
     )
     lines = [
-        f"# {origin['name']}, {scheme}, {manifest['format']}",
+        f"# {origin['name']}, {scheme}, {manifest['format']}{', refined' if taken else ''}",
         "",
-        *_written(manifest, base, scheme),
+        *(_refined(manifest, base) if taken else _written(manifest, base, scheme)),
         f"{manifest['bits_per_weight']:.3f} bits per quantized weight, {manifest['weight_file_bytes']:,} bytes of "
         "weights in all.",
         "",
@@ -88,14 +93,31 @@ def hub_name(path: Path) -> str | None:
     return None
 
 
-def _inherited(source: Path | None) -> dict[str, Any]:
-    """Licence and language from the original's card; nothing where it has none that can be read."""
-    if source is None or not (source / CARD).is_file():
+def origin_of(path: Path, sha256: str) -> dict[str, Any]:
+    """The manifest's entry `source`, which names the original model.
+
+    Args:
+        path: Its folder.
+        sha256: Of its tensors, see `Checkpoint.sha256`.
+    """
+    hub, folder = hub_name(path), path.resolve().name
+    return {
+        "name": (hub or folder).rpartition("/")[2],
+        "hub": hub,
+        # Folders of the hub's cache bear the commit as their name.
+        "revision": folder if re.fullmatch(r"[0-9a-f]{40}", folder) else None,
+        "sha256": sha256,
+    }
+
+
+def _inherited(card: Path | None) -> dict[str, Any]:
+    """Licence and language from another card; nothing where there is none that can be read."""
+    if not card or not card.is_file():
         return {}
     from huggingface_hub import ModelCard
 
     try:
-        text = (source / CARD).read_text(encoding="utf-8")
+        text = card.read_text(encoding="utf-8")
         data = ModelCard(text, ignore_metadata_errors=True).data
     except Exception:  # somebody else's card and a foreign parser: without it only a courtesy is lost
         return {}
@@ -139,6 +161,32 @@ def _written(manifest: Mapping[str, Any], base: str | None, scheme: str) -> list
     return [
         f"{count} weights of {origin} rounded by {_PROJECT}{method}{grid} {scheme}. Everything else {rest}."
     ]
+
+
+def _refined(manifest: Mapping[str, Any], base: str | None) -> list[str]:
+    """What a refined folder is, and what changed."""
+    taken, found, diff = manifest["refined_from"], manifest["refine"], manifest["byte_diff"]
+    origin, method = f"`{base or manifest['source']['name']}`", manifest["recipe"]["method"]
+    file = f"`{taken['name']}` ({taken['format']}), made from {origin}"
+    if found["improved"]:
+        lines = [
+            f"{file}, refined by {_PROJECT}, method {method}: the file's scales, zero points and layout are kept, and "
+            f"{found['codes_changed']:,} of {found['codes']:,} codes were chosen anew. KL(original || quantized) on "
+            f"held-out text: {found['kl_before']:.5f} before, {found['kl_after']:.5f} after "
+            f"({found['kl_ratio']:.2f} of it).",
+        ]
+    else:
+        lines = [
+            f"{file}. {_PROJECT}, method {method}, found no codes that are better on held-out text (KL "
+            f"{found['kl_before']:.5f}), so that all codes are the file's own.",
+        ]
+    lines.append(
+        f"{diff['changed']:,} of {diff['code_bytes']:,} bytes of codes differ from that file, and "
+        f"{diff['outside']} bytes elsewhere in the weights."
+    )
+    if taken.get("card"):
+        lines.append(f"Its own card: [{taken['card']}]({taken['card']}).")
+    return lines
 
 
 def _measured(summary: Mapping[str, Any] | None) -> list[str]:
@@ -194,7 +242,7 @@ def _hashes(manifest: Mapping[str, Any], proof: Mapping[str, Any] | None) -> lis
     if origin.get("revision"):
         lines.append(f"- original revision: `{origin['revision']}`")
     recipe = manifest["recipe"]
-    taken = recipe.get("refined_from") or recipe.get("converted_from") or {}
+    taken = manifest.get("refined_from") or recipe.get("refined_from") or recipe.get("converted_from") or {}
     lines += [f"- {name} of `{taken['name']}`: `{sha}`" for name, sha in taken.get("files", {}).items()]
     lines += [f"- {name}: `{row['sha256']}`" for name, row in manifest["shards"].items()]
     if proof is not None:
