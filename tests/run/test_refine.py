@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import discquant
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import CheckpointError, ConfigError, ResumeError
 from discquant.formats import registry
@@ -175,6 +176,10 @@ def test_card_and_manifest_of_a_refined_folder(
         manifest["source"]["sha256"], *weights.values(),
     ):  # fmt: skip
         assert words in card.content, words
+    ids = torch.randint(3, 97, (1, 12))
+    with torch.no_grad():  # the run is evaluated as it was solved, also where other engines serve the format
+        served, loaded = load_run_model(out)(ids).logits, discquant.load(out)(ids).logits
+    assert torch.equal(served, loaded) and not torch.equal(served, _open(model_dir)(ids).logits)
     if name == "gptq":  # in another format it is still on that file's grid
         export(out, ["mlx"])
         assert "on the grid of `gptq` (gptq)" in (out / "mlx" / "README.md").read_text(encoding="utf-8")
