@@ -261,7 +261,7 @@ def _open_model(
 
 
 def served_directory(run: Path) -> Path | None:
-    """Return the exported model of a run, None where it wrote none.
+    """Return the exported model of a run in a format that is loaded here, None where it wrote none.
 
     Raises:
         ConfigError: `run` is no run directory.
@@ -271,6 +271,6 @@ def served_directory(run: Path) -> Path | None:
     identity = RunDirectory(run).config()["identity"]
     for chosen in str(identity["config"]["format"]).split(","):
         folder = run / chosen.strip()
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
     return None

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card (README.md) of an exported model, as the hub expects it: front matter, KL table, recipe, hashes."""
+"""The model card (README.md) of an exported model, as the hub expects it: front matter, KL table, recipe, hashes.
+
+It says what discquant did: rounded a model, converted a file, or refined one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from typing import Any
 from discquant.formats.checkpoint import read_json
 
 CARD, MANIFEST, PROOF = "README.md", "discquant_manifest.json", "discquant_proof.json"
+# The hub takes every folder with a config.json for transformers unless its card names another library.
+LIBRARIES = {"mlx": "mlx", "gguf": "gguf", "onnx": "onnx"}
+_PROJECT = "[discquant](https://arxiv.org/abs/2501.06417)"
 _COLUMNS = (
     ("KL mean", "kl_mean", "{:.5f}"),
     ("± s.e.", "kl_stderr", "{:.5f}"),
@@ -24,11 +30,11 @@ _COLUMNS = (
 
 
 def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, Any] | None = None) -> None:
-    """Write the card of an exported folder from its manifest, proof and the run's summary.
+    """Write the card of an exported or refined folder from its manifest, proof and the run's summary.
 
     Args:
-        folder: Holds the manifest and config.json.
-        source: The original model; its own card gives licence and language.
+        folder: Holds the manifest.
+        source: The original model; its own card gives licence and language, else that of a refined file does.
         summary: summary.json of the run; None says that nothing was measured.
 
     Raises:
@@ -36,9 +42,14 @@ def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, A
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    manifest, config = read_json(folder / MANIFEST), read_json(folder / "config.json")
+    manifest = read_json(folder / MANIFEST)
+    places = [place / "config.json" for place in (folder, source) if place is not None]
+    config = next((read_json(place) for place in places if place.is_file()), {})
     proof = read_json(folder / PROOF) if (folder / PROOF).exists() else None
-    inherited = _inherited(source)
+    taken = manifest.get("refined_from") or {}
+    inherited = _inherited(source and source / CARD) or _inherited(
+        taken.get("card") and folder / taken["card"]
+    )
     origin = manifest["source"]
     base = origin.get("hub")
     scheme = _scheme(manifest)
@@ -47,23 +58,18 @@ def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, A
         license_name=inherited.get("license_name"),
         license_link=inherited.get("license_link"),
         language=inherited.get("language"),
-        library_name="mlx" if manifest["format"] == "mlx" else "transformers",
+        library_name=LIBRARIES.get(manifest["format"], "transformers"),
         pipeline_tag="text-generation",
         base_model=base,
         base_model_relation="quantized" if base else None,
-        tags=[
-            "discquant",
-            manifest["format"],
-            *dict.fromkeys(part for part in scheme.split() if part[-1].isdigit()),
-        ],
+        tags=_tags(manifest),
     )
     lines = [
-        f"# {origin['name']}, {scheme}, {manifest['format']}",
+        f"# {origin['name']}, {scheme}, {manifest['format']}{', refined' if taken else ''}",
         "",
-        f"{manifest['quantized_weights']:,} weights of `{base or origin['name']}` rounded by "
-        f"[discquant](https://arxiv.org/abs/2501.06417) to {scheme}: "
+        *(_refined(manifest, base) if taken else _written(manifest, base, scheme)),
         f"{manifest['bits_per_weight']:.3f} bits per quantized weight, {manifest['weight_file_bytes']:,} bytes of "
-        "weights in all. Everything else is the original's, byte for byte.",
+        "weights in all.",
         "",
         *_measured(summary),
         *_engines(manifest),
@@ -87,14 +93,31 @@ def hub_name(path: Path) -> str | None:
     return None
 
 
-def _inherited(source: Path | None) -> dict[str, Any]:
-    """Licence and language from the original's card; nothing where it has none that can be read."""
-    if source is None or not (source / CARD).is_file():
+def origin_of(path: Path, sha256: str) -> dict[str, Any]:
+    """The manifest's entry `source`, which names the original model.
+
+    Args:
+        path: Its folder.
+        sha256: Of its tensors, see `Checkpoint.sha256`.
+    """
+    hub, folder = hub_name(path), path.resolve().name
+    return {
+        "name": (hub or folder).rpartition("/")[2],
+        "hub": hub,
+        # Folders of the hub's cache bear the commit as their name.
+        "revision": folder if re.fullmatch(r"[0-9a-f]{40}", folder) else None,
+        "sha256": sha256,
+    }
+
+
+def _inherited(card: Path | None) -> dict[str, Any]:
+    """Licence and language from another card; nothing where there is none that can be read."""
+    if not card or not card.is_file():
         return {}
     from huggingface_hub import ModelCard
 
     try:
-        text = (source / CARD).read_text(encoding="utf-8")
+        text = card.read_text(encoding="utf-8")
         data = ModelCard(text, ignore_metadata_errors=True).data
     except Exception:  # somebody else's card and a foreign parser: without it only a courtesy is lost
         return {}
@@ -109,6 +132,61 @@ def _scheme(manifest: Mapping[str, Any]) -> str:
         size = "per row" if row["group_size"] == -1 else f"group {row['group_size']}"
         kinds[f"{name} {size} {'symmetric' if row['symmetric'] else 'asymmetric'}"] = None
     return " and ".join(kinds) or "no layers"
+
+
+def _tags(manifest: Mapping[str, Any]) -> list[str]:
+    """What people filter by: that it is quantized, the format, widths, and kinds with a name of their own."""
+    rows = manifest["layers"].values()
+    kinds = {row["kind"].lower() for row in rows} - {"int", "affine"}
+    bits = {row["num_bits"] for row in rows}
+    tags = ["discquant", "quantized", manifest["format"], *(f"{number}-bit" for number in sorted(bits))]
+    return [*tags, *sorted(kinds)]
+
+
+def _written(manifest: Mapping[str, Any], base: str | None, scheme: str) -> list[str]:
+    """What an exported folder is."""
+    recipe, count = manifest["recipe"], f"{manifest['quantized_weights']:,}"
+    origin = f"`{base or manifest['source']['name']}`"
+    # GGUF widens vectors to float32, and reorders rows.
+    rest = "has the original's values" if manifest["format"] == "gguf" else "is the original's, byte for byte"
+    converted, taken = recipe.get("converted_from"), recipe.get("refined_from")
+    if converted:
+        return [
+            f"{origin} quantized, converted from `{converted['name']}` ({converted['format']}) to "
+            f"{manifest['format']} by {_PROJECT}: the codes of its {count} quantized weights ({scheme}) are that "
+            f"file's, none was chosen anew. Everything else {rest}.",
+        ]
+    method = f", method {recipe['method']}," if recipe.get("method") else ""
+    grid = f" on the grid of `{taken['name']}` ({taken['format']}):" if taken else " to"
+    return [
+        f"{count} weights of {origin} rounded by {_PROJECT}{method}{grid} {scheme}. Everything else {rest}."
+    ]
+
+
+def _refined(manifest: Mapping[str, Any], base: str | None) -> list[str]:
+    """What a refined folder is, and what changed."""
+    taken, found, diff = manifest["refined_from"], manifest["refine"], manifest["byte_diff"]
+    origin, method = f"`{base or manifest['source']['name']}`", manifest["recipe"]["method"]
+    file = f"`{taken['name']}` ({taken['format']}), made from {origin}"
+    if found["improved"]:
+        lines = [
+            f"{file}, refined by {_PROJECT}, method {method}: the file's scales, zero points and layout are kept, and "
+            f"{found['codes_changed']:,} of {found['codes']:,} codes were chosen anew. KL(original || quantized) on "
+            f"held-out text: {found['kl_before']:.5f} before, {found['kl_after']:.5f} after "
+            f"({found['kl_ratio']:.2f} of it).",
+        ]
+    else:
+        lines = [
+            f"{file}. {_PROJECT}, method {method}, found no codes that are better on held-out text (KL "
+            f"{found['kl_before']:.5f}), so that all codes are the file's own.",
+        ]
+    lines.append(
+        f"{diff['changed']:,} of {diff['code_bytes']:,} bytes of codes differ from that file, and "
+        f"{diff['outside']} bytes elsewhere in the weights."
+    )
+    if taken.get("card"):
+        lines.append(f"Its own card: [{taken['card']}]({taken['card']}).")
+    return lines
 
 
 def _measured(summary: Mapping[str, Any] | None) -> list[str]:
@@ -154,7 +232,8 @@ def _recipe(manifest: Mapping[str, Any]) -> list[str]:
     recipe = manifest["recipe"]
     seed = recipe.get("seed")
     text = json.dumps(recipe, indent=1, ensure_ascii=False)
-    return ["## Recipe", "", f"Seed {seed}.", "", "```json", text, "```", ""]
+    said = [] if seed is None else [f"Seed {seed}.", ""]
+    return ["## Recipe", "", *said, "```json", text, "```", ""]
 
 
 def _hashes(manifest: Mapping[str, Any], proof: Mapping[str, Any] | None) -> list[str]:
@@ -162,6 +241,9 @@ def _hashes(manifest: Mapping[str, Any], proof: Mapping[str, Any] | None) -> lis
     lines = ["## Hashes", "", f"- original weights: `{origin['sha256']}`"]
     if origin.get("revision"):
         lines.append(f"- original revision: `{origin['revision']}`")
+    recipe = manifest["recipe"]
+    taken = manifest.get("refined_from") or recipe.get("refined_from") or recipe.get("converted_from") or {}
+    lines += [f"- {name} of `{taken['name']}`: `{sha}`" for name, sha in taken.get("files", {}).items()]
     lines += [f"- {name}: `{row['sha256']}`" for name, row in manifest["shards"].items()]
     if proof is not None:
         lines += ["", f"Proof, re-read from disk: {proof['result']} ({proof['weights']:,} weights)."]

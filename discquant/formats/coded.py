@@ -205,10 +205,18 @@ class Format(Protocol):
         """
         ...
 
-    def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Write the same file with other codes: `codes` by module path, uint8, [out_features, in_features].
+    def rewrite(
+        self,
+        path: Path,
+        out: Path,
+        codes: Mapping[str, Tensor],
+        *,
+        finish: Callable[[Path], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Write a folder with the same files but other codes, by module path, uint8, [out_features, in_features].
 
-        Only code bytes change; the returned manifest holds the byte diff that proves it.
+        Only code bytes change; the returned manifest holds the byte diff that proves it. `finish` gets the folder
+        before it appears under its name, may complete it (`formats.refined`), and gives the manifest then.
 
         Raises:
             UnrepresentableError: A name is no quantized layer of the file, or a code or shape does not fit.

@@ -7,7 +7,6 @@ architectures holds besides Q4_0, Q4_1, Q8_0, Q4_K and Q3_K matrices is left as 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discquant import environment
 from discquant.config import GridConfig
 from discquant.errors import CheckpointError, MissingModelError, ProofError, UnrepresentableError
 from discquant.formats.checkpoint import Checkpoint
@@ -25,8 +23,8 @@ from discquant.formats.gguf_blocks import TYPES, BlockType, fit_grid, grid_of, r
 from discquant.formats.gguf_file import MAGIC, PLAIN, GgufFile, GgufTensor, byte_diff
 from discquant.formats.gguf_model import Heads, from_gguf, heads_of_file
 from discquant.formats.gguf_write import check_source, write_gguf
-from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space, check_target
-from discquant.formats.rewrite import digest
+from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
+from discquant.formats.rewrite import Finish, close_rewritten, file_facts, span_row
 from discquant.grids import Grid
 from discquant.grids.gguf import gguf_kind
 
@@ -151,11 +149,10 @@ class Gguf:
         """See `coded.Format`; one file however large, since llama.cpp maps it."""
         return write_gguf(source, out, layers, recipe=recipe, prove_from=prove_from)
 
-    def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
-        """See `coded.Format`: a folder with the file of the same name; for a file also a file, if `out` is named so.
-
-        The manifest of a lone file lies beside it, `.manifest.json` added to its name.
-        """
+    def rewrite(
+        self, path: Path, out: Path, codes: Mapping[str, Tensor], *, finish: Finish | None = None
+    ) -> dict[str, Any]:
+        """See `coded.Format`; also a lone file becomes a folder, with the file of the same name."""
         file, heads = self._open(path)
         stored = dict(_coded(file))
         unknown = sorted(set(codes) - set(stored))
@@ -166,10 +163,7 @@ class Gguf:
         for module, q in codes.items():
             _check_codes(module, stored[module], q)
         check_space(out, file.size + file.size // 16)
-        lone = path.is_file() and out.suffix == path.suffix
-        if lone:
-            check_target(out)
-        with atomic_directory(out.with_name(f"{out.name}.folder") if lone else out) as partial:
+        with atomic_directory(out) as partial:
             _copy_beside(path, partial)
             target = partial / file.path.name
             shutil.copyfile(file.path, target)
@@ -182,24 +176,23 @@ class Gguf:
                     stream.seek(tensor.start)
                     stream.write(raw.flatten().numpy().data)
             diff = self._prove_rewritten(file, target, stored, codes)
-            manifest = {
-                "manifest_version": 2,
-                "format": self.name,
-                "rewritten": True,
-                "versions": environment.versions(),
-                "source": {"name": path.resolve().name, "sha256": digest(file.path)},
-                "byte_diff": diff,
-                "files": {
-                    target.name: {"sha256_before": digest(file.path), "sha256": digest(target)},
+            coded = {tensor.name for tensor in stored.values()}
+            written = sorted(GgufFile(target).tensors.items())
+            return close_rewritten(
+                partial,
+                {
+                    "format": self.name,
+                    "refined_from": file_facts(self.name, path, [file.path]),
+                    "byte_diff": diff,
+                    "tensors": {
+                        name: span_row(
+                            target, row.start, row.num_bytes, row.type, row.shape, name not in coded
+                        )
+                        for name, row in written
+                    },
                 },
-            }
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if lone:
-            folder = out.with_name(f"{out.name}.folder")
-            (folder / MANIFEST).rename(out.with_name(f"{out.name}.manifest.json"))
-            (folder / file.path.name).rename(out)
-            folder.rmdir()
-        return manifest
+                finish,
+            )
 
     def _prove_rewritten(
         self, file: GgufFile, target: Path, stored: Mapping[str, GgufTensor], codes: Mapping[str, Tensor]

@@ -23,7 +23,7 @@ from torch import Tensor
 from discquant import environment
 from discquant.errors import ProofError, UnrepresentableError
 from discquant.formats.bits import bits_per_weight
-from discquant.formats.card import hub_name, write_card
+from discquant.formats.card import hub_name, origin_of, write_card
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.engines import engine_rows
@@ -117,18 +117,12 @@ def write_gguf(
                 f"{', '.join(fallbacks[:4])}",
             ]
         weights = sum(row["shape"][0] * row["shape"][1] for row in table.values())
-        name = hub_name(source.path)
         manifest = {
             "manifest_version": 2,
             "format": "gguf",
             "requires": {},
             "versions": environment.versions(),
-            "source": {
-                "name": (name or source.path.resolve().name).rpartition("/")[2],
-                "hub": name,
-                "revision": None,
-                "sha256": source.sha256(),
-            },
+            "source": origin_of(source.path, source.sha256()),
             "recipe": recipe,
             "engines": engine_rows("gguf", schemes),
             "warnings": warnings,

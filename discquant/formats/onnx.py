@@ -7,7 +7,6 @@ Read are MatMulNBits nodes of any file whose weights lie in external data.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discquant import environment
 from discquant.config import GridConfig
 from discquant.errors import (
     MissingModelError,
@@ -30,6 +28,8 @@ from discquant.formats.mapped import forget_pages, map_file
 from discquant.formats.onnx_blocks import block_size, check, encode
 from discquant.formats.onnx_file import (
     FLOATS,
+    TYPE_NAMES,
+    External,
     Node,
     external_of,
     layer_of,
@@ -42,7 +42,7 @@ from discquant.formats.onnx_file import (
 from discquant.formats.onnx_graph import check_architecture
 from discquant.formats.onnx_write import write_onnx
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
-from discquant.formats.rewrite import digest
+from discquant.formats.rewrite import Finish, close_rewritten, file_facts, span_row
 from discquant.grids import Grid, UniformGrid
 
 
@@ -94,17 +94,8 @@ class Onnx:
         """
         file = _require(path)
         model = load(file)
-        used = {
-            part.name
-            for node in nodes_of(file, model)
-            for part in (node.packed, node.scales, node.zero_points)
-            if part is not None
-        }
-        for tensor in model.graph.initializer:
-            if tensor.name not in used and tensor.data_location == 1 and tensor.data_type in FLOATS:
-                count = math.prod(int(size) for size in tensor.dims)
-                row = external_of(file, tensor, count)
-                yield tensor.name, read_external(row, FLOATS[row.type])
+        for row in _others(file, model, nodes_of(file, model)):
+            yield row.name, read_external(row, FLOATS[row.type])
 
     def check(self, shape: tuple[int, int], grid: GridConfig, name: str = "layer") -> None:
         """Refuse grids that are not uniform, and groups that no block divides."""
@@ -139,7 +130,9 @@ class Onnx:
         self.check_source(source)
         return write_onnx(source, out, layers, recipe=recipe, prove_from=prove_from)
 
-    def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
+    def rewrite(
+        self, path: Path, out: Path, codes: Mapping[str, Tensor], *, finish: Finish | None = None
+    ) -> dict[str, Any]:
         """See `coded.Format`."""
         file = _require(path)
         stored = {node.name: node for node in nodes_of(file, load(file))}
@@ -178,20 +171,28 @@ class Onnx:
             for layer in self.read(partial / file.name):
                 if layer.name in codes and not torch.equal(layer.q, codes[layer.name].cpu()):
                     raise ProofError(f"proof: {layer.name}: the codes read back are not those given")
-            manifest = {
-                "manifest_version": 2,
-                "format": self.name,
-                "rewritten": True,
-                "versions": environment.versions(),
-                "source": {"name": path.resolve().name, "sha256": digest(file)},
-                "byte_diff": diff,
-                "files": {
-                    entry.name: {"sha256_before": digest(entry), "sha256": digest(partial / entry.name)}
-                    for entry in [file, *files]
+            coded = {node.packed.name for node in stored.values()}
+            rows = [*_parts(stored.values()), *_others(file, load(file), stored.values())]
+            return close_rewritten(
+                partial,
+                {
+                    "format": self.name,
+                    "refined_from": file_facts(self.name, path, [file, *files]),
+                    "byte_diff": diff,
+                    "tensors": {
+                        row.name: span_row(
+                            partial / row.file.name,
+                            row.start,
+                            row.num_bytes,
+                            TYPE_NAMES.get(row.type, str(row.type)),
+                            row.shape,
+                            row.name not in coded,
+                        )
+                        for row in sorted(rows, key=lambda row: row.name)
+                    },
                 },
-            }
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        return manifest
+                finish,
+            )
 
 
 def _file_of(path: Path) -> Path | None:
@@ -202,6 +203,19 @@ def _file_of(path: Path) -> Path | None:
     except OSError:
         return None
     return files[0] if len(files) == 1 else None
+
+
+def _parts(nodes: Iterable[Node]) -> Iterator[External]:
+    for node in nodes:
+        yield from (part for part in (node.packed, node.scales, node.zero_points) if part is not None)
+
+
+def _others(file: Path, model: Any, nodes: Iterable[Node]) -> Iterator[External]:
+    """Floating tensors beside the graph that belong to none of the nodes."""
+    used = {part.name for part in _parts(nodes)}
+    for tensor in model.graph.initializer:
+        if tensor.name not in used and tensor.data_location == 1 and tensor.data_type in FLOATS:
+            yield external_of(file, tensor, math.prod(int(size) for size in tensor.dims))
 
 
 def _require(path: Path) -> Path:

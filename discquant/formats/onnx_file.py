@@ -30,6 +30,7 @@ _BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}
 _UINT8 = 2
 FILE, DATA = "model.onnx", "model.onnx.data"
 WIDENED = "discquant.widened"
+TYPE_NAMES = {1: "F32", 2: "U8", 10: "F16", 16: "BF16"}
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from torch import Tensor
 from discquant import environment
 from discquant.errors import ProofError, UnrepresentableError
 from discquant.formats.bits import bits_per_weight
-from discquant.formats.card import hub_name, write_card
+from discquant.formats.card import origin_of, write_card
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.engines import engine_rows
 from discquant.formats.onnx_blocks import NBits, encode
-from discquant.formats.onnx_file import DATA, FILE, WIDENED
+from discquant.formats.onnx_file import DATA, FILE, TYPE_NAMES, WIDENED
 from discquant.formats.onnx_graph import IR_VERSION, OPSET, GraphBuilder, build_decoder
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import digest
@@ -32,7 +32,7 @@ from discquant.formats.scheme import Scheme
 # Runtimes map the data; tensors begin where a page may.
 _ALIGNMENT = 4096
 _CHUNK = 1 << 18  # weights that are proven at a time: a core's cache holds them
-_ONNX_TYPES = {"F32": 1, "U8": 2, "F16": 10, "BF16": 16}
+_ONNX_TYPES = {name: number for number, name in TYPE_NAMES.items()}
 
 
 class _Data:
@@ -143,18 +143,12 @@ def write_onnx(
         _copy_beside(source.path, partial)
         weights = sum(row["shape"][0] * row["shape"][1] for row in table.values())
         widened = sorted({row["num_bits"] for row in table.values() if row["stored_bits"] != row["num_bits"]})
-        hub = hub_name(source.path)
         manifest = {
             "manifest_version": 2,
             "format": "onnx",
             "requires": {"onnxruntime": "1.22"},
             "versions": environment.versions(),
-            "source": {
-                "name": (hub or source.path.resolve().name).rpartition("/")[2],
-                "hub": hub,
-                "revision": None,
-                "sha256": source.sha256(),
-            },
+            "source": origin_of(source.path, source.sha256()),
             "recipe": recipe,
             "engines": engine_rows("onnx", schemes),
             "warnings": [

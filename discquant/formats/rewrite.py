@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,14 @@ from discquant.formats.proof import prove_codes
 from discquant.formats.safetensors_file import TensorInfo, tensor_bytes
 
 _CHUNK = 16 << 20
+_WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data")
+# Completes a written folder and its manifest before the folder appears; gets the folder, gives the manifest.
+Finish = Callable[[Path], dict[str, Any]]
 
 
-def rewrite_model(chosen: Layout, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
+def rewrite_model(
+    chosen: Layout, path: Path, out: Path, codes: Mapping[str, Tensor], finish: Finish | None = None
+) -> dict[str, Any]:
     """Write `path` again with other codes.
 
     Args:
@@ -33,6 +38,7 @@ def rewrite_model(chosen: Layout, path: Path, out: Path, codes: Mapping[str, Ten
         path: The quantized model.
         out: Where to write; must not exist or be empty.
         codes: uint8, [out_features, in_features], by module path; layers that are not named keep theirs.
+        finish: See `Finish`.
 
     Returns:
         The manifest: hashes of every file before and after, and the byte diff, per layer and outside all codes (0).
@@ -73,23 +79,91 @@ def rewrite_model(chosen: Layout, path: Path, out: Path, codes: Mapping[str, Ten
         surprising = sorted(set(diff["layers"]) - set(codes))
         if surprising:
             raise ProofError(f"proof: codes of layers changed that nobody named: {', '.join(surprising[:8])}")
-        written = {layer.name: layer for layer in chosen.layers(Checkpoint(partial))}
+        after = Checkpoint(partial)
+        written = {layer.name: layer for layer in chosen.layers(after)}
         for name, q in codes.items():
             prove_codes(chosen.name, written[name], q)
-        manifest = {
-            "manifest_version": 2,
-            "format": chosen.name,
-            "rewritten": True,
-            "versions": environment.versions(),
-            "source": {"name": path.resolve().name, "sha256": checkpoint.sha256()},
-            "byte_diff": diff,
-            "files": {
-                file.name: {"sha256_before": digest(path / file.name), "sha256": digest(file)}
-                for file in sorted(partial.glob("*.safetensors"))
+        coded = {f"{name}.{chosen.codes}" for name in stored}
+        return close_rewritten(
+            partial,
+            {
+                "format": chosen.name,
+                "refined_from": file_facts(chosen.name, path, sorted(path.glob("*.safetensors"))),
+                "byte_diff": diff,
+                "tensors": {
+                    name: span_row(
+                        info.file, info.start, info.num_bytes, info.dtype, info.shape, name not in coded
+                    )
+                    for name, info in sorted(after.tensors.items())
+                },
             },
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return manifest
+            finish,
+        )
+
+
+def close_rewritten(partial: Path, facts: Mapping[str, Any], finish: Finish | None) -> dict[str, Any]:
+    """Write the manifest of a rewritten folder; `finish` may add to it and to the folder.
+
+    Args:
+        partial: The folder, complete but for this.
+        facts: `format`, `refined_from`, `byte_diff`, `tensors`.
+        finish: See `Finish`.
+
+    Returns:
+        The manifest: `facts`, versions, and the hashes of all weight files.
+    """
+    names = [name for name in facts["refined_from"]["files"] if (partial / name).is_file()]
+    manifest = {
+        "manifest_version": 2,
+        "versions": environment.versions(),
+        **facts,
+        "requires": {},  # whatever read the file before reads it now
+        "shards": {
+            name: {"bytes": (partial / name).stat().st_size, "sha256": digest(partial / name)}
+            for name in names
+        },
+    }
+    write_manifest(partial, manifest)
+    return manifest if finish is None else finish(partial)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a folder's manifest."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Files that hold the weights of a model, which is a folder or one file."""
+    return [path] if path.is_file() else sorted({file for kind in _WEIGHTS for file in path.glob(kind)})
+
+
+def file_facts(format_name: str, path: Path, files: Iterable[Path]) -> dict[str, Any]:
+    """Name, format and files of a quantized model, each file with its SHA-256."""
+    return {
+        "name": path.resolve().name,
+        "format": format_name,
+        "files": {file.name: digest(file) for file in files},
+    }
+
+
+def span_row(
+    file: Path, start: int, num_bytes: int, dtype: str, shape: Iterable[int], copied: bool
+) -> dict[str, Any]:
+    """A row of the manifest's table of tensors, hashed where it lies."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        stream.seek(start)
+        while num_bytes and (piece := stream.read(min(num_bytes, _CHUNK))):
+            found.update(piece)
+            num_bytes -= len(piece)
+    return {
+        "dtype": dtype,
+        "shape": list(shape),
+        "sha256": found.hexdigest(),
+        "shard": file.name,
+        "copied": copied,
+    }
 
 
 def check_codes(stored: StoredLayer, q: Tensor) -> None:

@@ -19,7 +19,7 @@ from discquant.errors import CheckpointError, UnrepresentableError, UserError
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, Format, LayerFacts
 from discquant.formats.layout import Layout, StoredLayer
-from discquant.formats.rewrite import rewrite_model
+from discquant.formats.rewrite import Finish, rewrite_model
 from discquant.formats.safetensors_file import TensorInfo
 from discquant.formats.scheme import Scheme
 from discquant.formats.write import write_model
@@ -146,9 +146,11 @@ class SafetensorsFormat(Layout):
             shard_bytes=shard_bytes,
         )
 
-    def rewrite(self, path: Path, out: Path, codes: Mapping[str, Tensor]) -> dict[str, Any]:
+    def rewrite(
+        self, path: Path, out: Path, codes: Mapping[str, Tensor], *, finish: Finish | None = None
+    ) -> dict[str, Any]:
         """See `coded.Format`."""
-        return rewrite_model(self, path, out, codes)
+        return rewrite_model(self, path, out, codes, finish)
 
 
 def beyond_weights(chosen: Format, path: Path) -> str:

@@ -7,7 +7,6 @@ One writer for every safetensors format; its `Layout` says how a layer's tensors
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from discquant import environment
 from discquant.errors import UnrepresentableError
 from discquant.formats.bits import bits_per_weight
-from discquant.formats.card import hub_name, write_card
+from discquant.formats.card import origin_of, write_card
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer
 from discquant.formats.engines import engine_rows, problems
@@ -129,12 +128,7 @@ def write_model(
             "format": chosen.name,
             "requires": chosen.requires(schemes),
             "versions": environment.versions(),
-            "source": {
-                "name": (hub_name(source.path) or source.path.resolve().name).rpartition("/")[2],
-                "hub": hub_name(source.path),
-                "revision": _revision(source.path),
-                "sha256": source_sha256 or source.sha256(),
-            },
+            "source": origin_of(source.path, source_sha256 or source.sha256()),
             "recipe": recipe,
             "engines": engine_rows(chosen.name, schemes),
             "warnings": problems(chosen.name, schemes, shapes),
@@ -242,12 +236,6 @@ def _copy_side_files(source: Path, target: Path) -> None:
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
-
-
-def _revision(source: Path) -> str | None:
-    """Commit of a model in the hub's cache, whose folders are named by it."""
-    name = source.resolve().name
-    return name if re.fullmatch(r"[0-9a-f]{40}", name) else None
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

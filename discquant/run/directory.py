@@ -283,12 +283,17 @@ def load_run_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.Mod
     run = RunDirectory(Path(path))
     config = run.config()
     refined = run.path / str(config["identity"]["config"]["format"])
-    if config.get("quantized") and (refined / "config.json").is_file():
+    if config.get("quantized") and any(refined.glob("*.safetensors")):
         # Its codes may stand for weights scaled per channel, with norms that only the file has.
         from discquant.formats.load import load_quantized
 
         loaded: torch.nn.Module = load_quantized(refined, dtype)
         return loaded
+    summary = json.loads((run.path / SUMMARY).read_text(encoding="utf-8")) if run.complete else {}
+    if summary.get("refine", {}).get("derivation", {}).get("folded"):
+        raise CheckpointError(
+            f"run: the file that {path} refined has scaled weights, and is in a format that its own engine runs"
+        )
     source = open_source(
         config["source"],
         dtype=dtype,

@@ -18,6 +18,7 @@ from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.export import plan_export
 from discquant.formats.output import check_space, check_target
+from discquant.formats.rewrite import file_facts, weight_files
 from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights
 from discquant.formats.scheme import Scheme
@@ -67,13 +68,12 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
             raise ConfigError(
                 f"export: {path} is a {chosen.name} model; name the model it was made from with --original"
             )
-        recipe: dict[str, Any] = {"converted_from": chosen.name}
         home = path.parent / f"{path.stem}-formats"
         source = Checkpoint(resolve(original))
         check_unscaled(chosen, path, source)
-        return Solved(
-            source, lambda: chosen.read(path), recipe, (), home, dropped=beyond_weights(chosen, path)
-        )
+        recipe: dict[str, Any] = {"converted_from": file_facts(chosen.name, path, weight_files(path))}
+        dropped = beyond_weights(chosen, path)
+        return Solved(source, lambda: chosen.read(path), recipe, (), home, dropped=dropped)
     run = RunDirectory(path)
     config = run.config()
     identity = config["identity"]
@@ -88,9 +88,13 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
     dropped = ""
     if config.get("quantized"):
         _check_basis(run, recipe.get("summary"))
-        refined = path / str(recipe["format"])
-        if refined.is_dir():
-            dropped = beyond_weights(registry.find(refined), refined)
+        refined = recipe["summary"]["refine"]
+        # Where no better codes were found, those of the file stand in another format, and nothing was rounded.
+        file = refined.get("file") or {"name": Path(config["quantized"]).name, "format": refined["format"]}
+        recipe["refined_from" if refined["improved"] else "converted_from"] = file
+        written = path / str(recipe["format"])
+        if written.is_dir():
+            dropped = beyond_weights(registry.find(written), written)
     ignore = tuple(recipe.get("ignore", ()))
     return Solved(source, run.coded_layers, recipe, ignore, path, dropped=dropped)
 

@@ -20,10 +20,13 @@ from discquant.config import GridConfig, QuantizeConfig
 from discquant.errors import CheckpointError, ConfigError
 from discquant.formats import registry
 from discquant.formats.bits import file_bits_per_weight
-from discquant.formats.checkpoint import read_json
+from discquant.formats.card import origin_of
+from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import CodedLayer
+from discquant.formats.output import MANIFEST
+from discquant.formats.refined import finish_refined
 from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights, weights_only
-from discquant.formats.source import Source
+from discquant.formats.source import Source, pickled_files
 from discquant.grids import Grid
 from discquant.run.derive import Derivation, check_derivation, common_grid
 from discquant.run.directory import served_dtype
@@ -222,11 +225,6 @@ class RefinePipeline(Pipeline):
             summary["method"] = FILE
             assert self._measured is not None
             summary["layers"] = layer_table(self._measured, grids, codes, summary.get("experts_unseen", ()))
-        target = self.directory.path / (self.chosen.name if self.quantized.is_dir() else self.quantized.name)
-        if not target.exists():
-            summary["byte_diff"] = self.chosen.rewrite(self.quantized, target, codes).get("byte_diff")
-        elif (target / "discquant_manifest.json").is_file():
-            summary["byte_diff"] = read_json(target / "discquant_manifest.json").get("byte_diff")
         assert self.derivation is not None
         summary["refine"] = {
             "format": self.chosen.name,
@@ -237,8 +235,28 @@ class RefinePipeline(Pipeline):
             "rejected": None if better else self.config.method,
             "start": self._started_from(),
             **self._counts,
+            "codes_changed": sum(
+                int((codes[name] != layer.q).sum()) for name, layer in self.file_layers.items()
+            ),
             "derivation": dataclasses.asdict(self.derivation),
         }
+        target = self.directory.path / self.chosen.name
+        if target.exists():
+            manifest = read_json(target / MANIFEST)
+        else:
+            recipe = {**self.config.to_dict(), "summary": summary}
+            # Pickled weights are hashed by file, and together with config.json.
+            pickled = pickled_files(source.path)
+            sha256 = source.digest if pickled else Checkpoint(source.path).sha256()
+            origin = origin_of(source.path, sha256)
+            manifest = self.chosen.rewrite(
+                self.quantized,
+                target,
+                codes,
+                finish=lambda folder: finish_refined(self.chosen, folder, source.path, origin, recipe),
+            )
+        summary["byte_diff"] = manifest["byte_diff"]
+        summary["refine"]["file"] = manifest["refined_from"]
         summary["sizes"]["bits_per_weight"] = file_bits_per_weight(self.chosen, target)
         summary["sizes"]["packed_bytes"] = weight_bytes(target)
         summary["sizes"]["formats"] = {self.chosen.name: weight_bytes(target)}

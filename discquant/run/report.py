@@ -326,6 +326,8 @@ def _refined(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"{diff['changed']:,} of {diff['code_bytes']:,} bytes of codes changed, and {diff['outside']} elsewhere."
         )
+    if found["improved"]:
+        lines.append(f"{found['codes_changed']:,} of {found['codes']:,} codes were chosen anew.")
     lines.append(
         f"{found['codes_outside_neighbours']:,} of {found['codes']:,} codes of the file were neither neighbour of the "
         f"original weight. Least correlation of a row with the original: {derivation.get('worst_correlation', 0):.4f} "

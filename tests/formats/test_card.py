@@ -39,7 +39,7 @@ def test_card(exported: Path, llama_dir: Path, tmp_path: Path) -> None:
     assert card.data.license == "mit"
     assert card.data.language == "en"
     assert card.data.library_name == "transformers"
-    assert {"discquant", "compressed-tensors", "int3"} <= set(card.data.tags)
+    assert card.data.tags == ["discquant", "quantized", "compressed-tensors", "3-bit"]
     manifest = read_manifest(folder)
     text = card.content
     assert "| **discquant** | 0.12500 | 0.00200 | 0.10000 | 1.0000 | n/a | 0.9000 | 1.0500 |" in text
@@ -52,6 +52,32 @@ def test_card(exported: Path, llama_dir: Path, tmp_path: Path) -> None:
     assert "Needs compressed-tensors >= 0.18.0." in text
     assert "Seed 5." in text
     assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "library", "tags"),
+    [
+        ("gguf", "q4_k", "gguf", ["gguf", "3-bit", "q4_k"]),
+        ("onnx", "int", "onnx", ["onnx", "3-bit"]),
+        ("mlx", "affine", "mlx", ["mlx", "3-bit"]),
+        ("awq", "int", "transformers", ["awq", "3-bit"]),
+    ],
+)
+def test_library_and_tags(
+    exported: Path, tmp_path: Path, name: str, kind: str, library: str, tags: list[str]
+) -> None:
+    from huggingface_hub import ModelCard
+
+    shutil.copytree(exported, tmp_path / "out")
+    manifest = read_manifest(exported)
+    manifest["format"] = name
+    for row in manifest["layers"].values():
+        row["kind"] = kind
+    (tmp_path / "out" / "discquant_manifest.json").write_text(json.dumps(manifest))
+    write_card(tmp_path / "out")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.library_name == library
+    assert data.tags == ["discquant", "quantized", *tags]
 
 
 def test_card_says_when_nothing_was_measured(exported: Path) -> None:

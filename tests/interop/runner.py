@@ -292,7 +292,7 @@ class Runner:
         found = registry.find(before).name
         if found != row.format:
             raise ToolError(f"{before.name} was taken for {found}, which is not {row.format}")
-        out = run / (before.name if before.is_file() else found)
+        out = run / found / before.name if before.is_file() else run / found
         ids = self.workshop.read_tokens("tiny_llama", "judge")
         original = compare.logits(compare.load_model(source, torch.float32), ids)
         kl, facts = {}, {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,14 @@ def test_a_model_in_one_format_becomes_another(run_dir: Path, model_dir: Path, t
     for one, two in zip(first, second, strict=True):
         assert one.name == two.name
         assert torch.equal(one.q, two.q)
+    card = (tmp_path / "gptq" / "README.md").read_text()
+    assert "converted from `awq` (awq)" in card and "rounded by" not in card and "Seed" not in card
+    recipe = json.loads((tmp_path / "gptq" / "discquant_manifest.json").read_text())["recipe"]
+    (file,) = recipe["converted_from"].pop("files").items()
+    assert file == ("model.safetensors", sha256((tmp_path / "awq" / file[0]).read_bytes()).hexdigest())
+    assert file[1] in card
+    assert recipe == {"converted_from": {"name": "awq", "format": "awq"}}
+    assert "rounded by" in (tmp_path / "awq" / "README.md").read_text()
 
 
 def _changed(model_dir: Path, out: Path, change: Callable[[nn.Module], None]) -> Path:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import discquant
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import CheckpointError, ConfigError, ResumeError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
+from discquant.formats.refined import keep_card
 from discquant.grids import place_grid
 from discquant.run.derive import row_correlations
 from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.events import Events
 from discquant.run.export import export
 from discquant.run.refine import RefinePipeline
 
@@ -109,6 +113,111 @@ def test_a_better_file_of_the_same_bytes_elsewhere(
         RefinePipeline(file, out, model_dir, replace(_config(dataset), seed=1)).execute()
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "discquant_manifest.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("name", ["gptq", "gguf", "onnx"])
+def test_card_and_manifest_of_a_refined_folder(
+    make: Make, model_dir: Path, dataset: str, tmp_path: Path, name: str
+) -> None:
+    """Its own card and every field of an exported folder's manifest; the old card aside, all else bit for bit."""
+    from huggingface_hub import ModelCard
+
+    for package in {"gguf": ["gguf"], "onnx": ["onnx"]}.get(name, []):
+        pytest.importorskip(package)
+    file, out = make(name, GridConfig.of_kind("q4_0") if name == "gguf" else None), tmp_path / "out"
+    old = b"---\nlicense: mit\nlibrary_name: other\n---\n# a card of another tool\n"
+    (file / "README.md").write_bytes(old)
+    (file / "more.json").write_text("{}")
+    exported = _manifest(file)
+    config = replace(_config(dataset), method="gptq", seed=11)
+    summary = RefinePipeline(file, out, model_dir, config).execute()
+    refined = out / name
+    found, diff = summary["refine"], summary["byte_diff"]
+    assert found["improved"] and 0 < found["codes_changed"] < found["codes"]
+    manifest = _manifest(refined)
+    assert set(exported) < set(manifest)
+    for key in ("format", "source", "engines", "quantized_weights", "weight_file_bytes", "bits_per_weight"):
+        assert manifest[key] == exported[key], key
+    assert manifest["source"]["sha256"] == Checkpoint(model_dir).sha256()
+    assert manifest["recipe"] == {**RunDirectory(out).config()["identity"]["config"], "baselines": []}
+    assert manifest["recipe"]["seed"] == 11
+    assert manifest["refine"]["kl_after"] < manifest["refine"]["kl_before"] == found["kl_before"]
+    assert manifest["layers"].keys() == exported["layers"].keys()
+    weights = manifest["refined_from"]["files"]
+    assert weights.keys() == manifest["shards"].keys() == exported["shards"].keys()
+    for part, row in manifest["shards"].items():
+        assert (
+            weights[part]
+            == sha256((file / part).read_bytes()).hexdigest()
+            == exported["shards"][part]["sha256"]
+        )
+        assert row["sha256"] == sha256((refined / part).read_bytes()).hexdigest()
+    changed = {
+        key for key, row in manifest["tensors"].items() if row["sha256"] != exported["tensors"][key]["sha256"]
+    }
+    assert manifest["tensors"].keys() == exported["tensors"].keys()
+    assert changed and not any(manifest["tensors"][key]["copied"] for key in changed)
+    ours = {"README.md", "discquant_manifest.json", "discquant_proof.json", *weights}
+    for part in file.iterdir():
+        if part.name not in ours:
+            assert (refined / part.name).read_bytes() == part.read_bytes(), part.name
+    assert (refined / "README.unrefined.md").read_bytes() == old
+    card = ModelCard.load(refined / "README.md")
+    assert card.data.license == "mit" and card.data.library_name == {"gptq": "transformers"}.get(name, name)
+    for words in (
+        f"`{name}` ({name}), made from `{model_dir.name}`, refined by [discquant]",
+        f"{found['codes_changed']:,} of {found['codes']:,} codes were chosen anew",
+        f"{found['kl_before']:.5f} before, {found['kl_after']:.5f} after",
+        f"{diff['changed']:,} of {diff['code_bytes']:,} bytes of codes differ from that file, and 0 bytes elsewhere",
+        "[README.unrefined.md](README.unrefined.md)", "Seed 11.", "| file |", "| **gptq** |",
+        manifest["source"]["sha256"], *weights.values(),
+    ):  # fmt: skip
+        assert words in card.content, words
+    ids = torch.randint(3, 97, (1, 12))
+    with torch.no_grad():  # the run is evaluated as it was solved, also where other engines serve the format
+        served, loaded = load_run_model(out)(ids).logits, discquant.load(out)(ids).logits
+    assert torch.equal(served, loaded) and not torch.equal(served, _open(model_dir)(ids).logits)
+    if name == "gptq":  # in another format it is still on that file's grid
+        export(out, ["mlx"])
+        assert "on the grid of `gptq` (gptq)" in (out / "mlx" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_lone_gguf_file(make: Make, model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    """It lands in a folder under the format's name, with a card and a manifest; complete, it is not solved again."""
+    pytest.importorskip("gguf")
+    file, out = tmp_path / "lone-Q4_0.gguf", tmp_path / "out"
+    (make("gguf", GridConfig.of_kind("q4_0")) / "model.gguf").rename(file)
+    config = replace(_config(dataset), method="gptq")
+    summary = RefinePipeline(file, out, model_dir, config).execute()
+    names = {path.name for path in (out / "gguf").iterdir()}
+    assert names == {"lone-Q4_0.gguf", "README.md", "discquant_manifest.json"}
+    refined = out / "gguf" / file.name
+    assert refined.stat().st_size == file.stat().st_size and summary["byte_diff"]["outside"] == 0
+    manifest = _manifest(out / "gguf")
+    assert manifest["refined_from"]["files"] == {file.name: sha256(file.read_bytes()).hexdigest()}
+    card = (out / "gguf" / "README.md").read_text(encoding="utf-8")
+    assert "`lone-Q4_0.gguf` (gguf)" in card and "README.unrefined" not in card
+    said: list[str] = []
+    again = RefinePipeline(file, out, model_dir, config, events=Events(message=said.append)).execute()
+    assert again == json.loads(json.dumps(summary)) and any("complete already" in text for text in said)
+    ids = torch.randint(3, 97, (1, 12))
+    with torch.no_grad():
+        assert not torch.equal(load_run_model(out)(ids).logits, _open(model_dir)(ids).logits)
+
+
+def test_cards_of_files_refined_twice(make: Make, tmp_path: Path) -> None:
+    """No card is lost, and an empty one is none."""
+    file = make()
+    for number, kept in enumerate((None, "README.unrefined.md", "README.unrefined-2.md")):
+        (file / "README.md").write_text("" if kept is None else f"card {number}")
+        assert keep_card(file) == kept
+    assert (file / "README.unrefined.md").read_text() == "card 1"
+    assert (file / "README.unrefined-2.md").read_text() == "card 2"
+
+
 def test_a_worse_result_keeps_the_file(
     make: Make, model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +241,11 @@ def test_a_worse_result_keeps_the_file(
     export(out, ["mlx"])
     card = (out / "mlx" / "README.md").read_text(encoding="utf-8")
     assert "| **file** |" in card and "| greedy (rejected) |" in card
+    assert (
+        "converted from `compressed-tensors` (compressed-tensors) to mlx" in card and "rounded by" not in card
+    )
+    card = (out / "compressed-tensors" / "README.md").read_text(encoding="utf-8")
+    assert "all codes are the file's own" in card and "| **file** |" in card and found["codes_changed"] == 0
     assert all(torch.equal(q, _codes(file)[n]) for n, q in _codes(out / "compressed-tensors").items())
     kept = {layer.name: layer.q for layer in RunDirectory(out).coded_layers()}
     assert all(torch.equal(q, kept[n]) for n, q in _codes(file).items())
