@@ -53,9 +53,7 @@ def bits_per_weight(layers: Iterable[CodedLayer]) -> float:
     return bits / max(1, weights)
 
 
-def layer_table(
-    chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor]
-) -> list[dict[str, Any]]:
+def layer_table(chain: Chain, grids: Mapping[str, Grid], codes: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Count per layer the weights, those between two grid points, and those whose code is not the nearest."""
     table = []
     for refs in chain.weights:

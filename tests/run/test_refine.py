@@ -123,7 +123,9 @@ def test_a_worse_result_keeps_the_file(
     assert summary["byte_diff"]["changed"] == 0
     # What is served is the file, and nothing gives it the numbers of the rejected codes.
     assert summary["method"] == "file" and found["rejected"] == "greedy"
-    assert summary["methods"]["file"]["kl_mean"] == found["kl_after"] < summary["methods"]["greedy"]["kl_mean"]
+    assert (
+        summary["methods"]["file"]["kl_mean"] == found["kl_after"] < summary["methods"]["greedy"]["kl_mean"]
+    )
     assert sum(row["moved"] for row in summary["layers"]) == 0, "the file holds nearest codes"
     report = (out / "report.md").read_text(encoding="utf-8")
     assert "| greedy (rejected) |" in report and "Mean KL of file: " in report
