@@ -41,7 +41,8 @@ def evaluate(
 ) -> None:
     """Compare CANDIDATES with ORIGINAL: KL (mean, quantiles, max), top-1 agreement, perplexity, bits per weight."""
     from discquant.evaluation.evaluate import evaluate as run_evaluation
-    from discquant.evaluation.evaluate import print_table, write_json
+    from discquant.evaluation.evaluate import write_json
+    from discquant.evaluation.table import print_table
     from discquant.run.directory import load_run_model
 
     if json_file is not None and not json_file.absolute().parent.is_dir():

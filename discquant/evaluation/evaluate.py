@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`evaluate`: candidates on disk against their original, as rows, as a table for the terminal, and as JSON."""
+"""`evaluate`: candidates on disk against their original, as rows and as JSON; `table` prints them."""
 
 from __future__ import annotations
 
@@ -152,58 +152,6 @@ def evaluate(
 
 def _answers(model: Any, tokenizer: Any, stories: list[Any], max_new_tokens: int) -> float | None:
     return exact_match(model, tokenizer, stories, max_new_tokens=max_new_tokens) if stories else None
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of each path, as many as tell it from the others; equal paths are numbered."""
-    parts = [Path(path).parts for path in paths]
-    names = []
-    for place, own in enumerate(parts):
-        others = [other for index, other in enumerate(parts) if index != place and other != own]
-        depth = 1
-        while depth < len(own) and any(other[-depth:] == own[-depth:] for other in others):
-            depth += 1
-        number = parts[: place + 1].count(own)
-        names.append("/".join(own[-depth:]) + (f" ({number})" if parts.count(own) > 1 else ""))
-    return names
-
-
-def table(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> Any:
-    """A `rich` table of rows of `evaluate`, one column per candidate; print it with a `rich` console."""
-    from rich.table import Table
-
-    lines = [
-        ("KL mean", "kl_mean", ".4g"), ("  standard error", "kl_stderr", ".1g"), ("KL median", "kl_median", ".3g"),
-        ("KL 99 %", "kl_p99", ".3g"), ("KL 99.9 %", "kl_p999", ".3g"), ("KL max", "kl_max", ".3g"),
-        ("top-1 agreement", "top1", ".2%"), ("perplexity", "perplexity", ".4g"),
-        ("  ratio to the original", "perplexity_ratio", ".4f"), ("exact answers", "exact_match", ".1%"),
-        ("bits per weight", "bits_per_weight", ".3f"), ("non-finite positions", "nonfinite", ",d"),
-    ]  # fmt: skip
-    original = {"perplexity": "perplexity_original", "exact_match": "exact_match_original"}
-    first = rows[0] if rows else {}
-    text = first.get("dataset", "")
-    caption = f"KL(original || candidate) in nats over {first.get('tokens', 0):,} positions of {text}"
-    result = Table(title=title, caption=caption)
-    result.add_column("")
-    result.add_column("original", justify="right")
-    for name in short_names([str(row["path"]) for row in rows]):
-        result.add_column(name, justify="right", overflow="fold")
-    for heading, key, form in lines:
-        values = [row.get(key) for row in rows]
-        # Nothing to say: no problems were asked, or every position is finite.
-        if (key == "nonfinite" and not any(values)) or all(value is None for value in values):
-            continue
-        reference = first.get(original[key]) if key in original else None
-        shown = "" if reference is None else format(reference, form)
-        result.add_row(heading, shown, *("-" if value is None else format(value, form) for value in values))
-    return result
-
-
-def print_table(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> None:
-    """Print rows of `evaluate` to the terminal."""
-    from rich.console import Console
-
-    Console().print(table(rows, title=title))
 
 
 def write_json(rows: Sequence[dict[str, Any]], file: str | Path) -> None:

@@ -17,7 +17,8 @@ import torch
 from discquant.errors import CalibrationError, CheckpointError, MissingModelError
 from discquant.evaluation import compare_models, evaluate
 from discquant.evaluation.candidates import bits_per_weight
-from discquant.evaluation.evaluate import short_names, table, write_json
+from discquant.evaluation.evaluate import write_json
+from discquant.evaluation.table import short_names, table
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.export import export_compressed_tensors
@@ -153,6 +154,34 @@ def test_table_and_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
         write_json([row | {"kl_mean": math.nan}], tmp_path / "rows.json")
     assert json.loads((tmp_path / "rows.json").read_text()) == [row, broken]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_table_is_whole_at_any_width(count: int, width: int) -> None:
+    """Every heading, every value and, across its lines, every name; nothing is cut to fit."""
+    from rich.console import Console
+
+    row: dict[str, Any] = dict.fromkeys(REQUIRED, 0.012345) | {
+        "tokens": 12345, "dataset": "text.txt", "perplexity_original": 7.5, "perplexity_ratio": 1.01,
+        "exact_match": 0.5, "exact_match_original": 0.75, "nonfinite": 3,
+    }  # fmt: skip
+    names = [f"run{place}-compressed-tensors" for place in range(count)]
+    out = io.StringIO()
+    Console(file=out, width=width).print(table([row | {"path": name} for name in names]))
+    shown = out.getvalue()
+    assert "…" not in shown and all(len(line) <= width for line in shown.splitlines())
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    for heading in (
+        "KL mean", "standard error", "top-1 agreement", "ratio to the original", "bits per weight",
+        "non-finite positions",
+    ):  # fmt: skip
+        found = [values for head, *values in cells if head == heading]
+        assert sum(len(values) - 1 for values in found) == count, heading
+        assert all(value for values in found for value in values[1:]), heading
+    for place in range(count):
+        assert f"run{place}" in shown
+    assert shown.count("text.txt") == 1
 
 
 def test_short_names() -> None:
