@@ -10,8 +10,8 @@ from typing import Any
 
 from discquant.errors import MissingModelError
 from discquant.formats.checkpoint import Checkpoint, read_json
-from discquant.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO
 from discquant.formats.load import load_quantized
+from discquant.formats.registry import quantized
 from discquant.formats.safetensors_file import DTYPE_BITS
 from discquant.formats.source import is_run, open_source, read_config
 
@@ -19,40 +19,34 @@ CODES, SUMMARY = "codes.safetensors", "summary.json"  # of a run directory
 
 
 def bits_per_weight(path: str | Path) -> float | None:
-    """Stored bits per weight of the quantized layers, scales and zero points included; of all matrices if none is.
+    """Stored bits per weight of the quantized layers, everything kept for them included; of all matrices if none is.
 
     Args:
-        path: A model folder or a run directory.
+        path: A model folder or file in any format that is read, or a run directory.
 
     Returns:
-        Bits; None where the folder holds no safetensors weights.
+        Bits; None where there are no weights to count (a hub name, pickles, a run without summary).
 
     Raises:
-        MissingModelError, CheckpointError: The folder cannot be read.
+        MissingModelError, CheckpointError, NotImplementedError: It cannot be read.
     """
-    folder = Path(path)
-    if is_run(folder):
-        if not (folder / SUMMARY).is_file():
+    place = Path(path)
+    if is_run(place):
+        if not (place / SUMMARY).is_file():
             return None
-        bits = read_json(folder / SUMMARY).get("sizes", {}).get("bits_per_weight")
+        bits = read_json(place / SUMMARY).get("sizes", {}).get("bits_per_weight")
         return None if bits is None else float(bits)
-    if not any(folder.glob("*.safetensors")):
+    chosen = quantized(place)
+    if chosen is not None:
+        layers = chosen.describe(place).layers
+        weights = sum(math.prod(layer.shape) for layer in layers)
+        return 8 * sum(layer.stored_bytes for layer in layers) / weights if weights else None
+    if not any(place.glob("*.safetensors")):
         return None
-    checkpoint = Checkpoint(folder)
-    packed = [name.removesuffix(PACKED) for name in checkpoint.tensors if name.endswith(f".{PACKED}")]
-    if packed:
-        stored = [
-            checkpoint.tensors.get(base + suffix) for base in packed for suffix in (PACKED, SCALE, ZERO)
-        ]
-        weights = sum(int(checkpoint.read(base + SHAPE).prod()) for base in packed)
-        return 8 * sum(info.num_bytes for info in stored if info is not None) / weights
-    matrices = [info for info in checkpoint.tensors.values() if len(info.shape) >= 2]
+    matrices = [info for info in Checkpoint(place).tensors.values() if len(info.shape) >= 2]
     weights = sum(math.prod(info.shape) for info in matrices)
-    return (
-        sum(math.prod(info.shape) * DTYPE_BITS[info.dtype] for info in matrices) / weights
-        if weights
-        else None
-    )
+    bits_of = sum(math.prod(info.shape) * DTYPE_BITS[info.dtype] for info in matrices)
+    return bits_of / weights if weights else None
 
 
 def open_candidate(

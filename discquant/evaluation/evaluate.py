@@ -99,6 +99,7 @@ def evaluate(
         raise ValueError("evaluate: candidate_paths must name at least one candidate, got none")
     for path in candidate_paths:
         check_candidate(path)
+    bits = {str(path): bits_per_weight(path) for path in candidate_paths}  # first: it reads every header
     allowed: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     source = open_source(original_path, **allowed)
     if exact_match_problems and source.tokenizer is None:
@@ -134,7 +135,7 @@ def evaluate(
         measured = compare_models(original, models, windows, batch_size=batch_size, device=chosen)
         for place, path in enumerate(group):
             row: dict[str, Any] = {"path": str(path), **measured[str(place)].to_dict()}
-            row["bits_per_weight"] = bits_per_weight(path)
+            row["bits_per_weight"] = bits[str(path)]
             row |= {"dataset": dataset, "windows": len(windows), "windows_digest": windows.digest}
             if stories:
                 itself = Path(path).resolve() == Path(original_path).resolve()  # asked once already

@@ -7,7 +7,9 @@ import importlib
 from pathlib import Path
 
 from discquant.errors import CheckpointError, ConfigError, MissingModelError
+from discquant.formats.checkpoint import read_json
 from discquant.formats.coded import Format
+from discquant.formats.safetensors_format import SafetensorsFormat
 
 # Name on the command line -> module and the object in it that implements `coded.Format`.
 _HOMES = {
@@ -56,6 +58,25 @@ def find(path: str | Path) -> Format:
         if found.detects(place):
             return found
     raise CheckpointError(f"{place} is in no quantized format that is read; these are: {', '.join(_HOMES)}")
+
+
+def quantized(path: str | Path) -> Format | None:
+    """The format of a quantized folder or file; None for a folder of ordinary weights, and where nothing is.
+
+    Raises:
+        CheckpointError: It is quantized, but in no format that is read.
+    """
+    place = Path(path)
+    # A graph that lies beside safetensors is another copy of the same model: the folder is opened by its weights.
+    weights = place.is_dir() and any(place.glob("*.safetensors"))
+    for name in _HOMES:
+        found = by_name(name)
+        if (isinstance(found, SafetensorsFormat) or not weights) and found.detects(place):
+            return found
+    config = place / "config.json"
+    if config.is_file() and read_json(config).get("quantization_config"):
+        return find(place)
+    return None
 
 
 def parse_names(text: str) -> tuple[str, ...]:

@@ -13,15 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from discquant.config import GridConfig
 from discquant.errors import CalibrationError, CheckpointError, MissingModelError
 from discquant.evaluation import compare_models, evaluate
 from discquant.evaluation.candidates import bits_per_weight
 from discquant.evaluation.evaluate import write_json
 from discquant.evaluation.table import short_names, table
+from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.export import export_compressed_tensors
+from discquant.grids import place_grid
 
 REQUIRED = (
     "path", "kl_mean", "kl_stderr", "kl_median", "kl_p99", "kl_p999", "kl_max", "top1", "perplexity",
@@ -46,6 +51,18 @@ def layers_of(path: Path) -> list[QuantizedLinear]:
 def packed_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "model"
     export_compressed_tensors(model_dir, out, layers_of(model_dir))
+    return out
+
+
+def write_nearest(model_dir: Path, out: Path, name: str, grid: GridConfig) -> Path:
+    """The model in one format of the registry, rounded to nearest."""
+    checkpoint, layers = Checkpoint(model_dir), []
+    for key in checkpoint.tensors:
+        if key.endswith("_proj.weight"):
+            weight = checkpoint.read(key).float()
+            laid = place_grid(weight, grid)
+            layers.append(CodedLayer(key.removesuffix(".weight"), laid.nearest(weight), laid))
+    registry.by_name(name).write(checkpoint, out, layers)
     return out
 
 
@@ -93,8 +110,11 @@ def test_all_kinds_of_candidates(
     assert packed["kl_mean"] > 0
     # The same codes from the packed file and from the run directory are the same weights, to the bit.
     assert all(packed[key] == run[key] for key in REQUIRED[1:-1])
-    # 3 bits in whole 32-bit words per row (64 and 128 columns: exact), one 16-bit scale per 32 weights.
-    assert packed["bits_per_weight"] == 3 + 16 / 32
+    # 3 bits in whole 32-bit words per row (64 and 128 columns: exact), one 16-bit scale per 32 weights, and a shape
+    # of 128 bits per layer.
+    layers = layers_of(model_dir)
+    shapes = 128 * len(layers) / sum(layer.q.numel() for layer in layers)
+    assert packed["bits_per_weight"] == pytest.approx(3 + 16 / 32 + shapes)
     assert run["bits_per_weight"] == 3.5
 
 
@@ -194,6 +214,44 @@ def test_bits_of_runs_and_pickles(tmp_path: Path) -> None:
     assert bits_per_weight(tmp_path) is None
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert bits_per_weight(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("gptq", "uniform"), ("autoround", "uniform"), ("awq", "uniform"), ("compressed-tensors", "nvfp4"),
+        ("compressed-tensors", "mxfp4"),
+    ],
+)  # fmt: skip
+def test_bits_of_every_safetensors_format(model_dir: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """What the file keeps for its quantized layers, over their weights; the same from `evaluate`."""
+    grid = GridConfig(4, 32, True, "absmax") if kind == "uniform" else GridConfig.of_kind(kind)
+    out = write_nearest(model_dir, tmp_path / "out", name, grid)
+    layers = [layer.name for layer in layers_of(model_dir)]
+    stored = sum(
+        info.num_bytes for key, info in Checkpoint(out).tensors.items() if key.rpartition(".")[0] in layers
+    )
+    weights = sum(layer.q.numel() for layer in layers_of(model_dir))
+    assert bits_per_weight(out) == pytest.approx(8 * stored / weights)
+    assert 4 < 8 * stored / weights < 6
+    (row,) = evaluate(model_dir, [out], "self", nsamples=2, seqlen=8)
+    assert row["bits_per_weight"] == bits_per_weight(out)
+
+
+def test_damage_shows_before_anything_is_measured(model_dir: Path, tmp_path: Path) -> None:
+    out = write_nearest(model_dir, tmp_path / "out", "gptq", GridConfig(4, 32, True, "absmax"))
+    tensors = {key: value for key, value in Checkpoint(out).iterate() if not key.endswith("k_proj.scales")}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    seen: list[Any] = []
+    with pytest.raises(CheckpointError, match="scales is missing"):
+        evaluate(model_dir, [out], "self", nsamples=2, seqlen=8, on_windows=seen.append)
+    assert not seen
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no quantized format that is read"):
+        evaluate(model_dir, [out], "self", nsamples=2, seqlen=8, on_windows=seen.append)
+    assert not seen
 
 
 def test_rejects(model_dir: Path, packed_dir: Path, run_dir: Path, tmp_path: Path) -> None:
