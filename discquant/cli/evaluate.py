@@ -18,7 +18,7 @@ from discquant.errors import ConfigError
 def evaluate(
     original: Annotated[str, typer.Argument(help="Folder of the original model.")],
     candidates: Annotated[
-        list[str], typer.Argument(help="Checkpoints or run directories to compare with it.")
+        list[str], typer.Argument(help="Models, quantized or not, or run directories to compare with it.")
     ],
     dataset: Annotated[
         str, typer.Option(help="Text to measure on; see `discquant quantize --help`.")
@@ -47,6 +47,7 @@ def evaluate(
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"evaluate: --json {json_file}: there is no folder {json_file.absolute().parent}")
+
     where = compute_device(device)
     options.set_threads(threads)
     rows = run_evaluation(

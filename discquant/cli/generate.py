@@ -14,7 +14,7 @@ from discquant.cli.app import app
 @app.command()
 def generate(
     model: Annotated[
-        Path, typer.Argument(help="Exported model, run directory, or an ordinary model folder.")
+        Path, typer.Argument(help="Exported model (folder or file), run directory, or an ordinary model.")
     ],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Candidates on disk: run directories, compressed-tensors folders and ordinary model folders, behind one function."""
+"""Candidates on disk: run directories, quantized folders and files, ordinary model folders, behind one function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.load import load_quantized
 from discquant.formats.registry import quantized
 from discquant.formats.safetensors_file import DTYPE_BITS
-from discquant.formats.source import is_run, open_source, read_config
+from discquant.formats.source import is_run, open_source, read_config, resolve
 
 CODES, SUMMARY = "codes.safetensors", "summary.json"  # of a run directory
 
@@ -52,14 +52,17 @@ def bits_per_weight(path: str | Path) -> float | None:
 def open_candidate(
     path: str | Path,
     *,
+    original: str | Path | None = None,
     open_run: Callable[[Path], Any] | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Any:
-    """Load whatever can be evaluated: a run directory, a compressed-tensors folder, or an ordinary model folder.
+    """Load whatever can be evaluated: a run directory, a quantized folder or file, or an ordinary model folder.
 
     Args:
-        path: The folder.
+        path: The folder or file.
+        original: Where the model is that it was made from; asked for its config.json where none lies beside a GGUF or
+            ONNX file.
         open_run: Gives the model of a run directory (`discquant.run.directory.load_run_model`). It is handed in because
             runs evaluate, so evaluation must not import them.
         trust_remote_code: As for `open_source`.
@@ -73,13 +76,13 @@ def open_candidate(
         CheckpointError: A file of it is truncated, corrupt or not read.
         ValueError: A run directory, and no `open_run`.
     """
-    folder = Path(path)
-    if is_run(folder):
+    place = Path(path)
+    if is_run(place):
         if open_run is None:
             raise ValueError(f"evaluate: open_run must be given to load the run directory {path}, got None")
-        return open_run(folder).eval()
-    if folder.is_dir() and read_config(folder).get("quantization_config"):
-        return load_quantized(folder, trust_remote_code=trust_remote_code)
+        return open_run(place).eval()
+    if quantized(place) is not None:
+        return load_quantized(place, original=original, trust_remote_code=trust_remote_code)
     return open_source(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle).model
 
 
@@ -90,12 +93,13 @@ def check_candidate(path: str | Path) -> None:
         MissingModelError: The path is no model and no finished run.
         CheckpointError: Its weights are pickled, truncated or corrupt by their headers.
     """
-    folder = Path(path)
-    if is_run(folder):
-        if not (folder / CODES).is_file():
+    place = Path(path)
+    if is_run(place):
+        if not (place / CODES).is_file():
             raise MissingModelError(f"{path} is a run that has not finished; repeat its command to finish it")
         return
-    if folder.is_dir():
+    if quantized(place) is None:
+        folder = resolve(path)
         read_config(folder)
         if any(folder.glob("*.safetensors")):
             Checkpoint(folder)

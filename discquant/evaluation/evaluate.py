@@ -15,7 +15,11 @@ import torch
 from discquant.calibration import Windows, load_windows
 from discquant.calibration.arithmetic import problems
 from discquant.errors import CalibrationError
-from discquant.evaluation.candidates import bits_per_weight, check_candidate, open_candidate
+from discquant.evaluation.candidates import (
+    bits_per_weight,
+    check_candidate,
+    open_candidate,
+)
 from discquant.evaluation.divergence import compare_models
 from discquant.evaluation.exact_match import exact_match
 from discquant.formats.source import open_source
@@ -69,7 +73,7 @@ def evaluate(
 
     Args:
         original_path: Folder of the original model.
-        candidate_paths: Model folders, compressed-tensors folders, run directories.
+        candidate_paths: Model folders, quantized folders and files of any format that is read, run directories.
         dataset: As for `load_windows`; text that no candidate was calibrated on.
         nsamples: Windows at most.
         seqlen: Tokens per window.
@@ -124,9 +128,7 @@ def evaluate(
     for group in groups:
         models = {
             str(place): _compute(
-                open_candidate(
-                    path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, open_run=open_run
-                ),
+                open_candidate(path, original=source.path, open_run=open_run, **allowed),
                 dtype,
                 chosen,
             )

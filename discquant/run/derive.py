@@ -7,7 +7,7 @@ that a tool folded into norms and neighbouring layers are recovered where foldin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
+from discquant.formats.load import other_tensors
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.source import Source
 
@@ -55,25 +56,6 @@ class Derivation:
     untouched: int
     not_compared: tuple[str, ...]
     folded: tuple[str, ...]
-
-
-def plain_tensors(chosen: Format, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file besides its coded layers, under the names of transformers.
-
-    A GGUF file may hold some of them in types that are not refined (Q6_K embeddings); they come decoded.
-    """
-    if isinstance(chosen, SafetensorsFormat):
-        checkpoint = Checkpoint(path)
-        used = {
-            f"{stored.name}.{suffix}" for stored in chosen.layers(checkpoint) for suffix in stored.tensors
-        }
-        for name in checkpoint.tensors:
-            if name not in used:
-                yield name, checkpoint.read(name)
-        return
-    rest = getattr(chosen, "rest", None)
-    if rest is not None:
-        yield from rest(path)
 
 
 def distance(weight: Tensor, decoded: Tensor) -> float:
@@ -157,7 +139,7 @@ def _compare_rest(
         CheckpointError: The original lacks one.
     """
     compared, different = 0, dict[str, Tensor]()
-    for name, stored in plain_tensors(chosen, path):
+    for name, stored in other_tensors(chosen, path):
         original = original_of(name)
         if original is None:
             if _inert(name, stored):
