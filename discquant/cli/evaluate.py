@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,11 @@ def evaluate(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"evaluate: --json {json_file}: there is no folder {json_file.absolute().parent}")
 
+    def open_run(run: Path, its_original: str | Path | None) -> Any:
+        return load_run_model(
+            run, original=its_original, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+        )
+
     where = compute_device(device)
     options.set_threads(threads)
     rows = run_evaluation(
@@ -64,7 +69,7 @@ def evaluate(
         text_key=text_key,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
-        open_run=load_run_model,
+        open_run=open_run,
     )
     print_table(rows)
     if json_file is not None:

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from discquant.errors import MissingModelError
+from discquant.errors import CheckpointError, MissingModelError
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.load import load_quantized
 from discquant.formats.registry import quantized
 from discquant.formats.safetensors_file import DTYPE_BITS
-from discquant.formats.source import is_run, open_source, read_config, resolve
+from discquant.formats.source import Source, is_run, open_source, read_config, resolve
 
+logger = logging.getLogger(__name__)
 CODES, SUMMARY = "codes.safetensors", "summary.json"  # of a run directory
 
 
@@ -53,7 +55,7 @@ def open_candidate(
     path: str | Path,
     *,
     original: str | Path | None = None,
-    open_run: Callable[[Path], Any] | None = None,
+    open_run: Callable[[Path, str | Path | None], Any] | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Any:
@@ -61,10 +63,11 @@ def open_candidate(
 
     Args:
         path: The folder or file.
-        original: Where the model is that it was made from; asked for its config.json where none lies beside a GGUF or
-            ONNX file.
-        open_run: Gives the model of a run directory (`discquant.run.directory.load_run_model`). It is handed in because
-            runs evaluate, so evaluation must not import them.
+        original: Where the model is that it was made from: of a run, None is where it was (`run_original`); of a GGUF
+            or ONNX file, asked for what config.json says where none lies beside it.
+        open_run: Gives the model of a run directory, from its path and `original`
+            (`discquant.run.directory.load_run_model`). It is handed in because runs evaluate, so evaluation must not
+            import them.
         trust_remote_code: As for `open_source`.
         allow_pickle: As for `open_source`.
 
@@ -80,10 +83,41 @@ def open_candidate(
     if is_run(place):
         if open_run is None:
             raise ValueError(f"evaluate: open_run must be given to load the run directory {path}, got None")
-        return open_run(place).eval()
+        return open_run(place, original).eval()
     if quantized(place) is not None:
         return load_quantized(place, original=original, trust_remote_code=trust_remote_code)
     return open_source(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle).model
+
+
+def candidate_original(path: str | Path, source: Source) -> Path | None:
+    """Where the model is that a candidate was made from, as `open_candidate` wants it; `source` is what it is held to.
+
+    A run knows its original by digest, so `source` stands in for it wherever either has moved. A run of another
+    original is opened with that one, and a warning says so.
+
+    Returns:
+        Folder of `source`, or None for a run that was made from another model, which is where it was.
+
+    Raises:
+        MissingModelError: A run was made from another model, and that is gone.
+        CheckpointError: The model at the run's own place is `source`, and it has changed since.
+    """
+    place = Path(path)
+    if not is_run(place):
+        return source.path
+    config = read_json(place / "config.json")
+    if config.get("identity", {}).get("source_digest") == source.digest:
+        return source.path
+    own = Path(str(config.get("source")))
+    if own.resolve() == source.path.resolve():
+        raise CheckpointError(f"evaluate: the model at {own} has changed since the run in {path}")
+    if not own.is_dir() and not config.get("quantized"):  # a refined file stands alone
+        raise MissingModelError(
+            f"evaluate: the run in {path} was made from another model than {source.path}, and that is not at {own} any "
+            "more; put it back, or give it as ORIGINAL"
+        )
+    logger.warning("note: the run in %s was made from %s, not from %s", path, own, source.path)
+    return None
 
 
 def check_candidate(path: str | Path) -> None:

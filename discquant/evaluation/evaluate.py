@@ -17,6 +17,7 @@ from discquant.calibration.arithmetic import problems
 from discquant.errors import CalibrationError
 from discquant.evaluation.candidates import (
     bits_per_weight,
+    candidate_original,
     check_candidate,
     open_candidate,
 )
@@ -66,7 +67,7 @@ def evaluate(
     text_key: str = "text",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    open_run: Callable[[Path], Any] | None = None,
+    open_run: Callable[[Path, str | Path | None], Any] | None = None,
     on_windows: Callable[[Windows], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure candidates against their original on one text.
@@ -106,6 +107,7 @@ def evaluate(
     bits = {str(path): bits_per_weight(path) for path in candidate_paths}  # first: it reads every header
     allowed: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     source = open_source(original_path, **allowed)
+    origins = {str(path): candidate_original(path, source) for path in candidate_paths}
     if exact_match_problems and source.tokenizer is None:
         raise CalibrationError(f"{original_path} has no tokenizer, so it cannot be asked problems")
     chosen = (
@@ -128,7 +130,7 @@ def evaluate(
     for group in groups:
         models = {
             str(place): _compute(
-                open_candidate(path, original=source.path, open_run=open_run, **allowed),
+                open_candidate(path, original=origins[str(path)], open_run=open_run, **allowed),
                 dtype,
                 chosen,
             )

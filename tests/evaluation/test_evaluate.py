@@ -26,6 +26,7 @@ from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.export import export_compressed_tensors
+from discquant.formats.source import open_source
 from discquant.grids import place_grid
 
 REQUIRED = (
@@ -70,18 +71,20 @@ def write_nearest(model_dir: Path, out: Path, name: str, grid: GridConfig) -> Pa
 def run_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory as far as `evaluate` looks at one."""
     path = tmp_path_factory.mktemp("run")
-    (path / "config.json").write_text(json.dumps({"discquant_run": 1, "source": str(model_dir)}))
+    digest = open_source(model_dir).digest
+    facts = {"discquant_run": 1, "source": str(model_dir), "identity": {"source_digest": digest}}
+    (path / "config.json").write_text(json.dumps(facts))
     (path / "codes.safetensors").write_bytes(b"read by open_run")
     (path / "summary.json").write_text(json.dumps({"sizes": {"bits_per_weight": 3.5}}))
     return path
 
 
 @pytest.fixture(scope="module")
-def open_run(model_dir: Path) -> Callable[[Path], Any]:
-    def opened(path: Path) -> Any:
+def open_run(model_dir: Path) -> Callable[..., Any]:
+    def opened(path: Path, original: Path | None) -> Any:
         from transformers import AutoModelForCausalLM
 
-        assert json.loads((path / "config.json").read_text())["source"] == str(model_dir)
+        assert json.loads((path / "config.json").read_text())["source"] == str(original) == str(model_dir)
         model = AutoModelForCausalLM.from_pretrained(model_dir)
         with torch.no_grad():
             for layer in layers_of(model_dir):
@@ -92,7 +95,7 @@ def open_run(model_dir: Path) -> Callable[[Path], Any]:
 
 
 def test_all_kinds_of_candidates(
-    model_dir: Path, packed_dir: Path, run_dir: Path, open_run: Callable[[Path], Any]
+    model_dir: Path, packed_dir: Path, run_dir: Path, open_run: Callable[..., Any]
 ) -> None:
     seen: list[Any] = []
     rows = evaluate(
@@ -121,7 +124,6 @@ def test_all_kinds_of_candidates(
 def test_equals_compare_models_in_float32(model_dir: Path, packed_dir: Path) -> None:
     from discquant.calibration import load_windows
     from discquant.formats.load import load_quantized
-    from discquant.formats.source import open_source
 
     (row,) = evaluate(model_dir, [packed_dir], "self", nsamples=4, seqlen=16, seed=9)
     original = open_source(model_dir).model.float()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import discquant
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
-from discquant.errors import MissingModelError
+from discquant.errors import CheckpointError, MissingModelError
 from discquant.evaluation import evaluate
 from discquant.formats import registry
 from discquant.generation import stream
@@ -55,6 +56,10 @@ def make(model_dir: Path, dataset: str, tmp_path: Path) -> Callable[..., Path]:
     return build
 
 
+def open_run(path: Path, original: str | Path | None) -> nn.Module:
+    return load_run_model(path, original=original)
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_formats_of_other_engines(name: str, make: Callable[..., Path], tmp_path: Path) -> None:
     if name == "onnx":
@@ -72,9 +77,7 @@ def test_formats_of_other_engines(name: str, make: Callable[..., Path], tmp_path
     norm, embedding = loaded.model.norm.weight, loaded.get_input_embeddings().weight  # type: ignore[union-attr, operator]
     assert torch.equal(norm, model.model.norm.weight)  # type: ignore[union-attr]
     assert torch.equal(embedding, model.get_input_embeddings().weight)  # type: ignore[operator]
-    run, whole = evaluate(
-        tmp_path / "original", [out, away], "self", nsamples=2, seqlen=8, open_run=load_run_model
-    )
+    run, whole = evaluate(tmp_path / "original", [out, away], "self", nsamples=2, seqlen=8, open_run=open_run)
     assert run["kl_mean"] == pytest.approx(whole["kl_mean"], rel=0.1) and run["kl_mean"] > 0
     assert 4 < whole["bits_per_weight"] < 6
 
@@ -95,6 +98,45 @@ def test_a_lone_file_wants_its_original(make: Callable[..., Path], tmp_path: Pat
     assert first["kl_mean"] == second["kl_mean"] > 0
 
 
+def test_an_original_that_moved(
+    make: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, original, moved = make("none", GRIDS["mlx"]), tmp_path / "original", tmp_path / "moved"
+    (before,) = evaluate(original, [out], "self", nsamples=2, seqlen=8, open_run=open_run)
+    original.rename(moved)
+    (after,) = evaluate(moved, [out], "self", nsamples=2, seqlen=8, open_run=open_run)
+    assert after == before
+    with pytest.raises(MissingModelError, match="discquant export"):
+        discquant.load(out)
+    other = _another(moved, tmp_path / "other")
+    seen: list[Any] = []
+    options: dict[str, Any] = {"nsamples": 2, "seqlen": 8, "open_run": open_run, "on_windows": seen.append}
+    with pytest.raises(MissingModelError, match="give it as ORIGINAL"):
+        evaluate(other, [out], "self", **options)
+    with pytest.raises(CheckpointError, match="is not the one"):
+        load_run_model(out, original=other)
+    assert not seen, "the text was loaded first"
+    # Where the run's own original is at hand, that is what its codes belong to, and it is said.
+    shutil.copytree(moved, original)
+    with caplog.at_level(logging.WARNING):
+        (foreign,) = evaluate(other, [out], "self", **options)
+    assert foreign["kl_mean"] > 0 and "not from" in caplog.text
+    shutil.copytree(other, original, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match="has changed since"):
+        evaluate(original, [out], "self", **options)
+
+
+def _another(model: Path, out: Path) -> Path:
+    """The model with one other weight."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
 def test_a_refined_file(make: Callable[..., Path], dataset: str, model_dir: Path, tmp_path: Path) -> None:
     """Its run holds the file under its own name, without a configuration."""
     file = shutil.copy(make("gguf", GRIDS["gguf"]) / "gguf" / "model.gguf", tmp_path / "small.gguf")
@@ -110,9 +152,7 @@ def test_a_refined_file(make: Callable[..., Path], dataset: str, model_dir: Path
     assert refined.is_file()
     of_run, of_file = discquant.load(tmp_path / "refined"), discquant.load(refined)
     assert torch.equal(logits(of_run), logits(of_file))
-    (row,) = evaluate(
-        model_dir, [tmp_path / "refined"], "self", nsamples=2, seqlen=8, open_run=load_run_model
-    )
+    (row,) = evaluate(model_dir, [tmp_path / "refined"], "self", nsamples=2, seqlen=8, open_run=open_run)
     assert row["kl_mean"] > 0
 
 
