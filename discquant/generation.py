@@ -17,13 +17,13 @@ from discquant.modules import PackedReport
 from discquant.run.directory import RunDirectory
 
 
-def _tokenizer(path: Path) -> Any:
+def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
     """The tokenizer of what `load` opens: its own, or that of the original of the run that it lies in."""
     folders: list[Path | None] = [path if path.is_dir() else path.parent, original_of(path)]
     if RunDirectory.is_run(path):
         folders = [served_directory(path), Path(RunDirectory(path).config()["source"])]
     for folder in folders:
-        found = None if folder is None else load_tokenizer(folder)
+        found = None if folder is None else load_tokenizer(folder, trust_remote_code=trust_remote_code)
         if found is not None:
             return found
     raise MissingModelError(
@@ -33,7 +33,7 @@ def _tokenizer(path: Path) -> Any:
 
 def stream(
     path: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, mode: str = "auto",
-    device: str | None = None,
+    device: str | None = None, trust_remote_code: bool = False, allow_pickle: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Continue a prompt on standard output; tokens per second go to standard error.
 
@@ -45,6 +45,8 @@ def stream(
         seed: Of sampling.
         mode: How quantized layers are computed, see `discquant.load`.
         device: None is the GPU where there is one, else the CPU.
+        trust_remote_code: As for `discquant.load`.
+        allow_pickle: As for `discquant.load`.
 
     Returns:
         `text`, `tokens`, `seconds`, `packed_bytes` (0 without packed layers).
@@ -67,8 +69,10 @@ def stream(
         path,
         mode=mode,  # type: ignore[arg-type]
         device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
-    tokenizer = _tokenizer(Path(path))
+    tokenizer = _tokenizer(Path(path), trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
     if ids.numel() == 0:
         raise ValueError("generate: the prompt is empty")
