@@ -19,6 +19,7 @@ from discquant.errors import ConfigError, MissingModelError
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.registry import quantized as quantized_format
+from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.source import open_source, read_config
 from discquant.grids import Grid
 from discquant.ops.packed_linear import MODES, Mode
@@ -204,64 +205,78 @@ def load(
     *,
     mode: Mode | Literal["plain"] = "exact",
     device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> nn.Module:
     """Load an exported model, a run directory (its exported model, else its original with the codes), or an original.
 
     Quantized layers of 3 and 4 bits stay packed in memory, where the compiled extension is there and the kernels cover
-    the grid (groups of 32, 64, a multiple of 128, or the row); all others become ordinary weights.
+    the grid (groups of 32, 64, a multiple of 128, or the row); all others become ordinary weights. So do those of MLX,
+    GGUF and ONNX: their own engines serve them, here they are decoded.
 
     Args:
-        path: Directory.
-        dtype: Compute dtype; None keeps the checkpoint's.
+        path: Folder, or a GGUF or ONNX file with config.json beside it.
+        dtype: Compute dtype; None keeps the checkpoint's, for GGUF and ONNX float32.
         mode: "exact": logits are those of the rounded model, bit for bit. "auto": the fast kernels. On the CPU a matmul
             then errs by at most the sum over its blocks of 2^-15 * largest activation * absolute weights, plus float32
             rounding; on a GPU it is a float32 sum over weights in the compute dtype. "a8", "fp32": see
             `packed_linear`. "plain": ordinary weights for all.
         device: None is the CPU.
+        trust_remote_code: Allow a model that brings code of its own; that code then runs.
+        allow_pickle: Read .bin weights of an original with torch's restricted loader.
 
     Returns:
         A `transformers` model with the served weights.
 
     Raises:
-        FileNotFoundError: No model there.
+        FileNotFoundError: No model there, or nothing says what the model in a file is.
         ValueError: A damaged checkpoint, or an unknown mode.
     """
     if mode not in (*MODES, "plain"):
         raise ConfigError(f"load: mode must be one of {[*MODES, 'plain']}, got {mode!r}")
-    model = _open_model(Path(path), dtype, mode, device)
+    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    model = _open_model(Path(path), dtype, mode, device, trust)
     return model if device is None else model.to(device)
 
 
 def _open_model(
-    folder: Path,
+    place: Path,
     dtype: torch.dtype | None,
     mode: Mode | Literal["plain"],
     device: torch.device | str | None,
+    trust: Mapping[str, bool],
 ) -> nn.Module:
     from discquant.formats.load import load_quantized
     from discquant.formats.load_packed import load_packed_model
 
-    if RunDirectory.is_run(folder):
-        exported = served_directory(folder)
+    own_code = trust["trust_remote_code"]
+    if RunDirectory.is_run(place):
+        exported = served_directory(place)
         if exported is None:
-            return load_run_model(folder, dtype)
-        folder = exported
-    if not (folder / "config.json").is_file():
-        raise MissingModelError(f"load: {folder} is neither a model nor a run directory")
-    read_config(folder)
-    if quantized_format(folder) is None:
-        original: nn.Module = open_source(folder, dtype=dtype).model
+            return load_run_model(
+                place, dtype, trust_remote_code=own_code, allow_pickle=trust["allow_pickle"]
+            )
+        place = exported
+    chosen = quantized_format(place)
+    if chosen is None:
+        if not (place / "config.json").is_file():
+            raise MissingModelError(f"load: {place} is neither a model nor a run directory")
+        original: nn.Module = open_source(place, dtype=dtype, **trust).model
         return original
-    if mode != "plain" and _extension.available():
-        packed: nn.Module | None = load_packed_model(folder, dtype, mode=mode, device=device)
+    if mode != "plain" and isinstance(chosen, SafetensorsFormat) and _extension.available():
+        packed: nn.Module | None = load_packed_model(
+            place, dtype, mode=mode, device=device, trust_remote_code=own_code
+        )
         if packed is not None:
             return packed
-    quantized: nn.Module = load_quantized(folder, dtype)
-    return quantized
+    loaded: nn.Module = load_quantized(place, dtype, original=original_of(place), trust_remote_code=own_code)
+    return loaded
 
 
 def served_directory(run: Path) -> Path | None:
-    """Return the exported model of a run in a format that is loaded here, None where it wrote none.
+    """Return the exported model of a run that is run in this process, None where it wrote none of that kind.
+
+    MLX, GGUF and ONNX are not: their engines compute with other roundings than the solver's model has.
 
     Raises:
         ConfigError: `run` is no run directory.
@@ -271,6 +286,15 @@ def served_directory(run: Path) -> Path | None:
     identity = RunDirectory(run).config()["identity"]
     for chosen in str(identity["config"]["format"]).split(","):
         folder = run / chosen.strip()
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        if (folder / "config.json").is_file() and read_config(folder).get("quantization_config"):
             return folder
+    return None
+
+
+def original_of(place: Path) -> Path | None:
+    """Return the original model of a folder or file in a run directory; None elsewhere, and where it is gone."""
+    for parent in place.absolute().parents[:2]:  # a file lies in the folder of its format
+        if RunDirectory.is_run(parent):
+            original = Path(RunDirectory(parent).config()["source"])
+            return original if original.is_dir() else None
     return None

@@ -10,34 +10,43 @@ from typing import Any
 
 import torch
 
-from discquant.api import load, served_directory
+from discquant.api import load, original_of, served_directory
 from discquant.errors import ConfigError, MissingModelError
 from discquant.formats.source import load_tokenizer
 from discquant.modules import PackedReport
 from discquant.run.directory import RunDirectory
 
 
-def _tokenizer_folder(path: Path) -> Path:
-    if not RunDirectory.is_run(path):
-        return path
-    exported = served_directory(path)
-    return Path(RunDirectory(path).config()["source"]) if exported is None else exported
+def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of what `load` opens: its own, or that of the original of the run that it lies in."""
+    folders: list[Path | None] = [path if path.is_dir() else path.parent, original_of(path)]
+    if RunDirectory.is_run(path):
+        folders = [served_directory(path), Path(RunDirectory(path).config()["source"])]
+    for folder in folders:
+        found = None if folder is None else load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        if found is not None:
+            return found
+    raise MissingModelError(
+        f"generate: {path} has no tokenizer; put the original's tokenizer files beside its weights"
+    )
 
 
 def stream(
     path: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, mode: str = "auto",
-    device: str | None = None,
+    device: str | None = None, trust_remote_code: bool = False, allow_pickle: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Continue a prompt on standard output; tokens per second go to standard error.
 
     Args:
-        path: Exported model, run directory, or ordinary model folder.
+        path: Exported model (folder or file), run directory, or ordinary model folder.
         prompt: Text.
         max_new_tokens: Limit.
         temperature: 0 is greedy.
         seed: Of sampling.
         mode: How quantized layers are computed, see `discquant.load`.
         device: None is the GPU where there is one, else the CPU.
+        trust_remote_code: As for `discquant.load`.
+        allow_pickle: As for `discquant.load`.
 
     Returns:
         `text`, `tokens`, `seconds`, `packed_bytes` (0 without packed layers).
@@ -56,10 +65,14 @@ def stream(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"generate: device must be cpu, there is no CUDA device here, got {device}")
-    model: Any = load(path, mode=mode, device=device)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(_tokenizer_folder(Path(path)))
-    if tokenizer is None:
-        raise MissingModelError(f"generate: {path} has no tokenizer")
+    model: Any = load(
+        path,
+        mode=mode,  # type: ignore[arg-type]
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    tokenizer = _tokenizer(Path(path), trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
     if ids.numel() == 0:
         raise ValueError("generate: the prompt is empty")
@@ -80,7 +93,11 @@ def stream(
     tokens = int(output.shape[1] - ids.shape[1])
     report: PackedReport | None = getattr(model, "packed_report", None)
     packed = report.packed_bytes if report is not None else 0
-    what = "plain weights" if report is None else f"{report.layers} packed layers of {packed / 1e6:.1f} MB"
+    what = (
+        "plain weights"
+        if report is None or not report.layers
+        else f"{report.layers} packed layers of {packed / 1e6:.1f} MB"
+    )
     print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s ({what}, {device})", file=sys.stderr)
     text = tokenizer.decode(output[0, ids.shape[1] :])
     return {"text": text, "tokens": tokens, "seconds": seconds, "packed_bytes": packed}

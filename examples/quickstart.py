@@ -77,9 +77,10 @@ def _file_bytes(folder: Path) -> int:
 
 def _print(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="Bundled model, 3 bits symmetric, groups of 64; held-out text and problems")
-    names = ("", "KL to original", "top-1", "exact answers", "bits/weight", "file MB", "seconds")
+    # Headings of two lines: a terminal is 80 columns wide.
+    names = ("", "KL to original", "top-1", "exact\nanswers", "bits per\nweight", "file\nMB", "seconds")
     for index, column in enumerate(names):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(
             row["method"],

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from discquant.cli import main
+from discquant.errors import ConfigError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -239,6 +240,30 @@ def test_bad_candidates(run: Run, model: Path, tokens: str, tmp_path: Path) -> N
     status, _, error = run("generate", str(tmp_path / "none"), "hello")
     assert status == 2
     assert "error: " in error
+
+
+def test_generate_runs_and_unpickles_nothing_unasked(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options of the other commands, with the same names."""
+    _pickle(model)
+    status, _, error = run("generate", str(model), "hello")
+    assert status == 2 and "pytorch_model.bin" in error
+    status, _, error = run("generate", str(model), "hello", "--allow-pickle")
+    assert status == 2 and "no tokenizer" in error, "the model itself loads"
+    from discquant import generation
+
+    seen: list[dict[str, Any]] = []
+
+    def load(path: Path, **options: Any) -> None:
+        seen.append(options)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(generation, "load", load)
+    for given in ((), ("--trust-remote-code",), ("--allow-pickle",)):
+        run("generate", str(model), "hello", *given)
+    asked = [(options["trust_remote_code"], options["allow_pickle"]) for options in seen]
+    assert asked == [(False, False), (True, False), (False, True)]
 
 
 def test_layerwise_methods_from_the_command_line(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:

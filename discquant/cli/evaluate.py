@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ from discquant.errors import ConfigError
 def evaluate(
     original: Annotated[str, typer.Argument(help="Folder of the original model.")],
     candidates: Annotated[
-        list[str], typer.Argument(help="Checkpoints or run directories to compare with it.")
+        list[str], typer.Argument(help="Models, quantized or not, or run directories to compare with it.")
     ],
     dataset: Annotated[
         str, typer.Option(help="Text to measure on; see `discquant quantize --help`.")
@@ -41,11 +41,18 @@ def evaluate(
 ) -> None:
     """Compare CANDIDATES with ORIGINAL: KL (mean, quantiles, max), top-1 agreement, perplexity, bits per weight."""
     from discquant.evaluation.evaluate import evaluate as run_evaluation
-    from discquant.evaluation.evaluate import print_table, write_json
+    from discquant.evaluation.evaluate import write_json
+    from discquant.evaluation.table import print_table
     from discquant.run.directory import load_run_model
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"evaluate: --json {json_file}: there is no folder {json_file.absolute().parent}")
+
+    def open_run(run: Path, its_original: str | Path | None) -> Any:
+        return load_run_model(
+            run, original=its_original, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+        )
+
     where = compute_device(device)
     options.set_threads(threads)
     rows = run_evaluation(
@@ -62,7 +69,7 @@ def evaluate(
         text_key=text_key,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
-        open_run=load_run_model,
+        open_run=open_run,
     )
     print_table(rows)
     if json_file is not None:

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from discquant.cli import options
 from discquant.cli.app import app
 
 
 @app.command()
 def generate(
     model: Annotated[
-        Path, typer.Argument(help="Exported model, run directory, or an ordinary model folder.")
+        Path, typer.Argument(help="Exported model (folder or file), run directory, or an ordinary model.")
     ],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
@@ -27,6 +28,8 @@ def generate(
         ),
     ] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Continue PROMPT, streaming, and print tokens per second."""
     from discquant.environment import compute_device
@@ -40,4 +43,6 @@ def generate(
         seed=seed,
         mode=mode,
         device=None if device is None else str(compute_device(device)),
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )

@@ -186,16 +186,21 @@ def _print(made: Plan) -> None:
         cells = [f"{peak.total('gpu' if c == 'device' else c) / gigabyte:,.3f}" for c in columns]
         table.add_row(peak.name, *cells, f"{largest} {items[largest] / gigabyte:,.3f}")
     console.print(table)
-    options = Table(title="Against the alternatives" + (", the machine's" if ranks > 1 else ""))
-    for column in ("placement", "state", *columns, "in GB/step", "out GB/step", "s/step", "fits"):
-        options.add_column(column, justify="left" if column in ("placement", "state") else "right")
+    # As narrow as it goes: terminals are 80 columns wide.
+    title = "Against the alternatives, GB (in and out: moved per step)" + (
+        ", of all ranks" if ranks > 1 else ""
+    )
+    options = Table(title=title, collapse_padding=True)
+    for column in ("placement", "state", *columns, "in", "out", "s/step", "fits"):
+        left = column in ("placement", "state")
+        options.add_column(column, justify="left" if left else "right", overflow="fold")
     for option in made.options:
         sizes = [option.gpu] if device.memory is not None else []
         sizes += [option.host, option.disk, option.moved_in, option.moved_out]
         options.add_row(
             option.placement,
             option.state,
-            *(f"{size / gigabyte:,.2f}" for size in sizes),
+            *(f"{size / gigabyte:,.{2 if size < 100 * gigabyte else 0}f}" for size in sizes),
             f"{option.seconds:,.3g}",
             "yes" if option.fits else "no",
         )

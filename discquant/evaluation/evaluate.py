@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`evaluate`: candidates on disk against their original, as rows, as a table for the terminal, and as JSON."""
+"""`evaluate`: candidates on disk against their original, as rows and as JSON; `table` prints them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ import torch
 from discquant.calibration import Windows, load_windows
 from discquant.calibration.arithmetic import problems
 from discquant.errors import CalibrationError
-from discquant.evaluation.candidates import bits_per_weight, check_candidate, open_candidate
+from discquant.evaluation.candidates import (
+    bits_per_weight,
+    candidate_original,
+    check_candidate,
+    open_candidate,
+)
 from discquant.evaluation.divergence import compare_models
 from discquant.evaluation.exact_match import exact_match
 from discquant.formats.source import open_source
@@ -62,14 +67,14 @@ def evaluate(
     text_key: str = "text",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    open_run: Callable[[Path], Any] | None = None,
+    open_run: Callable[[Path, str | Path | None], Any] | None = None,
     on_windows: Callable[[Windows], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure candidates against their original on one text.
 
     Args:
         original_path: Folder of the original model.
-        candidate_paths: Model folders, compressed-tensors folders, run directories.
+        candidate_paths: Model folders, quantized folders and files of any format that is read, run directories.
         dataset: As for `load_windows`; text that no candidate was calibrated on.
         nsamples: Windows at most.
         seqlen: Tokens per window.
@@ -99,8 +104,10 @@ def evaluate(
         raise ValueError("evaluate: candidate_paths must name at least one candidate, got none")
     for path in candidate_paths:
         check_candidate(path)
+    bits = {str(path): bits_per_weight(path) for path in candidate_paths}  # first: it reads every header
     allowed: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     source = open_source(original_path, **allowed)
+    origins = {str(path): candidate_original(path, source) for path in candidate_paths}
     if exact_match_problems and source.tokenizer is None:
         raise CalibrationError(f"{original_path} has no tokenizer, so it cannot be asked problems")
     chosen = (
@@ -123,9 +130,7 @@ def evaluate(
     for group in groups:
         models = {
             str(place): _compute(
-                open_candidate(
-                    path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, open_run=open_run
-                ),
+                open_candidate(path, original=origins[str(path)], open_run=open_run, **allowed),
                 dtype,
                 chosen,
             )
@@ -134,7 +139,7 @@ def evaluate(
         measured = compare_models(original, models, windows, batch_size=batch_size, device=chosen)
         for place, path in enumerate(group):
             row: dict[str, Any] = {"path": str(path), **measured[str(place)].to_dict()}
-            row["bits_per_weight"] = bits_per_weight(path)
+            row["bits_per_weight"] = bits[str(path)]
             row |= {"dataset": dataset, "windows": len(windows), "windows_digest": windows.digest}
             if stories:
                 itself = Path(path).resolve() == Path(original_path).resolve()  # asked once already
@@ -152,58 +157,6 @@ def evaluate(
 
 def _answers(model: Any, tokenizer: Any, stories: list[Any], max_new_tokens: int) -> float | None:
     return exact_match(model, tokenizer, stories, max_new_tokens=max_new_tokens) if stories else None
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of each path, as many as tell it from the others; equal paths are numbered."""
-    parts = [Path(path).parts for path in paths]
-    names = []
-    for place, own in enumerate(parts):
-        others = [other for index, other in enumerate(parts) if index != place and other != own]
-        depth = 1
-        while depth < len(own) and any(other[-depth:] == own[-depth:] for other in others):
-            depth += 1
-        number = parts[: place + 1].count(own)
-        names.append("/".join(own[-depth:]) + (f" ({number})" if parts.count(own) > 1 else ""))
-    return names
-
-
-def table(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> Any:
-    """A `rich` table of rows of `evaluate`, one column per candidate; print it with a `rich` console."""
-    from rich.table import Table
-
-    lines = [
-        ("KL mean", "kl_mean", ".4g"), ("  standard error", "kl_stderr", ".1g"), ("KL median", "kl_median", ".3g"),
-        ("KL 99 %", "kl_p99", ".3g"), ("KL 99.9 %", "kl_p999", ".3g"), ("KL max", "kl_max", ".3g"),
-        ("top-1 agreement", "top1", ".2%"), ("perplexity", "perplexity", ".4g"),
-        ("  ratio to the original", "perplexity_ratio", ".4f"), ("exact answers", "exact_match", ".1%"),
-        ("bits per weight", "bits_per_weight", ".3f"), ("non-finite positions", "nonfinite", ",d"),
-    ]  # fmt: skip
-    original = {"perplexity": "perplexity_original", "exact_match": "exact_match_original"}
-    first = rows[0] if rows else {}
-    text = first.get("dataset", "")
-    caption = f"KL(original || candidate) in nats over {first.get('tokens', 0):,} positions of {text}"
-    result = Table(title=title, caption=caption)
-    result.add_column("")
-    result.add_column("original", justify="right")
-    for name in short_names([str(row["path"]) for row in rows]):
-        result.add_column(name, justify="right", overflow="fold")
-    for heading, key, form in lines:
-        values = [row.get(key) for row in rows]
-        # Nothing to say: no problems were asked, or every position is finite.
-        if (key == "nonfinite" and not any(values)) or all(value is None for value in values):
-            continue
-        reference = first.get(original[key]) if key in original else None
-        shown = "" if reference is None else format(reference, form)
-        result.add_row(heading, shown, *("-" if value is None else format(value, form) for value in values))
-    return result
-
-
-def print_table(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> None:
-    """Print rows of `evaluate` to the terminal."""
-    from rich.console import Console
-
-    Console().print(table(rows, title=title))
 
 
 def write_json(rows: Sequence[dict[str, Any]], file: str | Path) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discquant.errors import CheckpointError
-from discquant.formats.checkpoint import Checkpoint
+from discquant.errors import CheckpointError, MissingModelError
+from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import Format
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.compressed_tensors import PACKED, decode, parse_config
@@ -68,40 +68,74 @@ def other_tensors(chosen: Format, path: Path) -> Iterator[tuple[str, Tensor]]:
         yield from rest(path)
 
 
+def configuration_folder(path: str | Path, original: str | Path | None = None) -> Path:
+    """Folder whose config.json describes the model in a quantized folder or file: its own, else the original's.
+
+    Args:
+        path: The folder or file.
+        original: Folder of the model that it was made from; asked where nothing lies beside the file.
+
+    Raises:
+        MissingModelError: Neither says what the model is; the message names what can be done.
+        CheckpointError: A config.json is no JSON.
+    """
+    place = Path(path)
+    own = place if place.is_dir() else place.parent
+    # Downloads often come with a config.json of one line; it does not describe a model.
+    if (own / "config.json").is_file() and read_json(own / "config.json").get("architectures"):
+        return own
+    if original is not None:
+        return Path(original)
+    raise MissingModelError(
+        f"{place} cannot be opened by itself: no config.json {'in it' if place.is_dir() else 'beside it'} describes "
+        "its model. Put config.json and tokenizer of the original there, or give the original: "
+        f"discquant evaluate ORIGINAL {place}"
+    )
+
+
 def load_quantized(
-    path: str | Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    original: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A transformers model whose quantized layers hold their dequantized weights, ready to run in `dtype`.
 
     Args:
-        path: A directory in one of the formats of safetensors files, written by discquant or another tool.
-        dtype: Of the model; None takes the one that config.json names, else float32.
+        path: A folder or file in one of the registry's formats, written by discquant or another tool.
+        dtype: Of the model; None takes the one that config.json names, else float32; of GGUF and ONNX, whose engines
+            compute on what a file decodes to in float32, always float32.
+        original: Folder of the model that it was made from; needed for files without a config.json of their own.
         trust_remote_code: Passed to transformers; without it a model that brings its own code is refused.
 
     Returns:
         The model in evaluation mode, on the CPU.
 
     Raises:
-        MissingModelError, CheckpointError: The directory cannot be read, or does not fill the model.
+        MissingModelError, CheckpointError: It cannot be read, does not fill the model, or nothing says what it is.
         NotImplementedError: It is quantized in a way that is not read.
     """
     import transformers
 
-    checkpoint = Checkpoint(path)
-    checkpoint.config()
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    # Without this entry transformers takes the weights for what they now are: plain.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    chosen = find(path)
-    if not isinstance(chosen, SafetensorsFormat):
-        raise NotImplementedError(f"load: {path} is {chosen.name}; its own engine runs it")
-    note_beyond(chosen, checkpoint)
-    state = {f"{layer.name}.weight": layer.dequantize(dtype) for layer in chosen.read(Path(path))}
-    others = dict(other_tensors(chosen, Path(path)))
+    place = Path(path)
+    chosen = find(place)
+    packed = isinstance(chosen, SafetensorsFormat)  # found by its own config.json
+    folder = place if packed else configuration_folder(place, original)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    # Without these entries transformers takes the weights for what they now are: plain.
+    for entry in ("quantization_config", "quantization"):
+        if hasattr(config, entry):
+            delattr(config, entry)
+    dtype = dtype or (getattr(config, "dtype", None) if packed else None) or torch.float32
+    if isinstance(chosen, SafetensorsFormat):
+        note_beyond(chosen, Checkpoint(place))
+    state = {f"{layer.name}.weight": layer.dequantize(dtype) for layer in chosen.read(place)}
+    others = dict(other_tensors(chosen, place))
     idle = {name for name in others if inert(name, functools.partial(others.__getitem__, name))}
     state |= others
+    if chosen.name == "onnx":  # where the names are others, the model is not filled, which is told below
+        state |= dict(chosen.plain_tensors(place))  # type: ignore[attr-defined]
     architecture = (config.architectures or [""])[0]
     model_class = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
     extra = (
@@ -115,8 +149,8 @@ def load_quantized(
         wrong = sorted(set(loaded[kind]) - idle)
         if wrong:
             raise CheckpointError(f"{path} does not fit {type(model).__name__}: {kind} {wrong[:8]}")
-    if (Path(path) / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 

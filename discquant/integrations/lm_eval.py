@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from discquant.errors import ConfigError
+import sys
+
+from discquant.environment import variable
+from discquant.errors import ConfigError, UserError
 
 
 def main() -> None:
@@ -22,5 +25,16 @@ def main() -> None:
     cli_evaluate()
 
 
+def console() -> None:
+    """`main`, with a user's error as one line and exit status 2; what lm-eval raises itself is its own."""
+    try:
+        main()
+    except UserError as error:
+        if variable("DISCQUANT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 if __name__ == "__main__":
-    main()
+    console()

@@ -271,35 +271,80 @@ def apply_layers(
     return model
 
 
-def load_run_model(path: Path, dtype: torch.dtype | None = None) -> torch.nn.Module:
+def load_run_model(
+    path: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    original: str | Path | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> torch.nn.Module:
     """Return the original model of a run with its final codes in place.
+
+    Args:
+        path: The run.
+        dtype: Of the model; None is the original's.
+        original: Where the run's original is now; None is where it was.
+        trust_remote_code: As for `open_source`; what the run was made with is allowed again.
+        allow_pickle: Likewise.
 
     Raises:
         MissingModelError: `path` is no finished run, or its original model is gone.
-        CheckpointError: The original model has changed since.
+        CheckpointError: The original model has changed since, or `original` is another.
     """
     from discquant.formats.source import open_source
 
     run = RunDirectory(Path(path))
     config = run.config()
-    refined = run.path / str(config["identity"]["config"]["format"])
-    if config.get("quantized") and any(refined.glob("*.safetensors")):
+    home = Path(original or config["source"])
+    refined = refined_model(run)
+    if refined is not None:
         # Its codes may stand for weights scaled per channel, with norms that only the file has.
         from discquant.formats.load import load_quantized
 
-        loaded: torch.nn.Module = load_quantized(refined, dtype)
+        loaded: torch.nn.Module = load_quantized(
+            refined,
+            dtype,
+            original=home if home.is_dir() else None,
+            trust_remote_code=trust_remote_code,
+        )
         return loaded
+    if original is None and not home.is_dir():
+        raise MissingModelError(
+            f"run: the original model of {path} is not at {home} any more, and its codes alone are no model. Put it "
+            f"back, or write a model that stands alone: discquant export {path} --format compressed-tensors "
+            "--original MODEL"
+        )
     summary = json.loads((run.path / SUMMARY).read_text(encoding="utf-8")) if run.complete else {}
     if summary.get("refine", {}).get("derivation", {}).get("folded"):
         raise CheckpointError(
-            f"run: the file that {path} refined has scaled weights, and is in a format that its own engine runs"
+            f"run: the file that {path} refined has scaled weights; its codes do not fit the original, and the refined "
+            "file is gone"
         )
     source = open_source(
-        config["source"],
+        home,
         dtype=dtype,
-        trust_remote_code=bool(config.get("trust_remote_code")),
-        allow_pickle=bool(config.get("allow_pickle")),
+        trust_remote_code=trust_remote_code or bool(config.get("trust_remote_code")),
+        allow_pickle=allow_pickle or bool(config.get("allow_pickle")),
     )
     if source.digest != config["identity"]["source_digest"]:
-        raise CheckpointError(f"run: the model at {config['source']} has changed since the run in {path}")
+        raise CheckpointError(
+            f"run: the model at {home} has changed since the run in {path}"
+            if original is None
+            else f"run: the model at {home} is not the one that the run in {path} rounded"
+        )
     return apply_layers(source.model, run.coded_layers(), served_dtype(source.config))
+
+
+def refined_model(run: RunDirectory) -> Path | None:
+    """Return the file or folder that a run of refine wrote; None of other runs, and where it is not there (yet).
+
+    Raises:
+        MissingModelError: There is no run.
+    """
+    config = run.config()
+    if not config.get("quantized"):
+        return None
+    folder = run.path / str(config["identity"]["config"]["format"])
+    file = run.path / Path(config["quantized"]).name
+    return next((place for place in (folder, file) if place.exists()), None)

@@ -13,14 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from discquant.config import GridConfig
 from discquant.errors import CalibrationError, CheckpointError, MissingModelError
 from discquant.evaluation import compare_models, evaluate
 from discquant.evaluation.candidates import bits_per_weight
-from discquant.evaluation.evaluate import short_names, table, write_json
+from discquant.evaluation.evaluate import write_json
+from discquant.evaluation.table import short_names, table
+from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.export import export_compressed_tensors
+from discquant.formats.source import open_source
+from discquant.grids import place_grid
 
 REQUIRED = (
     "path", "kl_mean", "kl_stderr", "kl_median", "kl_p99", "kl_p999", "kl_max", "top1", "perplexity",
@@ -48,22 +55,36 @@ def packed_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+def write_nearest(model_dir: Path, out: Path, name: str, grid: GridConfig) -> Path:
+    """The model in one format of the registry, rounded to nearest."""
+    checkpoint, layers = Checkpoint(model_dir), []
+    for key in checkpoint.tensors:
+        if key.endswith("_proj.weight"):
+            weight = checkpoint.read(key).float()
+            laid = place_grid(weight, grid)
+            layers.append(CodedLayer(key.removesuffix(".weight"), laid.nearest(weight), laid))
+    registry.by_name(name).write(checkpoint, out, layers)
+    return out
+
+
 @pytest.fixture(scope="module")
 def run_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory as far as `evaluate` looks at one."""
     path = tmp_path_factory.mktemp("run")
-    (path / "config.json").write_text(json.dumps({"discquant_run": 1, "source": str(model_dir)}))
+    digest = open_source(model_dir).digest
+    facts = {"discquant_run": 1, "source": str(model_dir), "identity": {"source_digest": digest}}
+    (path / "config.json").write_text(json.dumps(facts))
     (path / "codes.safetensors").write_bytes(b"read by open_run")
     (path / "summary.json").write_text(json.dumps({"sizes": {"bits_per_weight": 3.5}}))
     return path
 
 
 @pytest.fixture(scope="module")
-def open_run(model_dir: Path) -> Callable[[Path], Any]:
-    def opened(path: Path) -> Any:
+def open_run(model_dir: Path) -> Callable[..., Any]:
+    def opened(path: Path, original: Path | None) -> Any:
         from transformers import AutoModelForCausalLM
 
-        assert json.loads((path / "config.json").read_text())["source"] == str(model_dir)
+        assert json.loads((path / "config.json").read_text())["source"] == str(original) == str(model_dir)
         model = AutoModelForCausalLM.from_pretrained(model_dir)
         with torch.no_grad():
             for layer in layers_of(model_dir):
@@ -74,7 +95,7 @@ def open_run(model_dir: Path) -> Callable[[Path], Any]:
 
 
 def test_all_kinds_of_candidates(
-    model_dir: Path, packed_dir: Path, run_dir: Path, open_run: Callable[[Path], Any]
+    model_dir: Path, packed_dir: Path, run_dir: Path, open_run: Callable[..., Any]
 ) -> None:
     seen: list[Any] = []
     rows = evaluate(
@@ -92,15 +113,17 @@ def test_all_kinds_of_candidates(
     assert packed["kl_mean"] > 0
     # The same codes from the packed file and from the run directory are the same weights, to the bit.
     assert all(packed[key] == run[key] for key in REQUIRED[1:-1])
-    # 3 bits in whole 32-bit words per row (64 and 128 columns: exact), one 16-bit scale per 32 weights.
-    assert packed["bits_per_weight"] == 3 + 16 / 32
+    # 3 bits in whole 32-bit words per row (64 and 128 columns: exact), one 16-bit scale per 32 weights, and a shape
+    # of 128 bits per layer.
+    layers = layers_of(model_dir)
+    shapes = 128 * len(layers) / sum(layer.q.numel() for layer in layers)
+    assert packed["bits_per_weight"] == pytest.approx(3 + 16 / 32 + shapes)
     assert run["bits_per_weight"] == 3.5
 
 
 def test_equals_compare_models_in_float32(model_dir: Path, packed_dir: Path) -> None:
     from discquant.calibration import load_windows
     from discquant.formats.load import load_quantized
-    from discquant.formats.source import open_source
 
     (row,) = evaluate(model_dir, [packed_dir], "self", nsamples=4, seqlen=16, seed=9)
     original = open_source(model_dir).model.float()
@@ -155,6 +178,34 @@ def test_table_and_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "rows.json").read_text()) == [row, broken]
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_table_is_whole_at_any_width(count: int, width: int) -> None:
+    """Every heading, every value and, across its lines, every name; nothing is cut to fit."""
+    from rich.console import Console
+
+    row: dict[str, Any] = dict.fromkeys(REQUIRED, 0.012345) | {
+        "tokens": 12345, "dataset": "text.txt", "perplexity_original": 7.5, "perplexity_ratio": 1.01,
+        "exact_match": 0.5, "exact_match_original": 0.75, "nonfinite": 3,
+    }  # fmt: skip
+    names = [f"run{place}-compressed-tensors" for place in range(count)]
+    out = io.StringIO()
+    Console(file=out, width=width).print(table([row | {"path": name} for name in names]))
+    shown = out.getvalue()
+    assert "…" not in shown and all(len(line) <= width for line in shown.splitlines())
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    for heading in (
+        "KL mean", "standard error", "top-1 agreement", "ratio to the original", "bits per weight",
+        "non-finite positions",
+    ):  # fmt: skip
+        found = [values for head, *values in cells if head == heading]
+        assert sum(len(values) - 1 for values in found) == count, heading
+        assert all(value for values in found for value in values[1:]), heading
+    for place in range(count):
+        assert f"run{place}" in shown
+    assert shown.count("text.txt") == 1
+
+
 def test_short_names() -> None:
     assert short_names(["a/x", "b/x", "c/y"]) == ["a/x", "b/x", "y"]
     assert short_names(["a/x", "a/x", "x"]) == ["a/x (1)", "a/x (2)", "x"]
@@ -165,6 +216,44 @@ def test_bits_of_runs_and_pickles(tmp_path: Path) -> None:
     assert bits_per_weight(tmp_path) is None
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert bits_per_weight(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("gptq", "uniform"), ("autoround", "uniform"), ("awq", "uniform"), ("compressed-tensors", "nvfp4"),
+        ("compressed-tensors", "mxfp4"),
+    ],
+)  # fmt: skip
+def test_bits_of_every_safetensors_format(model_dir: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """What the file keeps for its quantized layers, over their weights; the same from `evaluate`."""
+    grid = GridConfig(4, 32, True, "absmax") if kind == "uniform" else GridConfig.of_kind(kind)
+    out = write_nearest(model_dir, tmp_path / "out", name, grid)
+    layers = [layer.name for layer in layers_of(model_dir)]
+    stored = sum(
+        info.num_bytes for key, info in Checkpoint(out).tensors.items() if key.rpartition(".")[0] in layers
+    )
+    weights = sum(layer.q.numel() for layer in layers_of(model_dir))
+    assert bits_per_weight(out) == pytest.approx(8 * stored / weights)
+    assert 4 < 8 * stored / weights < 6
+    (row,) = evaluate(model_dir, [out], "self", nsamples=2, seqlen=8)
+    assert row["bits_per_weight"] == bits_per_weight(out)
+
+
+def test_damage_shows_before_anything_is_measured(model_dir: Path, tmp_path: Path) -> None:
+    out = write_nearest(model_dir, tmp_path / "out", "gptq", GridConfig(4, 32, True, "absmax"))
+    tensors = {key: value for key, value in Checkpoint(out).iterate() if not key.endswith("k_proj.scales")}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    seen: list[Any] = []
+    with pytest.raises(CheckpointError, match="scales is missing"):
+        evaluate(model_dir, [out], "self", nsamples=2, seqlen=8, on_windows=seen.append)
+    assert not seen
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no quantized format that is read"):
+        evaluate(model_dir, [out], "self", nsamples=2, seqlen=8, on_windows=seen.append)
+    assert not seen
 
 
 def test_rejects(model_dir: Path, packed_dir: Path, run_dir: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from types import ModuleType
 
@@ -32,3 +33,15 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     with pytest.raises(ConfigError, match="pip install"):
         lm_eval.main()
+
+
+def test_says_it_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `python -m discquant.integrations.lm_eval` runs it."""
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    monkeypatch.delitem(sys.modules, "discquant.integrations.lm_eval")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("discquant.integrations.lm_eval", run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: lm-eval is not installed: pip install lm-eval[hf]"
+    ]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables for the terminal are whole at 80 columns: nothing is cut to fit. `evaluate`'s are tested beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from discquant.cli import app
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "llama-3.1-70b"])
+def test_plan(model: str, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    configs = repo_root / "tests" / "planning" / "configs"
+    line = ["plan", str(configs / model), "--gpu", "h100", "--host-memory", "4000", "--disk", "4000"]
+    done = CliRunner().invoke(app, [*line, "--dataset", "text.txt"], catch_exceptions=False)
+    assert "…" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+    # Every cell in one line: state formats are of two words.
+    assert done.stdout.count("u8 momentum │") == 3
+    for heading in ("placement", "device", "host", "disk", "out", "s/step", "fits"):
+        assert any(heading in line for line in done.stdout.splitlines() if line.startswith("┃"))
+
+
+def test_quickstart(repo_root: Path) -> None:
+    place = repo_root / "examples" / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart", place)
+    assert spec is not None and spec.loader is not None
+    quickstart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quickstart)
+    row: dict[str, Any] = {
+        "method": "discquant", "kl_mean": 0.0284, "kl_stderr": 0.0012, "top1": 0.912, "exact_match": 0.9648,
+        "bits_per_weight": 3.25, "file_bytes": 2_180_000, "seconds": 456.0,
+    }  # fmt: skip
+    out = io.StringIO()
+    quickstart._print([row], Console(file=out, width=80))
+    shown = out.getvalue()
+    for words in (
+        "KL to original",
+        "top-1",
+        "exact",
+        "answers",
+        "bits per",
+        "weight",
+        "file",
+        "MB",
+        "seconds",
+    ):
+        assert words in shown
+    assert "0.0284 ± 0.0012" in shown and "…" not in shown
