@@ -21,7 +21,7 @@ from discquant import environment
 from discquant.calibration import load_windows
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig, preset
 from discquant.formats.source import open_source
-from discquant.run.directory import served_dtype
+from discquant.run.served import served_dtype
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.measure import mean_kl

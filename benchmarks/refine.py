@@ -22,8 +22,8 @@ from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.source import open_source
-from discquant.run.directory import served_dtype
 from discquant.run.refine import RefinePipeline
+from discquant.run.served import served_dtype
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.solve import TokenRows, lay_grids

@@ -24,7 +24,8 @@ from discquant.formats.source import open_source, read_config
 from discquant.grids import Grid
 from discquant.ops.packed_linear import MODES, Mode
 from discquant.run.checks import check_groups, check_ignore
-from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.directory import RunDirectory
+from discquant.run.served import load_run_model
 from discquant.run.summary import coded_layers
 from discquant.solver.chain import Chain, DecoderChain, ModuleChain
 from discquant.solver.engine import Engine
@@ -69,7 +70,7 @@ class Quantized:
 
     def apply(self) -> nn.Module:
         """Overwrite the model's weights with the served ones, in place; return the model."""
-        from discquant.run.directory import apply_layers
+        from discquant.run.served import apply_layers
 
         return apply_layers(self.model, self.coded_layers(), self.served)
 

@@ -43,7 +43,7 @@ def evaluate(
     from discquant.evaluation.evaluate import evaluate as run_evaluation
     from discquant.evaluation.evaluate import write_json
     from discquant.evaluation.table import print_table
-    from discquant.run.directory import load_run_model
+    from discquant.run.served import load_run_model
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"evaluate: --json {json_file}: there is no folder {json_file.absolute().parent}")

@@ -65,7 +65,7 @@ def open_candidate(
         original: Where the model is that it was made from: of a run, None is where it was (`run_original`); of a GGUF
             or ONNX file, asked for what config.json says where none lies beside it.
         open_run: Gives the model of a run directory, from its path and `original`
-            (`discquant.run.directory.load_run_model`). It is handed in because runs evaluate, so evaluation must not
+            (`discquant.run.served.load_run_model`). It is handed in because runs evaluate, so evaluation must not
             import them.
         trust_remote_code: As for `open_source`.
         allow_pickle: As for `open_source`.

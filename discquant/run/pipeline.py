@@ -32,11 +32,12 @@ from discquant.run.checks import (
     check_text,
     run_identity,
 )
-from discquant.run.directory import RunDirectory, served_dtype
+from discquant.run.directory import RunDirectory
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.lock import locked
 from discquant.run.phases import Phases
 from discquant.run.planned import compare_run, plan_run, refuse_too_large
+from discquant.run.served import served_dtype
 from discquant.run.solving import Codes, Solving
 from discquant.run.summary import coded_layers, summarize_run
 from discquant.run.windows import CALIBRATION, few_windows, keep_windows, run_windows, split_windows

@@ -29,9 +29,9 @@ from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weigh
 from discquant.formats.source import Source, pickled_files
 from discquant.grids import Grid
 from discquant.run.derive import Derivation, check_derivation, common_grid
-from discquant.run.directory import served_dtype
 from discquant.run.events import Events
 from discquant.run.pipeline import Pipeline, weight_bytes
+from discquant.run.served import served_dtype
 from discquant.run.solving import kept_start
 from discquant.run.summary import layer_table
 from discquant.solver.chain import Chain, DecoderChain

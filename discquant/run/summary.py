@@ -17,7 +17,8 @@ from discquant.formats.bits import bits_per_weight, grid_bits
 from discquant.formats.coded import CodedLayer
 from discquant.formats.source import Source
 from discquant.grids import Grid
-from discquant.run.directory import RunDirectory, apply_layers
+from discquant.run.directory import RunDirectory
+from discquant.run.served import apply_layers
 from discquant.solver.chain import Chain
 from discquant.solver.measure import mean_kl
 from discquant.solver.solve import Solve, TokenRows

@@ -21,7 +21,7 @@ from discquant.planning.hardware import DEVICES
 from discquant.planning.memory import HEAP, grid_share, phase_peaks, state_bytes
 from discquant.planning.plan import Machine, setting_for
 from discquant.planning.shape import shape_of
-from discquant.run.directory import apply_layers
+from discquant.run.served import apply_layers
 from discquant.run.summary import coded_layers
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes

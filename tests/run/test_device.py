@@ -23,10 +23,10 @@ from discquant.formats.lazy import settle
 from discquant.grids import Grid
 from discquant.ops import _registry
 from discquant.run import pipeline
-from discquant.run.directory import apply_layers
 from discquant.run.events import Events, RunStoppedError
 from discquant.run.pipeline import Pipeline
 from discquant.run.refine import RefinePipeline
+from discquant.run.served import apply_layers
 from discquant.run.summary import coded_layers
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from discquant.api import load
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
-from discquant.run.directory import RunDirectory, apply_layers
+from discquant.run.directory import RunDirectory
 from discquant.run.events import Events
 from discquant.run.pipeline import Pipeline
+from discquant.run.served import apply_layers
 from discquant.solver.engine import Engine
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -26,11 +26,11 @@ from discquant.formats.load import load_quantized
 from discquant.formats.load_packed import load_packed_model
 from discquant.formats.source import open_source
 from discquant.grids import place_grid
-from discquant.run.directory import load_run_model
 from discquant.run.events import Events
 from discquant.run.export import export
 from discquant.run.inspection import inspect
 from discquant.run.refine import RefinePipeline
+from discquant.run.served import load_run_model
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % 90 + 3
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

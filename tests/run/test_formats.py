@@ -16,9 +16,10 @@ from discquant.evaluation.candidates import bits_per_weight
 from discquant.formats import registry
 from discquant.grids import AffineGrid, TableGrid, UniformGrid
 from discquant.grids.storage import restore, store
-from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.directory import RunDirectory
 from discquant.run.inspection import inspect
 from discquant.run.pipeline import Pipeline
+from discquant.run.served import load_run_model
 
 
 def _config(dataset: str, grid: GridConfig, formats: str) -> QuantizeConfig:

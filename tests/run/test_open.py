@@ -20,9 +20,9 @@ from discquant.errors import CheckpointError, MissingModelError
 from discquant.evaluation import evaluate
 from discquant.formats import registry
 from discquant.generation import stream
-from discquant.run.directory import load_run_model
 from discquant.run.pipeline import Pipeline
 from discquant.run.refine import RefinePipeline
+from discquant.run.served import load_run_model
 
 IDS = torch.arange(24).reshape(2, 12) * 5 % 97
 # Formats that other engines run, each with a grid that it holds.

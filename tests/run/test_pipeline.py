@@ -19,7 +19,8 @@ import torch
 
 import discquant
 from discquant.formats.compressed_tensors import Scheme
-from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.directory import RunDirectory
+from discquant.run.served import load_run_model
 
 Command = Callable[..., list[str]]
 # Timings, memory and metrics differ between runs; everything that is served or resumed from must not.

@@ -23,10 +23,11 @@ from discquant.formats.coded import CodedLayer
 from discquant.formats.refined import keep_card
 from discquant.grids import place_grid
 from discquant.run.derive import row_correlations
-from discquant.run.directory import RunDirectory, load_run_model
+from discquant.run.directory import RunDirectory
 from discquant.run.events import Events
 from discquant.run.export import export
 from discquant.run.refine import RefinePipeline
+from discquant.run.served import load_run_model
 
 Make = Callable[..., Path]
 
