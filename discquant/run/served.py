@@ -159,6 +159,8 @@ def load_run_model(
 def refined_model(run: RunDirectory) -> Path | None:
     """Return the file or folder that a run of refine wrote; None of other runs, and where it is not there (yet).
 
+    A lone file lies in the folder of its format under its own name; earlier versions put it into the run itself.
+
     Raises:
         MissingModelError: There is no run.
     """
@@ -166,5 +168,5 @@ def refined_model(run: RunDirectory) -> Path | None:
     if not config.get("quantized"):
         return None
     folder = run.path / str(config["identity"]["config"]["format"])
-    file = run.path / Path(config["quantized"]).name
-    return next((place for place in (folder, file) if place.exists()), None)
+    name = Path(config["quantized"]).name
+    return next((place for place in (folder / name, run.path / name, folder) if place.exists()), None)

@@ -106,7 +106,7 @@ def test_bits_per_weight_are_one_number(
     assert summary["sizes"]["bits_per_weight"] == manifest["bits_per_weight"] == bits
     assert inspect(out)["bits_per_weight"] == inspect(out / name)["bits_per_weight"] == bits
     assert f"{bits:.3f} bits per quantized weight" in (out / name / "README.md").read_text(encoding="utf-8")
-    assert bits_per_weight(out / name) == (None if name == "gguf" else bits)
+    assert bits_per_weight(out / name) == bits
     bare = Pipeline(wide_dir, tmp_path / "bare", _config(dataset, grid, "none")).execute()
     own = bits if grid.kind != "uniform" or name == "compressed-tensors" else 3.25
     assert bare["sizes"]["bits_per_weight"] == inspect(tmp_path / "bare")["bits_per_weight"] == own

@@ -148,7 +148,7 @@ def test_a_refined_file(make: Callable[..., Path], dataset: str, model_dir: Path
         baselines=(),
     )
     RefinePipeline(file, tmp_path / "refined", model_dir, config).execute()
-    refined = tmp_path / "refined" / "small.gguf"
+    refined = tmp_path / "refined" / "gguf" / "small.gguf"
     assert refined.is_file()
     of_run, of_file = discquant.load(tmp_path / "refined"), discquant.load(refined)
     assert torch.equal(logits(of_run), logits(of_file))
