@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from discquant.config import GRID_KINDS, GridConfig
 from discquant.errors import UnrepresentableError, UserError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
+from discquant.formats.load import other_tensors
 from discquant.grids import place_grid
 
 SECONDS = 5.0  # of CPU per file, whatever else the machine does; a whole one reads in milliseconds
@@ -114,7 +115,39 @@ def base_files(chosen: Format, folder: Path) -> list[Path]:
         # Some refuse only the values: a scale that the served dtype does not have.
         with suppress(UnrepresentableError):
             found.append(_base(chosen, grid, hidden, folder, f"{chosen.name}_{index}"))
+    others = {"gptq": _old, "compressed-tensors": _with_activations}
+    if chosen.name in others:
+        made = [shutil.copytree(base, base.with_name(f"{base.name}_foreign")) for base in found]
+        for copied in made:
+            others[chosen.name](copied)
+        found += made
     return found
+
+
+def _old(folder: Path) -> None:
+    """As AutoGPTQ left it: a configuration of its own, and tensors that change nothing."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "quantize_config.json").write_text(
+        json.dumps(config.pop("quantization_config")), encoding="utf-8"
+    )
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    name = "model.layers.0.self_attn"
+    rotary = torch.ones(16)
+    _more(folder, {f"{name}.q_proj.bias": torch.zeros(4), f"{name}.rotary_emb.inv_freq": rotary})
+
+
+def _with_activations(folder: Path) -> None:
+    """As a tool leaves it that quantizes activations too."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for group in config["quantization_config"]["config_groups"].values():
+        group["input_activations"] = {"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "group"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _more(folder, {"model.layers.0.self_attn.q_proj.input_global_scale": torch.ones(1)})
+
+
+def _more(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    (file,) = folder.glob("*.safetensors")
+    save_file({**load_file(file), **tensors}, file, {"format": "pt"})
 
 
 def _base(chosen: Format, grid: GridConfig, hidden: int, folder: Path, name: str) -> Path:
@@ -342,11 +375,13 @@ def limits() -> Iterator[None]:
 
 
 def consume(chosen: Format, path: Path) -> None:
-    """What every user of a file does first: find the format, describe it, decode every layer."""
+    """What every user of a file does first: find the format, describe it, decode every layer, read the rest."""
     registry.find(path)
     chosen.describe(path)
     for layer in chosen.read(path):
         layer.dequantize(torch.float32)
+    for _ in other_tensors(chosen, path):
+        pass
 
 
 def check(chosen: Format, path: Path, result: Result, case: int) -> None:
