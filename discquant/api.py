@@ -16,11 +16,12 @@ from discquant.calibration import Windows, load_windows
 from discquant.config import QuantizeConfig
 from discquant.environment import compute_device
 from discquant.errors import ConfigError, MissingModelError
+from discquant.formats.checkpoint import read_json
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.registry import quantized as quantized_format
 from discquant.formats.safetensors_format import SafetensorsFormat
-from discquant.formats.source import open_source, read_config
+from discquant.formats.source import open_source
 from discquant.grids import Grid
 from discquant.ops.packed_linear import MODES, Mode
 from discquant.run.checks import check_groups, check_ignore
@@ -277,19 +278,24 @@ def _open_model(
 def served_directory(run: Path) -> Path | None:
     """Return the exported model of a run that is run in this process, None where it wrote none of that kind.
 
-    MLX, GGUF and ONNX are not: their engines compute with other roundings than the solver's model has.
+    MLX, GGUF and ONNX are not: their engines compute with other roundings than the solver's model has. MLX is where the
+    original is gone.
 
     Raises:
         ConfigError: `run` is no run directory.
     """
     if not RunDirectory.is_run(run):
         raise ConfigError(f"{run} is no run directory")
-    identity = RunDirectory(run).config()["identity"]
-    for chosen in str(identity["config"]["format"]).split(","):
-        folder = run / chosen.strip()
-        if (folder / "config.json").is_file() and read_config(folder).get("quantization_config"):
+    found = RunDirectory(run)
+    folders = [run / name for name in found.formats()]
+    folders = [folder for folder in folders if (folder / "config.json").is_file()]
+    for folder in folders:
+        if read_json(folder / "config.json").get("quantization_config"):
             return folder
-    return None
+    if Path(found.config()["source"]).exists() or found.config().get("quantized"):
+        return None
+    # Without the original the codes are no model: then rather what stands alone.
+    return next((folder for folder in folders if quantized_format(folder) is not None), None)
 
 
 def original_of(place: Path) -> Path | None:

@@ -15,15 +15,20 @@ from discquant.errors import ConfigError, MissingModelError
 from discquant.formats.source import load_tokenizer
 from discquant.modules import PackedReport
 from discquant.run.directory import RunDirectory
+from discquant.run.served import refined_model
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
     """The tokenizer of what `load` opens: its own, or that of the original of the run that it lies in."""
     folders: list[Path | None] = [path if path.is_dir() else path.parent, original_of(path)]
     if RunDirectory.is_run(path):
-        folders = [served_directory(path), Path(RunDirectory(path).config()["source"])]
-    for folder in folders:
-        found = None if folder is None else load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        run = RunDirectory(path)
+        refined = refined_model(run)
+        written = [folder for name in run.formats() if (folder := path / name).is_dir()]
+        folders = [served_directory(path), Path(run.config()["source"]), *written]
+        folders += [] if refined is None else [refined if refined.is_dir() else refined.parent]
+    for place in folders:
+        found = None if place is None else load_tokenizer(place, trust_remote_code=trust_remote_code)
         if found is not None:
             return found
     raise MissingModelError(

@@ -7,7 +7,6 @@ and later); the reader also takes the older layout of 3, 5, 6 and 7 bits, told a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.bitstream import pack, pack_per_word, unpack, unpack_per_word, words_for
 from discquant.formats.codes import QuantizedLinear
+from discquant.formats.patterns import compiles, matches
 from discquant.formats.scheme import Scheme
 
 __all__ = [
@@ -228,17 +228,9 @@ def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Sche
             scheme = _parse_group(group, layout, source)
             table += [(str(target), scheme) for target in group["targets"]]
             for target in group["targets"]:
-                if target.startswith("re:"):
-                    re.compile(target[3:])
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        OverflowError,
-        re.error,
-        RecursionError,
-    ) as cause:
+                if target.startswith("re:") and not compiles(target[3:]):
+                    raise ValueError(f"pattern {target[3:83]!r}")
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as cause:
         raise CheckpointError(
             f"{source}: quantization_config is malformed: {type(cause).__name__} {cause}"
         ) from cause
@@ -246,7 +238,7 @@ def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Sche
     def scheme_of(name: str) -> Scheme:
         # The library's order: the exact name, then a regular expression, then the class.
         exact = [scheme for target, scheme in table if target == name]
-        regular = [scheme for target, scheme in table if target[:3] == "re:" and re.match(target[3:], name)]
+        regular = [scheme for target, scheme in table if target[:3] == "re:" and matches(target[3:], name)]
         linear = [scheme for target, scheme in table if target == "Linear"]
         if not (exact or regular or linear):
             raise CheckpointError(f"{source}: no group of quantization_config covers {name}")

@@ -274,7 +274,10 @@ def _copy_beside(path: Path, partial: Path) -> None:
     """Small files that lie beside the weights of a folder; manifest and proof are of what is replaced."""
     if path.is_dir():
         for entry in sorted(path.iterdir()):
-            kept = entry.suffix in (".json", ".md", ".txt", ".jinja") and entry.name not in (MANIFEST, PROOF)
+            kept = entry.suffix in (".json", ".md", ".txt", ".jinja", ".model") and entry.name not in (
+                MANIFEST,
+                PROOF,
+            )
             if entry.is_file() and kept and not entry.name.startswith("."):
                 shutil.copyfile(entry, partial / entry.name)
 

@@ -30,7 +30,7 @@ from discquant.formats.safetensors_format import (
     uniform,
 )
 from discquant.formats.scheme import Scheme
-from discquant.formats.stated import OLD, contradictions, quantization
+from discquant.formats.stated import OLD, contradictions, quantization, stated_in
 from discquant.grids import UniformGrid
 
 CODES, ZEROS, SCALES, INDEX = "qweight", "qzeros", "scales", "g_idx"
@@ -150,7 +150,7 @@ def width_and_group(said: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[in
     Raises:
         CheckpointError: One is missing or impossible.
     """
-    where = f"{checkpoint.path}/config.json"
+    where = f"{checkpoint.path}/{stated_in(checkpoint)}"
     return integer(said, "bits", where, 2, 8), integer(said, "group_size", where, -1, 1 << 24)
 
 

@@ -135,7 +135,8 @@ class Onnx:
     ) -> dict[str, Any]:
         """See `coded.Format`."""
         file = _require(path)
-        stored = {node.name: node for node in nodes_of(file, load(file))}
+        model = load(file)
+        stored = {node.name: node for node in nodes_of(file, model)}
         unknown = sorted(set(codes) - set(stored))
         if unknown:
             raise UnrepresentableError(
@@ -144,12 +145,12 @@ class Onnx:
         for name, q in codes.items():
             _check_codes(stored[name], q)
         files = sorted({node.packed.file for node in stored.values()})
-        size = sum(entry.stat().st_size for entry in {*files, file})
+        taken = sorted({file, *files, *_external(file, model), *_beside(path)})
+        size = sum(entry.stat().st_size for entry in taken)
         check_space(out, size + size // 16)
         with atomic_directory(out) as partial:
-            for entry in sorted(file.parent.iterdir()):
-                if entry.is_file() and not entry.name.startswith(".") and entry.name not in (MANIFEST, PROOF):
-                    shutil.copyfile(entry, partial / entry.name)
+            for entry in taken:
+                shutil.copyfile(entry, partial / entry.name)
             for name, q in codes.items():
                 node = stored[name]
                 # A scale of 1 and no zero point: encode packs the codes of the file's own width as they are.
@@ -193,6 +194,24 @@ class Onnx:
                 },
                 finish,
             )
+
+
+def _external(file: Path, model: Any) -> set[Path]:
+    """Files beside a graph that hold its tensors."""
+    rows = (row for tensor in model.graph.initializer for row in tensor.external_data)
+    names = {row.value for row in rows if row.key == "location" and Path(row.value).name == row.value}
+    return {place for name in names if (place := file.parent / name).is_file()}
+
+
+def _beside(path: Path) -> list[Path]:
+    """Everything else in a folder; manifest and proof are of what is replaced. Beside a lone file lie other models."""
+    if not path.is_dir():
+        return []
+    return [
+        entry
+        for entry in path.iterdir()
+        if entry.is_file() and not entry.name.startswith(".") and entry.name not in (MANIFEST, PROOF)
+    ]
 
 
 def _file_of(path: Path) -> Path | None:

@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 
 from discquant.errors import CheckpointError, ConfigError, MissingModelError
-from discquant.formats.checkpoint import read_json
+from discquant.formats.checkpoint import PICKLES, read_json
 from discquant.formats.coded import Format
 from discquant.formats.safetensors_format import SafetensorsFormat
 
@@ -67,8 +67,8 @@ def quantized(path: str | Path) -> Format | None:
         CheckpointError: It is quantized, but in no format that is read.
     """
     place = Path(path)
-    # A graph that lies beside safetensors is another copy of the same model: the folder is opened by its weights.
-    weights = place.is_dir() and any(place.glob("*.safetensors"))
+    # A graph that lies beside torch's weights is another copy of the same model: the folder is opened by those.
+    weights = place.is_dir() and any(any(place.glob(kind)) for kind in ("*.safetensors", *PICKLES))
     for name in _HOMES:
         found = by_name(name)
         if (isinstance(found, SafetensorsFormat) or not weights) and found.detects(place):

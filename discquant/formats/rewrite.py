@@ -134,8 +134,11 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Files that hold the weights of a model, which is a folder or one file."""
-    return [path] if path.is_file() else sorted({file for kind in _WEIGHTS for file in path.glob(kind)})
+    """Files that hold the weights of a model: of a folder, or one file and the external data of a graph beside it."""
+    if path.is_file():
+        beside = (path.with_name(path.name + suffix) for suffix in (".data", "_data"))
+        return [path, *(file for file in beside if file.is_file())]
+    return sorted({file for kind in _WEIGHTS for file in path.glob(kind)})
 
 
 def file_facts(format_name: str, path: Path, files: Iterable[Path]) -> dict[str, Any]:

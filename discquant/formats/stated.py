@@ -6,13 +6,13 @@ Their readers take widths and groups from the shapes, which cannot be wrong; eng
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.layout import StoredLayer
+from discquant.formats.patterns import matches
 
 OLD = "quantize_config.json"
 _SPECIAL = set("*+?^$()[]{}|\\")
@@ -32,6 +32,11 @@ def quantization(checkpoint: Checkpoint) -> dict[str, Any]:
     return said
 
 
+def stated_in(checkpoint: Checkpoint) -> str:
+    """Name of the file that `quantization` reads."""
+    return "config.json" if checkpoint.config().get("quantization_config") is not None else OLD
+
+
 def override(said: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """What a configuration says of one module on top of all: GPTQ's `dynamic`, AutoRound's `extra_config`.
 
@@ -40,13 +45,13 @@ def override(said: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """
     dynamic, extra = said.get("dynamic"), said.get("extra_config")
     for pattern, own in dynamic.items() if isinstance(dynamic, dict) else ():
-        if _matches(re.match, pattern.removeprefix("+:").removeprefix("-:"), name):
+        if matches(pattern.removeprefix("+:").removeprefix("-:"), name):
             return None if pattern.startswith("-:") else _table(own)
     if not isinstance(extra, dict):
         return {}
     if name in extra:
         return _table(extra[name])
-    patterns = (key for key in extra if _SPECIAL & set(key) and _matches(re.search, key, name))
+    patterns = (key for key in extra if _SPECIAL & set(key) and matches(key, name, anywhere=True))
     return _table(extra.get(next(patterns, ""), {}))
 
 
@@ -66,29 +71,24 @@ def contradictions(
         columns, held = stored.shape[1], stored.scheme
         own = override(said, stored.name)
         if own is None:
-            found.setdefault("are not quantized, but they are", []).append(stored.name)
+            found.setdefault("{are} not quantized, but {they} {are}", []).append(stored.name)
             continue
         width, size = own.get("bits", bits), own.get("group_size", group_size)
         row = type(size) is not int or size < 1 or size >= columns
         if width != held.num_bits or (1 if row else -(-columns // size)) != held.groups(columns):
             actual = f"{held.num_bits} bits {_per(held.group_size)}"
-            text = f"have {width} bits {_per(size)}, but their shapes are those of {actual}"
+            text = f"{{have}} {width} bits {_per(size)}, but {{their}} shapes are those of {actual}"
             found.setdefault(text, []).append(stored.name)
     for text, names in found.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        for several, single in (("are", "is"), ("they", "it"), ("have", "has"), ("their", "its")):
+            text = text.replace(f"{{{several}}}", several if more else single)
         yield f"the configuration says that {names[0]}{more} {text}: engines go by the configuration"
 
 
 def _per(size: object) -> str:
-    return "per row" if size == -1 else f"in groups of {size}"
+    return "per row" if size in (-1, None) else f"in groups of {size}"
 
 
 def _table(entries: object) -> Mapping[str, Any]:
     return entries if isinstance(entries, dict) else {}
-
-
-def _matches(how: Any, pattern: str, name: str) -> bool:
-    try:
-        return how(pattern, name) is not None
-    except (re.error, RecursionError, OverflowError):  # no pattern: it matches nothing
-        return False

@@ -66,6 +66,11 @@ class RunDirectory:
         loaded: dict[str, Any] = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         return loaded
 
+    def formats(self) -> tuple[str, ...]:
+        """Return the names of the formats that the run was asked for; each lies in a folder of that name."""
+        said = str(self.config()["identity"]["config"]["format"]).split(",")
+        return tuple(name for name in map(str.strip, said) if name and name != "none")
+
     def recorded_threads(self) -> int | None:
         """Return the CPU threads that the run here was begun with, None where there is no run."""
         if not self.is_run(self.path):

@@ -78,6 +78,7 @@ def inspect(path: Path) -> dict[str, Any]:
 def print_report(found: Mapping[str, Any]) -> None:
     """Print what `inspect` found."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -96,7 +97,7 @@ def print_report(found: Mapping[str, Any]) -> None:
         size = "row" if row["group_size"] == -1 else str(row["group_size"])
         shape = f"{row['shape'][0]} x {row['shape'][1]}"
         symmetric = "yes" if row["symmetric"] else "no"
-        table.add_row(row["name"], shape, row["kind"], size, symmetric, f"{row['stored_bytes']:,}")
+        table.add_row(escape(row["name"]), shape, row["kind"], size, symmetric, f"{row['stored_bytes']:,}")
     console.print(table)
     engines = Table(title=f"Engines, as of {found['engines_as_of']}")
     for column in ("engine", "serves it", "note"):
@@ -107,4 +108,5 @@ def print_report(found: Mapping[str, Any]) -> None:
         console.print(engines)
     for kind in ("problems", "notes"):
         for text in found[kind]:
-            console.print(f"{'would break: ' if kind == 'problems' else 'note: '}{text}", highlight=False)
+            said = f"{'would break: ' if kind == 'problems' else 'note: '}{text}"
+            console.print(said, highlight=False, markup=False)  # it quotes the file

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from discquant.config import GridConfig, QuantizeConfig
-from discquant.errors import CheckpointError, ConfigError
+from discquant.errors import CheckpointError, ConfigError, ResumeError
 from discquant.formats import registry
 from discquant.formats.bits import file_bits_per_weight
 from discquant.formats.card import origin_of
@@ -25,6 +25,7 @@ from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import CodedLayer
 from discquant.formats.output import MANIFEST
 from discquant.formats.refined import finish_refined
+from discquant.formats.rewrite import weight_files
 from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights, weights_only
 from discquant.formats.source import Source, pickled_files
 from discquant.grids import Grid
@@ -243,6 +244,11 @@ class RefinePipeline(Pipeline):
         target = self.directory.path / self.chosen.name
         if target.exists():
             manifest = read_json(target / MANIFEST)
+            if "refined_from" not in manifest:
+                raise ResumeError(
+                    f"refine: {target} was written by an earlier version; remove that folder, and the same command "
+                    "writes it anew"
+                )
         else:
             recipe = {**self.config.to_dict(), "summary": summary}
             # Pickled weights are hashed by file, and together with config.json.
@@ -289,8 +295,7 @@ def _outside(chain: Chain, layers: Mapping[str, CodedLayer]) -> dict[str, int]:
 def _digest(path: Path) -> str:
     """Hash the bytes of a quantized model: a file, or the weights and configuration of a folder."""
     digest = hashlib.sha256()
-    kinds = (".safetensors", ".json", ".gguf", ".onnx")
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in kinds)
+    files = [*weight_files(path), *(sorted(path.glob("*.json")) if path.is_dir() else [])]
     for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as stream:

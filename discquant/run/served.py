@@ -169,4 +169,5 @@ def refined_model(run: RunDirectory) -> Path | None:
         return None
     folder = run.path / str(config["identity"]["config"]["format"])
     name = Path(config["quantized"]).name
-    return next((place for place in (folder / name, run.path / name, folder) if place.exists()), None)
+    lone = next((file for file in (folder / name, run.path / name) if file.is_file()), None)
+    return lone or (folder if folder.is_dir() else None)

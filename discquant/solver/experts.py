@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts blocks: fused [experts, rows, columns] parameters as matrices under their checkpoint names.
 
-`transformers` joins the per-expert matrices of a checkpoint when it loads it (`formats.fused` tells where each went);
+`transformers` joins the per-expert matrices of a checkpoint when it loads it (`formats.stored` tells where each went);
 the router is no linear layer of a known kind and stays as it is.
 """
 

@@ -15,7 +15,7 @@ from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.grids import place_grid
-from discquant.run.inspection import inspect
+from discquant.run.inspection import inspect, print_report
 from discquant.run.refine import RefinePipeline
 
 LAYERS = [
@@ -105,3 +105,22 @@ def test_quantize_config_alone(model_dir: Path, tmp_path: Path) -> None:
     (file / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="no quantized format"):
         inspect(file)
+
+
+def test_a_pattern_that_never_ends(model_dir: Path, tmp_path: Path) -> None:
+    """Patterns are somebody else's: what takes hours elsewhere matches nothing at once, or is told after a moment."""
+    out = write(model_dir, tmp_path / "out", "gptq", 4)
+    assert not problems(out, dynamic={r"(([\w.])+)+[!?]": {"bits": 8}})
+    with pytest.raises(CheckpointError, match="takes too long"):
+        problems(out, dynamic={10 * "(.*)" + r"\1[!?]": {"bits": 8}})
+
+
+def test_text_of_a_file_is_no_markup(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = write(model_dir, tmp_path / "out", "gptq", 4)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"]["dynamic"] = {"model": {"bits": "[/x]"}}
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    print_report(inspect(out))
+    assert "[/x]" in capsys.readouterr().out

@@ -156,6 +156,49 @@ def test_a_refined_file(make: Callable[..., Path], dataset: str, model_dir: Path
     assert row["kl_mean"] > 0
 
 
+def test_what_stands_alone_is_opened_where_the_original_is_gone(
+    make: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An MLX folder, also of a format list with an empty part; its tokenizer serves `generate`."""
+    out = make("mlx,", GRIDS["mlx"])
+    with_original = discquant.load(out)
+    (tmp_path / "original").rename(tmp_path / "gone")
+    loaded = discquant.load(out, torch.float32)
+    assert torch.equal(logits(loaded), logits(discquant.load(out / "mlx", torch.float32)))
+    assert torch.allclose(logits(loaded), logits(with_original.float()), atol=0.1)
+    _character_tokenizer().save_pretrained(out / "mlx")
+    assert stream(out, "ab", max_new_tokens=2, temperature=0, seed=0)["tokens"] == 2
+
+
+def test_pickles_beside_a_graph_are_the_model(model_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    expected = logits(discquant.load(folder, allow_pickle=True))
+    for name in ("model.onnx", "model.gguf"):
+        (folder / name).write_bytes(b"GGUF" + bytes(64))
+    assert registry.quantized(folder) is None
+    assert torch.equal(logits(discquant.load(folder, allow_pickle=True)), expected)
+
+
+def test_a_lone_graph_among_others(
+    make: Callable[..., Path], dataset: str, model_dir: Path, tmp_path: Path
+) -> None:
+    """What lies beside a lone file is not part of the model, and is not copied."""
+    pytest.importorskip("onnx")
+    folder = make("onnx", GRIDS["onnx"]) / "onnx"
+    (file,) = folder.glob("*.onnx")
+    shutil.copy(file, folder / "other.onnx")
+    config = QuantizeConfig(method="greedy", data=DataConfig(dataset, 8, 32), gptq_samples=4, baselines=())
+    RefinePipeline(file, tmp_path / "refined", model_dir, config).execute()
+    written = {entry.name for entry in (tmp_path / "refined" / "onnx").iterdir()}
+    assert file.name in written and "other.onnx" not in written
+    assert discquant.load(tmp_path / "refined") is not None
+
+
 def test_generate(
     make: Callable[..., Path],
     tmp_path: Path,
