@@ -52,9 +52,8 @@ class Layout(ABC):
 
     name: str
     codes: str  # suffix of the tensor that holds the codes, and nothing else
-    aside: tuple[
-        str, ...
-    ] = ()  # suffixes of tensors that a matrix or column has once: no part of bits per weight
+    # Suffixes of tensors that a matrix or column has once: no part of bits per weight.
+    aside: tuple[str, ...] = ()
     metadata: Mapping[str, str] = {"format": "pt"}  # of every written file
 
     @abstractmethod

@@ -334,9 +334,8 @@ class Pipeline:
                 )
             sizes[name] = weight_bytes(target)
         summary["sizes"]["packed_bytes"] = next(iter(sizes.values()), None)
-        for name in self.config.formats[
-            :1
-        ]:  # what is served counts: a format may store codes or scales wider
+        # What is served counts: a format may store codes or scales wider.
+        for name in self.config.formats[:1]:
             summary["sizes"]["bits_per_weight"] = file_bits_per_weight(
                 registry.by_name(name), self.directory.path / name
             )
