@@ -118,6 +118,8 @@ def _inherited(card: Path | None) -> dict[str, Any]:
 
     try:
         text = card.read_text(encoding="utf-8")
+        if not text.lstrip().startswith("---"):  # no metadata, which the parser would warn of
+            return {}
         data = ModelCard(text, ignore_metadata_errors=True).data
     except Exception:  # somebody else's card and a foreign parser: without it only a courtesy is lost
         return {}
