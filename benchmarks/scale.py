@@ -3,7 +3,7 @@
 
 Blocks have Llama-3.1-70B's widths (or an even fraction of them, --divide); tokens are few. With --where disk original
 weights stay in the checkpoint, state and boundaries in files, so memory does not limit depth (this needs the streaming
-engine). Each depth has its own process; a step must cost a + b * blocks. Writes benchmarks/results/scale.json.
+engine). Each depth has its own process; a step must cost a + b * blocks. Writes benchmarks/results/scale_WHERE.json.
 """
 
 from __future__ import annotations
@@ -279,14 +279,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--where", default="resident", help="resident, host or disk")
     parser.add_argument("--no-rates", action="store_true", help="do not time the machine first")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scale.json")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/scale_WHERE.json")
     parser.add_argument(
         "--folder", type=Path, help="for weights and state (several GB per block); default temporary"
     )
     parser.add_argument("--one-depth", type=int)
     parser.add_argument("--rates-here", action="store_true")
     parser.add_argument("--rates", default="")
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.out = given.out or ROOT / "benchmarks" / "results" / f"scale_{given.where}.json"
+    return given
 
 
 def main() -> None:

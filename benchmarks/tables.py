@@ -289,38 +289,43 @@ def export() -> str:
 
 
 def cpu_scale() -> str:
-    """Cost of a streamed step by the number of blocks, on a CPU."""
-    found = _load(RESULTS / "scale.json")
-    if found is None:
+    """Cost of a streamed step by the number of blocks, on a CPU: state in host memory, and on disk."""
+    files = [_load(RESULTS / f"scale_{where}.json") for where in ("host", "disk")]
+    measured = [found for found in files if found is not None]
+    if not measured:
         return MISSING
-    body = []
-    for row in found["rows"]:
-        peak = max(row["phases"], key=lambda phase: phase["peak_rss_bytes"])
-        planned = row["planned_seconds_per_step"]
-        body.append([
-            str(row["blocks"]),
-            f"{row['weights'] / 1e6:,.0f}",
-            f"{row['cpu_seconds_per_step']:.1f}",
-            "" if planned is None else f"{row['cpu_seconds_per_step'] / planned:.2f}",
-            f"{row['state_bytes'] / 1e6:,.0f}",
-            f"{peak['peak_rss_bytes'] / 1e6:,.0f}",
-            f"{peak['peak_rss_bytes'] / peak['planned_bytes']:.2f}",
-        ])  # fmt: skip
+    body, lines = [], []
+    for found in measured:
+        where = found["rows"][0]["placement"]
+        for row in found["rows"]:
+            peak = max(row["phases"], key=lambda phase: phase["peak_rss_bytes"])
+            planned = row["planned_seconds_per_step"]
+            body.append([
+                where,
+                str(row["blocks"]),
+                f"{row['weights'] / 1e6:,.0f}",
+                f"{row['cpu_seconds_per_step']:.1f}",
+                "" if planned is None else f"{row['cpu_seconds_per_step'] / planned:.2f}",
+                f"{row['state_bytes'] / 1e6:,.0f}",
+                f"{peak['peak_rss_bytes'] / 1e6:,.0f}",
+                f"{peak['peak_rss_bytes'] / peak['planned_bytes']:.2f}",
+            ])  # fmt: skip
+        fitted = found["cpu_seconds_line"]
+        if fitted is not None:
+            lines.append(
+                f"On {where} a line through the seconds, {fitted['a']:.2f} + {fitted['per_block']:.2f} per block, is "
+                f"off by {fitted['largest_residual']:.1%} at most; 80 blocks by it: {fitted['at_80']:,.0f} s."
+            )
     header = [
-        "blocks", "M weights", "processor seconds per step", "/ planned", "state MB on disk", "peak resident MB",
+        "placement", "blocks", "M weights", "processor seconds per step", "/ planned", "state MB", "peak resident MB",
         "/ planned",
     ]  # fmt: skip
-    fitted = found["cpu_seconds_line"]
+    first = measured[0]
     note = (
-        f"Llama 3.1 70B's shape with widths divided by {found['widths_divided_by']}, {found['tokens_per_step']} tokens "
-        f"per step, one thread, placement {found['rows'][0]['placement']}."
+        f"Llama 3.1 70B's shape with widths divided by {first['widths_divided_by']}, {first['tokens_per_step']} tokens "
+        "per step, one thread. "
     )
-    if fitted is not None:
-        note += (
-            f" A line through the seconds, {fitted['a']:.2f} + {fitted['per_block']:.2f} per block, is off by "
-            f"{fitted['largest_residual']:.1%} at most; 80 blocks by it: {fitted['at_80']:,.0f} s."
-        )
-    return f"{_table(header, body)}\n\n{note}"
+    return f"{_table(header, body)}\n\n{note}{' '.join(lines)}"
 
 
 PARTS: dict[str, Callable[[], str]] = {
