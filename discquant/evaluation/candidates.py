@@ -22,7 +22,7 @@ CODES, SUMMARY = "codes.safetensors", "summary.json"  # of a run directory
 
 
 def bits_per_weight(path: str | Path) -> float | None:
-    """Stored bits per weight of the quantized layers, everything kept for them included; of all matrices if none is.
+    """Stored bits per weight of the quantized layers as `formats.bits` counts them; of all matrices if none is.
 
     Args:
         path: A model folder or file in any format that is read, or a run directory.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from discquant.api import load
-from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.config import DataConfig, GridConfig, Method, QuantizeConfig, SolverConfig
 from discquant.run.directory import RunDirectory
 from discquant.run.events import Events
 from discquant.run.pipeline import Pipeline
@@ -51,20 +51,25 @@ def make_model(family: str, folder: Path) -> Any:
     return model
 
 
+def write_config(ids: torch.Tensor, folder: Path, baselines: tuple[Method, ...]) -> QuantizeConfig:
+    """Write calibration ids; return a short run on them."""
+    save_file({"ids": ids.int()}, folder / "ids.safetensors")
+    return QuantizeConfig(
+        grid=GridConfig(bits=4, group_size=16),
+        solver=SolverConfig(iters=2, batch_size=2, micro_batch=2, warmup=1),
+        data=DataConfig(f"{folder / 'ids.safetensors'}:ids", 4, 8),
+        gptq_samples=2,
+        validation_windows=2,
+        baselines=baselines,
+    )
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_quantize_export_load(family: str, tmp_path: Path) -> None:
     """The export holds every expert under the name it has in the original; loaded, it computes what was solved."""
     model = make_model(family, tmp_path / "model")
     ids = torch.randint(3, 61, (6, 8), generator=torch.Generator().manual_seed(3))
-    save_file({"ids": ids.int()}, tmp_path / "ids.safetensors")
-    config = QuantizeConfig(
-        grid=GridConfig(bits=4, group_size=16),
-        solver=SolverConfig(iters=2, batch_size=2, micro_batch=2, warmup=1),
-        data=DataConfig(f"{tmp_path / 'ids.safetensors'}:ids", 4, 8),
-        gptq_samples=2,
-        validation_windows=2,
-        baselines=("rtn",),
-    )
+    config = write_config(ids, tmp_path, ("rtn",))
     summary = Pipeline(tmp_path / "model", tmp_path / "run", config).execute()
     exported = tmp_path / "run" / "compressed-tensors"
     before = load_file(tmp_path / "model" / "model.safetensors")
@@ -103,15 +108,7 @@ def test_streamed_experts_give_the_same_bytes(family: str, tmp_path: Path) -> No
     """State on disk, original weights read from the checkpoint block by block; baselines included."""
     make_model(family, tmp_path / "model")
     ids = torch.randint(3, 61, (6, 8), generator=torch.Generator().manual_seed(3))
-    save_file({"ids": ids.int()}, tmp_path / "ids.safetensors")
-    config = QuantizeConfig(
-        grid=GridConfig(bits=4, group_size=16),
-        solver=SolverConfig(iters=2, batch_size=2, micro_batch=2, warmup=1),
-        data=DataConfig(f"{tmp_path / 'ids.safetensors'}:ids", 4, 8),
-        gptq_samples=2,
-        validation_windows=2,
-        baselines=("rtn", "gptq", "greedy"),
-    )
+    config = write_config(ids, tmp_path, ("rtn", "gptq", "greedy"))
     found = []
     for where in ("resident", "disk"):
         said: list[str] = []
