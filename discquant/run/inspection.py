@@ -26,7 +26,7 @@ def describe(path: Path) -> Description:
         return registry.find(path).describe(path)
     run = RunDirectory(path)
     config = run.config()["identity"]["config"]
-    name, served = _served(path, config["format"])
+    name, served = _served(run)
     rows = []
     for layer in run.coded_layers():
         scheme = Scheme.of_grid(layer.grid)
@@ -42,12 +42,12 @@ def describe(path: Path) -> Description:
     return Description("run", tuple(rows), 0, (path / CODES).stat().st_size, notes)
 
 
-def _served(path: Path, formats: str) -> tuple[str | None, dict[str, LayerFacts]]:
+def _served(run: RunDirectory) -> tuple[str | None, dict[str, LayerFacts]]:
     """The first format that a run wrote, and the layers of its file; the run's own report counts them too."""
-    name = formats.partition(",")[0].strip()
-    if name not in registry.names() or not (path / name).exists():
+    name = next(iter(run.formats()), None)
+    if name is None or not (run.path / name).exists():
         return None, {}
-    return name, {row.name: row for row in registry.by_name(name).describe(path / name).layers}
+    return name, {row.name: row for row in registry.by_name(name).describe(run.path / name).layers}
 
 
 def inspect(path: Path) -> dict[str, Any]:
