@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure from how many tokens dequantise + cuBLAS beats our kernel on this GPU; rewrite packed_linear_table.json.
+"""Measure for how many tokens which way to multiply is the fastest on this GPU; rewrite packed_linear_table.json.
 
 `python benchmarks/tune_packed_linear.py [--seconds 120]`. The other capabilities' entries are kept as they are.
 """
@@ -19,7 +19,7 @@ from harness import GPU, machine
 
 from discquant.ops import packed_linear_table as table
 
-TOKENS = (17, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+TOKENS = (17, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 SHAPES = ("8B gate_up", "8B down", "8B qkv")
 
 
@@ -39,8 +39,24 @@ def crossover(kernel: dict[int, float], dense: dict[int, float]) -> int:
     return bound
 
 
-def measure(bits: int, deadline: float) -> tuple[dict[int, float], dict[int, float]]:
-    """Milliseconds of both paths by number of tokens, summed over the shapes.
+def fastest_range(times: dict[int, float], others: dict[int, float]) -> list[int] | None:
+    """The longest run of measured numbers of tokens in which `times` are below `others`, as [from, before]."""
+    best: list[int] = []
+    run: list[int] = []
+    for m in sorted(times):
+        run = [*run, m] if times[m] < others[m] else []
+        best = max(best, run, key=len)
+    after = [m for m in sorted(times) if best and m > best[-1]]
+    return [best[0], after[0] if after else best[-1] + 1] if best else None
+
+
+Times = dict[int, float]
+
+
+def measure(bits: int, deadline: float) -> tuple[Times, Times, Times]:
+    """Milliseconds of the kernel for few tokens, dequantise + cuBLAS and the kernel for many, summed over the shapes.
+
+    The last is empty where the GPU has no such kernel.
 
     Raises:
         SystemExit: Out of time.
@@ -48,25 +64,39 @@ def measure(bits: int, deadline: float) -> tuple[dict[int, float], dict[int, flo
     import packed_gpu
 
     kernel, dense = dict.fromkeys(TOKENS, 0.0), dict.fromkeys(TOKENS, 0.0)
+    prefill = dict.fromkeys(TOKENS if torch.cuda.get_device_capability() == (9, 0) else (), 0.0)
     for shape in SHAPES:
         layer = packed_gpu.Layer(*packed_gpu.SHAPES[shape], bits, torch.bfloat16)
         for m in TOKENS:
             if time.monotonic() > deadline:
                 raise SystemExit("tune_packed_linear: out of time; give more with --seconds")
             x = torch.randn(m, layer.k, device="cuda").bfloat16()
-            for found, make in ((kernel, packed_gpu.tensor_cores), (dense, packed_gpu.dequantised)):
+            ways = (
+                (kernel, packed_gpu.tensor_cores),
+                (dense, packed_gpu.dequantised),
+                (prefill, packed_gpu.prefill),
+            )
+            for found, make in ways:
+                if m not in found:
+                    continue
+                if found is kernel and m > 1024:  # 64 launches and more: hopeless, and slow to measure
+                    found[m] = float("inf")
+                    continue
                 values = packed_gpu.times(make(layer, x), replays=20)
                 found[m] += values[len(values) // 2]
-    return kernel, dense
+    return kernel, dense, prefill
 
 
-def write(key: str, bounds: dict[str, int], path: Path = table.PATH) -> None:
+def write(
+    key: str, bounds: dict[str, int], ranges: dict[str, list[int] | None], path: Path = table.PATH
+) -> None:
     """Put one device's bounds into the table."""
     facts = machine()
     document = json.loads(path.read_text(encoding="utf-8"))
     document["devices"][key] = {
         "measured": {name: facts[name] for name in ("device", "driver", "torch", "commit", "date")},
         "dense_tokens": bounds,
+        "prefill_tokens": ranges,
     }
     table.parse(document)
     lines = [f'    "{name}": {json.dumps(entry)}' for name, entry in document["devices"].items()]
@@ -84,10 +114,21 @@ def main() -> None:
     if not GPU:
         raise SystemExit("tune_packed_linear: no CUDA device")
     deadline = time.monotonic() + options.seconds
-    bounds = {str(bits): crossover(*measure(bits, deadline)) for bits in (3, 4)}
+    bounds: dict[str, int] = {}
+    ranges: dict[str, list[int] | None] = {}
+    for bits in (3, 4):
+        kernel, dense, prefill = measure(bits, deadline)
+        bounds[str(bits)] = crossover(kernel, dense)
+        others = {m: min(kernel[m], dense[m]) for m in kernel}
+        ranges[str(bits)] = fastest_range(prefill, others)
+        for m in TOKENS:
+            row = "  ".join(f"{found[m] * 1e3:8.1f}" for found in (kernel, dense, prefill) if found)
+            print(
+                f"{bits} bits, {m:4d} tokens, us of the kernel, dequantise + cuBLAS, the kernel for many: {row}"
+            )
     major, minor = torch.cuda.get_device_capability()
-    write(f"sm_{major}{minor}", bounds)
-    print(f"sm_{major}{minor}: dequantise + cuBLAS from {bounds} tokens")
+    write(f"sm_{major}{minor}", bounds, ranges)
+    print(f"sm_{major}{minor}: dequantise + cuBLAS from {bounds} tokens, the kernel for many in {ranges}")
 
 
 if __name__ == "__main__":

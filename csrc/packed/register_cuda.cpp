@@ -33,27 +33,21 @@ int64_t workspace_words(const Tensor& words, int64_t n, int64_t k) {
   return gpu_workspace_words(n, k, gpu_device(words.get_device_index()));
 }
 
-Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point,
-              const std::optional<Tensor>& bias, Tensor workspace, int64_t n, int64_t k, int64_t bits,
-              int64_t group_size, bool exact, bool batch_invariant, bool settled) {
+// What both kernels want of their arguments. `y` is made here.
+GpuLinear prepare(const char* op, const Tensor& x, const Tensor& words, const Tensor& scale,
+                  const std::optional<Tensor>& zero_point, const std::optional<Tensor>& bias, Tensor& y, int64_t n,
+                  int64_t k, int64_t bits, int64_t group_size) {
   check_weight(words, scale, zero_point, n, k, bits, group_size, kLayoutMma);
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2 && x.size(1) == k && x.get_device_index() == words.get_device_index(),
-                  "packed_linear: x must be [tokens, ", k, "] on the device of words");
+                  op, ": x must be [tokens, ", k, "] on the device of words");
   const DType type = float_type(x, "x");
-  STD_TORCH_CHECK(type != DType::kFloat32, "packed_linear: x must be float16 or bfloat16 on a GPU");
+  STD_TORCH_CHECK(type != DType::kFloat32, op, ": x must be float16 or bfloat16 on a GPU");
   STD_TORCH_CHECK(x.stride(1) == 1 && x.stride(0) % 8 == 0 && k % 8 == 0 &&
                       reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
-                  "packed_linear: rows of x must be 16-byte aligned");
-  STD_TORCH_CHECK(x.size(0) < (int64_t{1} << 21), "packed_linear: x must have below 2^21 rows");
-  const int64_t needed = workspace_words(words, n, k);
-  STD_TORCH_CHECK(needed > 0 || n == 0, "packed_linear: a weight of ", n, " x ", k, " is too large for this kernel");
-  STD_TORCH_CHECK(workspace.is_cuda() && words.get_device_index() == workspace.get_device_index() &&
-                      workspace.is_contiguous() && workspace.scalar_type() == ScalarType::Int &&
-                      workspace.numel() >= needed,
-                  "packed_linear: workspace must hold at least ", needed, " words");
+                  op, ": rows of x must be 16-byte aligned");
+  STD_TORCH_CHECK(x.size(0) < (int64_t{1} << 21), op, ": x must have below 2^21 rows");
   if (bias) check_buffer(*bias, x, x.scalar_type(), n, "bias");
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor y = torch::stable::new_empty(x, {x.size(0), n}, std::make_optional(x.scalar_type()));
+  y = torch::stable::new_empty(x, {x.size(0), n}, std::make_optional(x.scalar_type()));
   GpuLinear call{};
   call.x = x.const_data_ptr();
   call.x_stride = x.stride(0);
@@ -69,14 +63,40 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
   call.in_features = k;
   call.bits = static_cast<int>(bits);
   call.group_size = group_size == -1 ? 0 : static_cast<int>(group_size);
-  call.workspace = static_cast<uint32_t*>(workspace.mutable_data_ptr());
   call.device = gpu_device(x.get_device_index());
-  call.settled_weight = settled;
-  call.batch_invariant = batch_invariant;
   check_aligned(call.words, "words");
   check_aligned(call.scale, "scale");
   check_aligned(call.zero_point, "zero_point");
+  return call;
+}
+
+Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point,
+              const std::optional<Tensor>& bias, Tensor workspace, int64_t n, int64_t k, int64_t bits,
+              int64_t group_size, bool exact, bool batch_invariant, bool settled) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor y;
+  GpuLinear call = prepare("packed_linear", x, words, scale, zero_point, bias, y, n, k, bits, group_size);
+  const int64_t needed = workspace_words(words, n, k);
+  STD_TORCH_CHECK(needed > 0 || n == 0, "packed_linear: a weight of ", n, " x ", k, " is too large for this kernel");
+  STD_TORCH_CHECK(workspace.is_cuda() && words.get_device_index() == workspace.get_device_index() &&
+                      workspace.is_contiguous() && workspace.scalar_type() == ScalarType::Int &&
+                      workspace.numel() >= needed,
+                  "packed_linear: workspace must hold at least ", needed, " words");
+  call.workspace = static_cast<uint32_t*>(workspace.mutable_data_ptr());
+  call.settled_weight = settled;
+  call.batch_invariant = batch_invariant;
   check_launch(packed_linear_gpu(call, exact, stream_of(x)), "packed_linear");
+  return y;
+}
+
+Tensor prefill(const Tensor& x, const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point,
+               const std::optional<Tensor>& bias, int64_t n, int64_t k, int64_t bits, int64_t group_size) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor y;
+  const GpuLinear call = prepare("packed_linear_prefill", x, words, scale, zero_point, bias, y, n, k, bits, group_size);
+  STD_TORCH_CHECK(call.scale_type == call.type, "packed_linear_prefill: scale must have the dtype of x");
+  STD_TORCH_CHECK(call.device.warpgroups, "packed_linear_prefill: the device must be of compute capability 9.0");
+  check_launch(packed_prefill_gpu(call, stream_of(x)), "packed_linear_prefill");
   return y;
 }
 
@@ -153,6 +173,7 @@ Tensor dequantize(const Tensor& words, const Tensor& scale, const std::optional<
 
 STABLE_TORCH_LIBRARY_IMPL(discquant, CUDA, m) {
   m.impl("packed_linear_mma", TORCH_BOX(&linear));
+  m.impl("packed_linear_prefill", TORCH_BOX(&prefill));
   m.impl("packed_workspace_size", TORCH_BOX(&workspace_size));
   m.impl("packed_capture_id", TORCH_BOX(&capture_id));
   m.impl("pack", TORCH_BOX(&pack));

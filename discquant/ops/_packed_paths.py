@@ -37,6 +37,13 @@ def _mma_fake(
     return x.new_empty((x.shape[0], out_features))
 
 
+def _prefill_fake(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
+    in_features: int, num_bits: int, group_size: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], out_features))
+
+
 def _gpu_fake(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
     in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool, settled: bool,
@@ -61,6 +68,12 @@ mma_op = registry.define(
     "packed_linear_mma(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor(a!) workspace, "
     f"{GRID}, bool exact, bool batch_invariant, bool settled) -> Tensor",
     _mma_fake,
+    None,
+)
+# Tensor cores of sm_90, many tokens at a time; the weight rounded to the dtype of x, which the scale must have.
+prefill_op = registry.define(
+    f"packed_linear_prefill(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {GRID}) -> Tensor",
+    _prefill_fake,
     None,
 )
 _size_op = registry.define(
@@ -136,11 +149,12 @@ def _gpu_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
     in_features: int, num_bits: int, group_size: int, exact: bool, batch_invariant: bool, settled: bool,
 ) -> Tensor:  # fmt: skip
-    """Choose between our kernel, whose sums do not depend on the batch, and dequantise + cuBLAS."""
+    """Choose: our kernel for few tokens, whose sums do not depend on the batch; for many; dequantise + cuBLAS."""
     columns = -(-in_features // 8) * 8
     size = _size(words.device.index, out_features, columns)
-    dense = not batch_invariant and x.shape[0] >= table.dense_tokens(x.device, num_bits)
-    # `exact` multiplies by the scale in the dtype of x: exact only if the scale has it. Size 0: the kernel cannot.
+    many = not batch_invariant and scale.dtype == x.dtype and table.prefills(x.device, num_bits, x.shape[0])
+    dense = not batch_invariant and not many and x.shape[0] >= table.dense_tokens(x.device, num_bits)
+    # `exact` multiplies by the scale in the dtype of x: exact only if the scale has it. Size 0: the kernels cannot.
     if x.dtype == torch.float32 or dense or (exact and scale.dtype != x.dtype) or (out_features and not size):
         return dense_linear(
             x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, MMA_LAYOUT
@@ -149,8 +163,11 @@ def _gpu_linear(
         x = torch.nn.functional.pad(x, (0, columns - in_features))
     elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous() if x.stride(0) != in_features or x.stride(1) != 1 else x.clone()
-    space = workspace(words, out_features, columns)
     grid = (out_features, columns, num_bits, group_size)
+    if many:
+        out: Tensor = prefill_op(x, words, scale, zero_point, bias, *grid)
+        return out
+    space = workspace(words, out_features, columns)
     y: Tensor = mma_op(x, words, scale, zero_point, bias, space, *grid, exact, batch_invariant, settled)
     return y
 

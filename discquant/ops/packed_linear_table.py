@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From how many tokens on a GPU dequantises a packed weight and calls cuBLAS instead of its own kernel.
+"""Which of the ways to multiply by a packed weight a GPU takes, by the number of tokens.
+
+`dense_tokens`: from how many on it dequantises the weight and calls cuBLAS instead of the kernel for few tokens.
+`prefill_tokens`: [from, before] tokens for which the kernel for many (sm_90) is faster than both; null is never.
 
 Data, packed_linear_table.json, by compute capability and width; `python benchmarks/tune_packed_linear.py` measures it
 on the GPU at hand. An entry whose `measured` is null is a first guess from published kernels, not measured on a GPU; a
@@ -15,7 +18,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 PATH = Path(__file__).with_name("packed_linear_table.json")
 
 
@@ -23,7 +26,8 @@ def parse(document: Any) -> dict[str, dict[str, Any]]:
     """Read the table's JSON document.
 
     Raises:
-        ValueError: Another format version, no entry "default", or a bound that is no positive integer.
+        ValueError: Another format version, no entry "default", a bound that is no positive integer, or a range of
+            tokens that is neither null nor two rising integers, the first above 0.
     """
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
@@ -38,6 +42,13 @@ def parse(document: Any) -> dict[str, dict[str, Any]]:
                 raise ValueError(
                     f"packed_linear_table: dense_tokens of {key} at {bits} bits must be a positive integer, "
                     f"got {bound!r}"
+                )
+            tokens = entry["prefill_tokens"].get(bits)
+            rising = isinstance(tokens, list) and [type(one) for one in tokens] == [int, int]
+            if tokens is not None and not (rising and 0 < tokens[0] < tokens[1]):
+                raise ValueError(
+                    f"packed_linear_table: prefill_tokens of {key} at {bits} bits must be null or [from, before], "
+                    f"got {tokens!r}"
                 )
     return table
 
@@ -64,3 +75,9 @@ def dense_tokens(device: torch.device, num_bits: int) -> int:
     """Tokens from which `device` dequantises and calls cuBLAS."""
     bound: int = _of(device)["dense_tokens"][str(num_bits)]
     return bound
+
+
+def prefills(device: torch.device, num_bits: int, tokens: int) -> bool:
+    """Whether `device` takes the kernel for many tokens, where the scales allow it."""
+    found: list[int] | None = _of(device)["prefill_tokens"][str(num_bits)]
+    return found is not None and found[0] <= tokens < found[1]

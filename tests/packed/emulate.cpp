@@ -3,106 +3,9 @@
 // AddressSanitizer, on buffers of exactly the size that the contract asks for. Against sums in double; and bit for bit
 // against itself: any order of the thread blocks, any batch, any rubbish in the workspace.
 #define DISCQUANT_EMULATE
-#include <algorithm>
-#include <cmath>
-
-#include "checks.h"
+#include "gpu_case.h"
 #include "packed/gpu_dequantize.cuh"
 #include "packed/gpu_linear.cuh"
-
-using namespace discquant::packed;
-static float random_value() { return static_cast<float>(static_cast<int>(random_word() % 2001) - 1000) / 500.0f; }
-
-// Heap memory without a spare byte, aligned as torch aligns.
-template <class V>
-struct Buffer {
-  V* data;
-  size_t count;
-  explicit Buffer(size_t n) : data(static_cast<V*>(std::aligned_alloc(16, (n * sizeof(V) + 15) / 16 * 16))), count(n) {}
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-};
-
-static uint16_t to_bits(float value, DType type) {
-  return type == DType::kFloat16 ? float_to_half(value) : float_to_bfloat(value);
-}
-static float from_bits(uint16_t bits, DType type) {
-  return type == DType::kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
-}
-
-struct Case {
-  int n, k, bits, group_size, groups;
-  bool symmetric;
-  DType type, scale_type;
-  std::vector<uint8_t> q;
-  Buffer<uint32_t> words;
-  Buffer<uint8_t> scale, zero;
-
-  Case(int n_, int k_, int bits_, int group_, bool symmetric_, DType type_, DType scale_type_)
-      : n(n_), k(k_), bits(bits_), group_size(group_),
-        groups(group_ == 0 ? 1 : static_cast<int>(ceil_div(k_, group_))), symmetric(symmetric_), type(type_),
-        scale_type(scale_type_), q(static_cast<size_t>(n_) * k_),
-        words(static_cast<size_t>(packed_words(n_, k_, bits_))),
-        scale(static_cast<size_t>(padded_rows(n_)) * groups * (scale_type_ == DType::kFloat32 ? 4 : 2)),
-        zero(static_cast<size_t>(padded_rows(n_)) * groups) {
-    for (auto& code : q) code = static_cast<uint8_t>(random_word() >> 8 & ((1u << bits) - 1));
-    for (size_t i = 0; i < zero.count; ++i) {
-      const float value = random_value() * 0.01f;
-      zero.data[i] = static_cast<uint8_t>(random_word() >> 9 & ((1u << bits) - 1));
-      if (scale_type == DType::kFloat32)
-        reinterpret_cast<float*>(scale.data)[i] = value;
-      else
-        reinterpret_cast<uint16_t*>(scale.data)[i] = to_bits(value, scale_type);
-    }
-    const int64_t k_tiles = padded_k(k) / kTileK;
-    for (int64_t row_tile = 0; row_tile < padded_rows(n) / kTileRows; ++row_tile)
-      for (int64_t k_tile = 0; k_tile < k_tiles; ++k_tile)
-        for (int unit = 0; unit < 32; ++unit)
-          for (int quad = 0; quad < 2; ++quad) {
-            uint32_t w[4] = {};
-            for (int i = 0; i < 4; ++i)
-              for (int nibble = 0; nibble < 8; ++nibble) {
-                int row, inner;
-                mma_code(unit, quad * 4 + i, nibble, row, inner);
-                w[i] |= code(row_tile * kTileRows + row, k_tile * kTileK + inner) << (4 * nibble);
-              }
-            store_quad(words.data + tile_offset(kLayoutMma, bits, row_tile, k_tile, k_tiles), kLayoutMma, bits, unit, quad, w);
-          }
-  }
-  int group_of(int64_t column) const {
-    return group_size == 0 ? 0 : static_cast<int>(std::min<int64_t>(column / group_size, groups - 1));
-  }
-  size_t place(int64_t row, int64_t column) const {
-    return static_cast<size_t>(scale_offset(kLayoutMma, row, group_of(column), groups));
-  }
-  uint32_t zero_of(int64_t row, int64_t column) const {
-    return symmetric ? 1u << (bits - 1) : zero.data[place(row, column)];
-  }
-  // Padding holds the zero point: an exact zero.
-  uint32_t code(int64_t row, int64_t column) const {
-    return row < n && column < k ? q[static_cast<size_t>(row * k + column)] : zero_of(row, column);
-  }
-  float scale_at(int64_t row, int64_t column) const {
-    return scale_type == DType::kFloat32 ? reinterpret_cast<const float*>(scale.data)[place(row, column)]
-                                         : from_bits(reinterpret_cast<const uint16_t*>(scale.data)[place(row, column)], scale_type);
-  }
-  float weight(int64_t row, int64_t column) const {
-    return scale_at(row, column) *
-           (static_cast<float>(code(row, column)) - static_cast<float>(zero_of(row, column)));
-  }
-};
-
-enum class Order { kForward, kBackward, kShuffled };
-
-static std::vector<Place> places(unsigned x, unsigned y, Order order) {
-  std::vector<Place> found;
-  for (unsigned j = 0; j < y; ++j)
-    for (unsigned i = 0; i < x; ++i) found.push_back(Place{i, j, 0});
-  if (order == Order::kBackward) std::reverse(found.begin(), found.end());
-  if (order == Order::kShuffled)
-    for (size_t i = found.size(); i > 1; --i) std::swap(found[i - 1], found[random_word() % i]);
-  return found;
-}
 
 template <class T, int kBits, int kTokenTiles, bool kExact>
 static void run_thread(const GpuLinear& call, const Walk& walk) {
@@ -230,7 +133,7 @@ int main() {
   const int groups[] = {32, 64, 128, 384, 0};
   const DType types[] = {DType::kFloat16, DType::kBFloat16};
   // {multiprocessors, shared memory}: small memories cut K into chunks of two tiles or of one.
-  const GpuDevice devices[] = {{3, 227 * 1024, false}, {7, 46 * 1024, false}, {132, 41 * 1024, false}};
+  const GpuDevice devices[] = {{3, 227 * 1024, false, false}, {7, 46 * 1024, false, false}, {132, 41 * 1024, false, false}};
   struct Shape {
     int n, k;
   };
@@ -256,7 +159,7 @@ int main() {
       }
   // The walk of real sizes: every unit once, chunk by chunk, and no two places of partial sums agree.
   for (const Shape& shape : {Shape{6144, 4096}, Shape{8192, 28672}, Shape{57344, 8192}, Shape{4097, 10944}, Shape{64, 131072}})
-    for (const GpuDevice& device : {GpuDevice{132, 227 * 1024, true}, GpuDevice{108, 163 * 1024, false}, GpuDevice{128, 99 * 1024, false}})
+    for (const GpuDevice& device : {GpuDevice{132, 227 * 1024, true, true}, GpuDevice{108, 163 * 1024, false, false}, GpuDevice{128, 99 * 1024, false, false}})
     for (int tokens : {8, 16}) {
       Walk walk{};
       CHECK(make_walk(shape.n, shape.k, 128, device, tokens, walk));

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // csrc/packed/gpu_primitives.cuh for a host: the threads of a block are fibers that change place at barriers and at
-// warp-wide instructions; blocks run one after another in any order. For tests of the kernels' logic, not for speed.
+// warp-wide instructions; blocks, or clusters of them, run one after another in any order. What is asynchronous happens
+// at once or as late as it may (`late`), by the caller's choice. For tests of the kernels' logic, not for speed.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -37,11 +39,20 @@ namespace emulated {
 
 constexpr size_t kStack = 128 * 1024;
 
+inline bool late = false;  // asynchronous work is done when it is waited for, instead of when it is asked for
+
+enum class Waits { kNot, kBlock, kCluster };
+
+// Asynchronous work in the order it was asked for; an empty function ends a group.
+using Work = std::vector<std::function<void()>>;
+
 struct Fiber {
   ucontext_t context;
   bool done = false;
-  bool at_block_barrier = false;
+  Waits waits = Waits::kNot;
   unsigned meetings = 0;  // of its warp
+  Work copies, products;
+  bool may_begin = false;  // a product: registers have been fenced
 };
 
 // What lanes show each other in one meeting.
@@ -56,6 +67,7 @@ struct Warp {
 };
 
 struct Block {
+  Place place;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;
@@ -63,7 +75,8 @@ struct Block {
   size_t current = 0;
   std::function<void()> body;
 };
-inline Block* block = nullptr;
+inline Block* block = nullptr;                           // of the thread that runs
+inline std::vector<std::unique_ptr<Block>> cluster;       // by rank
 
 inline void yield() { swapcontext(&block->fibers[block->current].context, &block->scheduler); }
 
@@ -100,52 +113,100 @@ inline void require(bool holds, const char* what) {
   std::exit(1);
 }
 
-// Run `body` on every thread of every block; blocks in the given order.
+inline Fiber& fiber() { return block->fibers[block->current]; }
+
+inline void wait(Waits what) {
+  fiber().waits = what;
+  yield();
+}
+
+// Do all groups of work but the last `pending`; without groups (-1), everything.
+inline void finish(Work& work, int pending) {
+  int groups = 0;
+  for (const auto& one : work) groups += !one;
+  size_t done = 0;
+  for (int left = pending < 0 ? groups + 1 : groups - pending; left > 0 && done < work.size(); ++done)
+    if (work[done])
+      work[done]();
+    else
+      --left;
+  work.erase(work.begin(), work.begin() + static_cast<int64_t>(done));
+}
+
+// A warp runs until all its lanes wait or are done, which lets warps drift as far apart as they may.
+inline bool run_warps(Block& now, size_t& left) {
+  bool moved = false;
+  block = &now;
+  blockIdx = now.place;
+  for (size_t w = 0; w < now.warps.size(); ++w) {
+    for (bool again = true; again;) {
+      again = false;
+      for (size_t i = 32 * w; i < 32 * w + 32; ++i) {
+        Fiber& one = now.fibers[i];
+        if (one.done || one.waits != Waits::kNot) continue;
+        now.current = i;
+        threadIdx = Place{static_cast<unsigned>(i), 0, 0};
+        swapcontext(&now.scheduler, &one.context);
+        moved = true;
+        if (one.done) --left;
+        again = again || !(one.done || one.waits != Waits::kNot);
+      }
+    }
+  }
+  return moved;
+}
+
+// Where all of them wait for the same, let them go on.
+inline bool release(const std::vector<Fiber*>& fibers, Waits what) {
+  size_t waiting = 0;
+  for (const Fiber* one : fibers) waiting += one->waits == what;
+  if (waiting < fibers.size()) return false;
+  for (Fiber* one : fibers) one->waits = Waits::kNot;
+  return true;
+}
+
+// Run `body` on every thread of every block; blocks in the given order, each `cluster_size` of them together.
 inline void launch(const std::vector<Place>& order, Place grid, unsigned threads, size_t shared_bytes,
-                   const std::function<void()>& body) {
+                   const std::function<void()>& body, size_t cluster_size = 1) {
   gridDim = grid;
   static std::vector<std::unique_ptr<char[]>> stacks;  // kept from launch to launch: fresh pages cost more than the kernels
-  while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
-  for (const Place& place : order) {
-    Block now;
-    now.fibers.resize(threads);
-    now.warps.resize(threads / 32);
-    now.shared.assign(shared_bytes, 0xa5);  // nothing may rely on zeros
-    now.body = body;
-    block = &now;
-    blockIdx = place;
-    for (size_t i = 0; i < threads; ++i) {
-      Fiber& fiber = now.fibers[i];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stacks[i].get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, run_fiber, 0);
-    }
-    for (size_t left = threads; left > 0;) {
-      size_t waiting = 0;
-      bool moved = false;
-      // A warp runs until all its lanes wait for the block or are done, which lets warps drift as far apart as they may.
-      for (size_t w = 0; w < now.warps.size(); ++w) {
-        for (bool again = true; again;) {
-          again = false;
-          for (size_t i = 32 * w; i < 32 * w + 32; ++i) {
-            Fiber& fiber = now.fibers[i];
-            if (fiber.done || fiber.at_block_barrier) continue;
-            now.current = i;
-            threadIdx = Place{static_cast<unsigned>(i), 0, 0};
-            swapcontext(&now.scheduler, &fiber.context);
-            moved = true;
-            if (fiber.done) --left;
-            again = again || !(fiber.done || fiber.at_block_barrier);
-          }
-        }
+  while (stacks.size() < threads * cluster_size) stacks.emplace_back(new char[kStack]);
+  for (size_t first = 0; first < order.size(); first += cluster_size) {
+    cluster.clear();
+    std::vector<Fiber*> all;
+    for (size_t rank = 0; rank < cluster_size; ++rank) {
+      cluster.push_back(std::make_unique<Block>());
+      Block& now = *cluster.back();
+      now.place = order[first + rank];
+      now.fibers.resize(threads);
+      now.warps.resize(threads / 32);
+      now.shared.assign(shared_bytes, 0xa5);  // nothing may rely on zeros
+      now.body = body;
+      for (size_t i = 0; i < threads; ++i) {
+        Fiber& one = now.fibers[i];
+        getcontext(&one.context);
+        one.context.uc_stack.ss_sp = stacks[rank * threads + i].get();
+        one.context.uc_stack.ss_size = kStack;
+        one.context.uc_link = nullptr;
+        makecontext(&one.context, run_fiber, 0);
+        all.push_back(&one);
       }
-      for (const Fiber& fiber : now.fibers) waiting += fiber.at_block_barrier;
-      require(moved, "no thread can go on");
-      if (left > 0) require(waiting == left && left == threads, "a barrier that not every thread reaches");
-      for (Fiber& fiber : now.fibers) fiber.at_block_barrier = false;
     }
+    for (size_t left = all.size(); left > 0;) {
+      bool moved = false;
+      for (auto& now : cluster) {
+        moved = run_warps(*now, left) || moved;
+        if (std::all_of(now->fibers.begin(), now->fibers.end(), [](const Fiber& one) { return one.done; }))
+          std::fill(now->shared.begin(), now->shared.end(), uint8_t{0x5a});  // a block that is over has no memory left
+        std::vector<Fiber*> own;
+        for (Fiber& one : now->fibers) own.push_back(&one);
+        moved = release(own, Waits::kBlock) || moved;
+      }
+      moved = release(all, Waits::kCluster) || moved;
+      require(moved, "no thread can go on: a barrier that not every thread reaches");
+    }
+    for (const Fiber* one : all)
+      require(one->products.empty(), "a product that nobody has waited for");
   }
   block = nullptr;
 }
@@ -157,18 +218,18 @@ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - dynamic_shared());
 }
 
-inline void block_barrier(int) {
-  emulated::block->fibers[emulated::block->current].at_block_barrier = true;
-  emulated::yield();
-}
+inline void block_barrier(int) { emulated::wait(emulated::Waits::kBlock); }
 
 inline void copy16(void* to, const void* from, int bytes) {
   emulated::require(reinterpret_cast<uintptr_t>(to) % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
                     "a copy of 16 bytes that is not aligned");
-  std::memset(to, 0, 16);
-  std::memcpy(to, from, static_cast<size_t>(bytes));
+  emulated::fiber().copies.push_back([=] {
+    std::memset(to, 0, 16);
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  });
+  if (!emulated::late) emulated::finish(emulated::fiber().copies, -1);
 }
-inline void wait_for_copies() {}
+inline void wait_for_copies() { emulated::finish(emulated::fiber().copies, -1); }
 
 template <class V>
 V read(const void* p, int64_t byte = 0) {

@@ -46,7 +46,17 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         full = paths.dequantize_op(words, scale, zero, n, k, bits, group, 1, 0, n, torch.float32)
         return (x.float() @ full.t()).to(x.dtype)
 
+    def prefill(
+        x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, k: int, bits: int,
+        group: int,
+    ) -> Tensor:  # fmt: skip
+        assert scale.dtype == x.dtype
+        y = mma(x, words, scale, zero, bias, x, n, k, bits, group, True, False, False)
+        seen[-1]["many"] = True
+        return y
+
     monkeypatch.setattr(paths, "mma_op", mma)
+    monkeypatch.setattr(paths, "prefill_op", prefill)
     monkeypatch.setattr(paths, "_size", lambda device, n, k: 1)
     monkeypatch.setattr(paths, "workspace", lambda words, n, k: torch.empty(0))
     return seen
@@ -90,6 +100,38 @@ def test_choice(
 
 
 @CPP
+@pytest.mark.parametrize(
+    ("tokens", "options", "many"),
+    [
+        (16, {}, [False]),
+        (17, {}, [True]),
+        (299, {}, [True]),
+        (299, {"exact": True}, [True]),  # it rounds the weight as the exact mode does
+        (300, {}, []),
+        (20, {"scale": torch.float32}, [False]),
+        (70, {"scale": torch.float32}, []),
+        (70, {"batch_invariant": True}, [False]),
+        (70, {"dtype": torch.float32, "scale": torch.float32}, []),
+        (70, {"size": 0}, []),
+    ],
+)
+def test_choice_of_the_kernel_for_many_tokens(
+    launches: list[dict[str, Any]], tokens: int, options: dict[str, Any], many: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    entry = {"dense_tokens": {"3": 65, "4": 65}, "prefill_tokens": {"3": None, "4": [17, 300]}}
+    monkeypatch.setattr(table, "_of", lambda device: entry)
+    monkeypatch.setattr(paths, "_size", lambda *sizes: options.get("size", 1))
+    words, scale, full = weight(70, 203, dtype=options.get("scale", HALF))
+    x = torch.randn(tokens, 203).to(options.get("dtype", HALF))
+    flags = (options.get("exact", False), options.get("batch_invariant", False), False)
+    y = paths._gpu_linear(x, words, scale, None, None, 70, 203, 4, 64, *flags)
+    assert [launch.get("many", False) for launch in launches] == many
+    oracle, size = x.double() @ full.double().t(), x.double().abs() @ full.double().abs().t()
+    assert ((y.double() - oracle).abs() <= 2**-9 * size).all()
+
+
+@CPP
 def test_rows_of_any_stride_are_brought_in_line(launches: list[dict[str, Any]]) -> None:
     words, scale, _ = weight(64, 128)
     wide = torch.randn(6, 300).to(HALF)
@@ -130,20 +172,27 @@ def test_table() -> None:
     assert table.entry(None) is table.load()["default"]
     assert table.entry((1, 0)) is table.load()["default"]
     assert table.dense_tokens(torch.device("cpu"), 3) == table.load()["default"]["dense_tokens"]["3"]
-    good = {"format": 1, "devices": {"default": {"measured": None, "dense_tokens": {"3": 5, "4": 6}}}}
+    assert not any(table.prefills(torch.device("cpu"), bits, m) for bits in (3, 4) for m in (1, 100, 10**6))
+
+    def one(dense: Any, prefill: Any) -> dict[str, Any]:
+        return {"devices": {"default": {"measured": None, "dense_tokens": dense, "prefill_tokens": prefill}}}
+
+    sound, never = {"3": 5, "4": 6}, {"3": None, "4": None}
+    good = {"format": 2, **one(sound, {"3": [17, 900], "4": None})}
     assert table.parse(good)["default"]["dense_tokens"]["4"] == 6
     for change, message in (
-        ({"format": 2}, "format must be 1, got 2"),
+        ({"format": 1}, "format must be 2, got 1"),
         ({"devices": {}}, "entry for the device 'default'"),
-        (
-            {"devices": {"default": {"dense_tokens": {"3": 1}}}},
-            "at 4 bits must be a positive integer, got None",
+        (one({"3": 1}, never), "at 4 bits must be a positive integer, got None"),
+        (one({"3": 0, "4": 1}, never), "at 3 bits must be a positive"),
+        *(
+            (one(sound, {"3": bad, "4": None}), "prefill_tokens of default at 3 bits must be null or")
+            for bad in (17, [17], [17, 17], [0, 4], [1, "2"], {})
         ),
-        ({"devices": {"default": {"dense_tokens": {"3": 0, "4": 1}}}}, "at 3 bits must be a positive"),
     ):
         with pytest.raises(ValueError, match=message):
             table.parse(good | change)
-    with pytest.raises(ValueError, match="format must be 1, got None"):
+    with pytest.raises(ValueError, match="format must be 2, got None"):
         table.parse([])
 
 
@@ -159,10 +208,19 @@ def test_tuning_writes_what_the_table_reads(
     assert tune.crossover({17: 1.0, 64: 2.0, 256: 9.0}, {17: 3.0, 64: 3.0, 256: 5.0}) == 256
     assert tune.crossover({17: 1.0, 64: 2.0}, {17: 3.0, 64: 3.0}) == 65
     assert tune.crossover({17: 4.0, 64: 4.0}, {17: 3.0, 64: 3.0}) == 17
+    assert tune.fastest_range(
+        {17: 3.0, 32: 1.0, 64: 1.0, 128: 9.0}, dict.fromkeys((17, 32, 64, 128), 2.0)
+    ) == [32, 128]
+    assert tune.fastest_range(
+        {17: 1.0, 32: 3.0, 64: 1.0, 128: 1.0}, dict.fromkeys((17, 32, 64, 128), 2.0)
+    ) == [64, 129]
+    assert tune.fastest_range({17: 3.0}, {17: 2.0}) is None
+    assert tune.fastest_range({}, {17: 2.0}) is None
     path = tmp_path / "table.json"
     path.write_text(table.PATH.read_text())
-    tune.write("sm_99", {"3": 40, "4": 50}, path)
-    tune.write("sm_99", {"3": 41, "4": 50}, path)
+    tune.write("sm_99", {"3": 40, "4": 50}, {"3": None, "4": None}, path)
+    tune.write("sm_99", {"3": 41, "4": 50}, {"3": [17, 400], "4": None}, path)
     written = table.parse(json.loads(path.read_text()))
     assert written["sm_99"]["dense_tokens"] == {"3": 41, "4": 50}
+    assert written["sm_99"]["prefill_tokens"] == {"3": [17, 400], "4": None}
     assert {name: entry for name, entry in written.items() if name != "sm_99"} == table.load()

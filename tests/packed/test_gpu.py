@@ -68,7 +68,8 @@ def allowed(x: Tensor, weight: Tensor, oracle: Tensor) -> Tensor:
 
 def is_dense(tokens: int, bits: int) -> bool:
     """Whether that many tokens are dequantise + cuBLAS: torch's own linear on the rounded weight."""
-    return tokens >= table.dense_tokens(torch.device("cuda", 0), bits)
+    device = torch.device("cuda", 0)
+    return tokens >= table.dense_tokens(device, bits) and not table.prefills(device, bits, tokens)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -106,8 +107,9 @@ def test_matches_float64(
                 plain = torch.nn.functional.linear(x.cuda(), case.served(dtype).cuda(), bias.cuda())
                 assert torch.equal(y, plain.cpu()), (tokens, mode)
                 continue
-            # The scale multiplies float32 sums; in exact mode the weight is rounded.
-            weight = rounded if mode == "exact" else case.weight
+            # The scale multiplies float32 sums; in exact mode and in the kernel for many tokens, weights are rounded.
+            many = table.prefills(torch.device("cuda", 0), bits, tokens)
+            weight = rounded if mode == "exact" or many else case.weight
             oracle = x.double() @ weight.t() + bias.double()
             y = y.double()
             limit = allowed(x, weight, oracle) + 2.0**-23 * bias.double().abs()
@@ -319,6 +321,57 @@ def test_opcheck_compile_and_meta() -> None:
     assert op(*meta, None, *sizes, False, False, False).shape == (3, 72)
 
 
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="wgmma is of sm_90 alone",
+)
+
+
+def prefill(case: Case, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The kernel for many tokens, whatever the table says; in-features a multiple of 8."""
+    sizes = tuple(case.sizes[name] for name in ("out_features", "in_features", "num_bits", "group_size"))
+    y: Tensor = torch.ops.discquant.packed_linear_prefill(x, *case.tensors, bias, *sizes)
+    return y
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("bits", "group", "symmetric"), GRIDS)
+def test_prefill(bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> None:
+    """Bit-exact weights through wgmma, float64 bounds, equal bits in every run, clusters and ragged tiles."""
+    case = Case(200, 328, bits, group, symmetric, dtype)
+    one = torch.eye(328, dtype=dtype, device="cuda")
+    for part in (60, 328):
+        y = torch.cat([prefill(case, rows) for rows in one.split(part)]).cpu()
+        assert torch.equal(y, case.served(dtype).t())
+    for n, k in ((97, 320), (1040, 4104), (4096, 1032)):
+        case = Case(n, k, bits, group, symmetric, dtype)
+        weight = case.served(dtype).double()
+        for tokens in (1, 33, 64, 129, 300):
+            x, bias = torch.randn(tokens, k).to(dtype), torch.randn(n).to(dtype)
+            y = prefill(case, x.cuda(), bias.cuda())
+            oracle = x.double() @ weight.t() + bias.double()
+            limit = allowed(x, weight, oracle) + 2.0**-23 * bias.double().abs()
+            assert ((y.cpu().double() - oracle).abs() <= limit).all(), (n, k, tokens)
+            assert all(torch.equal(prefill(case, x.cuda(), bias.cuda()), y) for _ in range(5))
+
+
+@HOPPER
+def test_prefill_checks_for_itself() -> None:
+    case = Case(64, 128, 4, 64, True)
+    x = torch.zeros(20, 128, device="cuda").half()
+    for bad in (
+        x.bfloat16(),
+        x.float(),
+        x[:, :64],
+        x.cpu(),
+        torch.zeros(20, 129, device="cuda").half()[:, 1:],
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            prefill(case, bad)
+    assert prefill(case, x[:0]).shape == (0, 64)
+
+
 def test_operator_checks_for_itself() -> None:
     """A caller that goes round the public function gets an error, not a read past the end."""
     case = Case(72, 104, 3, 32, False)
@@ -383,6 +436,9 @@ def sanitized() -> None:
             x = torch.randn(tokens, 328, device="cuda", dtype=torch.float16)
             for options in ({}, {"mode": "exact"}, {"batch_invariant": True}):
                 case(x, **options)
+        if torch.cuda.get_device_capability() == (9, 0):
+            for tokens in (20, 130):
+                prefill(case, torch.randn(tokens, 328, device="cuda", dtype=torch.float16))
         zero = None if case.zero is None else case.zero.cuda()
         words = packing.pack(case.q.cuda(), zero, num_bits=bits, group_size=32, layout="cpu")
         sizes: dict[str, Any] = {"out_features": 97, "in_features": 328, "num_bits": bits}

@@ -76,7 +76,7 @@ def cubin(repo_root: Path, source: str, arch: str) -> tuple[Path, str]:
 )
 @pytest.mark.slow
 def test_kernels_on_an_emulated_gpu(repo_root: Path) -> None:
-    """The decode and dequantising kernels themselves: float64 bounds, any order of blocks, exact-size buffers, ASan."""
+    """The GPU kernels themselves: float64 bounds, any order of blocks, exact-size buffers, ASan."""
     run_checks(repo_root, "emulate")
 
 
@@ -148,3 +148,38 @@ def test_tensor_core_loop(repo_root: Path) -> None:
     for name in ("HMMA.16816.F32", "LDSM.16", "LDGSTS"):
         assert name in sass, name
     assert not re.search(r"\bRED\.|ATOM[A-Z]*\.[A-Z.]*F(16|32)", sass)
+
+
+@NEEDS_NVCC
+@pytest.mark.slow
+def test_prefill_pipeline(repo_root: Path) -> None:
+    """The kernel for many tokens is the pipeline it is meant to be: ptxas neither spills nor serialises its wgmma."""
+    path, log = cubin(repo_root, "csrc/packed/gpu_prefill.cu", "90a")
+    # two types x two widths x 64 or 128 tokens x groups of 32, 64 or more
+    assert len(re.findall(r"Used \d+ registers", log)) == 24
+    assert not any(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", log))
+    assert "serialized" not in log
+    kernels = disassemble(path).split("Function : ")[1:]
+    assert len(kernels) == 24
+    for part in kernels:
+        lines = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d\s+)?([\w.]+)([^;]*);", part)
+        products = [i for i, (name, _) in enumerate(lines) if name.startswith("HGMMA.64x")]
+        # Eight steps of two units, always the same two sets of sums, each step one group of which one may run on.
+        assert len(products) == 16
+        assert len({lines[i][1].split(",")[0] for i in products}) == 2
+        assert sum("gsb0" in lines[i][1] for i in products) == 8
+        waits = [operands.split(",")[1].strip() for name, operands in lines if name == "WARPGROUP.DEPBAR.LE"]
+        assert sorted(waits) == ["0x0"] + 8 * ["0x1"]
+        # A product of 64 tokens takes the tensor cores 32 clocks, of 128 tokens 64; the two warps of a scheduler
+        # share them, so this many instructions a product keep well inside the time of one.
+        assert (products[-1] - products[0]) / 15 <= 26, part.split()[0]
+
+
+@NEEDS_NVCC
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "86", "89"])
+def test_prefill_elsewhere(repo_root: Path, arch: str) -> None:
+    """On other architectures the file compiles to kernels that trap; nothing launches them there."""
+    path, _ = cubin(repo_root, "csrc/packed/gpu_prefill.cu", arch)
+    sass = disassemble(path)
+    assert "BPT.TRAP" in sass and "HGMMA" not in sass and "HMMA" not in sass

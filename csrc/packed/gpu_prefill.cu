@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Instances and launches of the kernel for many tokens.
+#include <cuda_runtime.h>
+
+#include "packed/gpu_prefill.cuh"
+
+namespace discquant {
+namespace packed {
+namespace {
+
+template <class T, int kBits, int kTokens, int kGroupSteps>
+int launch(const GpuLinear& call, const Prefill& plan, cudaStream_t stream) {
+  auto kernel = packed_prefill_kernel<T, kBits, kTokens, kGroupSteps>;
+  const int bytes = prefill_shared_bytes(kTokens);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(ceil_div(call.tokens, kTokens)),
+                        static_cast<unsigned>(ceil_div(plan.blocks, kPrefillRows / kBlockRows)),
+                        static_cast<unsigned>(plan.splits));
+  config.blockDim = dim3(kPrefillThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {1, 1, static_cast<unsigned>(plan.splits)};
+  config.attrs = &cluster;
+  config.numAttrs = plan.splits > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, call, plan);
+}
+
+template <class T, int kBits, int kTokens>
+int choose_group(const GpuLinear& call, const Prefill& plan, cudaStream_t stream) {
+  return plan.unit_groups == 1   ? launch<T, kBits, kTokens, 8>(call, plan, stream)
+         : plan.unit_groups == 2 ? launch<T, kBits, kTokens, 4>(call, plan, stream)
+                                 : launch<T, kBits, kTokens, 2>(call, plan, stream);
+}
+
+template <class T>
+int choose(const GpuLinear& call, const Prefill& plan, cudaStream_t stream) {
+  if (call.bits == 4)
+    return plan.tokens == 64 ? choose_group<T, 4, 64>(call, plan, stream) : choose_group<T, 4, 128>(call, plan, stream);
+  return plan.tokens == 64 ? choose_group<T, 3, 64>(call, plan, stream) : choose_group<T, 3, 128>(call, plan, stream);
+}
+
+}  // namespace
+
+int packed_prefill_gpu(const GpuLinear& call, CUstream_st* stream) {
+  if (call.tokens == 0 || call.out_features == 0) return cudaSuccess;
+  Prefill plan{};
+  if (call.scale_type != call.type ||
+      !make_prefill(call.out_features, call.in_features, call.group_size, call.tokens, call.device, plan))
+    return cudaErrorInvalidValue;
+  return call.type == DType::kFloat16 ? choose<Half2>(call, plan, stream) : choose<Bfloat2>(call, plan, stream);
+}
+
+}  // namespace packed
+}  // namespace discquant

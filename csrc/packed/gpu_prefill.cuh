@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+// packed_linear for many tokens (sm_90a): weights are the A operand of wgmma, from registers, tokens its columns.
+// A warp streams the words of its 16 rows from memory into registers, one k tile ahead, and makes of each word the
+// fragment that wgmma wants, rounded to the type of x as a dense layer has it. Activations go through a ring of
+// swizzled tiles in shared memory, filled by asynchronous copies. While the tensor cores work on one k16 step, the warp
+// dequantises the next. No atomics; the order of every sum is fixed.
+#pragma once
+
+#include "packed/gpu_linear.cuh"
+#include "packed/gpu_prefill.h"
+#include "packed/gpu_wgmma.cuh"
+
+namespace discquant {
+namespace packed {
+
+constexpr int kPrefillThreads = 256;
+constexpr int kPrefillUnits = 2;  // of a warpgroup: one fragment of activations in shared memory serves both
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(DISCQUANT_EMULATE)
+// What a lane holds of a k tile: its words; and of the scales and zero points of its warp's 16 rows, group by group, the
+// 32 bits that have the lane's number. Loads only: nothing here may wait for one.
+template <int kBits>
+struct Held {
+  uint32_t words[kPrefillUnits][2 * kBits];
+  uint32_t scale[kPrefillUnits];
+  uint32_t zero[kPrefillUnits];
+};
+#endif
+
+// kGroupSteps: k16 steps that share a scale: 2, 4, or 8 for groups of 128 and more. The scales have the type of x.
+template <class T, int kBits, int kTokens, int kGroupSteps>
+__global__ void __launch_bounds__(kPrefillThreads, 1) packed_prefill_kernel(const GpuLinear p, const Prefill plan) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(DISCQUANT_EMULATE)
+  constexpr int kAhead = kPrefillStages - 2;  // the stage before the present one may still be read
+  constexpr int kHalfBytes = kTokens * 128;   // of a stage: the first 64 k of all tokens, then the others
+  constexpr int kStageBytes = 2 * kHalfBytes;
+  constexpr int kTileBytes = 256 * kBits;
+  constexpr int kUnitBytes = kBlockRows / kTileRows * kTileBytes;
+  const uint32_t base = (shared_address(dynamic_shared()) + 1023u) & ~1023u;
+  uint8_t* const stages = dynamic_shared() + (base - shared_address(dynamic_shared()));
+
+  const int warp = warp_index(), lane = threadIdx.x % 32;
+  const int part = warp % 4;  // the warp's 16 rows of a unit
+  const int first_token = static_cast<int>(blockIdx.x) * kTokens;
+  const int first_unit = static_cast<int>(blockIdx.y) * (kPrefillRows / kBlockRows) + warp / 4 * kPrefillUnits;
+  const int rank = static_cast<int>(blockIdx.z);
+  const int begin = plan.k_begin(rank), end = plan.k_begin(rank + 1);
+
+  // A tile of tokens: 16 bytes a thread, a row of x by 16 neighbours. What there is not is zero.
+  auto stage_tokens = [&](int k_tile, int stage) {
+#pragma unroll
+    for (int i = 0; i < kTokens * 16 / kPrefillThreads; ++i) {
+      const int at = i * kPrefillThreads + static_cast<int>(threadIdx.x), token = at / 16, chunk = at % 16;
+      const int64_t k = static_cast<int64_t>(k_tile) * kTileK + chunk * 8;
+      const bool live = first_token + token < p.tokens && k < p.in_features;
+      copy16(stages + stage * kStageBytes + chunk / 8 * kHalfBytes + token * 128 + ((chunk ^ token) & 7) * 16,
+             static_cast<const uint16_t*>(p.x) + (live ? (first_token + token) * p.x_stride + k : 0), live ? 16 : 0);
+    }
+  };
+
+  const uint8_t* unit_words[kPrefillUnits];
+  uint32_t unit_row[kPrefillUnits];  // of its scales: (unit * groups) * 64 + the warp's first row
+#pragma unroll
+  for (int u = 0; u < kPrefillUnits; ++u) {
+    // Units past the last compute it again; nothing of theirs is stored.
+    const int unit = first_unit + u < plan.blocks ? first_unit + u : plan.blocks - 1;
+    unit_words[u] = reinterpret_cast<const uint8_t*>(p.words) +
+                    static_cast<int64_t>(unit) * plan.k_tiles * kUnitBytes + part * kTileBytes + lane * 16;
+    unit_row[u] = static_cast<uint32_t>(unit * plan.groups * kBlockRows + part * kTileRows);
+  }
+  auto load = [&](Held<kBits>& to, int k_tile) {
+    const uint32_t scales_of = static_cast<uint32_t>(plan.group(k_tile, lane / 8)) * kBlockRows + lane % 8 * 2;
+    const uint32_t zeros_of = static_cast<uint32_t>(plan.group(k_tile, lane / 4)) * kBlockRows + lane % 4 * 4;
+#pragma unroll
+    for (int u = 0; u < kPrefillUnits; ++u) {
+      load_words<kBits>(to.words[u], unit_words[u] + static_cast<int64_t>(k_tile) * kUnitBytes, lane);
+      to.scale[u] = load_word(p.scale, int64_t{2} * (unit_row[u] + scales_of));
+      to.zero[u] = p.zero_point == nullptr ? 0x01010101u << (kBits - 1) : load_word(p.zero_point, unit_row[u] + zeros_of);
+    }
+  };
+
+  float total[kPrefillUnits][kTokens / 2] = {};
+  uint32_t fragment[2][kPrefillUnits][4];
+  uint32_t scale[kPrefillUnits][2];  // of rows lane / 4 and 8 more, both halves
+  ZeroPair zero[kPrefillUnits][2];
+  auto dequantize = [&](uint32_t (&to)[kPrefillUnits][4], const Held<kBits>& from, int step) {
+#pragma unroll
+    for (int u = 0; u < kPrefillUnits; ++u) {
+      if (step % kGroupSteps == 0) {
+        const int group = step / kGroupSteps, row = lane / 4;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const uint32_t held = shuffle(from.scale[u], group * 8 + r * 4 + row / 2);
+          scale[u][r] = (held >> (row & 1) * 16 & 0xffffu) * 0x10001u;
+          zero[u][r] = zero_pair<T>(shuffle(from.zero[u], group * 4 + r * 2 + row / 4) >> row % 4 * 8 & 255u);
+        }
+      }
+      dequant_word<T, kBits>(step_word<kBits>(from.words[u], step), zero[u][0], zero[u][1], to[u]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[u][j] = mul_pair<T>(to[u][j], scale[u][j & 1]);
+    }
+  };
+
+  Held<kBits> held, next;
+  load(next, begin);
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    if (begin + i < end) stage_tokens(begin + i, i);
+    commit_copies();
+  }
+  int stage = 0;
+#pragma unroll 1
+  for (int k_tile = begin; k_tile < end; ++k_tile) {
+    held = next;
+    load(next, k_tile + 1 < end ? k_tile + 1 : k_tile);
+    wait_for_copy_groups<kAhead - 1>();
+    block_barrier(kPrefillThreads);
+    // Every warp has left the k tile before the last one, whose stage is filled anew.
+    if (k_tile + kAhead < end) stage_tokens(k_tile + kAhead, stage < 2 ? stage + kAhead : stage - 2);
+    commit_copies();
+    const uint64_t tokens_at = swizzled_rows(base + static_cast<uint32_t>(stage * kStageBytes));
+    stage = stage + 1 == kPrefillStages ? 0 : stage + 1;
+#pragma unroll
+    for (int step = 0; step < 8; ++step) {
+      dequantize(fragment[step & 1], held, step);
+      wgmma_begin();
+#pragma unroll
+      for (int u = 0; u < kPrefillUnits; ++u)
+        wgmma(total[u], fragment[step & 1][u], tokens_at + (step / 4 * kHalfBytes + step % 4 * 32) / 16, T());
+      wgmma_commit();
+      wgmma_wait<1>();  // the step before: its fragments may be overwritten
+#pragma unroll
+      for (int u = 0; u < kPrefillUnits; ++u)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) keep(fragment[(step + 1) & 1][u][j]);
+    }
+  }
+  wgmma_wait<0>();
+#pragma unroll
+  for (int u = 0; u < kPrefillUnits; ++u)
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) keep(total[u][i]);
+  block_barrier(kPrefillThreads);  // nobody reads activations any more
+
+  float* const sums = reinterpret_cast<float*>(stages);
+#pragma unroll
+  for (int u = 0; u < kPrefillUnits; ++u)
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+      const int row = (warp / 4 * kPrefillUnits + u) * kBlockRows + part * kTileRows + lane / 4 + (i & 2) * 4;
+      sums[token * kPrefillRowStride + row] = total[u][i];
+    }
+  plan.splits > 1 ? cluster_barrier() : block_barrier(kPrefillThreads);
+  // Eight rows of a token at a time; the thread blocks of a cluster take turns.
+  const bool whole = p.out_features % 8 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+  const DType type = T::kWide ? DType::kFloat16 : DType::kBFloat16;
+#pragma unroll 1
+  for (int i = rank * kPrefillThreads + static_cast<int>(threadIdx.x); i < kTokens * kPrefillRows / 8;
+       i += plan.splits * kPrefillThreads) {
+    const int token = i / (kPrefillRows / 8), row = i % (kPrefillRows / 8) * 8;
+    const int64_t n = static_cast<int64_t>(blockIdx.y) * kPrefillRows + row;
+    if (first_token + token >= p.tokens || n >= p.out_features) continue;
+    const uint32_t address = base + static_cast<uint32_t>(token * kPrefillRowStride + row) * 4;
+    float sum[8] = {};
+#pragma unroll 1
+    for (int s = 0; s < plan.splits; ++s) {
+      const uint4 low = load_peer16(address, s), high = load_peer16(address + 16, s);
+      sum[0] += word_to_float(low.x), sum[1] += word_to_float(low.y), sum[2] += word_to_float(low.z);
+      sum[3] += word_to_float(low.w), sum[4] += word_to_float(high.x), sum[5] += word_to_float(high.y);
+      sum[6] += word_to_float(high.z), sum[7] += word_to_float(high.w);
+    }
+    if (p.bias != nullptr) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (n + j < p.out_features) sum[j] += scale_value(load_half(p.bias, 2 * (n + j)), type);
+    }
+    uint16_t* const to = static_cast<uint16_t*>(p.y) + static_cast<int64_t>(first_token + token) * p.out_features + n;
+    if (whole) {
+      uint4 bits;
+      bits.x = float_pair_to_bits<T>(sum[0], sum[1]), bits.y = float_pair_to_bits<T>(sum[2], sum[3]);
+      bits.z = float_pair_to_bits<T>(sum[4], sum[5]), bits.w = float_pair_to_bits<T>(sum[6], sum[7]);
+      *reinterpret_cast<uint4*>(to) = bits;
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (n + j < p.out_features) to[j] = float_to_bits<T>(sum[j]);
+    }
+  }
+  if (plan.splits > 1) cluster_barrier();  // shared memory is there until the last peer has read it
+#elif defined(__CUDA_ARCH__)
+  __trap();  // packed_prefill_gpu does not launch it here
+#endif
+}
+
+}  // namespace packed
+}  // namespace discquant

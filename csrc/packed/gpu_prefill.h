@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a product of many tokens is dealt to thread blocks (gpu_prefill.cuh): host and device, without CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "packed/gpu_walk.h"
+
+namespace discquant {
+namespace packed {
+
+constexpr int kPrefillRows = 256;  // of a thread block's tile: two warpgroups x two units of 64
+constexpr int kPrefillStages = 6;  // tiles of activations, tokens x 128 k, in shared memory
+constexpr int kMaxSplits = 8;      // thread blocks of a portable cluster
+constexpr int kPrefillRowStride = kPrefillRows + 4;  // floats of a token's sums in shared memory: no bank conflicts
+
+// A thread block owns 256 rows x `tokens` tokens. Where that makes too few thread blocks, a cluster of `splits` shares a
+// tile, each with a part of K; their sums meet in shared memory, in the order of k.
+struct Prefill {
+  int k_tiles, blocks, groups;
+  int group_tiles;  // k tiles of a group, 1 for groups below 128
+  int unit_groups;  // groups of a k tile, 1 for groups of 128 and more
+  int tokens;       // of a tile: 64 or 128
+  int splits;
+
+  DISCQUANT_HD int group(int k_tile, int i) const {
+    if (unit_groups == 1) return static_cast<int>(static_cast<uint32_t>(k_tile) / static_cast<uint32_t>(group_tiles));
+    const int found = k_tile * unit_groups + (i < unit_groups ? i : unit_groups - 1);
+    return found < groups ? found : groups - 1;
+  }
+  DISCQUANT_HD int k_begin(int rank) const { return static_cast<int>(static_cast<int64_t>(k_tiles) * rank / splits); }
+};
+
+DISCQUANT_HD int prefill_shared_bytes(int tokens) {
+  const int stages = kPrefillStages * tokens * kTileK * 2, sums = tokens * kPrefillRowStride * 4;
+  return 1024 + (stages > sums ? stages : sums);  // stages begin at a multiple of 1024
+}
+
+// A function of (N, K, tokens, device). False where the device has no wgmma, or too little memory, or 32 bits too few.
+inline bool make_prefill(int64_t n, int64_t k, int64_t group_size, int64_t tokens, const GpuDevice& device, Prefill& to) {
+  const int64_t k_tiles = padded_k(k) / kTileK, blocks = padded_rows(n) / kBlockRows;
+  const int64_t group = group_size > 0 ? group_size : padded_k(k);
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  to.tokens = tokens <= 64 ? 64 : 128;
+  if (!device.warpgroups || device.shared_bytes < prefill_shared_bytes(to.tokens) || tokens < 1 || n < 1 || k < 1 ||
+      blocks * k_tiles >= kLimit || padded_rows(n) * ceil_div(k, group) >= kLimit || blocks > 4 * 65535)
+    return false;
+  to.k_tiles = static_cast<int>(k_tiles);
+  to.blocks = static_cast<int>(blocks);
+  to.groups = static_cast<int>(ceil_div(k, group));
+  to.unit_groups = group < kTileK ? static_cast<int>(kTileK / group) : 1;
+  to.group_tiles = group < kTileK ? 1 : static_cast<int>(group / kTileK);
+  // In k tiles of one thread block; the end of a tile (its sums leave through shared memory) is taken for three.
+  const int64_t tiles = ceil_div(tokens, to.tokens) * ceil_div(blocks, kPrefillRows / kBlockRows);
+  int64_t best = 0;
+  for (int splits = 1; splits <= kMaxSplits && splits <= k_tiles; splits *= 2) {
+    const int64_t waves = ceil_div(tiles * splits, device.multiprocessors);
+    const int64_t cost = waves * (ceil_div(k_tiles, splits) + 3 + (splits > 1 ? 1 : 0));
+    if (splits == 1 || cost < best) best = cost, to.splits = splits;
+  }
+  return true;
+}
+
+}  // namespace packed
+}  // namespace discquant
