@@ -186,6 +186,15 @@ def covered(interval: tuple[float, float], union: Sequence[tuple[float, float]])
     return total
 
 
+def longest(events: Sequence[Event], count: int = 30) -> list[dict[str, Any]]:
+    """Return the kernels and copies that took the most time together: name, seconds, launches."""
+    spent: dict[str, list[float]] = {}
+    for name, begin, end in events:
+        spent.setdefault(name[:100], []).append(end - begin)
+    most = sorted(spent.items(), key=lambda item: -sum(item[1]))[:count]
+    return [{"name": name, "seconds": sum(each), "launches": len(each)} for name, each in most]
+
+
 def overlap(events: Sequence[Event]) -> dict[str, Any]:
     """Return how much of the copies' time lies under a running kernel.
 
@@ -194,7 +203,7 @@ def overlap(events: Sequence[Event]) -> dict[str, Any]:
 
     Returns:
         Seconds of kernels (their union) and of copies in either direction, with the covered share of each; the share
-        is None where nothing was copied.
+        is None where nothing was copied. And the kernels that took longest, by name.
     """
     kernels = merged(
         [(begin, end) for name, begin, end in events if not name.startswith(("Memcpy", "Memset"))]
@@ -203,6 +212,7 @@ def overlap(events: Sequence[Event]) -> dict[str, Any]:
         "events": len(events),
         "span_seconds": max((e[2] for e in events), default=0.0) - min((e[1] for e in events), default=0.0),
         "kernel_seconds": sum(end - begin for begin, end in kernels),
+        "longest": longest(events),
     }
     time_all = under_all = 0.0
     for key, word in (("in", "Memcpy HtoD"), ("out", "Memcpy DtoH")):

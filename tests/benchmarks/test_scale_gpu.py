@@ -68,6 +68,7 @@ def test_overlap_is_the_share_of_copies_under_kernels(scale_gpu: ModuleType) -> 
     assert found["in_share"] == pytest.approx(1 / 3)
     assert found["out_share"] == 1.0
     assert found["share"] == pytest.approx(0.5)
+    assert {"name": "matmul", "seconds": 3.0, "launches": 2} in found["longest"]
     assert scale_gpu.parts.overlap([])["share"] is None
 
 
