@@ -100,7 +100,7 @@ def tensor_cores(layer: Layer, x: Tensor) -> list[Call]:
 
 
 def prefill(layer: Layer, x: Tensor) -> list[Call]:
-    """Our kernel for many tokens (sm_90), whatever the table says."""
+    """Our kernel for many tokens, whatever the table says."""
     sizes = (layer.n, layer.k, layer.bits, GROUP)
     return [lambda w=w, s=s: paths.prefill_op(x, w, s, None, None, *sizes) for w, s in layer.kept]  # type: ignore[misc]
 
@@ -163,7 +163,7 @@ def providers(layer: Layer, x: Tensor) -> Iterator[tuple[str, int, list[Call]]]:
     ):  # beyond, exact is what is chosen anyway, and 16 tokens at a time is only for who must
         yield "discquant exact", layer.num_bytes, ours(layer, x, mode="exact")
         yield "discquant batch_invariant", layer.num_bytes, ours(layer, x, batch_invariant=True)
-    if x.shape[0] > 16 and torch.cuda.get_device_capability() == (9, 0):
+    if x.shape[0] > 16:
         yield "discquant prefill", layer.num_bytes, prefill(layer, x)
     for name, make in (("torch tinygemm", tinygemm), ("gemlite", gemlite)):
         try:

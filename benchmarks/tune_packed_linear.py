@@ -56,15 +56,12 @@ Times = dict[int, float]
 def measure(bits: int, deadline: float) -> tuple[Times, Times, Times]:
     """Milliseconds of the kernel for few tokens, dequantise + cuBLAS and the kernel for many, summed over the shapes.
 
-    The last is empty where the GPU has no such kernel.
-
     Raises:
         SystemExit: Out of time.
     """
     import packed_gpu
 
-    kernel, dense = dict.fromkeys(TOKENS, 0.0), dict.fromkeys(TOKENS, 0.0)
-    prefill = dict.fromkeys(TOKENS if torch.cuda.get_device_capability() == (9, 0) else (), 0.0)
+    kernel, dense, prefill = (dict.fromkeys(TOKENS, 0.0) for _ in range(3))
     for shape in SHAPES:
         layer = packed_gpu.Layer(*packed_gpu.SHAPES[shape], bits, torch.bfloat16)
         for m in TOKENS:
@@ -77,8 +74,6 @@ def measure(bits: int, deadline: float) -> tuple[Times, Times, Times]:
                 (prefill, packed_gpu.prefill),
             )
             for found, make in ways:
-                if m not in found:
-                    continue
                 if found is kernel and m > 1024:  # 64 launches and more: hopeless, and slow to measure
                     found[m] = float("inf")
                     continue
@@ -122,7 +117,7 @@ def main() -> None:
         others = {m: min(kernel[m], dense[m]) for m in kernel}
         ranges[str(bits)] = fastest_range(prefill, others)
         for m in TOKENS:
-            row = "  ".join(f"{found[m] * 1e3:8.1f}" for found in (kernel, dense, prefill) if found)
+            row = "  ".join(f"{found[m] * 1e3:8.1f}" for found in (kernel, dense, prefill))
             print(
                 f"{bits} bits, {m:4d} tokens, us of the kernel, dequantise + cuBLAS, the kernel for many: {row}"
             )

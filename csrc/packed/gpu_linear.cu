@@ -52,7 +52,7 @@ GpuDevice gpu_device(int index) {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) != cudaSuccess)
     return GpuDevice{};
   found.overlaps = major >= 9;
-  found.warpgroups = major == 9;  // later generations do not have the instruction
+  found.clusters = major >= 9;
   return found;
 }
 

@@ -47,8 +47,8 @@ int64_t gpu_workspace_words(int64_t out_features, int64_t in_features, const Gpu
 // multiplies before the product, rounding each weight to `type` as a dense layer has it. Returns a cudaError_t.
 int packed_linear_gpu(const GpuLinear& call, bool exact, CUstream_st* stream);
 
-// The same for many tokens at once, on devices with wgmma: weights rounded to `type`, which the scales must have too.
-// It needs no workspace and is not batch-invariant. Returns a cudaError_t; cudaErrorInvalidValue where it cannot run.
+// The same for many tokens at once: weights rounded to `type`, which the scales must have too. It needs no workspace and
+// is not batch-invariant. Returns a cudaError_t; cudaErrorInvalidValue where it cannot run.
 int packed_prefill_gpu(const GpuLinear& call, CUstream_st* stream);
 
 struct GpuDequantize {

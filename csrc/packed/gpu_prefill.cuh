@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// packed_linear for many tokens (sm_90a): weights are the A operand of wgmma, from registers, tokens its columns.
-// A warp streams the words of its 16 rows from memory into registers, one k tile ahead, and makes of each word the
-// fragment that wgmma wants, rounded to the type of x as a dense layer has it. Activations go through a ring of
-// swizzled tiles in shared memory, filled by asynchronous copies. While the tensor cores work on one k16 step, the warp
-// dequantises the next. No atomics; the order of every sum is fixed.
+// packed_linear for many tokens: weights are the A operand of the tensor cores, from registers, tokens its columns; by
+// wgmma on sm_90a, by mma.m16n8k16 elsewhere, whose fragments are the same. A warp streams the words of twice 16 rows from
+// memory into registers, one k tile ahead, and makes of each word a fragment, rounded to the type of x as a dense layer
+// has it. Activations go through a ring of swizzled tiles in shared memory, filled by asynchronous copies. Under wgmma the
+// warp dequantises a k16 step while the tensor cores work on the one before. No atomics; the order of every sum is fixed.
 #pragma once
 
 #include "packed/gpu_linear.cuh"
@@ -14,9 +14,8 @@ namespace discquant {
 namespace packed {
 
 constexpr int kPrefillThreads = 256;
-constexpr int kPrefillUnits = 2;  // of a warpgroup: one fragment of activations in shared memory serves both
+constexpr int kPrefillUnits = 2;  // of four warps: one fragment of activations serves both
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(DISCQUANT_EMULATE)
 // What a lane holds of a k tile: its words; and of the scales and zero points of its warp's 16 rows, group by group, the
 // 32 bits that have the lane's number. Loads only: nothing here may wait for one.
 template <int kBits>
@@ -25,12 +24,10 @@ struct Held {
   uint32_t scale[kPrefillUnits];
   uint32_t zero[kPrefillUnits];
 };
-#endif
 
 // kGroupSteps: k16 steps that share a scale: 2, 4, or 8 for groups of 128 and more. The scales have the type of x.
-template <class T, int kBits, int kTokens, int kGroupSteps>
-__global__ void __launch_bounds__(kPrefillThreads, 1) packed_prefill_kernel(const GpuLinear p, const Prefill plan) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(DISCQUANT_EMULATE)
+template <bool kWarpgroups, class T, int kBits, int kTokens, int kGroupSteps>
+__device__ __forceinline__ void prefill_tile(const GpuLinear& p, const Prefill& plan) {
   constexpr int kAhead = kPrefillStages - 2;  // the stage before the present one may still be read
   constexpr int kHalfBytes = kTokens * 128;   // of a stage: the first 64 k of all tokens, then the others
   constexpr int kStageBytes = 2 * kHalfBytes;
@@ -58,24 +55,23 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) packed_prefill_kernel(cons
     }
   };
 
-  const uint8_t* unit_words[kPrefillUnits];
-  uint32_t unit_row[kPrefillUnits];  // of its scales: (unit * groups) * 64 + the warp's first row
-#pragma unroll
-  for (int u = 0; u < kPrefillUnits; ++u) {
-    // Units past the last compute it again; nothing of theirs is stored.
-    const int unit = first_unit + u < plan.blocks ? first_unit + u : plan.blocks - 1;
-    unit_words[u] = reinterpret_cast<const uint8_t*>(p.words) +
-                    static_cast<int64_t>(unit) * plan.k_tiles * kUnitBytes + part * kTileBytes + lane * 16;
-    unit_row[u] = static_cast<uint32_t>(unit * plan.groups * kBlockRows + part * kTileRows);
-  }
+  // Units past the last compute it again; nothing of theirs is stored.
+  const int unit = first_unit < plan.blocks ? first_unit : plan.blocks - 1;
+  const uint32_t more = first_unit + 1 < plan.blocks ? 1 : 0;  // from the first unit to the second
+  const uint8_t* const unit_words = reinterpret_cast<const uint8_t*>(p.words) +
+                                    static_cast<int64_t>(unit) * plan.k_tiles * kUnitBytes + part * kTileBytes + lane * 16;
+  // Of its scales: (unit * groups) * 64 + the warp's first row.
+  const uint32_t unit_row = static_cast<uint32_t>(unit * plan.groups * kBlockRows + part * kTileRows);
   auto load = [&](Held<kBits>& to, int k_tile) {
     const uint32_t scales_of = static_cast<uint32_t>(plan.group(k_tile, lane / 8)) * kBlockRows + lane % 8 * 2;
     const uint32_t zeros_of = static_cast<uint32_t>(plan.group(k_tile, lane / 4)) * kBlockRows + lane % 4 * 4;
 #pragma unroll
     for (int u = 0; u < kPrefillUnits; ++u) {
-      load_words<kBits>(to.words[u], unit_words[u] + static_cast<int64_t>(k_tile) * kUnitBytes, lane);
-      to.scale[u] = load_word(p.scale, int64_t{2} * (unit_row[u] + scales_of));
-      to.zero[u] = p.zero_point == nullptr ? 0x01010101u << (kBits - 1) : load_word(p.zero_point, unit_row[u] + zeros_of);
+      const uint32_t later = u * more;
+      load_words<kBits>(to.words[u], unit_words + static_cast<int64_t>(later * plan.k_tiles + k_tile) * kUnitBytes, lane);
+      const uint32_t row = unit_row + later * plan.groups * kBlockRows;
+      to.scale[u] = load_word(p.scale, int64_t{2} * (row + scales_of));
+      to.zero[u] = p.zero_point == nullptr ? 0x01010101u << (kBits - 1) : load_word(p.zero_point, row + zeros_of);
     }
   };
 
@@ -101,6 +97,22 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) packed_prefill_kernel(cons
     }
   };
 
+  // Of the lane's row in ldmatrix, 16 tokens at a time: the places of its 16 bytes in the four k16 steps of a half.
+  const int matrix_token = (lane >> 4) * 8 + (lane & 7);
+  auto multiply = [&](const uint32_t (&a)[kPrefillUnits][4], uint32_t from, int step) {
+    const uint32_t row = from + step / 4 * kHalfBytes + matrix_token * 128 + ((step % 4 * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16;
+#pragma unroll
+    for (int j = 0; j < kTokens / 16; ++j) {
+      uint32_t b[4];
+      load_matrices(b, row + j * 16 * 128);
+#pragma unroll
+      for (int u = 0; u < kPrefillUnits; ++u) {
+        mma(&total[u][8 * j], a[u], b[0], b[1], T());
+        mma(&total[u][8 * j + 4], a[u], b[2], b[3], T());
+      }
+    }
+  };
+
   Held<kBits> held, next;
   load(next, begin);
 #pragma unroll
@@ -112,34 +124,41 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) packed_prefill_kernel(cons
 #pragma unroll 1
   for (int k_tile = begin; k_tile < end; ++k_tile) {
     held = next;
-    load(next, k_tile + 1 < end ? k_tile + 1 : k_tile);
+    if constexpr (kWarpgroups) load(next, k_tile + 1 < end ? k_tile + 1 : k_tile);
     wait_for_copy_groups<kAhead - 1>();
     block_barrier(kPrefillThreads);
     // Every warp has left the k tile before the last one, whose stage is filled anew.
     if (k_tile + kAhead < end) stage_tokens(k_tile + kAhead, stage < 2 ? stage + kAhead : stage - 2);
     commit_copies();
-    const uint64_t tokens_at = swizzled_rows(base + static_cast<uint32_t>(stage * kStageBytes));
+    const uint32_t tokens_at = base + static_cast<uint32_t>(stage * kStageBytes);
     stage = stage + 1 == kPrefillStages ? 0 : stage + 1;
 #pragma unroll
     for (int step = 0; step < 8; ++step) {
       dequantize(fragment[step & 1], held, step);
-      wgmma_begin();
+      if constexpr (kWarpgroups) {
+        wgmma_begin();
 #pragma unroll
-      for (int u = 0; u < kPrefillUnits; ++u)
-        wgmma(total[u], fragment[step & 1][u], tokens_at + (step / 4 * kHalfBytes + step % 4 * 32) / 16, T());
-      wgmma_commit();
-      wgmma_wait<1>();  // the step before: its fragments may be overwritten
+        for (int u = 0; u < kPrefillUnits; ++u)
+          wgmma(total[u], fragment[step & 1][u], swizzled_rows(tokens_at) + (step / 4 * kHalfBytes + step % 4 * 32) / 16, T());
+        wgmma_commit();
+        wgmma_wait<1>();  // the step before: its fragments may be overwritten
 #pragma unroll
-      for (int u = 0; u < kPrefillUnits; ++u)
+        for (int u = 0; u < kPrefillUnits; ++u)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) keep(fragment[(step + 1) & 1][u][j]);
+          for (int j = 0; j < 4; ++j) keep(fragment[(step + 1) & 1][u][j]);
+      } else {
+        multiply(fragment[step & 1], tokens_at, step);
+        if (step == 3) load(next, k_tile + 1 < end ? k_tile + 1 : k_tile);  // half of `held` is free by now
+      }
     }
   }
-  wgmma_wait<0>();
+  if constexpr (kWarpgroups) {
+    wgmma_wait<0>();
 #pragma unroll
-  for (int u = 0; u < kPrefillUnits; ++u)
+    for (int u = 0; u < kPrefillUnits; ++u)
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) keep(total[u][i]);
+      for (int i = 0; i < kTokens / 2; ++i) keep(total[u][i]);
+  }
   block_barrier(kPrefillThreads);  // nobody reads activations any more
 
   float* const sums = reinterpret_cast<float*>(stages);
@@ -188,8 +207,14 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) packed_prefill_kernel(cons
     }
   }
   if (plan.splits > 1) cluster_barrier();  // shared memory is there until the last peer has read it
-#elif defined(__CUDA_ARCH__)
-  __trap();  // packed_prefill_gpu does not launch it here
+}
+
+template <class T, int kBits, int kTokens, int kGroupSteps>
+__global__ void __launch_bounds__(kPrefillThreads, 1) packed_prefill_kernel(const GpuLinear p, const Prefill plan) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  prefill_tile<true, T, kBits, kTokens, kGroupSteps>(p, plan);
+#else
+  prefill_tile<false, T, kBits, kTokens, kGroupSteps>(p, plan);
 #endif
 }
 

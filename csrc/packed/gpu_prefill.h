@@ -14,8 +14,8 @@ constexpr int kPrefillStages = 6;  // tiles of activations, tokens x 128 k, in s
 constexpr int kMaxSplits = 8;      // thread blocks of a portable cluster
 constexpr int kPrefillRowStride = kPrefillRows + 4;  // floats of a token's sums in shared memory: no bank conflicts
 
-// A thread block owns 256 rows x `tokens` tokens. Where that makes too few thread blocks, a cluster of `splits` shares a
-// tile, each with a part of K; their sums meet in shared memory, in the order of k.
+// A thread block owns 256 rows x `tokens` tokens. Where that makes too few thread blocks, and the device has clusters, one of
+// `splits` shares a tile, each with a part of K; their sums meet in shared memory, in the order of k.
 struct Prefill {
   int k_tiles, blocks, groups;
   int group_tiles;  // k tiles of a group, 1 for groups below 128
@@ -36,13 +36,13 @@ DISCQUANT_HD int prefill_shared_bytes(int tokens) {
   return 1024 + (stages > sums ? stages : sums);  // stages begin at a multiple of 1024
 }
 
-// A function of (N, K, tokens, device). False where the device has no wgmma, or too little memory, or 32 bits too few.
+// A function of (N, K, tokens, device). False where the device has too little memory, or 32 bits are too few.
 inline bool make_prefill(int64_t n, int64_t k, int64_t group_size, int64_t tokens, const GpuDevice& device, Prefill& to) {
   const int64_t k_tiles = padded_k(k) / kTileK, blocks = padded_rows(n) / kBlockRows;
   const int64_t group = group_size > 0 ? group_size : padded_k(k);
   constexpr int64_t kLimit = int64_t{1} << 30;
-  to.tokens = tokens <= 64 ? 64 : 128;
-  if (!device.warpgroups || device.shared_bytes < prefill_shared_bytes(to.tokens) || tokens < 1 || n < 1 || k < 1 ||
+  to.tokens = tokens <= 64 || device.shared_bytes < prefill_shared_bytes(128) ? 64 : 128;
+  if (device.shared_bytes < prefill_shared_bytes(to.tokens) || tokens < 1 || n < 1 || k < 1 ||
       blocks * k_tiles >= kLimit || padded_rows(n) * ceil_div(k, group) >= kLimit || blocks > 4 * 65535)
     return false;
   to.k_tiles = static_cast<int>(k_tiles);
@@ -53,7 +53,7 @@ inline bool make_prefill(int64_t n, int64_t k, int64_t group_size, int64_t token
   // In k tiles of one thread block; the end of a tile (its sums leave through shared memory) is taken for three.
   const int64_t tiles = ceil_div(tokens, to.tokens) * ceil_div(blocks, kPrefillRows / kBlockRows);
   int64_t best = 0;
-  for (int splits = 1; splits <= kMaxSplits && splits <= k_tiles; splits *= 2) {
+  for (int splits = 1; splits <= (device.clusters ? kMaxSplits : 1) && splits <= k_tiles; splits *= 2) {
     const int64_t waves = ceil_div(tiles * splits, device.multiprocessors);
     const int64_t cost = waves * (ceil_div(k_tiles, splits) + 3 + (splits > 1 ? 1 : 0));
     if (splits == 1 || cost < best) best = cost, to.splits = splits;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Warpgroup instructions of sm_90a, and what goes with them: groups of asynchronous copies, clusters. Compiled with
-// DISCQUANT_EMULATE, tests/packed/gpu_emulator_wgmma.h gives the same functions on the host.
+// Groups of asynchronous copies (sm_80), clusters (sm_90) and warpgroup products (sm_90a). Compiled with DISCQUANT_EMULATE, tests/packed/gpu_emulator_wgmma.h gives the same functions on the host.
 #pragma once
 
 #include "packed/gpu_primitives.cuh"
@@ -15,11 +14,14 @@ namespace packed {
 // Copies since the last call become one group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending of this thread's groups are on their way; what has arrived may then be read by wgmma, which
+// Until at most kPending of this thread's groups are on their way; what has arrived may then be read by wgmma, too, which
 // reads through the asynchronous proxy.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copy_groups() {
-  asm volatile("cp.async.wait_group %0;\nfence.proxy.async.shared::cta;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
 // The place of a tile of B for wgmma: rows (columns of the product) of 128 bytes, eight of them 1024 bytes on, the
@@ -79,20 +81,31 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], ui
     DISCQUANT_WGMMA_128("bf16.bf16");
 }
 
-// All threads of the cluster; what they wrote to shared memory before is seen by all after it.
+// All threads of the cluster; what they wrote to shared memory before is seen by all after it. Not called where there are
+// no clusters.
 __device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
 }
 
-// 16 bytes of the shared memory of the cluster's thread block `rank`, at the place that `address` has here.
+// 16 bytes of the shared memory of the cluster's thread block `rank`, at the place that `address` has here; of one's own
+// where there are no clusters.
 __device__ __forceinline__ uint4 load_peer16(uint32_t address, int rank) {
   uint4 v;
+#if __CUDA_ARCH__ >= 900
   asm volatile(
       "{.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
       "ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [there];}"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "r"(address), "r"(rank)
       : "memory");
+#else
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+#endif
   return v;
 }
 

@@ -95,7 +95,6 @@ Tensor prefill(const Tensor& x, const Tensor& words, const Tensor& scale, const 
   Tensor y;
   const GpuLinear call = prepare("packed_linear_prefill", x, words, scale, zero_point, bias, y, n, k, bits, group_size);
   STD_TORCH_CHECK(call.scale_type == call.type, "packed_linear_prefill: scale must have the dtype of x");
-  STD_TORCH_CHECK(call.device.warpgroups, "packed_linear_prefill: the device must be of compute capability 9.0");
   check_launch(packed_prefill_gpu(call, stream_of(x)), "packed_linear_prefill");
   return y;
 }

@@ -70,7 +70,7 @@ mma_op = registry.define(
     _mma_fake,
     None,
 )
-# Tensor cores of sm_90, many tokens at a time; the weight rounded to the dtype of x, which the scale must have.
+# Tensor cores, many tokens at a time; the weight rounded to the dtype of x, which the scale must have.
 prefill_op = registry.define(
     f"packed_linear_prefill(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {GRID}) -> Tensor",
     _prefill_fake,

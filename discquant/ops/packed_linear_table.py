@@ -2,7 +2,7 @@
 """Which of the ways to multiply by a packed weight a GPU takes, by the number of tokens.
 
 `dense_tokens`: from how many on it dequantises the weight and calls cuBLAS instead of the kernel for few tokens.
-`prefill_tokens`: [from, before] tokens for which the kernel for many (sm_90) is faster than both; null is never.
+`prefill_tokens`: [from, before] tokens for which the kernel for many is faster than both; null is never.
 
 Data, packed_linear_table.json, by compute capability and width; `python benchmarks/tune_packed_linear.py` measures it
 on the GPU at hand. An entry whose `measured` is null is a first guess from published kernels, not measured on a GPU; a

@@ -321,12 +321,6 @@ def test_opcheck_compile_and_meta() -> None:
     assert op(*meta, None, *sizes, False, False, False).shape == (3, 72)
 
 
-HOPPER = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="wgmma is of sm_90 alone",
-)
-
-
 def prefill(case: Case, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The kernel for many tokens, whatever the table says; in-features a multiple of 8."""
     sizes = tuple(case.sizes[name] for name in ("out_features", "in_features", "num_bits", "group_size"))
@@ -334,11 +328,10 @@ def prefill(case: Case, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-@HOPPER
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("bits", "group", "symmetric"), GRIDS)
 def test_prefill(bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> None:
-    """Bit-exact weights through wgmma, float64 bounds, equal bits in every run, clusters and ragged tiles."""
+    """Bit-exact weights through the tensor cores, float64 bounds, equal bits in every run, ragged tiles."""
     case = Case(200, 328, bits, group, symmetric, dtype)
     one = torch.eye(328, dtype=dtype, device="cuda")
     for part in (60, 328):
@@ -356,7 +349,6 @@ def test_prefill(bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> 
             assert all(torch.equal(prefill(case, x.cuda(), bias.cuda()), y) for _ in range(5))
 
 
-@HOPPER
 def test_prefill_checks_for_itself() -> None:
     case = Case(64, 128, 4, 64, True)
     x = torch.zeros(20, 128, device="cuda").half()
@@ -436,9 +428,8 @@ def sanitized() -> None:
             x = torch.randn(tokens, 328, device="cuda", dtype=torch.float16)
             for options in ({}, {"mode": "exact"}, {"batch_invariant": True}):
                 case(x, **options)
-        if torch.cuda.get_device_capability() == (9, 0):
-            for tokens in (20, 130):
-                prefill(case, torch.randn(tokens, 328, device="cuda", dtype=torch.float16))
+        for tokens in (20, 130):
+            prefill(case, torch.randn(tokens, 328, device="cuda", dtype=torch.float16))
         zero = None if case.zero is None else case.zero.cuda()
         words = packing.pack(case.q.cuda(), zero, num_bits=bits, group_size=32, layout="cpu")
         sizes: dict[str, Any] = {"out_features": 97, "in_features": 328, "num_bits": bits}

@@ -178,8 +178,13 @@ def test_prefill_pipeline(repo_root: Path) -> None:
 @NEEDS_NVCC
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "86", "89"])
-def test_prefill_elsewhere(repo_root: Path, arch: str) -> None:
-    """On other architectures the file compiles to kernels that trap; nothing launches them there."""
-    path, _ = cubin(repo_root, "csrc/packed/gpu_prefill.cu", arch)
-    sass = disassemble(path)
-    assert "BPT.TRAP" in sass and "HGMMA" not in sass and "HMMA" not in sass
+def test_prefill_without_warpgroups(repo_root: Path, arch: str) -> None:
+    """Elsewhere it is a kernel of mma.m16n8k16, without spills; each fragment of activations is loaded once."""
+    path, log = cubin(repo_root, "csrc/packed/gpu_prefill.cu", arch)
+    assert len(re.findall(r"Used \d+ registers", log)) == 24
+    assert not any(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", log))
+    for part in disassemble(path).split("Function : ")[1:]:
+        names = collections.Counter(re.findall(r"\b(HMMA\.16816\.F32|LDSM|LDGSTS|HGMMA)\b", part))
+        tiles = 128 // 8 if "Li128E" in part.split()[0] else 64 // 8  # of eight tokens
+        assert names["HMMA.16816.F32"] == 8 * 2 * tiles and names["LDSM"] == 8 * tiles // 2, part.split()[0]
+        assert names["LDGSTS"] and not names["HGMMA"]
