@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from discquant.config import GridConfig
+from discquant.grids.fused import FUSED
 from discquant.solver.solve import lay_grids
 from discquant.solver.weight_ref import LAZY, Part, WeightRef
 
@@ -53,6 +54,15 @@ def test_experts_and_their_halves() -> None:
         weight, grid = ref.matrix(), grids[ref.name]
         error = (grid.dequantize(grid.nearest(weight), torch.float32) - weight).abs().max()
         assert error <= weight.abs().max() / 4
+
+
+@pytest.mark.parametrize("members", FUSED, ids=lambda names: names[0])
+def test_every_set_that_engines_fuse(members: tuple[str, ...]) -> None:
+    refs = [plain(f"layer.{name}", 3.0 + i) for i, name in enumerate(members)]
+    other = plain("layer.o_proj", 40.0)
+    grids = lay_grids(chain_of(*refs, other), NVFP4)
+    assert len({scale_of(grids, ref.name) for ref in refs}) == 1
+    assert scale_of(grids, "layer.o_proj") != scale_of(grids, refs[0].name)
 
 
 def test_streamed_weights() -> None:
