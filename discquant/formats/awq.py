@@ -7,6 +7,7 @@ Codes and zero points are both packed along out_features; zero points are stored
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from discquant.formats.safetensors_format import (
     uniform,
 )
 from discquant.formats.scheme import Scheme
-from discquant.formats.stated import contradictions, quantization
+from discquant.formats.stated import contradictions, old_quantization, quantization, stated_in
 from discquant.grids import UniformGrid
 
 # Lists, not tensors: a module may be imported where new tensors get no values (transformers builds models on meta).
@@ -123,10 +124,17 @@ class Awq(SafetensorsFormat):
         said = config.get("quantization_config")
         return isinstance(said, dict) and said.get("quant_method") == "awq"
 
+    def detects(self, path: Path) -> bool:
+        """By config.json; AutoAWQ once wrote quant_config.json alone, which names no method."""
+        if super().detects(path):
+            return True
+        said = old_quantization(path, "quant_config.json", CODES)
+        return said is not None and said.get("quant_method", "awq") == "awq" and "w_bit" in said
+
     def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
         """Modules with a `qweight`."""
         said = quantization(checkpoint)
-        where = f"{checkpoint.path}/config.json"
+        where = f"{checkpoint.path}/{stated_in(checkpoint)}"
         version = str(said.get("version", "gemm")).lower()
         bits = said.get("bits", said.get("w_bit"))
         if version != "gemm" or bits != 4:
@@ -139,7 +147,7 @@ class Awq(SafetensorsFormat):
     def problems(self, checkpoint: Checkpoint) -> Iterator[str]:
         """Where shapes contradict the configuration."""
         said = quantization(checkpoint)
-        size = _group(said, f"{checkpoint.path}/config.json")
+        size = _group(said, f"{checkpoint.path}/{stated_in(checkpoint)}")
         yield from contradictions(said, 4, size, self.layers(checkpoint))
 
     def decode(self, stored: StoredLayer) -> CodedLayer:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import discquant
-from discquant.errors import CheckpointError, UnrepresentableError, UserError
+from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.bitstream import pack, unpack, words_for
-from discquant.formats.checkpoint import Checkpoint, read_json
+from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import TensorInfo, read_tensor
@@ -30,7 +30,7 @@ from discquant.formats.safetensors_format import (
     uniform,
 )
 from discquant.formats.scheme import Scheme
-from discquant.formats.stated import OLD, contradictions, quantization, stated_in
+from discquant.formats.stated import contradictions, old_quantization, quantization, stated_in
 from discquant.grids import UniformGrid
 
 CODES, ZEROS, SCALES, INDEX = "qweight", "qzeros", "scales", "g_idx"
@@ -62,15 +62,8 @@ class Gptq(SafetensorsFormat):
         """By config.json; AutoGPTQ once wrote quantize_config.json alone, which often names no method."""
         if super().detects(path):
             return True
-        try:
-            if read_json(path / "config.json").get("quantization_config") or not (path / OLD).is_file():
-                return False
-            said = read_json(path / OLD)
-            if said.get("quant_method", "gptq") != "gptq" or not self._is_mine(said):
-                return False
-            return any(key.endswith(f".{CODES}") for key in Checkpoint(path).tensors)
-        except (OSError, UserError):
-            return False
+        said = old_quantization(path, "quantize_config.json", CODES)
+        return said is not None and said.get("quant_method", "gptq") == "gptq" and self._is_mine(said)
 
     def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
         """Modules with a `qweight`."""

@@ -7,26 +7,29 @@ Their readers take widths and groups from the shapes, which cannot be wrong; eng
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from discquant.errors import CheckpointError
+from discquant.errors import CheckpointError, UserError
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.layout import StoredLayer
 from discquant.formats.patterns import matches
 
-OLD = "quantize_config.json"
+# Where AutoGPTQ and AutoAWQ left the configuration before it went into config.json (2023).
+OLD = ("quantize_config.json", "quant_config.json")
 _SPECIAL = set("*+?^$()[]{}|\\")
 
 
 def quantization(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The quantization_config of config.json, else quantize_config.json.
+    """The quantization_config of config.json, else the first file of OLD.
 
     Raises:
         CheckpointError: There is neither.
     """
+    name = stated_in(checkpoint)
     said = checkpoint.config().get("quantization_config")
-    if said is None and (checkpoint.path / OLD).is_file():
-        said = read_json(checkpoint.path / OLD)
+    if name != "config.json":
+        said = read_json(checkpoint.path / name)
     if not isinstance(said, dict):
         raise CheckpointError(f"{checkpoint.path} is not quantized: config.json has no quantization_config")
     return said
@@ -34,7 +37,28 @@ def quantization(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def stated_in(checkpoint: Checkpoint) -> str:
     """Name of the file that `quantization` reads."""
-    return "config.json" if checkpoint.config().get("quantization_config") is not None else OLD
+    if checkpoint.config().get("quantization_config") is not None:
+        return "config.json"
+    return next((name for name in OLD if (checkpoint.path / name).is_file()), "config.json")
+
+
+def old_quantization(path: Path, name: str, codes: str) -> dict[str, Any] | None:
+    """What an old folder says of itself in the file `name`; None where it is no such folder. Never an error.
+
+    Args:
+        path: Of the folder.
+        name: One of OLD.
+        codes: Suffix of the tensors that hold codes, of which it must have some.
+    """
+    if not (path / name).is_file():
+        return None
+    try:
+        checkpoint = Checkpoint(path)
+        if stated_in(checkpoint) != name or not any(key.endswith(f".{codes}") for key in checkpoint.tensors):
+            return None
+        return quantization(checkpoint)
+    except (OSError, UserError):
+        return None
 
 
 def override(said: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

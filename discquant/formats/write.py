@@ -26,7 +26,14 @@ from discquant.formats.proof import prove
 from discquant.formats.safetensors_file import TORCH_DTYPES, TensorInfo, read_bytes
 from discquant.formats.scheme import Scheme
 
-NOT_COPIED = ("config.json", "quantize_config.json", "quantization_config.json", MANIFEST, PROOF)
+NOT_COPIED = (
+    "config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    MANIFEST,
+    PROOF,
+)
 # Tokenizer, generation settings, chat templates, code and licence go along; the original's model card does not,
 # because it describes another model.
 SIDE_FILES = (

@@ -94,7 +94,7 @@ def base_files(chosen: Format, folder: Path) -> list[Path]:
         # Some refuse only the values: a scale that the served dtype does not have.
         with suppress(UnrepresentableError):
             found.append(_base(chosen, grid, hidden, folder, f"{chosen.name}_{index}"))
-    others = {"gptq": _old, "compressed-tensors": _with_activations}
+    others = {"gptq": _old, "awq": _old_awq, "compressed-tensors": _with_activations}
     if chosen.name in others:
         made = [shutil.copytree(base, base.with_name(f"{base.name}_foreign")) for base in found]
         for copied in made:
@@ -113,6 +113,15 @@ def _old(folder: Path) -> None:
     name = "model.layers.0.self_attn"
     rotary = torch.ones(16)
     _more(folder, {f"{name}.q_proj.bias": torch.zeros(4), f"{name}.rotary_emb.inv_freq": rotary})
+
+
+def _old_awq(folder: Path) -> None:
+    """As AutoAWQ left it: a configuration of its own, by other names."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    size = config.pop("quantization_config")["group_size"]
+    said = {"zero_point": True, "q_group_size": size, "w_bit": 4, "version": "GEMM"}
+    (folder / "quant_config.json").write_text(json.dumps(said), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _with_activations(folder: Path) -> None:

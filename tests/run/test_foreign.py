@@ -136,6 +136,32 @@ def test_an_old_autogptq_file(tied_dir: Path, dataset: str, tmp_path: Path) -> N
     export(tmp_path / "out", ["autoround"], tmp_path)
 
 
+def test_an_old_awq_file(tied_dir: Path, dataset: str, tmp_path: Path) -> None:
+    """As AutoAWQ wrote them in 2023: quant_config.json alone, by other names."""
+    file = tmp_path / "old"
+    write(tied_dir, file, "awq", GridConfig(4, 32, False, "absmax"))
+    reconfigure(file, quantization_config=None)
+    said = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (file / "quant_config.json").write_text(json.dumps(said))
+    facts = inspect(file)
+    assert facts["format"] == "awq" and len(facts["layers"]) == 14 and not facts["problems"]
+    with pytest.raises(CheckpointError, match="quantized already"):
+        open_source(file)
+    summary = RefinePipeline(file, tmp_path / "out", tied_dir, config_of(dataset)).execute()
+    assert summary["byte_diff"]["outside"] == 0
+    refined = tmp_path / "out" / "awq"
+    assert json.loads((refined / "quant_config.json").read_text()) == said
+    expected = logits(load_run_model(tmp_path / "out"))
+    for model in (discquant.load(refined, mode="plain"), discquant.load(refined)):
+        assert torch.equal(logits(model), expected)
+    export(file, ["gptq"], tmp_path, original=str(tied_dir))
+    assert not (tmp_path / "gptq" / "quant_config.json").exists()
+    # Another tool's file of that name, and one beside a configuration that says something, are none of its business.
+    (file / "quant_config.json").write_text(json.dumps({"bits": 4}))
+    with pytest.raises(CheckpointError):
+        registry.find(file)
+
+
 def test_a_head_of_its_own_is_no_tied_one(tied_dir: Path, dataset: str, tmp_path: Path) -> None:
     file = old_autogptq(tied_dir, tmp_path / "old")
     add(file, {HEAD: Checkpoint(tied_dir).read(EMBEDDING) * 2})
