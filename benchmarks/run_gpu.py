@@ -159,6 +159,23 @@ def _build(dry: bool) -> Iterator[Command]:
     ))  # fmt: skip
 
 
+def _tune(options: argparse.Namespace) -> Iterator[Step]:
+    """The packed kernels' table where it does not know this device yet (or with --tune); soft_linear's with --tune."""
+    known = True
+    if not options.dry_run:
+        import torch
+
+        from discquant.ops import packed_linear_table
+
+        known = packed_linear_table.entry(torch.cuda.get_device_capability())["measured"] is not None
+    if options.tune or not known:
+        packed = [sys.executable, str(HERE / "tune_packed_linear.py"), "--seconds", "70"]
+        yield Step("tune_packed", 80, [Command("tune_packed", packed)])
+    if options.tune:
+        soft = [sys.executable, str(HERE / "tune_soft_linear.py"), "--seconds", "170"]
+        yield Step("tune", 200, [Command("tune", soft)])
+
+
 def steps(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[Step]:
     """The steps in order; each is planned when its turn comes, since tests are collected from what was built."""
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
@@ -181,9 +198,8 @@ def steps(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[Step]:
                 Command(f"warm_{i}", _pytest(*paths[i::2], *common, "--benchmark-disable")) for i in (0, 1)
             ]
         yield Step("tests", 190, commands, True)
-    if options.tune and "tune" in wanted:
-        tune = [sys.executable, str(HERE / "tune_soft_linear.py"), "--seconds", "170"]
-        yield Step("tune", 200, [Command("tune", tune)])
+    if "tune" in wanted:
+        yield from _tune(options)
     if "benchmarks" in wanted:
         once = (
             ["--benchmark-disable"] if options.dry_run else ["--benchmark-only", "--benchmark-min-rounds=1"]
@@ -231,7 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", default=",".join(every), help=f"comma separated, of {', '.join(every)}")
     parser.add_argument("--benches", default="", help="only these benchmark files, comma separated stems")
     parser.add_argument(
-        "--tune", action="store_true", help="also measure soft_linear's table (about 3 minutes)"
+        "--tune",
+        action="store_true",
+        help="also measure soft_linear's table (about 3 minutes), and the packed one anew",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="no GPU: plan, and run each body once on small shapes"
