@@ -2,19 +2,17 @@
 // packed_linear on tensor cores (sm_80 and later): weights are the A operand of mma.m16n8k16, tokens its n = 8 columns.
 // A thread block of 16 warps walks its run of units (gpu_walk.h). A warp owns 32 of a unit's 64 rows and every eighth
 // unit, and streams its words from memory into registers, units ahead and past the ends of row blocks: no warp waits for
-// another while it streams: where a row block ends it leaves its sums in shared memory. When the run is over, or the room
-// is, the eight slices are added in order; a row block that several runs share is summed from the workspace, in order, by
-// whoever arrives last. So results do not depend on timing.
+// another while it streams: where a row block ends it leaves its sums in a slot of shared memory, and the last of the eight
+// slices to come adds them in order. Row blocks that several runs share are added at the end of the run (gpu_sums.cuh).
+// All orders of addition are fixed, so results do not depend on timing.
 #pragma once
 
 #include "packed/gpu_linear.h"
 #include "packed/gpu_scale.cuh"
+#include "packed/gpu_sums.cuh"
 
 namespace discquant {
 namespace packed {
-
-constexpr int kWarpTiles = 2;  // 16-row tiles of a warp: a fragment of activations serves both
-constexpr int kThreads = 32 * kSlices * kBlockRows / (kWarpTiles * kTileRows);
 
 // How far, in units of the run, the L2 is kept ahead of the loads.
 constexpr int kPrefetchUnits = 4 * kSlices;
@@ -62,8 +60,8 @@ template <class T, int kBits, int kTokenTiles, bool kExact, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLinear p, const Walk walk) {
   constexpr int kDepth = depth<kBits>();
   uint8_t* const zeros = dynamic_shared();
-  Note* const notes = reinterpret_cast<Note*>(zeros + kZeroBytes);
-  float* const sums = reinterpret_cast<float*>(zeros + kZeroBytes + kNoteBytes);
+  uint32_t* const counts = reinterpret_cast<uint32_t*>(zeros + kZeroBytes);
+  float* const sums = reinterpret_cast<float*>(zeros + kZeroBytes + kCountBytes);
   uint8_t* const tokens = reinterpret_cast<uint8_t*>(sums + walk.slots * slot_floats(p.tokens));
 
   const int warp = warp_index(), lane = threadIdx.x % 32;
@@ -252,71 +250,33 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
   };
 
-  auto store = [&](int block_of, int i, float value) {
-    const int64_t n = static_cast<int64_t>(block_of) * kBlockRows + i % kBlockRows;
-    if (n >= p.out_features) return;
-    if (p.bias != nullptr) value += scale_value(load_half(p.bias, 2 * n), T::kWide ? DType::kFloat16 : DType::kBFloat16);
-    static_cast<uint16_t*>(p.y)[i / kBlockRows * p.out_features + n] = float_to_bits<T>(value);
-  };
-
-  // Sums of the row blocks that wait: of the eight slices; then of all runs, by the last to arrive.
-  int waiting = 0;
-  auto settle = [&] {
-    block_barrier(kThreads);
-    const int values = p.tokens * kBlockRows;
-    float* const partial = reinterpret_cast<float*>(p.workspace + kMaxBlocks);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < waiting * values; i += kThreads) {
-      const int slot = i / kBlockRows / p.tokens, value = i - slot * values;
-      const Note note = notes[slot];
-      const float* const from = sums + slot * slot_floats(p.tokens) + value / kBlockRows * kSumStride + value % kBlockRows;
+  // Add the eight slices of this half's slot in order, a lane to a row: a row that is this run's alone is finished, of
+  // others the run's part goes to the workspace. By one warp, while the others stream on.
+  int slot = 0;
+  uint32_t former = 0;  // arrivals of the slot's earlier uses: of eight slices and of their sum
+  auto add_slices = [&] {
+    const bool whole = walk.chunks == 1 && first <= origin && end == origin + static_cast<uint32_t>(walk.width(0));
+    const int row_of = half * kWarpTiles * kTileRows + lane;
+    const int64_t n = static_cast<int64_t>(block) * kBlockRows + row_of;
+    const float* from = sums + slot * slot_floats(p.tokens) + row_of;
+    float* const to = partial_sums(p, walk, run, chunk, block) + row_of;
+    const float bias = whole ? bias_of<T>(p, n) : 0.0f;
+#pragma unroll 4
+    for (int token_of = 0; token_of < p.tokens; ++token_of, from += kSumStride) {
       float sum = 0.0f;
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) sum += from[s * p.tokens * kSumStride];
-      if (note.whole)
-        store(note.block, value, sum);
+      if (whole)
+        store_output<T>(p, token_of, n, sum + bias);
       else
-        partial[walk.slot(run, note.chunk, note.block) * kPartialWords + value] = sum;
+        to[token_of * kBlockRows] = sum;
     }
-    block_barrier(kThreads);
-    if (threadIdx.x < static_cast<unsigned>(waiting)) {
-      const Note note = notes[threadIdx.x];
-      bool is_last = false;
-      if (!note.whole) {
-        uint32_t parts = 0;
-#pragma unroll 1
-        for (int c = 0; c < walk.chunks; ++c) {
-          const uint32_t begin = walk.origin(c, note.block);
-          parts += walk.run_of(begin + static_cast<uint32_t>(walk.width(c)) - 1) - walk.run_of(begin) + 1;
-        }
-        is_last = increment_released(p.workspace + note.block) + 1 == parts;
-        if (is_last) p.workspace[note.block] = 0;  // ready for the next launch
-      }
-      notes[threadIdx.x].last = is_last;
-    }
-    block_barrier(kThreads);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < waiting * values; i += kThreads) {
-      const int slot = i / kBlockRows / p.tokens, value = i - slot * values;
-      const Note note = notes[slot];
-      if (!note.last) continue;
-      float sum = 0.0f;
-#pragma unroll 1
-      for (int c = 0; c < walk.chunks; ++c) {
-        const uint32_t begin = walk.origin(c, note.block);
-        const uint32_t to = walk.run_of(begin + static_cast<uint32_t>(walk.width(c)) - 1);
-#pragma unroll 4
-        for (uint32_t r = walk.run_of(begin); r <= to; ++r)
-          sum += load_shared_float(partial + walk.slot(r, c, note.block) * kPartialWords + value);
-      }
-      store(note.block, value, sum);
-    }
-    block_barrier(kThreads);  // before the notes change
-    waiting = 0;
   };
 
-  // This run's part of a row block is done: leave the warp's sums in a slot.
+  // This run's part of a row block is done: leave the warp's sums in a slot, once the slot's former ones are added up.
   auto leave = [&] {
+    uint32_t* const arrivals = counts + slot * 2 + half;
+    wait_for_count(arrivals, former);
 #pragma unroll
     for (int tile = 0; tile < kWarpTiles; ++tile)
 #pragma unroll
@@ -325,19 +285,22 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
         for (int i = 0; i < 4; ++i) {
           const int column_of = n * 8 + (lane & 3) * 2 + (i & 1);
           if (column_of < p.tokens)
-            sums[waiting * slot_floats(p.tokens) + (slice * p.tokens + column_of) * kSumStride + row + tile * kTileRows +
+            sums[slot * slot_floats(p.tokens) + (slice * p.tokens + column_of) * kSumStride + row + tile * kTileRows +
                  (i >= 2 ? 8 : 0)] = total[tile][n][i];
           total[tile][n][i] = 0.0f;
         }
-    if (threadIdx.x == 0)
-      notes[waiting] = Note{chunk, block, walk.chunks == 1 && first <= origin && end == origin + static_cast<uint32_t>(walk.width(0)), 0};
-    ++waiting;
+    if (arrive(arrivals) == former + kSlices - 1) {
+      add_slices();
+      arrive(arrivals);
+    }
+    if (++slot == walk.slots) slot = 0, former += kSlices + 1;
   };
 
   Fragment<kBits> ring[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) load(ring[d]);
-  for (int i = threadIdx.x; i < kZeroBytes / 4; i += kThreads) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
+  for (int i = threadIdx.x; i < (kZeroBytes + kCountBytes) / 4; i += kThreads) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
+  const int first_part = chunk * walk.blocks + block;
   wait_for_previous_kernel();  // the loads above touch the weight only
   stage_tokens(static_cast<int>(first - origin));
   uint32_t unit = first + static_cast<uint32_t>(slice);
@@ -345,14 +308,12 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   auto advance = [&](Fragment<kBits>& at) {
     while (unit >= end) {
       leave();
-      const bool over = end == last, new_chunk = block + 1 == walk.blocks;
-      if (over || new_chunk || waiting == walk.slots) settle();
-      if (over) return true;
+      if (end == last) return true;
       origin = end;
-      ++block;
-      if (new_chunk) {
+      if (++block == walk.blocks) {
         block = 0;
         ++chunk;
+        block_barrier(kThreads);  // all are done with the chunk before
         stage_tokens(0);
       }
       end = origin + static_cast<uint32_t>(walk.width(chunk));
@@ -365,6 +326,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   };
   while (!(advance(ring[0]) || advance(ring[1]) || (kDepth > 2 && advance(ring[kDepth - 1])))) {
   }
+  add_runs<T>(p, walk, first_part, chunk * walk.blocks + block, reinterpret_cast<Note*>(sums));
 }
 
 }  // namespace packed

@@ -68,8 +68,11 @@ __device__ __forceinline__ uint32_t load_byte(const void* p, int64_t byte) {
   return __ldg(static_cast<const uint8_t*>(p) + byte);
 }
 
-// What other thread blocks wrote, from the L2.
-__device__ __forceinline__ float load_shared_float(const float* p) { return __ldcg(p); }
+// Four floats that other thread blocks wrote, from the L2.
+__device__ __forceinline__ void load_shared_floats(float v[4], const float* p) {
+  const float4 found = __ldcg(reinterpret_cast<const float4*>(p));
+  v[0] = found.x, v[1] = found.y, v[2] = found.z, v[3] = found.w;
+}
 
 // Four 8 x 8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t v[4], uint32_t address) {
@@ -108,6 +111,25 @@ __device__ __forceinline__ uint32_t increment_released(uint32_t* p) {
   const uint32_t before = atomicAdd(p, 1u);
   __threadfence();
   return before;
+}
+
+// Counts of warps in shared memory. Every lane of a warp comes; what the warp has written is seen by who sees the count, and
+// what those did who counted before is seen by the warp. Returns the count before.
+__device__ __forceinline__ uint32_t arrive(uint32_t* count) {
+  uint32_t before = 0;
+  __syncwarp();
+  if (threadIdx.x % 32 == 0)
+    asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(shared_address(count)) : "memory");
+  __syncwarp();
+  return __shfl_sync(0xffffffffu, before, 0);
+}
+
+__device__ __forceinline__ void wait_for_count(const uint32_t* count, uint32_t least) {
+  uint32_t now;
+  do {
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(now) : "r"(shared_address(count)) : "memory");
+  } while (now < least);
+  __syncwarp();
 }
 
 // In a launch that may overlap the one before it (programmatic dependent launch): wait until that one is over and its

@@ -14,6 +14,11 @@ constexpr int kMaxSlots = 8;
 constexpr int kMaxBlocks = 1 << 16;  // the counters of a workspace lie in front, where no weight's sums ever come
 constexpr int kPartialWords = kBlockRows * kMaxSplitTokens;
 
+// Thread blocks of runs first .. last.
+struct Range {
+  uint32_t first, last;
+};
+
 // What the split depends on besides the weight.
 struct GpuDevice {
   int multiprocessors;
@@ -31,7 +36,7 @@ struct Walk {
   int group_tiles;       // k tiles of a group, 1 for groups below 128
   int unit_groups;       // groups of a unit, 1 for groups of 128 and more
   uint32_t group_magic;  // k_tile / group_tiles = the high word of k_tile * group_magic
-  int slots;             // parts of row blocks whose sums wait in shared memory; results do not depend on it
+  int slots;             // parts of row blocks that can lie in shared memory at a time; results do not depend on it
 
   DISCQUANT_HD int width(int chunk) const {
     return chunk == chunks - 1 ? k_tiles - chunk * chunk_tiles : chunk_tiles;
@@ -42,6 +47,11 @@ struct Walk {
   // First unit of a block's part in a chunk.
   DISCQUANT_HD uint32_t origin(int chunk, int block) const {
     return chunk_begin(chunk) + static_cast<uint32_t>(block) * width(chunk);
+  }
+  // The runs that share a block's part in a chunk.
+  DISCQUANT_HD Range runs_of(int chunk, int block) const {
+    const uint32_t first_unit = origin(chunk, block);
+    return Range{run_of(first_unit), run_of(first_unit + static_cast<uint32_t>(width(chunk)) - 1)};
   }
   // Group of code `k_tile * 128 + 128 / unit_groups * i`; past the last group, where all codes are padding, the last.
   DISCQUANT_HD int group(int k_tile, int i) const {
@@ -80,19 +90,20 @@ DISCQUANT_HD void walk_forward(const Walk& walk, Cursor& at, int units) {
   }
 }
 
-// Shared memory: zeros, notes on the parts that wait, their sums [slots][8 slices][tokens][64 rows, padded], activations
-// [tokens][chunk, padded by 16 bytes: no bank conflicts].
+// A thread block: a warp owns two of the four row tiles of every eighth unit.
 constexpr int kSlices = 8;
+constexpr int kWarpTiles = 2;  // a fragment of activations serves both
+constexpr int kThreads = 32 * kSlices * kBlockRows / (kWarpTiles * kTileRows);
+
+// Shared memory: zeros, counts of arrivals [slots][2 halves of the rows], sums [slots][8 slices][tokens][64 rows, padded],
+// activations [tokens][chunk, padded by 16 bytes: no bank conflicts].
 constexpr int kZeroBytes = kTileK * 2;
-struct Note {
-  int chunk, block, whole, last;
-};
-constexpr int kNoteBytes = kMaxSlots * static_cast<int>(sizeof(Note));
+constexpr int kCountBytes = kMaxSlots * 2 * 4;
 constexpr int kSumStride = kBlockRows + 4;  // floats: no bank conflicts between tokens
 DISCQUANT_HD int token_stride(int chunk_tiles) { return chunk_tiles * kTileK * 2 + 16; }
 DISCQUANT_HD int slot_floats(int tokens) { return kSlices * tokens * kSumStride; }
 DISCQUANT_HD int shared_bytes(int tokens, int slots, int chunk_tiles) {
-  return kZeroBytes + kNoteBytes + slots * slot_floats(tokens) * 4 + tokens * token_stride(chunk_tiles);
+  return kZeroBytes + kCountBytes + slots * slot_floats(tokens) * 4 + tokens * token_stride(chunk_tiles);
 }
 
 // For up to 8 or up to 16 tokens; group_size 0: one group. False where a size is beyond the kernel's 32-bit arithmetic.

@@ -41,6 +41,7 @@ struct Fiber {
   ucontext_t context;
   bool done = false;
   bool at_block_barrier = false;
+  bool polls = false;     // waits for what another warp writes
   unsigned meetings = 0;  // of its warp
 };
 
@@ -104,6 +105,8 @@ inline void require(bool holds, const char* what) {
 inline void launch(const std::vector<Place>& order, Place grid, unsigned threads, size_t shared_bytes,
                    const std::function<void()>& body) {
   gridDim = grid;
+  static bool backwards = true;
+  backwards = !backwards;
   static std::vector<std::unique_ptr<char[]>> stacks;  // kept from launch to launch: fresh pages cost more than the kernels
   while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);
   for (const Place& place : order) {
@@ -125,8 +128,10 @@ inline void launch(const std::vector<Place>& order, Place grid, unsigned threads
     for (size_t left = threads; left > 0;) {
       size_t waiting = 0;
       bool moved = false;
-      // A warp runs until all its lanes wait for the block or are done, which lets warps drift as far apart as they may.
-      for (size_t w = 0; w < now.warps.size(); ++w) {
+      // A warp runs until all its lanes wait for others or are done, which lets warps drift as far apart as they may; every
+      // other launch has the last warp lead.
+      for (size_t turn = 0; turn < now.warps.size(); ++turn) {
+        const size_t w = backwards ? now.warps.size() - 1 - turn : turn;
         for (bool again = true; again;) {
           again = false;
           for (size_t i = 32 * w; i < 32 * w + 32; ++i) {
@@ -134,16 +139,18 @@ inline void launch(const std::vector<Place>& order, Place grid, unsigned threads
             if (fiber.done || fiber.at_block_barrier) continue;
             now.current = i;
             threadIdx = Place{static_cast<unsigned>(i), 0, 0};
+            fiber.polls = false;
             swapcontext(&now.scheduler, &fiber.context);
-            moved = true;
+            moved = moved || !fiber.polls;
             if (fiber.done) --left;
-            again = again || !(fiber.done || fiber.at_block_barrier);
+            again = again || !(fiber.done || fiber.at_block_barrier || fiber.polls);
           }
         }
       }
       for (const Fiber& fiber : now.fibers) waiting += fiber.at_block_barrier;
       require(moved, "no thread can go on");
-      if (left > 0) require(waiting == left && left == threads, "a barrier that not every thread reaches");
+      if (waiting < left) continue;  // the others poll
+      if (left > 0) require(left == threads, "a barrier that not every thread reaches");
       for (Fiber& fiber : now.fibers) fiber.at_block_barrier = false;
     }
   }
@@ -184,7 +191,10 @@ inline uint2 load_once8(const void* p) { return read<uint2>(p); }
 inline uint32_t load_word(const void* p, int64_t byte) { return read<uint32_t>(p, byte); }
 inline uint32_t load_half(const void* p, int64_t byte) { return read<uint16_t>(p, byte); }
 inline uint32_t load_byte(const void* p, int64_t byte) { return read<uint8_t>(p, byte); }
-inline float load_shared_float(const float* p) { return *p; }
+inline void load_shared_floats(float v[4], const float* p) {
+  emulated::require(reinterpret_cast<uintptr_t>(p) % 16 == 0, "a load that is not aligned");
+  std::memcpy(v, p, 16);
+}
 
 inline void load_matrices(uint32_t v[4], uint32_t address) {
   emulated::require(address % 16 == 0 && address + 16 <= emulated::block->shared.size(), "ldmatrix out of bounds");
@@ -228,6 +238,18 @@ inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline void warp_barrier() { emulated::warp_meets(); }
 inline uint32_t increment_released(uint32_t* p) { return (*p)++; }
 inline void wait_for_previous_kernel() {}
+inline uint32_t arrive(uint32_t* count) {
+  emulated::warp_meets();
+  if (emulated::lane() == 0) emulated::table().b[0][0] = (*count)++;
+  return emulated::warp_meets().b[0][0];
+}
+inline void wait_for_count(const uint32_t* count, uint32_t least) {
+  while (*static_cast<const volatile uint32_t*>(count) < least) {
+    emulated::block->fibers[emulated::block->current].polls = true;
+    emulated::yield();
+  }
+  emulated::warp_meets();
+}
 inline float word_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
