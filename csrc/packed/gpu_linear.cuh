@@ -14,9 +14,6 @@
 namespace discquant {
 namespace packed {
 
-// How far, in units of the run, the L2 is kept ahead of the loads.
-constexpr int kPrefetchUnits = 4 * kSlices;
-
 // Units that a warp has in flight to registers.
 template <int kBits>
 __host__ __device__ constexpr int depth() {
@@ -59,9 +56,8 @@ __device__ __forceinline__ uint32_t step_word(const uint32_t (&words)[2 * kBits]
 template <class T, int kBits, int kTokenTiles, bool kExact, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLinear p, const Walk walk) {
   constexpr int kDepth = depth<kBits>();
-  uint8_t* const zeros = dynamic_shared();
-  uint32_t* const counts = reinterpret_cast<uint32_t*>(zeros + kZeroBytes);
-  float* const sums = reinterpret_cast<float*>(zeros + kZeroBytes + kCountBytes);
+  uint32_t* const counts = reinterpret_cast<uint32_t*>(dynamic_shared());
+  float* const sums = reinterpret_cast<float*>(dynamic_shared() + kCountBytes);
   uint8_t* const tokens = reinterpret_cast<uint8_t*>(sums + walk.slots * slot_floats(p.tokens));
 
   const int warp = warp_index(), lane = threadIdx.x % 32;
@@ -78,18 +74,22 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   if (end > last) end = last;
   walk_forward(walk, head, slice);
 
-  // Everything that does not change from unit to unit is worked out here.
+  // Everything that does not change from unit to unit is worked out here: instructions bound the 3-bit loop.
   constexpr int kTileBytes = 256 * kBits;
+  constexpr uint32_t kUnitBytes = kBlockRows / kTileRows * kTileBytes;
   const uint8_t* const lane_words = reinterpret_cast<const uint8_t*>(p.words) + half * kWarpTiles * kTileBytes + lane * 16;
   const bool wide_scale = p.scale_type == DType::kFloat32;
   const int scale_shift = wide_scale ? 5 : 4;  // 2^.. words of 32 rows' scales
   const int scale_loads = (walk.unit_groups << scale_shift) / 32;  // of a unit, where it is more than one
-  const int half_shift = wide_scale ? 0 : (row & 1) * 16;          // of a scale inside its 32 bits
+  const int scale_lane = lane / (wide_scale ? 4 : 8), scale_step = wide_scale ? 8 : 4;
+  const uint32_t scale_bytes = scale_selector(p.scale_type, row & 1);
+  const uint8_t* const lane_scale =
+      static_cast<const uint8_t*>(p.scale) + (half << scale_shift) * 4 + (lane & ((1 << scale_shift) - 1)) * 4;
+  const uint8_t* const lane_zero = p.zero_point + half * 32 + (lane & 7) * 4;
 
   // Scale and zero point of the warp's row 8 * r + lane / 4, of a group of the unit.
   auto scale_of = [&](const Fragment<kBits>& from, int group, int r) {
-    const int row_of = 8 * r + lane / 4;
-    const int at = (group << scale_shift) + (wide_scale ? row_of : row_of / 2);
+    const int at = (kWhole ? 0 : group << scale_shift) + scale_lane + scale_step * r;
     uint32_t held = from.scale[0];
     if (!kWhole && scale_loads > 1) {
       // By masks: a chain of choices would become an index, and that puts the registers into memory.
@@ -97,59 +97,75 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
 #pragma unroll
       for (int j = 1; j < 4; ++j) held |= from.scale[j] & (at / 32 == j ? ~0u : 0u);
     }
-    return scale_value(shuffle(held, at % 32) >> half_shift, p.scale_type);
+    return selected_scale(shuffle(held, at % 32), scale_bytes, p.scale_type);
   };
   auto zero_of = [&](const Fragment<kBits>& from, int group, int r) {
     return shuffle(from.zero, group * 8 + (8 * r + lane / 4) / 4) >> (lane / 4 % 4 * 8) & 255u;
   };
 
-  // The head of the stream in places of memory; worked out anew only where it leaves a row block.
-  int head_k, head_stop, head_jump;  // k tile, end of the chunk, and from there to the chunk's next row block
-  uint32_t head_at, head_groups;     // unit and first group in memory
+  // The head of the stream: the next unit to load, counted as units lie in memory. `head` says in which row block, and is
+  // whole only while it is placed anew.
+  uint32_t head_at, head_stop;            // head_stop: where the row block's part ends, or the run
+  uint32_t head_jump, head_twice_k;       // from head_stop to the chunk's next row block; twice the k tile
+  const uint8_t *head_scale, *head_zero;  // of the row block's first group
   auto place_head = [&] {
-    const int chunk_k = head.chunk * walk.chunk_tiles;
-    head_k = chunk_k + head.k_tile;
-    head_stop = chunk_k + head.width;
-    head_jump = walk.k_tiles - head.width;
-    head_at = static_cast<uint32_t>(head.block * walk.k_tiles + head_k);
-    head_groups = static_cast<uint32_t>(head.block * walk.groups);
+    const int k_tile = head.chunk * walk.chunk_tiles + head.k_tile;
+    const uint32_t of_run = head.unit < last ? last - head.unit : 0, of_block = static_cast<uint32_t>(head.width - head.k_tile);
+    head_at = static_cast<uint32_t>(head.block * walk.k_tiles + k_tile);
+    head_stop = head_at + (of_run < of_block ? of_run : of_block);
+    head_jump = of_run < of_block ? walk.units : static_cast<uint32_t>(walk.k_tiles - head.width);
+    head_twice_k = 2 * static_cast<uint32_t>(k_tile);
+    const int64_t group = static_cast<int64_t>(head.block) * walk.groups;
+    head_scale = lane_scale + group * (8 << scale_shift);
+    head_zero = lane_zero + group * kBlockRows;
   };
   place_head();
-  constexpr uint32_t kUnitBytes = kBlockRows / kTileRows * kTileBytes;
-  const uint8_t* const lane_scale =
-      static_cast<const uint8_t*>(p.scale) + (half << scale_shift) * 4 + (lane & ((1 << scale_shift) - 1)) * 4;
+
+  // The L2 is kept ahead by rounds: what the thread block's registers hold. A warp brings its share of the round's lines;
+  // `ahead` counts from the head, which has come to the next round.
+  constexpr uint32_t kRound = kDepth * kSlices;
+  constexpr int kUnitLines = kUnitBytes / 128, kLines = kRound * kUnitLines / (kThreads / 32);
+  constexpr int kPrefetches = (kLines + 31) / 32, kPrefetchLanes = kLines / kPrefetches;
+  auto prefetch_round = [&](uint32_t ahead) {
+    const uint32_t line = static_cast<uint32_t>(warp * kPrefetchLanes + lane);
+#pragma unroll
+    for (int i = 0; i < kPrefetches; ++i) {
+      uint32_t at = head_at + ahead - static_cast<uint32_t>(slice) + line / kUnitLines + i * (kRound / kPrefetches);
+      if (at >= head_stop) at += head_jump;  // past the end of the run: to nowhere
+      if (at < walk.units && lane < kPrefetchLanes)
+        prefetch(reinterpret_cast<const uint8_t*>(p.words) + (static_cast<uint64_t>(at) * kUnitBytes + line % kUnitLines * 128));
+    }
+  };
 
   auto load = [&](Fragment<kBits>& to) {
-    if (head.unit >= last) return;
-    const uint32_t ahead = head_at + kPrefetchUnits + static_cast<uint32_t>(head_k + kPrefetchUnits >= head_stop ? head_jump : 0);
-    if (ahead < walk.units && head.unit + kPrefetchUnits < last && lane < kWarpTiles * kTileBytes / 128)
-      prefetch(lane_words + lane * (128 - 16) + static_cast<uint64_t>(ahead) * kUnitBytes);
+    if (head_at >= head_stop) {
+      head.k_tile = static_cast<int>(head_at) - head.block * walk.k_tiles - head.chunk * walk.chunk_tiles;
+      head.unit = walk.origin(head.chunk, head.block) + static_cast<uint32_t>(head.k_tile);
+      if (head.unit >= last) return;
+      walk_forward(walk, head, 0);
+      place_head();
+    }
     const uint8_t* const from = lane_words + static_cast<uint64_t>(head_at) * kUnitBytes;
 #pragma unroll
     for (int tile = 0; tile < kWarpTiles; ++tile) load_words<kBits>(to.words[tile], from + tile * kTileBytes, lane);
     if constexpr (kWhole) {
-      const uint32_t group = head_groups + static_cast<uint32_t>(walk.group(head_k, 0));
-      to.scale[0] = load_word(lane_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
-      if (p.zero_point != nullptr) to.zero = load_word(p.zero_point, group * kBlockRows + half * 32 + (lane & 7) * 4);
+      const uint32_t group = walk.group_of(head_twice_k);
+      to.scale[0] = load_word(head_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
+      if (p.zero_point != nullptr) to.zero = load_word(head_zero, group * kBlockRows);
     } else {
+      const int k_tile = static_cast<int>(head_twice_k / 2);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (j == 0 || j < scale_loads) {
-          const uint32_t group = head_groups + static_cast<uint32_t>(walk.group(head_k, 32 * j + lane >> scale_shift));
-          to.scale[j] = load_word(lane_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
+          const uint32_t group = static_cast<uint32_t>(walk.group(k_tile, (32 * j + lane) >> scale_shift));
+          to.scale[j] = load_word(head_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
         }
       }
-      const uint32_t group = head_groups + static_cast<uint32_t>(walk.group(head_k, lane / 8));
-      if (p.zero_point != nullptr) to.zero = load_word(p.zero_point, group * kBlockRows + half * 32 + (lane & 7) * 4);
+      if (p.zero_point != nullptr)
+        to.zero = load_word(head_zero, static_cast<uint32_t>(walk.group(k_tile, lane / 8)) * kBlockRows);
     }
-    head.unit += kSlices;
-    head_k += kSlices;
     head_at += kSlices;
-    if (head_k >= head_stop) {
-      head.k_tile = head_k - head_stop + head.width;
-      walk_forward(walk, head, 0);
-      place_head();
-    }
+    head_twice_k += 2 * kSlices;
   };
 
   // The chunk's activations, of the k tiles that this run meets: `count` units from k tile `from` on, round the chunk.
@@ -159,15 +175,18 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     if (stop > last) stop = last;
     const uint32_t count = stop - (origin + static_cast<uint32_t>(from));
 #pragma unroll 1
-    for (int token = 0; token < p.tokens; ++token) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < width * 16; i += kThreads) {
-        const int ahead = i / 16 - from;
-        if (static_cast<uint32_t>(ahead < 0 ? ahead + width : ahead) >= count) continue;
-        const int64_t k = static_cast<int64_t>(chunk) * walk.chunk_tiles * kTileK + i * 8;
-        const bool live = k < p.in_features;
-        copy16(tokens + token * token_stride(walk.chunk_tiles) + i * 16,
-               static_cast<const uint16_t*>(p.x) + (live ? token * p.x_stride + k : 0), live ? 16 : 0);
+    for (int i = threadIdx.x; i < width * 16; i += kThreads) {
+      const int ahead = i / 16 - from;
+      if (static_cast<uint32_t>(ahead < 0 ? ahead + width : ahead) >= count) continue;
+      const int64_t k = static_cast<int64_t>(chunk) * walk.chunk_tiles * kTileK + i * 8;
+      const int bytes = k < p.in_features ? 16 : 0;
+      const uint16_t* copy_from = static_cast<const uint16_t*>(p.x) + (bytes > 0 ? k : 0);
+      uint8_t* copy_to = tokens + i * 16;
+#pragma unroll 4
+      for (int token = 0; token < p.tokens; ++token) {
+        copy16(copy_to, copy_from, bytes);
+        copy_to += token_stride(walk.chunk_tiles);
+        copy_from += p.x_stride;
       }
     }
     wait_for_copies();
@@ -175,25 +194,22 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   };
 
   // ldmatrix: rows are tokens, so each lane gets k = 2t, 2t+1 (+8) of token g: the B fragment. One instruction serves two
-  // steps of one tile of tokens or one step of two. Tokens that there are none of read zeros.
-  const int token = kTokenTiles == 1 ? lane & 7 : (lane >> 4) * 8 + (lane & 7);
+  // steps of one tile of tokens or one step of two. Where there are no more tokens the last one comes again: a column of
+  // the product depends on no other, and nobody reads those.
+  int token = kTokenTiles == 1 ? lane & 7 : (lane >> 4) * 8 + (lane & 7);
+  if (token >= p.tokens) token = p.tokens - 1;
   const int column = kTokenTiles == 1 ? (lane >> 3) * 16 : (lane >> 3 & 1) * 16;
-  const bool live_token = token < p.tokens;
-  const uint32_t token_base =
-      shared_address(live_token ? tokens + token * token_stride(walk.chunk_tiles) : zeros) + column;
+  const uint32_t token_base = shared_address(tokens + token * token_stride(walk.chunk_tiles)) + column;
+  uint32_t token_origin = token_base - origin * (kTileK * 2);  // of unit 0, were it in this row block
 
   float total[kWarpTiles][kTokenTiles][4] = {};
-
-  auto compute = [&](const Fragment<kBits>& from, int k_tile) {
-    const uint32_t base = token_base + (live_token ? k_tile * (kTileK * 2) : 0);
-    float part[kWarpTiles][kTokenTiles][4] = {};
-    ZeroPair zero[2 * kWarpTiles];
-    uint32_t pair_scale[2 * kWarpTiles];
+  ZeroPair zero[2 * kWarpTiles];
 #pragma unroll
-    for (int r = 0; r < 2 * kWarpTiles; ++r) {
-      zero[r] = zero_pair<T>(1u << (kBits - 1));
-      pair_scale[r] = 0;
-    }
+  for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(1u << (kBits - 1));
+
+  auto compute = [&](const Fragment<kBits>& from, uint32_t base) {
+    float part[kWarpTiles][kTokenTiles][4] = {};
+    uint32_t pair_scale[2 * kWarpTiles] = {};
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       const int group = 2 * pair >> group_shift;
@@ -299,13 +315,15 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   Fragment<kBits> ring[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) load(ring[d]);
-  for (int i = threadIdx.x; i < (kZeroBytes + kCountBytes) / 4; i += kThreads) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
+  prefetch_round(0);
+  prefetch_round(kRound);
+  if (threadIdx.x < 2 * kMaxSlots) counts[threadIdx.x] = 0;
   const int first_part = chunk * walk.blocks + block;
   wait_for_previous_kernel();  // the loads above touch the weight only
   stage_tokens(static_cast<int>(first - origin));
   uint32_t unit = first + static_cast<uint32_t>(slice);
   // One unit; true when the run is over. Called with constant places of the ring, which keeps them in registers.
-  auto advance = [&](Fragment<kBits>& at) {
+  auto advance = [&](Fragment<kBits>& at, bool ends_round) {
     while (unit >= end) {
       leave();
       if (end == last) return true;
@@ -318,13 +336,15 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
       }
       end = origin + static_cast<uint32_t>(walk.width(chunk));
       if (end > last) end = last;
+      token_origin = token_base - origin * (kTileK * 2);
     }
-    compute(at, static_cast<int>(unit - origin));
+    compute(at, token_origin + unit * (kTileK * 2));
     load(at);
+    if (ends_round) prefetch_round(kRound);
     unit += kSlices;
     return false;
   };
-  while (!(advance(ring[0]) || advance(ring[1]) || (kDepth > 2 && advance(ring[kDepth - 1])))) {
+  while (!(advance(ring[0], false) || advance(ring[1], kDepth == 2) || (kDepth > 2 && advance(ring[kDepth - 1], true)))) {
   }
   add_runs<T>(p, walk, first_part, chunk * walk.blocks + block, reinterpret_cast<Note*>(sums));
 }

@@ -169,6 +169,9 @@ __device__ __forceinline__ uint32_t float_pair_to_bits(float low, float high) {
   return bits;
 }
 
+// Byte i of the result is byte (selector >> 4 i & 15) of `value`, which has zeros from byte 4 on.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t value, uint32_t selector) { return __byte_perm(value, 0, selector); }
+
 // fma(a, b, c), one rounding.
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 

@@ -264,6 +264,11 @@ template <class T>
 uint32_t float_pair_to_bits(float low, float high) {
   return float_to_bits<T>(low) | static_cast<uint32_t>(float_to_bits<T>(high)) << 16;
 }
+inline uint32_t pick_bytes(uint32_t value, uint32_t selector) {
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= static_cast<uint32_t>(uint64_t{value} >> (selector >> 4 * i & 7) * 8 & 255u) << 8 * i;
+  return picked;
+}
 inline float fused(float a, float b, float c) {
   return static_cast<float>(static_cast<double>(a) * b + c);
 }
