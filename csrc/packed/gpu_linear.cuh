@@ -20,8 +20,9 @@ __host__ __device__ constexpr int depth() {
   return kBits == 4 ? 2 : 3;
 }
 
-// What a lane holds of a unit: its words; and of the scales and zero points of its warp's 32 rows, group by group, the
-// 32 bits that have the lane's number (of scales up to 128). Loads only: nothing here may wait for one.
+// What a lane holds of a unit: its words; and of row quad_row of its warp's 32 the scales, group by group, inside 32 bits.
+// Zero points of one group likewise; of more groups the 32 bits of all that have the lane's number. Loads only: nothing
+// here may wait for one.
 template <int kBits>
 struct Fragment {
   uint32_t words[kWarpTiles][2 * kBits];
@@ -29,16 +30,16 @@ struct Fragment {
   uint32_t zero;
 };
 
-// `from` is where the lane's first 16 bytes of the tile lie.
+// `from` is where the lane's first 16 bytes of the tile lie, from there its last 8 of three bits are `tail` away.
 template <int kBits>
-__device__ __forceinline__ void load_words(uint32_t (&to)[2 * kBits], const uint8_t* from, int lane) {
+__device__ __forceinline__ void load_words(uint32_t (&to)[2 * kBits], const uint8_t* from, uint32_t tail) {
   const uint4 a = load_once16(from);
   to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
   if constexpr (kBits == 4) {
     const uint4 b = load_once16(from + 512);
     to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
   } else {
-    const uint2 b = load_once8(from + 512 - lane * 8);
+    const uint2 b = load_once8(from + tail);
     to[4] = b.x, to[5] = b.y;
   }
 }
@@ -48,7 +49,7 @@ template <int kBits>
 __device__ __forceinline__ uint32_t step_word(const uint32_t (&words)[2 * kBits], int step) {
   if constexpr (kBits == 4) return words[step];
   const int first = step < 4 ? 0 : 3, at = step & 3;
-  if (at == 3) return steal_word(words[first], words[first + 1], words[first + 2]);
+  if (at == 3) return loose_word(words[first], words[first + 1], words[first + 2]);
   return words[first + at];
 }
 
@@ -65,43 +66,28 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   const int row = half * kWarpTiles * kTileRows + lane / 4;
   const uint32_t run = blockIdx.x, first = walk.begin(run), last = walk.begin(run + 1);
   const int group_steps = kWhole ? 8 : 8 / walk.unit_groups;  // k16 steps of a group in a unit: 2, 4 or 8
-  const int group_shift = kWhole || walk.unit_groups == 1 ? 3 : walk.unit_groups == 2 ? 2 : 1;
 
   Cursor head = walk_at(walk, first);
   int chunk = head.chunk, block = head.block;
   uint32_t origin = first - static_cast<uint32_t>(head.k_tile);
   uint32_t end = origin + static_cast<uint32_t>(walk.width(chunk));  // of this run's part of the block
   if (end > last) end = last;
+  end = uniform(end);
   walk_forward(walk, head, slice);
 
   // Everything that does not change from unit to unit is worked out here: instructions bound the 3-bit loop.
   constexpr int kTileBytes = 256 * kBits;
   constexpr uint32_t kUnitBytes = kBlockRows / kTileRows * kTileBytes;
-  const uint8_t* const lane_words = reinterpret_cast<const uint8_t*>(p.words) + half * kWarpTiles * kTileBytes + lane * 16;
-  const bool wide_scale = p.scale_type == DType::kFloat32;
-  const int scale_shift = wide_scale ? 5 : 4;  // 2^.. words of 32 rows' scales
-  const int scale_loads = (walk.unit_groups << scale_shift) / 32;  // of a unit, where it is more than one
-  const int scale_lane = lane / (wide_scale ? 4 : 8), scale_step = wide_scale ? 8 : 4;
-  const uint32_t scale_bytes = scale_selector(p.scale_type, row & 1);
+  const uint8_t* const lane_words =
+      kept(reinterpret_cast<const uint8_t*>(p.words) + half * kWarpTiles * kTileBytes + lane * 16);
+  const uint32_t tail = kept(512u - static_cast<uint32_t>(lane) * 8);
+  // Of its rows' scales and zero points a quad of lanes loads one row each, in the order of the accumulators.
+  const int quad_row = lane / 4 + lane % 4 * 8;
+  const uint32_t scale_size = p.scale_type == DType::kFloat32 ? 4 : 2, scale_stride = kept(scale_size * kBlockRows);
+  const uint32_t scale_bytes = kept(scale_selector(p.scale_type, quad_row & 1));
   const uint8_t* const lane_scale =
-      static_cast<const uint8_t*>(p.scale) + (half << scale_shift) * 4 + (lane & ((1 << scale_shift) - 1)) * 4;
-  const uint8_t* const lane_zero = p.zero_point + half * 32 + (lane & 7) * 4;
-
-  // Scale and zero point of the warp's row 8 * r + lane / 4, of a group of the unit.
-  auto scale_of = [&](const Fragment<kBits>& from, int group, int r) {
-    const int at = (kWhole ? 0 : group << scale_shift) + scale_lane + scale_step * r;
-    uint32_t held = from.scale[0];
-    if (!kWhole && scale_loads > 1) {
-      // By masks: a chain of choices would become an index, and that puts the registers into memory.
-      held &= at / 32 == 0 ? ~0u : 0u;
-#pragma unroll
-      for (int j = 1; j < 4; ++j) held |= from.scale[j] & (at / 32 == j ? ~0u : 0u);
-    }
-    return selected_scale(shuffle(held, at % 32), scale_bytes, p.scale_type);
-  };
-  auto zero_of = [&](const Fragment<kBits>& from, int group, int r) {
-    return shuffle(from.zero, group * 8 + (8 * r + lane / 4) / 4) >> (lane / 4 % 4 * 8) & 255u;
-  };
+      static_cast<const uint8_t*>(p.scale) + ((half * 32 + quad_row) * scale_size & ~3u);
+  const uint8_t* const lane_zero = p.zero_point + half * 32 + (kWhole ? quad_row & ~3 : (lane & 7) * 4);
 
   // The head of the stream: the next unit to load, counted as units lie in memory. `head` says in which row block, and is
   // whole only while it is placed anew.
@@ -111,12 +97,12 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   auto place_head = [&] {
     const int k_tile = head.chunk * walk.chunk_tiles + head.k_tile;
     const uint32_t of_run = head.unit < last ? last - head.unit : 0, of_block = static_cast<uint32_t>(head.width - head.k_tile);
-    head_at = static_cast<uint32_t>(head.block * walk.k_tiles + k_tile);
-    head_stop = head_at + (of_run < of_block ? of_run : of_block);
+    head_at = uniform(static_cast<uint32_t>(head.block * walk.k_tiles + k_tile));
+    head_stop = uniform(head_at + (of_run < of_block ? of_run : of_block));
     head_jump = of_run < of_block ? walk.units : static_cast<uint32_t>(walk.k_tiles - head.width);
-    head_twice_k = 2 * static_cast<uint32_t>(k_tile);
+    head_twice_k = uniform(2 * static_cast<uint32_t>(k_tile));
     const int64_t group = static_cast<int64_t>(head.block) * walk.groups;
-    head_scale = lane_scale + group * (8 << scale_shift);
+    head_scale = lane_scale + group * scale_stride;
     head_zero = lane_zero + group * kBlockRows;
   };
   place_head();
@@ -147,20 +133,17 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
     const uint8_t* const from = lane_words + static_cast<uint64_t>(head_at) * kUnitBytes;
 #pragma unroll
-    for (int tile = 0; tile < kWarpTiles; ++tile) load_words<kBits>(to.words[tile], from + tile * kTileBytes, lane);
+    for (int tile = 0; tile < kWarpTiles; ++tile) load_words<kBits>(to.words[tile], from + tile * kTileBytes, tail);
     if constexpr (kWhole) {
-      const uint32_t group = walk.group_of(head_twice_k);
-      to.scale[0] = load_word(head_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
+      const uint64_t group = walk.group_of(head_twice_k);
+      to.scale[0] = load_word(head_scale, group * scale_stride);
       if (p.zero_point != nullptr) to.zero = load_word(head_zero, group * kBlockRows);
     } else {
       const int k_tile = static_cast<int>(head_twice_k / 2);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (j == 0 || j < scale_loads) {
-          const uint32_t group = static_cast<uint32_t>(walk.group(k_tile, (32 * j + lane) >> scale_shift));
-          to.scale[j] = load_word(head_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
-        }
-      }
+      for (int j = 0; j < 4; ++j)
+        if (j < walk.unit_groups)
+          to.scale[j] = load_word(head_scale, static_cast<uint64_t>(static_cast<uint32_t>(walk.group(k_tile, j))) * scale_stride);
       if (p.zero_point != nullptr)
         to.zero = load_word(head_zero, static_cast<uint32_t>(walk.group(k_tile, lane / 8)) * kBlockRows);
     }
@@ -207,21 +190,35 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
 #pragma unroll
   for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(1u << (kBits - 1));
 
+  auto zero_of = [&](const Fragment<kBits>& from, int group, int r) {
+    return shuffle(from.zero, group * 8 + (8 * r + lane / 4) / 4) >> (lane / 4 % 4 * 8) & 255u;
+  };
+
   auto compute = [&](const Fragment<kBits>& from, uint32_t base) {
     float part[kWarpTiles][kTokenTiles][4] = {};
     uint32_t pair_scale[2 * kWarpTiles] = {};
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const int group = 2 * pair >> group_shift;
+      // The lane's scale, then that of each row. By a choice of two: an index would put the registers into memory.
+      const float lane_scale_of =
+          selected_scale(kWhole ? from.scale[0] : group_steps == 2 ? from.scale[pair] : from.scale[pair / 2], scale_bytes,
+                         p.scale_type);
       if ((2 * pair & (group_steps - 1)) == 0) {
         if (p.zero_point != nullptr) {
+          constexpr bool kShifted = T::kWide || kBits == 3;  // rows 8 .. 15 of a tile come shifted by four
+          const ZeroPair mine = zero_pair<T>(pick_bytes(from.zero, 0x4440u + (quad_row & 3)));
 #pragma unroll
-          for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(zero_of(from, group, r));
+          for (int r = 0; r < 2 * kWarpTiles; ++r) {
+            if constexpr (kWhole)
+              zero[r].low = zero[r].high = quad_shuffle(kShifted && lane % 2 ? mine.high : mine.low, r);
+            else
+              zero[r] = zero_pair<T>(zero_of(from, 2 * pair / group_steps, r));
+          }
         }
         if constexpr (kExact) {
+          const uint32_t mine = float_to_bits<T>(lane_scale_of) * 0x10001u;
 #pragma unroll
-          for (int r = 0; r < 2 * kWarpTiles; ++r)
-            pair_scale[r] = float_to_bits<T>(scale_of(from, group, r)) * 0x10001u;
+          for (int r = 0; r < 2 * kWarpTiles; ++r) pair_scale[r] = quad_shuffle(mine, r);
         }
       }
       uint32_t b[2][kTokenTiles][2];
@@ -252,8 +249,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
       if (!kExact && (2 * (pair + 1) & (group_steps - 1)) == 0) {
 #pragma unroll
         for (int tile = 0; tile < kWarpTiles; ++tile) {
-          const float top = scale_of(from, group, 2 * tile);
-          const float bottom = scale_of(from, group, 2 * tile + 1);
+          const float top = word_to_float(quad_shuffle(float_to_word(lane_scale_of), 2 * tile));
+          const float bottom = word_to_float(quad_shuffle(float_to_word(lane_scale_of), 2 * tile + 1));
 #pragma unroll
           for (int n = 0; n < kTokenTiles; ++n)
 #pragma unroll
@@ -321,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   const int first_part = chunk * walk.blocks + block;
   wait_for_previous_kernel();  // the loads above touch the weight only
   stage_tokens(static_cast<int>(first - origin));
-  uint32_t unit = first + static_cast<uint32_t>(slice);
+  uint32_t unit = uniform(first + static_cast<uint32_t>(slice));
   // One unit; true when the run is over. Called with constant places of the ring, which keeps them in registers.
   auto advance = [&](Fragment<kBits>& at, bool ends_round) {
     while (unit >= end) {
@@ -336,6 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
       }
       end = origin + static_cast<uint32_t>(walk.width(chunk));
       if (end > last) end = last;
+      end = uniform(end);
       token_origin = token_base - origin * (kTileK * 2);
     }
     compute(at, token_origin + unit * (kTileK * 2));

@@ -103,6 +103,27 @@ __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
 // The same in every lane, and the compiler is told so: branches on it need no care for lanes that part.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); }
 
+// The same for a value that every lane has.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// Of lane `r` of this lane's quad.
+__device__ __forceinline__ uint32_t quad_shuffle(uint32_t value, int r) { return __shfl_sync(0xffffffffu, value, r, 4); }
+
+// A value that the compiler must keep: it would rather work it out again in every turn of a loop. Nothing less than a
+// shuffle hides from ptxas what the value is.
+template <class V>
+__device__ __forceinline__ V kept(V value) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if constexpr (sizeof(V) == 8) {
+    const uint64_t bits = reinterpret_cast<uint64_t>(value);
+    const uint32_t low = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits), lane);
+    const uint32_t high = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits >> 32), lane);
+    return reinterpret_cast<V>(static_cast<uint64_t>(high) << 32 | low);
+  } else {
+    return __shfl_sync(0xffffffffu, value, lane);
+  }
+}
+
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
 // What this thread has seen written, by a barrier also the rest of its block, is seen by who sees the increment.
@@ -140,6 +161,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+__device__ __forceinline__ uint32_t float_to_word(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float word_to_float(uint32_t bits) { return __uint_as_float(bits); }
 
 __device__ __forceinline__ float half_to_float32(uint16_t bits) {

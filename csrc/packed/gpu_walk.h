@@ -55,7 +55,11 @@ struct Walk {
   }
   // Group of a k tile, for groups of 128 and more.
   DISCQUANT_HD uint32_t group_of(uint32_t twice_k_tile) const {
+#if defined(__CUDA_ARCH__)
+    return __umulhi(twice_k_tile, group_magic);
+#else
     return static_cast<uint32_t>((static_cast<uint64_t>(twice_k_tile) * group_magic) >> 32);
+#endif
   }
   // Group of code `k_tile * 128 + 128 / unit_groups * i`; past the last group, where all codes are padding, the last.
   DISCQUANT_HD int group(int k_tile, int i) const {

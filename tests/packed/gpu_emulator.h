@@ -234,6 +234,17 @@ inline uint32_t shuffle(uint32_t value, int lane) {
   return emulated::warp_meets().b[lane & 31][0];
 }
 
+inline uint32_t uniform(uint32_t value) {
+  const uint32_t first = shuffle(value, 0);
+  emulated::require(first == value, "lanes differ where they must not");
+  return first;
+}
+inline uint32_t quad_shuffle(uint32_t value, int r) { return shuffle(value, emulated::lane() / 4 * 4 + r); }
+template <class V>
+V kept(V value) {
+  return value;
+}
+
 inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline void warp_barrier() { emulated::warp_meets(); }
 inline uint32_t increment_released(uint32_t* p) { return (*p)++; }
@@ -254,6 +265,11 @@ inline float word_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+inline uint32_t float_to_word(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
 }
 inline float half_to_float32(uint16_t bits) { return half_to_float(bits); }
 template <class T>
