@@ -151,16 +151,14 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     head_twice_k += 2 * kSlices;
   };
 
-  // The chunk's activations, of the k tiles that this run meets: `count` units from k tile `from` on, round the chunk.
-  auto stage_tokens = [&](int from) {
+  // The chunk's activations: the k tiles that this run meets, `from` on, round the chunk. Tiles begin .. stop of them.
+  auto copy_tokens = [&](int from, uint32_t begin, uint32_t stop) {
     const int width = walk.width(chunk);
-    uint32_t stop = walk.chunk_begin(chunk) + static_cast<uint32_t>(width) * walk.blocks;
-    if (stop > last) stop = last;
-    const uint32_t count = stop - (origin + static_cast<uint32_t>(from));
 #pragma unroll 1
     for (int i = threadIdx.x; i < width * 16; i += kThreads) {
       const int ahead = i / 16 - from;
-      if (static_cast<uint32_t>(ahead < 0 ? ahead + width : ahead) >= count) continue;
+      const uint32_t tile = static_cast<uint32_t>(ahead < 0 ? ahead + width : ahead);
+      if (tile < begin || tile >= stop) continue;
       const int64_t k = static_cast<int64_t>(chunk) * walk.chunk_tiles * kTileK + i * 8;
       const int bytes = k < p.in_features ? 16 : 0;
       const uint16_t* copy_from = static_cast<const uint16_t*>(p.x) + (bytes > 0 ? k : 0);
@@ -172,8 +170,13 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
         copy_from += p.x_stride;
       }
     }
-    wait_for_copies();
-    block_barrier(kThreads);
+    close_copies();
+  };
+  auto tiles_met = [&](uint32_t at) {
+    const uint32_t width = static_cast<uint32_t>(walk.width(chunk));
+    const uint32_t of_chunk = walk.chunk_begin(chunk) + width * walk.blocks - at, of_run = last - at;
+    const uint32_t of_both = of_chunk < of_run ? of_chunk : of_run;
+    return of_both < width ? of_both : width;
   };
 
   // ldmatrix: rows are tokens, so each lane gets k = 2t, 2t+1 (+8) of token g: the B fragment. One instruction serves two
@@ -317,7 +320,12 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   if (threadIdx.x < 2 * kMaxSlots) counts[threadIdx.x] = 0;
   const int first_part = chunk * walk.blocks + block;
   wait_for_previous_kernel();  // the loads above touch the weight only
-  stage_tokens(static_cast<int>(first - origin));
+  const uint32_t met = uniform(tiles_met(first)), met_first = met < kSlices ? met : kSlices;
+  copy_tokens(static_cast<int>(first - origin), 0, met_first);
+  copy_tokens(static_cast<int>(first - origin), met_first, met);
+  wait_for_copies<1>();
+  block_barrier(kThreads);
+  bool all_staged = met <= kSlices;
   uint32_t unit = uniform(first + static_cast<uint32_t>(slice));
   // One unit; true when the run is over. Called with constant places of the ring, which keeps them in registers.
   auto advance = [&](Fragment<kBits>& at, bool ends_round) {
@@ -329,7 +337,9 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
         block = 0;
         ++chunk;
         block_barrier(kThreads);  // all are done with the chunk before
-        stage_tokens(0);
+        copy_tokens(0, 0, tiles_met(end));
+        wait_for_copies<0>();
+        block_barrier(kThreads);
       }
       end = origin + static_cast<uint32_t>(walk.width(chunk));
       if (end > last) end = last;
@@ -342,7 +352,13 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     unit += kSlices;
     return false;
   };
-  while (!(advance(ring[0], false) || advance(ring[1], kDepth == 2) || (kDepth > 2 && advance(ring[kDepth - 1], true)))) {
+  while (!advance(ring[0], false)) {
+    if (!all_staged) {  // no warp is at its end yet: there are more units than slices
+      wait_for_copies<0>();
+      block_barrier(kThreads);
+      all_staged = true;
+    }
+    if (advance(ring[1], kDepth == 2) || (kDepth > 2 && advance(ring[kDepth - 1], true))) break;
   }
   add_runs<T>(p, walk, first_part, chunk * walk.blocks + block, reinterpret_cast<Note*>(sums));
 }

@@ -37,7 +37,12 @@ __device__ __forceinline__ void copy16(void* to, const void* from, int bytes) {
                : "memory");
 }
 
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Ends a group of this thread's copies; wait until all groups but the latest `kLater` are there.
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLater>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
 
 // Weights are read once: not kept in L1.
 __device__ __forceinline__ uint4 load_once16(const void* p) {

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -37,12 +38,19 @@ namespace emulated {
 
 constexpr size_t kStack = 128 * 1024;
 
+struct Copy {
+  uint8_t bytes[16];
+  void* to;
+};
+
 struct Fiber {
   ucontext_t context;
   bool done = false;
   bool at_block_barrier = false;
   bool polls = false;     // waits for what another warp writes
   unsigned meetings = 0;  // of its warp
+  std::deque<std::vector<Copy>> copies;  // closed groups, which are not there before they are waited for
+  std::vector<Copy> open;
 };
 
 // What lanes show each other in one meeting.
@@ -172,10 +180,21 @@ inline void block_barrier(int) {
 inline void copy16(void* to, const void* from, int bytes) {
   emulated::require(reinterpret_cast<uintptr_t>(to) % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0,
                     "a copy of 16 bytes that is not aligned");
-  std::memset(to, 0, 16);
-  std::memcpy(to, from, static_cast<size_t>(bytes));
+  emulated::Copy copy{{}, to};
+  std::memcpy(copy.bytes, from, static_cast<size_t>(bytes));
+  emulated::block->fibers[emulated::block->current].open.push_back(copy);
 }
-inline void wait_for_copies() {}
+inline void close_copies() {
+  emulated::Fiber& fiber = emulated::block->fibers[emulated::block->current];
+  fiber.copies.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+template <size_t kLater>
+void wait_for_copies() {
+  auto& copies = emulated::block->fibers[emulated::block->current].copies;
+  for (; copies.size() > kLater; copies.pop_front())
+    for (const emulated::Copy& copy : copies.front()) std::memcpy(copy.to, copy.bytes, 16);
+}
 
 template <class V>
 V read(const void* p, int64_t byte = 0) {
