@@ -266,22 +266,22 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
   };
 
-  // Add the eight slices of this half's slot in order, a lane to a row: a row that is this run's alone is finished, of
-  // others the run's part goes to the workspace. By one warp, while the others stream on.
+  // Add the eight slices of this half's slot in order, a lane to a row, for every `step`th token: a row that is this run's
+  // alone is finished, of others the run's part goes to the workspace.
   int slot = 0;
   uint32_t former = 0;  // arrivals of the slot's earlier uses: of eight slices and of their sum
-  auto add_slices = [&] {
+  auto add_slices = [&](int token_begin, int step) {
     const bool whole = walk.chunks == 1 && first <= origin && end == origin + static_cast<uint32_t>(walk.width(0));
     const int row_of = half * kWarpTiles * kTileRows + lane;
     const int64_t n = static_cast<int64_t>(block) * kBlockRows + row_of;
-    const float* from = sums + slot * slot_floats(p.tokens) + row_of;
+    const float* const from = sums + slot * slot_floats(p.tokens) + row_of;
     float* const to = partial_sums(p, walk, run, chunk, block) + row_of;
     const float bias = whole ? bias_of<T>(p, n) : 0.0f;
 #pragma unroll 4
-    for (int token_of = 0; token_of < p.tokens; ++token_of, from += kSumStride) {
+    for (int token_of = token_begin; token_of < p.tokens; token_of += step) {
       float sum = 0.0f;
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) sum += from[s * p.tokens * kSumStride];
+      for (int s = 0; s < kSlices; ++s) sum += from[(s * p.tokens + token_of) * kSumStride];
       if (whole)
         store_output<T>(p, token_of, n, sum + bias);
       else
@@ -289,8 +289,9 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
   };
 
-  // This run's part of a row block is done: leave the warp's sums in a slot, once the slot's former ones are added up.
-  auto leave = [&] {
+  // This run's part of a row block is done: leave the warp's sums in a slot, once the slot's former ones are added up. The
+  // last slice to come adds, while the others stream on; at the end of the run all do, each its tokens.
+  auto leave = [&](bool over) {
     uint32_t* const arrivals = counts + slot * 2 + half;
     wait_for_count(arrivals, former);
 #pragma unroll
@@ -305,8 +306,9 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
                  (i >= 2 ? 8 : 0)] = total[tile][n][i];
           total[tile][n][i] = 0.0f;
         }
+    if (over) return;
     if (arrive(arrivals) == former + kSlices - 1) {
-      add_slices();
+      add_slices(0, 1);
       arrive(arrivals);
     }
     if (++slot == walk.slots) slot = 0, former += kSlices + 1;
@@ -330,8 +332,9 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   // One unit; true when the run is over. Called with constant places of the ring, which keeps them in registers.
   auto advance = [&](Fragment<kBits>& at, bool ends_round) {
     while (unit >= end) {
-      leave();
-      if (end == last) return true;
+      const bool over = end == last;
+      leave(over);
+      if (over) return true;
       origin = end;
       if (++block == walk.blocks) {
         block = 0;
@@ -360,6 +363,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
     if (advance(ring[1], kDepth == 2) || (kDepth > 2 && advance(ring[kDepth - 1], true))) break;
   }
+  block_barrier(kThreads);
+  add_slices(slice, kSlices);
   add_runs<T>(p, walk, first_part, chunk * walk.blocks + block, reinterpret_cast<Note*>(sums));
 }
 

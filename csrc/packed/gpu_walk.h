@@ -80,7 +80,7 @@ struct Cursor {
 };
 
 DISCQUANT_HD Cursor walk_at(const Walk& walk, uint32_t unit) {
-  const int chunk = static_cast<int>(unit / walk.chunk_begin(1));
+  const int chunk = walk.chunks == 1 ? 0 : static_cast<int>(unit / walk.chunk_begin(1));
   const uint32_t inside = unit - walk.chunk_begin(chunk);
   const uint32_t width = static_cast<uint32_t>(walk.width(chunk));
   return Cursor{unit, chunk, static_cast<int>(inside / width), static_cast<int>(inside % width), static_cast<int>(width)};
