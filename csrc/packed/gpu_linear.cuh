@@ -57,8 +57,8 @@ __device__ __forceinline__ uint32_t step_word(const uint32_t (&words)[2 * kBits]
 template <class T, int kBits, int kTokenTiles, bool kExact, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLinear p, const Walk walk) {
   constexpr int kDepth = depth<kBits>();
-  uint32_t* const counts = reinterpret_cast<uint32_t*>(dynamic_shared());
-  float* const sums = reinterpret_cast<float*>(dynamic_shared() + kCountBytes);
+  Slot* const slots = reinterpret_cast<Slot*>(dynamic_shared());
+  float* const sums = reinterpret_cast<float*>(dynamic_shared() + kSlotsBytes);
   uint8_t* const tokens = reinterpret_cast<uint8_t*>(sums + walk.slots * slot_floats(p.tokens));
 
   const int warp = warp_index(), lane = threadIdx.x % 32;
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   // Add the eight slices of this half's slot in order, a lane to a row, for every `step`th token: a row that is this run's
   // alone is finished, of others the run's part goes to the workspace.
   int slot = 0;
-  uint32_t former = 0;  // arrivals of the slot's earlier uses: of eight slices and of their sum
+  uint32_t use = 0;  // parity of the slot's uses
   auto add_slices = [&](int token_begin, int step) {
     const bool whole = walk.chunks == 1 && first <= origin && end == origin + static_cast<uint32_t>(walk.width(0));
     const int row_of = half * kWarpTiles * kTileRows + lane;
@@ -292,8 +292,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   // This run's part of a row block is done: leave the warp's sums in a slot, once the slot's former ones are added up. The
   // last slice to come adds, while the others stream on; at the end of the run all do, each its tokens.
   auto leave = [&](bool over) {
-    uint32_t* const arrivals = counts + slot * 2 + half;
-    wait_for_count(arrivals, former);
+    Slot* const here = slots + slot * 2 + half;
+    wait_for_meeting(&here->emptied, use ^ 1);
 #pragma unroll
     for (int tile = 0; tile < kWarpTiles; ++tile)
 #pragma unroll
@@ -307,11 +307,13 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
           total[tile][n][i] = 0.0f;
         }
     if (over) return;
-    if (arrive(arrivals) == former + kSlices - 1) {
+    arrive(&here->filled);
+    if (count_in(reinterpret_cast<uint32_t*>(&here->left)) % kSlices == kSlices - 1) {
+      wait_for_meeting(&here->filled, use);
       add_slices(0, 1);
-      arrive(arrivals);
+      arrive(&here->emptied);
     }
-    if (++slot == walk.slots) slot = 0, former += kSlices + 1;
+    if (++slot == walk.slots) slot = 0, use ^= 1;
   };
 
   Fragment<kBits> ring[kDepth];
@@ -319,7 +321,11 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   for (int d = 0; d < kDepth; ++d) load(ring[d]);
   prefetch_round(0);
   prefetch_round(kRound);
-  if (threadIdx.x < 2 * kMaxSlots) counts[threadIdx.x] = 0;
+  if (threadIdx.x < 2 * kMaxSlots) {
+    init_meeting(&slots[threadIdx.x].filled, kSlices);
+    init_meeting(&slots[threadIdx.x].emptied, 1);
+    slots[threadIdx.x].left = 0;
+  }
   const int first_part = chunk * walk.blocks + block;
   wait_for_previous_kernel();  // the loads above touch the weight only
   const uint32_t met = uniform(tiles_met(first)), met_first = met < kSlices ? met : kSlices;

@@ -133,29 +133,41 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
 // What this thread has seen written, by a barrier also the rest of its block, is seen by who sees the increment.
 __device__ __forceinline__ uint32_t increment_released(uint32_t* p) {
-  __threadfence();
-  const uint32_t before = atomicAdd(p, 1u);
-  __threadfence();
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
   return before;
 }
 
-// Counts of warps in shared memory. Every lane of a warp comes; what the warp has written is seen by who sees the count, and
-// what those did who counted before is seen by the warp. Returns the count before.
-__device__ __forceinline__ uint32_t arrive(uint32_t* count) {
-  uint32_t before = 0;
-  __syncwarp();
-  if (threadIdx.x % 32 == 0)
-    asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(shared_address(count)) : "memory");
-  __syncwarp();
-  return __shfl_sync(0xffffffffu, before, 0);
+// Warps meet in shared memory again and again, `arrivals` of them each time (mbarrier: a fence would also wait for the loads
+// that are on their way). Every lane of a warp calls; what was written before an arrival is seen after the wait.
+__device__ __forceinline__ void init_meeting(uint64_t* meeting, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(meeting)), "r"(arrivals) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_count(const uint32_t* count, uint32_t least) {
-  uint32_t now;
-  do {
-    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(now) : "r"(shared_address(count)) : "memory");
-  } while (now < least);
+__device__ __forceinline__ void arrive(uint64_t* meeting) {
   __syncwarp();
+  if (threadIdx.x % 32 == 0)
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(meeting)) : "memory");
+}
+
+// Until the meeting of this parity is over: the first is 0, and the one before it, 1, always was.
+__device__ __forceinline__ void wait_for_meeting(const uint64_t* meeting, uint32_t parity) {
+  uint32_t over;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(over)
+                 : "r"(shared_address(meeting)), "r"(parity)
+                 : "memory");
+  } while (over == 0);
+  __syncwarp();
+}
+
+// Counts a warp in, orders nothing; returns the count before.
+__device__ __forceinline__ uint32_t count_in(uint32_t* count) {
+  uint32_t before = 0;
+  if (threadIdx.x % 32 == 0)
+    asm volatile("atom.relaxed.cta.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(shared_address(count)) : "memory");
+  return __shfl_sync(0xffffffffu, before, 0);
 }
 
 // In a launch that may overlap the one before it (programmatic dependent launch): wait until that one is over and its

@@ -100,14 +100,18 @@ constexpr int kSlices = 8;
 constexpr int kWarpTiles = 2;  // a fragment of activations serves both
 constexpr int kThreads = 32 * kSlices * kBlockRows / (kWarpTiles * kTileRows);
 
-// Shared memory: counts of arrivals [slots][2 halves of the rows], sums [slots][8 slices][tokens][64 rows, padded],
+// Shared memory: who is in the slots [slots][2 halves of the rows], sums [slots][8 slices][tokens][64 rows, padded],
 // activations [tokens][chunk, padded by 16 bytes: no bank conflicts].
-constexpr int kCountBytes = kMaxSlots * 2 * 4;
+struct Slot {
+  uint64_t filled, emptied;  // where the slices meet, and where their sum is done
+  uint64_t left;             // slices that have left sums here, ever
+};
+constexpr int kSlotsBytes = kMaxSlots * 2 * static_cast<int>(sizeof(Slot));
 constexpr int kSumStride = kBlockRows + 4;  // floats: no bank conflicts between tokens
 DISCQUANT_HD int token_stride(int chunk_tiles) { return chunk_tiles * kTileK * 2 + 16; }
 DISCQUANT_HD int slot_floats(int tokens) { return kSlices * tokens * kSumStride; }
 DISCQUANT_HD int shared_bytes(int tokens, int slots, int chunk_tiles) {
-  return kCountBytes + slots * slot_floats(tokens) * 4 + tokens * token_stride(chunk_tiles);
+  return kSlotsBytes + slots * slot_floats(tokens) * 4 + tokens * token_stride(chunk_tiles);
 }
 
 // For up to 8 or up to 16 tokens; group_size 0: one group. False where a size is beyond the kernel's 32-bit arithmetic.

@@ -268,17 +268,24 @@ inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline void warp_barrier() { emulated::warp_meets(); }
 inline uint32_t increment_released(uint32_t* p) { return (*p)++; }
 inline void wait_for_previous_kernel() {}
-inline uint32_t arrive(uint32_t* count) {
+// 16 bits each of a meeting: arrivals still to come, arrivals of every meeting, meetings that are over.
+inline void init_meeting(uint64_t* meeting, uint32_t arrivals) { *meeting = arrivals | arrivals << 16; }
+inline void arrive(uint64_t* meeting) {
   emulated::warp_meets();
-  if (emulated::lane() == 0) emulated::table().b[0][0] = (*count)++;
-  return emulated::warp_meets().b[0][0];
+  if (emulated::lane() > 0) return;
+  emulated::require((*meeting & 0xffff) > 0, "an arrival at no meeting");
+  if ((--*meeting & 0xffff) == 0) *meeting += (*meeting >> 16 & 0xffff) + (uint64_t{1} << 32);
 }
-inline void wait_for_count(const uint32_t* count, uint32_t least) {
-  while (*static_cast<const volatile uint32_t*>(count) < least) {
+inline void wait_for_meeting(const uint64_t* meeting, uint32_t parity) {
+  while ((*static_cast<const volatile uint64_t*>(meeting) >> 32 & 1) == parity) {
     emulated::block->fibers[emulated::block->current].polls = true;
     emulated::yield();
   }
   emulated::warp_meets();
+}
+inline uint32_t count_in(uint32_t* count) {
+  if (emulated::lane() == 0) emulated::table().b[0][0] = (*count)++;
+  return emulated::warp_meets().b[0][0];
 }
 inline float word_to_float(uint32_t bits) {
   float value;
