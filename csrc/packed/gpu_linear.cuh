@@ -14,10 +14,14 @@
 namespace discquant {
 namespace packed {
 
-// Units that a warp has in flight to registers.
+// Units that a warp has in flight to registers: 64 KB and more a thread block where memory is as fast as Hopper's.
 template <int kBits>
 __host__ __device__ constexpr int depth() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 2;
+#else
   return kBits == 4 ? 2 : 3;
+#endif
 }
 
 // What a lane holds of a unit: its words; and of row quad_row of its warp's 32 the scales, group by group, inside 32 bits.
@@ -93,7 +97,9 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   // whole only while it is placed anew.
   uint32_t head_at, head_stop;            // head_stop: where the row block's part ends, or the run
   uint32_t head_jump, head_twice_k;       // from head_stop to the chunk's next row block; twice the k tile
-  const uint8_t *head_scale, *head_zero;  // of the row block's first group
+  // Of the row block's first group: an instruction less a unit where the pointers count it, registers less where it is apart.
+  const uint8_t *head_scale = lane_scale, *head_zero = lane_zero;
+  uint32_t head_group = 0;
   auto place_head = [&] {
     const int k_tile = head.chunk * walk.chunk_tiles + head.k_tile;
     const uint32_t of_run = head.unit < last ? last - head.unit : 0, of_block = static_cast<uint32_t>(head.width - head.k_tile);
@@ -101,9 +107,13 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     head_stop = uniform(head_at + (of_run < of_block ? of_run : of_block));
     head_jump = of_run < of_block ? walk.units : static_cast<uint32_t>(walk.k_tiles - head.width);
     head_twice_k = uniform(2 * static_cast<uint32_t>(k_tile));
-    const int64_t group = static_cast<int64_t>(head.block) * walk.groups;
-    head_scale = lane_scale + group * scale_stride;
-    head_zero = lane_zero + group * kBlockRows;
+    if constexpr (kWhole) {
+      const int64_t group = static_cast<int64_t>(head.block) * walk.groups;
+      head_scale = lane_scale + group * scale_stride;
+      head_zero = lane_zero + group * kBlockRows;
+    } else {
+      head_group = static_cast<uint32_t>(head.block * walk.groups);
+    }
   };
   place_head();
 
@@ -143,9 +153,9 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         if (j < walk.unit_groups)
-          to.scale[j] = load_word(head_scale, static_cast<uint64_t>(static_cast<uint32_t>(walk.group(k_tile, j))) * scale_stride);
+          to.scale[j] = load_word(head_scale, static_cast<uint64_t>(head_group + walk.group(k_tile, j)) * scale_stride);
       if (p.zero_point != nullptr)
-        to.zero = load_word(head_zero, static_cast<uint32_t>(walk.group(k_tile, lane / 8)) * kBlockRows);
+        to.zero = load_word(head_zero, static_cast<uint64_t>(head_group + walk.group(k_tile, lane / 8)) * kBlockRows);
     }
     head_at += kSlices;
     head_twice_k += 2 * kSlices;
@@ -190,14 +200,18 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
 
   float total[kWarpTiles][kTokenTiles][4] = {};
   ZeroPair zero[2 * kWarpTiles];
+  auto no_zero = [&] {
 #pragma unroll
-  for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(1u << (kBits - 1));
+    for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(1u << (kBits - 1));
+  };
+  no_zero();
 
   auto zero_of = [&](const Fragment<kBits>& from, int group, int r) {
     return shuffle(from.zero, group * 8 + (8 * r + lane / 4) / 4) >> (lane / 4 % 4 * 8) & 255u;
   };
 
   auto compute = [&](const Fragment<kBits>& from, uint32_t base) {
+    if constexpr (!kWhole) no_zero();  // registers from unit to unit are too dear here
     float part[kWarpTiles][kTokenTiles][4] = {};
     uint32_t pair_scale[2 * kWarpTiles] = {};
 #pragma unroll
@@ -308,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
         }
     if (over) return;
     arrive(&here->filled);
-    if (count_in(reinterpret_cast<uint32_t*>(&here->left)) % kSlices == kSlices - 1) {
+    if (count_in(&here->left) % kSlices == kSlices - 1) {
       wait_for_meeting(&here->filled, use);
       add_slices(0, 1);
       arrive(&here->emptied);
@@ -326,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     init_meeting(&slots[threadIdx.x].emptied, 1);
     slots[threadIdx.x].left = 0;
   }
-  const int first_part = chunk * walk.blocks + block;
+  if (threadIdx.x == 0) slots->first_part = chunk * walk.blocks + block;  // a register through the loop is too dear
   wait_for_previous_kernel();  // the loads above touch the weight only
   const uint32_t met = uniform(tiles_met(first)), met_first = met < kSlices ? met : kSlices;
   copy_tokens(static_cast<int>(first - origin), 0, met_first);
@@ -371,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   }
   block_barrier(kThreads);
   add_slices(slice, kSlices);
-  add_runs<T>(p, walk, first_part, chunk * walk.blocks + block, reinterpret_cast<Note*>(sums));
+  add_runs<T>(p, walk, slots->first_part, chunk * walk.blocks + block, reinterpret_cast<Note*>(sums));
 }
 
 }  // namespace packed

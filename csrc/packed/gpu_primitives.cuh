@@ -115,9 +115,12 @@ __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync
 __device__ __forceinline__ uint32_t quad_shuffle(uint32_t value, int r) { return __shfl_sync(0xffffffffu, value, r, 4); }
 
 // A value that the compiler must keep: it would rather work it out again in every turn of a loop. Nothing less than a
-// shuffle hides from ptxas what the value is.
+// shuffle hides from ptxas what the value is. Before sm_90 registers are too few for it.
 template <class V>
 __device__ __forceinline__ V kept(V value) {
+#if __CUDA_ARCH__ < 900
+  return value;
+#endif
   const int lane = static_cast<int>(threadIdx.x % 32);
   if constexpr (sizeof(V) == 8) {
     const uint64_t bits = reinterpret_cast<uint64_t>(value);

@@ -104,7 +104,8 @@ constexpr int kThreads = 32 * kSlices * kBlockRows / (kWarpTiles * kTileRows);
 // activations [tokens][chunk, padded by 16 bytes: no bank conflicts].
 struct Slot {
   uint64_t filled, emptied;  // where the slices meet, and where their sum is done
-  uint64_t left;             // slices that have left sums here, ever
+  uint32_t left;             // slices that have left sums here, ever
+  int first_part;            // of the run; in the first slot only
 };
 constexpr int kSlotsBytes = kMaxSlots * 2 * static_cast<int>(sizeof(Slot));
 constexpr int kSumStride = kBlockRows + 4;  // floats: no bank conflicts between tokens

@@ -51,6 +51,8 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
                       workspace.is_contiguous() && workspace.scalar_type() == ScalarType::Int &&
                       workspace.numel() >= needed,
                   "packed_linear: workspace must hold at least ", needed, " words");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr()) % 16 == 0,
+                  "packed_linear: workspace must be 16-byte aligned");
   if (bias) check_buffer(*bias, x, x.scalar_type(), n, "bias");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::new_empty(x, {x.size(0), n}, std::make_optional(x.scalar_type()));
