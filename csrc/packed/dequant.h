@@ -127,8 +127,8 @@ DISCQUANT_HD uint32_t pick_bits(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Virtual word 3 of a quad at 3 bits with rubbish in bit 3 of every nibble, as words 0 to 2 have it: bits picked from the
-// shifted words by a mask cost one instruction less than steal_word.
+// Virtual word 3 of a quad at 3 bits with rubbish in bit 3 of every nibble, as words 0 to 2 have it: bits picked from
+// the shifted words by a mask cost one instruction less than steal_word.
 DISCQUANT_HD uint32_t loose_word(uint32_t w0, uint32_t w1, uint32_t w2) {
   return pick_bits<0x44444444u>(w2 >> 1, pick_bits<0x22222222u>(w1 >> 2, w0 >> 3));
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // packed_linear on tensor cores (sm_80 and later): weights are the A operand of mma.m16n8k16, tokens its n = 8 columns.
-// A thread block of 16 warps walks its run of units (gpu_walk.h). A warp owns 32 of a unit's 64 rows and every eighth
-// unit, and streams its words from memory into registers, units ahead and past the ends of row blocks: no warp waits for
-// another while it streams: where a row block ends it leaves its sums in a slot of shared memory, and the last of the eight
-// slices to come adds them in order. Row blocks that several runs share are added at the end of the run (gpu_sums.cuh).
-// All orders of addition are fixed, so results do not depend on timing.
+// A thread block of 16 warps walks its run of units (gpu_walk.h). A warp owns 32 of a unit's 64 rows and every eighth unit,
+// and streams its words from memory into registers, units ahead and past the ends of row blocks. No warp waits for another
+// while it streams: where a row block ends it leaves its sums in a slot of shared memory, and the last of the eight slices
+// to come adds them in order. Row blocks that several runs share are added at the end of the run (gpu_sums.cuh). All orders
+// of addition are fixed, so results do not depend on timing.
 #pragma once
 
 #include "packed/gpu_linear.h"
@@ -24,9 +24,9 @@ __host__ __device__ constexpr int depth() {
 #endif
 }
 
-// What a lane holds of a unit: its words; and of row quad_row of its warp's 32 the scales, group by group, inside 32 bits.
-// Zero points of one group likewise; of more groups the 32 bits of all that have the lane's number. Loads only: nothing
-// here may wait for one.
+// What a lane holds of a unit: its words; and of row quad_row of its warp's 32 the scales, group by group, inside 32
+// bits. Zero points of one group likewise; of more groups the 32 bits of all that have the lane's number. Loads only:
+// nothing here may wait for one.
 template <int kBits>
 struct Fragment {
   uint32_t words[kWarpTiles][2 * kBits];
@@ -93,16 +93,17 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
       static_cast<const uint8_t*>(p.scale) + ((half * 32 + quad_row) * scale_size & ~3u);
   const uint8_t* const lane_zero = p.zero_point + half * 32 + (kWhole ? quad_row & ~3 : (lane & 7) * 4);
 
-  // The head of the stream: the next unit to load, counted as units lie in memory. `head` says in which row block, and is
-  // whole only while it is placed anew.
-  uint32_t head_at, head_stop;            // head_stop: where the row block's part ends, or the run
-  uint32_t head_jump, head_twice_k;       // from head_stop to the chunk's next row block; twice the k tile
-  // Of the row block's first group: an instruction less a unit where the pointers count it, registers less where it is apart.
+  // The head of the stream: the next unit to load, counted as units lie in memory. `head` says in which row block, and
+  // is whole only while it is placed anew.
+  uint32_t head_at, head_stop;       // head_stop: where the row block's part ends, or the run
+  uint32_t head_jump, head_twice_k;  // from head_stop to the chunk's next row block; twice the k tile
+  // Of the row block's first group: pointers that count it take fewer instructions, its number fewer registers.
   const uint8_t *head_scale = lane_scale, *head_zero = lane_zero;
   uint32_t head_group = 0;
   auto place_head = [&] {
     const int k_tile = head.chunk * walk.chunk_tiles + head.k_tile;
-    const uint32_t of_run = head.unit < last ? last - head.unit : 0, of_block = static_cast<uint32_t>(head.width - head.k_tile);
+    const uint32_t of_run = head.unit < last ? last - head.unit : 0;
+    const uint32_t of_block = static_cast<uint32_t>(head.width - head.k_tile);
     head_at = uniform(static_cast<uint32_t>(head.block * walk.k_tiles + k_tile));
     head_stop = uniform(head_at + (of_run < of_block ? of_run : of_block));
     head_jump = of_run < of_block ? walk.units : static_cast<uint32_t>(walk.k_tiles - head.width);
@@ -117,8 +118,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   };
   place_head();
 
-  // The L2 is kept ahead by rounds: what the thread block's registers hold. A warp brings its share of the round's lines;
-  // `ahead` counts from the head, which has come to the next round.
+  // The L2 is kept ahead by rounds: what the thread block's registers hold. A warp brings its share of the round's
+  // lines; `ahead` counts from the head, which has come to the next round.
   constexpr uint32_t kRound = kDepth * kSlices;
   constexpr int kUnitLines = kUnitBytes / 128, kLines = kRound * kUnitLines / (kThreads / 32);
   constexpr int kPrefetches = (kLines + 31) / 32, kPrefetchLanes = kLines / kPrefetches;
@@ -129,7 +130,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
       uint32_t at = head_at + ahead - static_cast<uint32_t>(slice) + line / kUnitLines + i * (kRound / kPrefetches);
       if (at >= head_stop) at += head_jump;  // past the end of the run: to nowhere
       if (at < walk.units && lane < kPrefetchLanes)
-        prefetch(reinterpret_cast<const uint8_t*>(p.words) + (static_cast<uint64_t>(at) * kUnitBytes + line % kUnitLines * 128));
+        prefetch(reinterpret_cast<const uint8_t*>(p.words) +
+                 (static_cast<uint64_t>(at) * kUnitBytes + line % kUnitLines * 128));
     }
   };
 
@@ -189,9 +191,9 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     return of_both < width ? of_both : width;
   };
 
-  // ldmatrix: rows are tokens, so each lane gets k = 2t, 2t+1 (+8) of token g: the B fragment. One instruction serves two
-  // steps of one tile of tokens or one step of two. Where there are no more tokens the last one comes again: a column of
-  // the product depends on no other, and nobody reads those.
+  // ldmatrix: rows are tokens, so each lane gets k = 2t, 2t+1 (+8) of token g: the B fragment. One instruction serves
+  // two steps of one tile of tokens or one step of two. Where there are no more tokens the last one comes again: a column
+  // of the product depends on no other, and nobody reads those.
   int token = kTokenTiles == 1 ? lane & 7 : (lane >> 4) * 8 + (lane & 7);
   if (token >= p.tokens) token = p.tokens - 1;
   const int column = kTokenTiles == 1 ? (lane >> 3) * 16 : (lane >> 3 & 1) * 16;
@@ -200,26 +202,22 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
 
   float total[kWarpTiles][kTokenTiles][4] = {};
   ZeroPair zero[2 * kWarpTiles];
-  auto no_zero = [&] {
 #pragma unroll
-    for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(1u << (kBits - 1));
-  };
-  no_zero();
+  for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(1u << (kBits - 1));
 
   auto zero_of = [&](const Fragment<kBits>& from, int group, int r) {
     return shuffle(from.zero, group * 8 + (8 * r + lane / 4) / 4) >> (lane / 4 % 4 * 8) & 255u;
   };
 
   auto compute = [&](const Fragment<kBits>& from, uint32_t base) {
-    if constexpr (!kWhole) no_zero();  // registers from unit to unit are too dear here
     float part[kWarpTiles][kTokenTiles][4] = {};
     uint32_t pair_scale[2 * kWarpTiles] = {};
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       // The lane's scale, then that of each row. By a choice of two: an index would put the registers into memory.
       const float lane_scale_of =
-          selected_scale(kWhole ? from.scale[0] : group_steps == 2 ? from.scale[pair] : from.scale[pair / 2], scale_bytes,
-                         p.scale_type);
+          selected_scale(kWhole ? from.scale[0] : group_steps == 2 ? from.scale[pair] : from.scale[pair / 2],
+                         scale_bytes, p.scale_type);
       if ((2 * pair & (group_steps - 1)) == 0) {
         if (p.zero_point != nullptr) {
           constexpr bool kShifted = T::kWide || kBits == 3;  // rows 8 .. 15 of a tile come shifted by four
@@ -280,8 +278,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
   };
 
-  // Add the eight slices of this half's slot in order, a lane to a row, for every `step`th token: a row that is this run's
-  // alone is finished, of others the run's part goes to the workspace.
+  // Add the eight slices of this half's slot in order, a lane to a row, for every `step`th token: a row that is this
+  // run's alone is finished, of others the run's part goes to the workspace.
   int slot = 0;
   uint32_t use = 0;  // parity of the slot's uses
   auto add_slices = [&](int token_begin, int step) {
@@ -303,8 +301,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
   };
 
-  // This run's part of a row block is done: leave the warp's sums in a slot, once the slot's former ones are added up. The
-  // last slice to come adds, while the others stream on; at the end of the run all do, each its tokens.
+  // This run's part of a row block is done: leave the warp's sums in a slot, once the slot's former ones are added up.
+  // The last slice to come adds, while the others stream on; at the end of the run all do, each its tokens.
   auto leave = [&](bool over) {
     Slot* const here = slots + slot * 2 + half;
     wait_for_meeting(&here->emptied, use ^ 1);

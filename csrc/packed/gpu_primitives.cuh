@@ -112,7 +112,9 @@ __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, st
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // Of lane `r` of this lane's quad.
-__device__ __forceinline__ uint32_t quad_shuffle(uint32_t value, int r) { return __shfl_sync(0xffffffffu, value, r, 4); }
+__device__ __forceinline__ uint32_t quad_shuffle(uint32_t value, int r) {
+  return __shfl_sync(0xffffffffu, value, r, 4);
+}
 
 // A value that the compiler must keep: it would rather work it out again in every turn of a loop. Nothing less than a
 // shuffle hides from ptxas what the value is. Before sm_90 registers are too few for it.
@@ -141,8 +143,8 @@ __device__ __forceinline__ uint32_t increment_released(uint32_t* p) {
   return before;
 }
 
-// Warps meet in shared memory again and again, `arrivals` of them each time (mbarrier: a fence would also wait for the loads
-// that are on their way). Every lane of a warp calls; what was written before an arrival is seen after the wait.
+// Warps meet in shared memory again and again, `arrivals` of them each time (mbarrier: a fence could also wait for the
+// loads that are on their way). Every lane of a warp calls; what was written before an arrival is seen after the wait.
 __device__ __forceinline__ void init_meeting(uint64_t* meeting, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(meeting)), "r"(arrivals) : "memory");
 }
@@ -150,7 +152,8 @@ __device__ __forceinline__ void init_meeting(uint64_t* meeting, uint32_t arrival
 __device__ __forceinline__ void arrive(uint64_t* meeting) {
   __syncwarp();
   if (threadIdx.x % 32 == 0)
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(meeting)) : "memory");
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(meeting))
+                 : "memory");
 }
 
 // Until the meeting of this parity is over: the first is 0, and the one before it, 1, always was.
@@ -212,7 +215,9 @@ __device__ __forceinline__ uint32_t float_pair_to_bits(float low, float high) {
 }
 
 // Byte i of the result is byte (selector >> 4 i & 15) of `value`, which has zeros from byte 4 on.
-__device__ __forceinline__ uint32_t pick_bytes(uint32_t value, uint32_t selector) { return __byte_perm(value, 0, selector); }
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t value, uint32_t selector) {
+  return __byte_perm(value, 0, selector);
+}
 
 // fma(a, b, c), one rounding.
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }

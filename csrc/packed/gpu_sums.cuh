@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What becomes of packed_linear's sums: outputs, or parts of a row block that several runs share. Those lie in the
-// workspace until every run is over; whoever arrives last adds them in the order of the walk, so results do not depend on
-// timing.
+// workspace until every run is over; whoever arrives last adds them in the order of the walk, so results do not depend
+// on timing.
 #pragma once
 
 #include "packed/gpu_linear.h"
@@ -22,7 +22,8 @@ __device__ __forceinline__ void store_output(const GpuLinear& p, int token, int6
   if (n < p.out_features) static_cast<uint16_t*>(p.y)[token * p.out_features + n] = float_to_bits<T>(value);
 }
 
-__device__ __forceinline__ float* partial_sums(const GpuLinear& p, const Walk& walk, uint32_t run, int chunk, int block) {
+__device__ __forceinline__ float* partial_sums(const GpuLinear& p, const Walk& walk, uint32_t run, int chunk,
+                                               int block) {
   return reinterpret_cast<float*>(p.workspace + kMaxBlocks) + walk.slot(run, chunk, block) * kPartialWords;
 }
 
@@ -47,10 +48,11 @@ struct Parts {
   }
 };
 
-// At the end of a run, by its whole thread block: count the run in at the row blocks that it shares, and add up those that
-// it is the last at. Parts are numbered chunk by chunk, in a chunk block by block; the run had first_part .. last_part.
+// At the end of a run, by its whole thread block: count the run in at the row blocks that it shares, and add up those
+// that it is the last at. Parts are numbered chunk by chunk, in a chunk block by block; the run had first_part .. last_part.
 template <class T>
-__device__ __forceinline__ void add_runs(const GpuLinear& p, const Walk& walk, int first_part, int last_part, Note* notes) {
+__device__ __forceinline__ void add_runs(const GpuLinear& p, const Walk& walk, int first_part, int last_part,
+                                         Note* notes) {
   // In one chunk, all parts but the first and the last are whole row blocks.
   const bool ends_only = walk.chunks == 1 && last_part > first_part;
   const int parts = ends_only ? 2 : last_part - first_part + 1;
