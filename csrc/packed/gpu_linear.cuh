@@ -1,32 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
 // packed_linear on tensor cores (sm_80 and later): weights are the A operand of mma.m16n8k16, tokens its n = 8 columns.
-// A thread block of 16 warps walks its run of units (gpu_walk.h). A warp owns 32 of a unit's 64 rows and every eighth
-// unit, and streams its words from memory into registers, units ahead and past the ends of row blocks: no warp waits for
-// another while it streams: where a row block ends it leaves its sums in shared memory. When the run is over, or the room
-// is, the eight slices are added in order; a row block that several runs share is summed from the workspace, in order, by
-// whoever arrives last. So results do not depend on timing.
+// A thread block of 16 warps walks its run of units (gpu_walk.h). A warp owns 32 of a unit's 64 rows and every eighth unit,
+// and streams its words from memory into registers, units ahead and past the ends of row blocks. No warp waits for another
+// while it streams: where a row block ends it leaves its sums in a slot of shared memory, and the last of the eight slices
+// to come adds them in order. Row blocks that several runs share are added at the end of the run (gpu_sums.cuh). All orders
+// of addition are fixed, so results do not depend on timing.
 #pragma once
 
 #include "packed/gpu_linear.h"
 #include "packed/gpu_scale.cuh"
+#include "packed/gpu_sums.cuh"
+#include "packed/gpu_words.cuh"
 
 namespace discquant {
 namespace packed {
 
-constexpr int kWarpTiles = 2;  // 16-row tiles of a warp: a fragment of activations serves both
-constexpr int kThreads = 32 * kSlices * kBlockRows / (kWarpTiles * kTileRows);
-
-// How far, in units of the run, the L2 is kept ahead of the loads.
-constexpr int kPrefetchUnits = 4 * kSlices;
-
-// Units that a warp has in flight to registers.
+// Units that a warp has in flight to registers: 64 KB and more a thread block where memory is as fast as Hopper's.
 template <int kBits>
 __host__ __device__ constexpr int depth() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 2;
+#else
   return kBits == 4 ? 2 : 3;
+#endif
 }
 
-// What a lane holds of a unit: its words; and of the scales and zero points of its warp's 32 rows, group by group, the
-// 32 bits that have the lane's number (of scales up to 128). Loads only: nothing here may wait for one.
+// What a lane holds of a unit: its words; and of row quad_row of its warp's 32 the scales, group by group, inside 32
+// bits. Zero points of one group likewise; of more groups the 32 bits of all that have the lane's number. Loads only:
+// nothing here may wait for one.
 template <int kBits>
 struct Fragment {
   uint32_t words[kWarpTiles][2 * kBits];
@@ -34,36 +35,12 @@ struct Fragment {
   uint32_t zero;
 };
 
-// `from` is where the lane's first 16 bytes of the tile lie.
-template <int kBits>
-__device__ __forceinline__ void load_words(uint32_t (&to)[2 * kBits], const uint8_t* from, int lane) {
-  const uint4 a = load_once16(from);
-  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
-  if constexpr (kBits == 4) {
-    const uint4 b = load_once16(from + 512);
-    to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
-  } else {
-    const uint2 b = load_once8(from + 512 - lane * 8);
-    to[4] = b.x, to[5] = b.y;
-  }
-}
-
-// The word of k16 step `step`.
-template <int kBits>
-__device__ __forceinline__ uint32_t step_word(const uint32_t (&words)[2 * kBits], int step) {
-  if constexpr (kBits == 4) return words[step];
-  const int first = step < 4 ? 0 : 3, at = step & 3;
-  if (at == 3) return steal_word(words[first], words[first + 1], words[first + 2]);
-  return words[first + at];
-}
-
 // kWhole: a group spans the unit, or more.
 template <class T, int kBits, int kTokenTiles, bool kExact, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLinear p, const Walk walk) {
   constexpr int kDepth = depth<kBits>();
-  uint8_t* const zeros = dynamic_shared();
-  Note* const notes = reinterpret_cast<Note*>(zeros + kZeroBytes);
-  float* const sums = reinterpret_cast<float*>(zeros + kZeroBytes + kNoteBytes);
+  Slot* const slots = reinterpret_cast<Slot*>(dynamic_shared());
+  float* const sums = reinterpret_cast<float*>(dynamic_shared() + kSlotsBytes);
   uint8_t* const tokens = reinterpret_cast<uint8_t*>(sums + walk.slots * slot_floats(p.tokens));
 
   const int warp = warp_index(), lane = threadIdx.x % 32;
@@ -71,143 +48,170 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
   const int row = half * kWarpTiles * kTileRows + lane / 4;
   const uint32_t run = blockIdx.x, first = walk.begin(run), last = walk.begin(run + 1);
   const int group_steps = kWhole ? 8 : 8 / walk.unit_groups;  // k16 steps of a group in a unit: 2, 4 or 8
-  const int group_shift = kWhole || walk.unit_groups == 1 ? 3 : walk.unit_groups == 2 ? 2 : 1;
 
   Cursor head = walk_at(walk, first);
   int chunk = head.chunk, block = head.block;
   uint32_t origin = first - static_cast<uint32_t>(head.k_tile);
   uint32_t end = origin + static_cast<uint32_t>(walk.width(chunk));  // of this run's part of the block
   if (end > last) end = last;
+  end = uniform(end);
   walk_forward(walk, head, slice);
 
-  // Everything that does not change from unit to unit is worked out here.
+  // Everything that does not change from unit to unit is worked out here: instructions bound the 3-bit loop.
   constexpr int kTileBytes = 256 * kBits;
-  const uint8_t* const lane_words = reinterpret_cast<const uint8_t*>(p.words) + half * kWarpTiles * kTileBytes + lane * 16;
-  const bool wide_scale = p.scale_type == DType::kFloat32;
-  const int scale_shift = wide_scale ? 5 : 4;  // 2^.. words of 32 rows' scales
-  const int scale_loads = (walk.unit_groups << scale_shift) / 32;  // of a unit, where it is more than one
-  const int half_shift = wide_scale ? 0 : (row & 1) * 16;          // of a scale inside its 32 bits
+  constexpr uint32_t kUnitBytes = kBlockRows / kTileRows * kTileBytes;
+  const uint8_t* const lane_words =
+      kept(reinterpret_cast<const uint8_t*>(p.words) + half * kWarpTiles * kTileBytes + lane * 16);
+  const uint32_t tail = kept(512u - static_cast<uint32_t>(lane) * 8);
+  // Of its rows' scales and zero points a quad of lanes loads one row each, in the order of the accumulators.
+  const int quad_row = lane / 4 + lane % 4 * 8;
+  const uint32_t scale_size = p.scale_type == DType::kFloat32 ? 4 : 2, scale_stride = kept(scale_size * kBlockRows);
+  const uint32_t scale_bytes = kept(scale_selector(p.scale_type, quad_row & 1));
+  const uint8_t* const lane_scale =
+      static_cast<const uint8_t*>(p.scale) + ((half * 32 + quad_row) * scale_size & ~3u);
+  const uint8_t* const lane_zero = p.zero_point + half * 32 + (kWhole ? quad_row & ~3 : (lane & 7) * 4);
 
-  // Scale and zero point of the warp's row 8 * r + lane / 4, of a group of the unit.
-  auto scale_of = [&](const Fragment<kBits>& from, int group, int r) {
-    const int row_of = 8 * r + lane / 4;
-    const int at = (group << scale_shift) + (wide_scale ? row_of : row_of / 2);
-    uint32_t held = from.scale[0];
-    if (!kWhole && scale_loads > 1) {
-      // By masks: a chain of choices would become an index, and that puts the registers into memory.
-      held &= at / 32 == 0 ? ~0u : 0u;
-#pragma unroll
-      for (int j = 1; j < 4; ++j) held |= from.scale[j] & (at / 32 == j ? ~0u : 0u);
+  // The head of the stream: the next unit to load, counted as units lie in memory. `head` says in which row block, and
+  // is whole only while it is placed anew.
+  uint32_t head_at, head_stop;       // head_stop: where the row block's part ends, or the run
+  uint32_t head_jump, head_twice_k;  // from head_stop to the chunk's next row block; twice the k tile
+  // Of the row block's first group: pointers that count it take fewer instructions, its number fewer registers.
+  const uint8_t *head_scale = lane_scale, *head_zero = lane_zero;
+  uint32_t head_group = 0;
+  auto place_head = [&] {
+    const int k_tile = head.chunk * walk.chunk_tiles + head.k_tile;
+    const uint32_t of_run = head.unit < last ? last - head.unit : 0;
+    const uint32_t of_block = static_cast<uint32_t>(head.width - head.k_tile);
+    head_at = uniform(static_cast<uint32_t>(head.block * walk.k_tiles + k_tile));
+    head_stop = uniform(head_at + (of_run < of_block ? of_run : of_block));
+    head_jump = of_run < of_block ? walk.units : static_cast<uint32_t>(walk.k_tiles - head.width);
+    head_twice_k = uniform(2 * static_cast<uint32_t>(k_tile));
+    if constexpr (kWhole) {
+      const int64_t group = static_cast<int64_t>(head.block) * walk.groups;
+      head_scale = lane_scale + group * scale_stride;
+      head_zero = lane_zero + group * kBlockRows;
+    } else {
+      head_group = static_cast<uint32_t>(head.block * walk.groups);
     }
-    return scale_value(shuffle(held, at % 32) >> half_shift, p.scale_type);
   };
+  place_head();
+
+  // The L2 is kept ahead by rounds: what the thread block's registers hold. A warp brings its share of the round's
+  // lines; `ahead` counts from the head, which has come to the next round.
+  constexpr uint32_t kRound = kDepth * kSlices;
+  constexpr int kUnitLines = kUnitBytes / 128, kLines = kRound * kUnitLines / (kThreads / 32);
+  constexpr int kPrefetches = (kLines + 31) / 32, kPrefetchLanes = kLines / kPrefetches;
+  auto prefetch_round = [&](uint32_t ahead) {
+    const uint32_t line = static_cast<uint32_t>(warp * kPrefetchLanes + lane);
+#pragma unroll
+    for (int i = 0; i < kPrefetches; ++i) {
+      uint32_t at = head_at + ahead - static_cast<uint32_t>(slice) + line / kUnitLines + i * (kRound / kPrefetches);
+      if (at >= head_stop) at += head_jump;  // past the end of the run: to nowhere
+      if (at < walk.units && lane < kPrefetchLanes)
+        prefetch(reinterpret_cast<const uint8_t*>(p.words) +
+                 (static_cast<uint64_t>(at) * kUnitBytes + line % kUnitLines * 128));
+    }
+  };
+
+  auto load = [&](Fragment<kBits>& to) {
+    if (head_at >= head_stop) {
+      head.k_tile = static_cast<int>(head_at) - head.block * walk.k_tiles - head.chunk * walk.chunk_tiles;
+      head.unit = walk.origin(head.chunk, head.block) + static_cast<uint32_t>(head.k_tile);
+      if (head.unit >= last) return;
+      walk_forward(walk, head, 0);
+      place_head();
+    }
+    const uint8_t* const from = lane_words + static_cast<uint64_t>(head_at) * kUnitBytes;
+#pragma unroll
+    for (int tile = 0; tile < kWarpTiles; ++tile) load_words<kBits>(to.words[tile], from + tile * kTileBytes, tail);
+    if constexpr (kWhole) {
+      const uint64_t group = walk.group_of(head_twice_k);
+      to.scale[0] = load_word(head_scale, group * scale_stride);
+      if (p.zero_point != nullptr) to.zero = load_word(head_zero, group * kBlockRows);
+    } else {
+      const int k_tile = static_cast<int>(head_twice_k / 2);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (j < walk.unit_groups)
+          to.scale[j] = load_word(head_scale, static_cast<uint64_t>(head_group + walk.group(k_tile, j)) * scale_stride);
+      if (p.zero_point != nullptr)
+        to.zero = load_word(head_zero, static_cast<uint64_t>(head_group + walk.group(k_tile, lane / 8)) * kBlockRows);
+    }
+    head_at += kSlices;
+    head_twice_k += 2 * kSlices;
+  };
+
+  // The chunk's activations: the k tiles that this run meets, `from` on, round the chunk. Tiles begin .. stop of them.
+  auto copy_tokens = [&](int from, uint32_t begin, uint32_t stop) {
+    const int width = walk.width(chunk);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < width * 16; i += kThreads) {
+      const int ahead = i / 16 - from;
+      const uint32_t tile = static_cast<uint32_t>(ahead < 0 ? ahead + width : ahead);
+      if (tile < begin || tile >= stop) continue;
+      const int64_t k = static_cast<int64_t>(chunk) * walk.chunk_tiles * kTileK + i * 8;
+      const int bytes = k < p.in_features ? 16 : 0;
+      const uint16_t* copy_from = static_cast<const uint16_t*>(p.x) + (bytes > 0 ? k : 0);
+      uint8_t* copy_to = tokens + i * 16;
+#pragma unroll 4
+      for (int token = 0; token < p.tokens; ++token) {
+        copy16(copy_to, copy_from, bytes);
+        copy_to += token_stride(walk.chunk_tiles);
+        copy_from += p.x_stride;
+      }
+    }
+    close_copies();
+  };
+  auto tiles_met = [&](uint32_t at) {
+    const uint32_t width = static_cast<uint32_t>(walk.width(chunk));
+    const uint32_t of_chunk = walk.chunk_begin(chunk) + width * walk.blocks - at, of_run = last - at;
+    const uint32_t of_both = of_chunk < of_run ? of_chunk : of_run;
+    return of_both < width ? of_both : width;
+  };
+
+  // ldmatrix: rows are tokens, so each lane gets k = 2t, 2t+1 (+8) of token g: the B fragment. One instruction serves
+  // two steps of one tile of tokens or one step of two. Where there are no more tokens the last one comes again: a column
+  // of the product depends on no other, and nobody reads those.
+  int token = kTokenTiles == 1 ? lane & 7 : (lane >> 4) * 8 + (lane & 7);
+  if (token >= p.tokens) token = p.tokens - 1;
+  const int column = kTokenTiles == 1 ? (lane >> 3) * 16 : (lane >> 3 & 1) * 16;
+  const uint32_t token_base = shared_address(tokens + token * token_stride(walk.chunk_tiles)) + column;
+  uint32_t token_origin = token_base - origin * (kTileK * 2);  // of unit 0, were it in this row block
+
+  float total[kWarpTiles][kTokenTiles][4] = {};
+  ZeroPair zero[2 * kWarpTiles];
+#pragma unroll
+  for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(1u << (kBits - 1));
+
   auto zero_of = [&](const Fragment<kBits>& from, int group, int r) {
     return shuffle(from.zero, group * 8 + (8 * r + lane / 4) / 4) >> (lane / 4 % 4 * 8) & 255u;
   };
 
-  // The head of the stream in places of memory; worked out anew only where it leaves a row block.
-  int head_k, head_stop, head_jump;  // k tile, end of the chunk, and from there to the chunk's next row block
-  uint32_t head_at, head_groups;     // unit and first group in memory
-  auto place_head = [&] {
-    const int chunk_k = head.chunk * walk.chunk_tiles;
-    head_k = chunk_k + head.k_tile;
-    head_stop = chunk_k + head.width;
-    head_jump = walk.k_tiles - head.width;
-    head_at = static_cast<uint32_t>(head.block * walk.k_tiles + head_k);
-    head_groups = static_cast<uint32_t>(head.block * walk.groups);
-  };
-  place_head();
-  constexpr uint32_t kUnitBytes = kBlockRows / kTileRows * kTileBytes;
-  const uint8_t* const lane_scale =
-      static_cast<const uint8_t*>(p.scale) + (half << scale_shift) * 4 + (lane & ((1 << scale_shift) - 1)) * 4;
-
-  auto load = [&](Fragment<kBits>& to) {
-    if (head.unit >= last) return;
-    const uint32_t ahead = head_at + kPrefetchUnits + static_cast<uint32_t>(head_k + kPrefetchUnits >= head_stop ? head_jump : 0);
-    if (ahead < walk.units && head.unit + kPrefetchUnits < last && lane < kWarpTiles * kTileBytes / 128)
-      prefetch(lane_words + lane * (128 - 16) + static_cast<uint64_t>(ahead) * kUnitBytes);
-    const uint8_t* const from = lane_words + static_cast<uint64_t>(head_at) * kUnitBytes;
-#pragma unroll
-    for (int tile = 0; tile < kWarpTiles; ++tile) load_words<kBits>(to.words[tile], from + tile * kTileBytes, lane);
-    if constexpr (kWhole) {
-      const uint32_t group = head_groups + static_cast<uint32_t>(walk.group(head_k, 0));
-      to.scale[0] = load_word(lane_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
-      if (p.zero_point != nullptr) to.zero = load_word(p.zero_point, group * kBlockRows + half * 32 + (lane & 7) * 4);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (j == 0 || j < scale_loads) {
-          const uint32_t group = head_groups + static_cast<uint32_t>(walk.group(head_k, 32 * j + lane >> scale_shift));
-          to.scale[j] = load_word(lane_scale, static_cast<uint64_t>(group) * (8u << scale_shift));
-        }
-      }
-      const uint32_t group = head_groups + static_cast<uint32_t>(walk.group(head_k, lane / 8));
-      if (p.zero_point != nullptr) to.zero = load_word(p.zero_point, group * kBlockRows + half * 32 + (lane & 7) * 4);
-    }
-    head.unit += kSlices;
-    head_k += kSlices;
-    head_at += kSlices;
-    if (head_k >= head_stop) {
-      head.k_tile = head_k - head_stop + head.width;
-      walk_forward(walk, head, 0);
-      place_head();
-    }
-  };
-
-  // The chunk's activations, of the k tiles that this run meets: `count` units from k tile `from` on, round the chunk.
-  auto stage_tokens = [&](int from) {
-    const int width = walk.width(chunk);
-    uint32_t stop = walk.chunk_begin(chunk) + static_cast<uint32_t>(width) * walk.blocks;
-    if (stop > last) stop = last;
-    const uint32_t count = stop - (origin + static_cast<uint32_t>(from));
-#pragma unroll 1
-    for (int token = 0; token < p.tokens; ++token) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < width * 16; i += kThreads) {
-        const int ahead = i / 16 - from;
-        if (static_cast<uint32_t>(ahead < 0 ? ahead + width : ahead) >= count) continue;
-        const int64_t k = static_cast<int64_t>(chunk) * walk.chunk_tiles * kTileK + i * 8;
-        const bool live = k < p.in_features;
-        copy16(tokens + token * token_stride(walk.chunk_tiles) + i * 16,
-               static_cast<const uint16_t*>(p.x) + (live ? token * p.x_stride + k : 0), live ? 16 : 0);
-      }
-    }
-    wait_for_copies();
-    block_barrier(kThreads);
-  };
-
-  // ldmatrix: rows are tokens, so each lane gets k = 2t, 2t+1 (+8) of token g: the B fragment. One instruction serves two
-  // steps of one tile of tokens or one step of two. Tokens that there are none of read zeros.
-  const int token = kTokenTiles == 1 ? lane & 7 : (lane >> 4) * 8 + (lane & 7);
-  const int column = kTokenTiles == 1 ? (lane >> 3) * 16 : (lane >> 3 & 1) * 16;
-  const bool live_token = token < p.tokens;
-  const uint32_t token_base =
-      shared_address(live_token ? tokens + token * token_stride(walk.chunk_tiles) : zeros) + column;
-
-  float total[kWarpTiles][kTokenTiles][4] = {};
-
-  auto compute = [&](const Fragment<kBits>& from, int k_tile) {
-    const uint32_t base = token_base + (live_token ? k_tile * (kTileK * 2) : 0);
+  auto compute = [&](const Fragment<kBits>& from, uint32_t base) {
     float part[kWarpTiles][kTokenTiles][4] = {};
-    ZeroPair zero[2 * kWarpTiles];
-    uint32_t pair_scale[2 * kWarpTiles];
-#pragma unroll
-    for (int r = 0; r < 2 * kWarpTiles; ++r) {
-      zero[r] = zero_pair<T>(1u << (kBits - 1));
-      pair_scale[r] = 0;
-    }
+    uint32_t pair_scale[2 * kWarpTiles] = {};
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const int group = 2 * pair >> group_shift;
+      // The lane's scale, then that of each row. By a choice of two: an index would put the registers into memory.
+      const float lane_scale_of =
+          selected_scale(kWhole ? from.scale[0] : group_steps == 2 ? from.scale[pair] : from.scale[pair / 2],
+                         scale_bytes, p.scale_type);
       if ((2 * pair & (group_steps - 1)) == 0) {
         if (p.zero_point != nullptr) {
+          constexpr bool kShifted = T::kWide || kBits == 3;  // rows 8 .. 15 of a tile come shifted by four
+          const ZeroPair mine = zero_pair<T>(pick_bytes(from.zero, 0x4440u + (quad_row & 3)));
 #pragma unroll
-          for (int r = 0; r < 2 * kWarpTiles; ++r) zero[r] = zero_pair<T>(zero_of(from, group, r));
+          for (int r = 0; r < 2 * kWarpTiles; ++r) {
+            if constexpr (kWhole)
+              zero[r].low = zero[r].high = quad_shuffle(kShifted && lane % 2 ? mine.high : mine.low, r);
+            else
+              zero[r] = zero_pair<T>(zero_of(from, 2 * pair / group_steps, r));
+          }
         }
         if constexpr (kExact) {
+          const uint32_t mine = float_to_bits<T>(lane_scale_of) * 0x10001u;
 #pragma unroll
-          for (int r = 0; r < 2 * kWarpTiles; ++r)
-            pair_scale[r] = float_to_bits<T>(scale_of(from, group, r)) * 0x10001u;
+          for (int r = 0; r < 2 * kWarpTiles; ++r) pair_scale[r] = quad_shuffle(mine, r);
         }
       }
       uint32_t b[2][kTokenTiles][2];
@@ -238,8 +242,8 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
       if (!kExact && (2 * (pair + 1) & (group_steps - 1)) == 0) {
 #pragma unroll
         for (int tile = 0; tile < kWarpTiles; ++tile) {
-          const float top = scale_of(from, group, 2 * tile);
-          const float bottom = scale_of(from, group, 2 * tile + 1);
+          const float top = word_to_float(quad_shuffle(float_to_word(lane_scale_of), 2 * tile));
+          const float bottom = word_to_float(quad_shuffle(float_to_word(lane_scale_of), 2 * tile + 1));
 #pragma unroll
           for (int n = 0; n < kTokenTiles; ++n)
 #pragma unroll
@@ -252,71 +256,34 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
     }
   };
 
-  auto store = [&](int block_of, int i, float value) {
-    const int64_t n = static_cast<int64_t>(block_of) * kBlockRows + i % kBlockRows;
-    if (n >= p.out_features) return;
-    if (p.bias != nullptr) value += scale_value(load_half(p.bias, 2 * n), T::kWide ? DType::kFloat16 : DType::kBFloat16);
-    static_cast<uint16_t*>(p.y)[i / kBlockRows * p.out_features + n] = float_to_bits<T>(value);
-  };
-
-  // Sums of the row blocks that wait: of the eight slices; then of all runs, by the last to arrive.
-  int waiting = 0;
-  auto settle = [&] {
-    block_barrier(kThreads);
-    const int values = p.tokens * kBlockRows;
-    float* const partial = reinterpret_cast<float*>(p.workspace + kMaxBlocks);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < waiting * values; i += kThreads) {
-      const int slot = i / kBlockRows / p.tokens, value = i - slot * values;
-      const Note note = notes[slot];
-      const float* const from = sums + slot * slot_floats(p.tokens) + value / kBlockRows * kSumStride + value % kBlockRows;
+  // Add the eight slices of this half's slot in order, a lane to a row, for every `step`th token: a row that is this
+  // run's alone is finished, of others the run's part goes to the workspace.
+  int slot = 0;
+  uint32_t use = 0;  // parity of the slot's uses
+  auto add_slices = [&](int token_begin, int step) {
+    const bool whole = walk.chunks == 1 && first <= origin && end == origin + static_cast<uint32_t>(walk.width(0));
+    const int row_of = half * kWarpTiles * kTileRows + lane;
+    const int64_t n = static_cast<int64_t>(block) * kBlockRows + row_of;
+    const float* const from = sums + slot * slot_floats(p.tokens) + row_of;
+    float* const to = partial_sums(p, walk, run, chunk, block) + row_of;
+    const float bias = whole ? bias_of<T>(p, n) : 0.0f;
+#pragma unroll 4
+    for (int token_of = token_begin; token_of < p.tokens; token_of += step) {
       float sum = 0.0f;
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) sum += from[s * p.tokens * kSumStride];
-      if (note.whole)
-        store(note.block, value, sum);
+      for (int s = 0; s < kSlices; ++s) sum += from[(s * p.tokens + token_of) * kSumStride];
+      if (whole)
+        store_output<T>(p, token_of, n, sum + bias);
       else
-        partial[walk.slot(run, note.chunk, note.block) * kPartialWords + value] = sum;
+        to[token_of * kBlockRows] = sum;
     }
-    block_barrier(kThreads);
-    if (threadIdx.x < static_cast<unsigned>(waiting)) {
-      const Note note = notes[threadIdx.x];
-      bool is_last = false;
-      if (!note.whole) {
-        uint32_t parts = 0;
-#pragma unroll 1
-        for (int c = 0; c < walk.chunks; ++c) {
-          const uint32_t begin = walk.origin(c, note.block);
-          parts += walk.run_of(begin + static_cast<uint32_t>(walk.width(c)) - 1) - walk.run_of(begin) + 1;
-        }
-        is_last = increment_released(p.workspace + note.block) + 1 == parts;
-        if (is_last) p.workspace[note.block] = 0;  // ready for the next launch
-      }
-      notes[threadIdx.x].last = is_last;
-    }
-    block_barrier(kThreads);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < waiting * values; i += kThreads) {
-      const int slot = i / kBlockRows / p.tokens, value = i - slot * values;
-      const Note note = notes[slot];
-      if (!note.last) continue;
-      float sum = 0.0f;
-#pragma unroll 1
-      for (int c = 0; c < walk.chunks; ++c) {
-        const uint32_t begin = walk.origin(c, note.block);
-        const uint32_t to = walk.run_of(begin + static_cast<uint32_t>(walk.width(c)) - 1);
-#pragma unroll 4
-        for (uint32_t r = walk.run_of(begin); r <= to; ++r)
-          sum += load_shared_float(partial + walk.slot(r, c, note.block) * kPartialWords + value);
-      }
-      store(note.block, value, sum);
-    }
-    block_barrier(kThreads);  // before the notes change
-    waiting = 0;
   };
 
-  // This run's part of a row block is done: leave the warp's sums in a slot.
-  auto leave = [&] {
+  // This run's part of a row block is done: leave the warp's sums in a slot, once the slot's former ones are added up.
+  // The last slice to come adds, while the others stream on; at the end of the run all do, each its tokens.
+  auto leave = [&](bool over) {
+    Slot* const here = slots + slot * 2 + half;
+    wait_for_meeting(&here->emptied, use ^ 1);
 #pragma unroll
     for (int tile = 0; tile < kWarpTiles; ++tile)
 #pragma unroll
@@ -325,46 +292,76 @@ __global__ void __launch_bounds__(kThreads, 1) packed_linear_kernel(const GpuLin
         for (int i = 0; i < 4; ++i) {
           const int column_of = n * 8 + (lane & 3) * 2 + (i & 1);
           if (column_of < p.tokens)
-            sums[waiting * slot_floats(p.tokens) + (slice * p.tokens + column_of) * kSumStride + row + tile * kTileRows +
+            sums[slot * slot_floats(p.tokens) + (slice * p.tokens + column_of) * kSumStride + row + tile * kTileRows +
                  (i >= 2 ? 8 : 0)] = total[tile][n][i];
           total[tile][n][i] = 0.0f;
         }
-    if (threadIdx.x == 0)
-      notes[waiting] = Note{chunk, block, walk.chunks == 1 && first <= origin && end == origin + static_cast<uint32_t>(walk.width(0)), 0};
-    ++waiting;
+    if (over) return;
+    arrive(&here->filled);
+    if (count_in(&here->left) % kSlices == kSlices - 1) {
+      wait_for_meeting(&here->filled, use);
+      add_slices(0, 1);
+      arrive(&here->emptied);
+    }
+    if (++slot == walk.slots) slot = 0, use ^= 1;
   };
 
   Fragment<kBits> ring[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) load(ring[d]);
-  for (int i = threadIdx.x; i < kZeroBytes / 4; i += kThreads) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
+  prefetch_round(0);
+  prefetch_round(kRound);
+  if (threadIdx.x < 2 * kMaxSlots) {
+    init_meeting(&slots[threadIdx.x].filled, kSlices);
+    init_meeting(&slots[threadIdx.x].emptied, 1);
+    slots[threadIdx.x].left = 0;
+  }
+  if (threadIdx.x == 0) slots->first_part = chunk * walk.blocks + block;  // a register through the loop is too dear
   wait_for_previous_kernel();  // the loads above touch the weight only
-  stage_tokens(static_cast<int>(first - origin));
-  uint32_t unit = first + static_cast<uint32_t>(slice);
+  const uint32_t met = uniform(tiles_met(first)), met_first = met < kSlices ? met : kSlices;
+  copy_tokens(static_cast<int>(first - origin), 0, met_first);
+  copy_tokens(static_cast<int>(first - origin), met_first, met);
+  wait_for_copies<1>();
+  block_barrier(kThreads);
+  bool all_staged = met <= kSlices;
+  uint32_t unit = uniform(first + static_cast<uint32_t>(slice));
   // One unit; true when the run is over. Called with constant places of the ring, which keeps them in registers.
-  auto advance = [&](Fragment<kBits>& at) {
+  auto advance = [&](Fragment<kBits>& at, bool ends_round) {
     while (unit >= end) {
-      leave();
-      const bool over = end == last, new_chunk = block + 1 == walk.blocks;
-      if (over || new_chunk || waiting == walk.slots) settle();
+      const bool over = end == last;
+      leave(over);
       if (over) return true;
       origin = end;
-      ++block;
-      if (new_chunk) {
+      if (++block == walk.blocks) {
         block = 0;
         ++chunk;
-        stage_tokens(0);
+        block_barrier(kThreads);  // all are done with the chunk before
+        copy_tokens(0, 0, tiles_met(end));
+        wait_for_copies<0>();
+        block_barrier(kThreads);
       }
       end = origin + static_cast<uint32_t>(walk.width(chunk));
       if (end > last) end = last;
+      end = uniform(end);
+      token_origin = token_base - origin * (kTileK * 2);
     }
-    compute(at, static_cast<int>(unit - origin));
+    compute(at, token_origin + unit * (kTileK * 2));
     load(at);
+    if (ends_round) prefetch_round(kRound);
     unit += kSlices;
     return false;
   };
-  while (!(advance(ring[0]) || advance(ring[1]) || (kDepth > 2 && advance(ring[kDepth - 1])))) {
+  while (!advance(ring[0], false)) {
+    if (!all_staged) {  // no warp is at its end yet: there are more units than slices
+      wait_for_copies<0>();
+      block_barrier(kThreads);
+      all_staged = true;
+    }
+    if (advance(ring[1], kDepth == 2) || (kDepth > 2 && advance(ring[kDepth - 1], true))) break;
   }
+  block_barrier(kThreads);
+  add_slices(slice, kSlices);
+  add_runs<T>(p, walk, slots->first_part, chunk * walk.blocks + block, reinterpret_cast<Note*>(sums));
 }
 
 }  // namespace packed

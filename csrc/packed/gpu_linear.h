@@ -28,7 +28,7 @@ struct GpuLinear {
   int64_t in_features;
   int bits;
   int group_size;        // 32, 64 or a multiple of 128; 0 is the whole row
-  uint32_t* workspace;   // gpu_workspace_words() words; the first kMaxBlocks are counters, zero before the first call
+  uint32_t* workspace;   // gpu_workspace_words() words, 16-byte aligned; the first kMaxBlocks are counters, zero at first
   GpuDevice device;      // with N and K it decides how the sum is split
   // sm_90: the kernel may begin to read words, scale and zero_point while the kernel before it in the stream still runs;
   // set it only if that one does not write them.

@@ -6,9 +6,11 @@
 // warp dequantises a k16 step while the tensor cores work on the one before. No atomics; the order of every sum is fixed.
 #pragma once
 
-#include "packed/gpu_linear.cuh"
+#include "packed/gpu_linear.h"
 #include "packed/gpu_prefill.h"
+#include "packed/gpu_scale.cuh"
 #include "packed/gpu_wgmma.cuh"
+#include "packed/gpu_words.cuh"
 
 namespace discquant {
 namespace packed {
@@ -68,7 +70,7 @@ __device__ __forceinline__ void prefill_tile(const GpuLinear& p, const Prefill& 
 #pragma unroll
     for (int u = 0; u < kPrefillUnits; ++u) {
       const uint32_t later = u * more;
-      load_words<kBits>(to.words[u], unit_words + static_cast<int64_t>(later * plan.k_tiles + k_tile) * kUnitBytes, lane);
+      load_words<kBits>(to.words[u], unit_words + static_cast<int64_t>(later * plan.k_tiles + k_tile) * kUnitBytes, 512u - lane * 8);
       const uint32_t row = unit_row + later * plan.groups * kBlockRows;
       to.scale[u] = load_word(p.scale, int64_t{2} * (row + scales_of));
       to.zero[u] = p.zero_point == nullptr ? 0x01010101u << (kBits - 1) : load_word(p.zero_point, row + zeros_of);
@@ -118,18 +120,19 @@ __device__ __forceinline__ void prefill_tile(const GpuLinear& p, const Prefill& 
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
     if (begin + i < end) stage_tokens(begin + i, i);
-    commit_copies();
+    close_copies();
   }
   int stage = 0;
 #pragma unroll 1
   for (int k_tile = begin; k_tile < end; ++k_tile) {
     held = next;
     if constexpr (kWarpgroups) load(next, k_tile + 1 < end ? k_tile + 1 : k_tile);
-    wait_for_copy_groups<kAhead - 1>();
+    wait_for_copies<kAhead - 1>();
+    if constexpr (kWarpgroups) show_copies_to_wgmma();
     block_barrier(kPrefillThreads);
     // Every warp has left the k tile before the last one, whose stage is filled anew.
     if (k_tile + kAhead < end) stage_tokens(k_tile + kAhead, stage < 2 ? stage + kAhead : stage - 2);
-    commit_copies();
+    close_copies();
     const uint32_t tokens_at = base + static_cast<uint32_t>(stage * kStageBytes);
     stage = stage + 1 == kPrefillStages ? 0 : stage + 1;
 #pragma unroll

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Groups of asynchronous copies (sm_80), clusters (sm_90) and warpgroup products (sm_90a). Compiled with DISCQUANT_EMULATE, tests/packed/gpu_emulator_wgmma.h gives the same functions on the host.
+// Clusters (sm_90) and warpgroup products (sm_90a). Compiled with DISCQUANT_EMULATE, tests/packed/gpu_emulator_wgmma.h
+// gives the same functions on the host.
 #pragma once
 
 #include "packed/gpu_primitives.cuh"
@@ -11,14 +12,8 @@
 namespace discquant {
 namespace packed {
 
-// Copies since the last call become one group.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until at most kPending of this thread's groups are on their way; what has arrived may then be read by wgmma, too, which
-// reads through the asynchronous proxy.
-template <int kPending>
-__device__ __forceinline__ void wait_for_copy_groups() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// What this thread has waited for of its copies may be read by wgmma, which reads through the asynchronous proxy.
+__device__ __forceinline__ void show_copies_to_wgmma() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif

@@ -82,6 +82,8 @@ Tensor linear(const Tensor& x, const Tensor& words, const Tensor& scale, const s
                       workspace.is_contiguous() && workspace.scalar_type() == ScalarType::Int &&
                       workspace.numel() >= needed,
                   "packed_linear: workspace must hold at least ", needed, " words");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr()) % 16 == 0,
+                  "packed_linear: workspace must be 16-byte aligned");
   call.workspace = static_cast<uint32_t*>(workspace.mutable_data_ptr());
   call.settled_weight = settled;
   call.batch_invariant = batch_invariant;

@@ -10,7 +10,7 @@ __device__ void dequantize_32(const uint32_t* words, ZeroPair top, ZeroPair bott
   if constexpr (kBits == 4)
     w[3] = words[3];
   else
-    w[3] = steal_word(w[0], w[1], w[2]);
+    w[3] = loose_word(w[0], w[1], w[2]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t a[4];

@@ -31,9 +31,16 @@ static std::vector<uint16_t> linear(const Case& c, const uint16_t* x, int64_t x_
   Walk walk{};
   CHECK(make_walk(c.n, c.k, c.group_size, device, walk_tokens, walk));
   if (order == Order::kForward) give_slots(walk, tokens, device);  // the bits do not depend on it
-  Buffer<uint32_t> workspace(static_cast<size_t>(walk_workspace_words(walk)));
-  for (size_t i = 0; i < workspace.count; ++i)
-    workspace.data[i] = i < kMaxBlocks ? 0u : 0xffffffffu;  // NaN
+  const size_t words = static_cast<size_t>(walk_workspace_words(walk));
+  Buffer<uint32_t> exact_size(words);
+  for (size_t i = 0; i < words; ++i) exact_size.data[i] = i < kMaxBlocks ? 0u : 0xffffffffu;  // NaN
+  // Backwards, in the workspace that all weights before have used, as a stream's layers do.
+  static Buffer<uint32_t> stream(kMaxBlocks + 512 * kPartialWords);
+  static bool fresh = true;
+  if (fresh) std::fill(stream.data, stream.data + stream.count, 0u);
+  fresh = false;
+  uint32_t* const workspace = order == Order::kBackward ? stream.data : exact_size.data;
+  CHECK(words <= stream.count);
   GpuLinear call{};
   call.x = x;
   call.x_stride = x_stride;
@@ -49,13 +56,22 @@ static std::vector<uint16_t> linear(const Case& c, const uint16_t* x, int64_t x_
   call.in_features = c.k;
   call.bits = c.bits;
   call.group_size = c.group_size;
-  call.workspace = workspace.data;
+  call.workspace = workspace;
   call.device = device;
-  if (c.type == DType::kFloat16)
-    c.bits == 4 ? run<Half2, 4>(call, exact, walk, order) : run<Half2, 3>(call, exact, walk, order);
-  else
-    c.bits == 4 ? run<Bfloat2, 4>(call, exact, walk, order) : run<Bfloat2, 3>(call, exact, walk, order);
-  for (int i = 0; i < kMaxBlocks; ++i) CHECK(workspace.data[i] == 0);
+  const auto launch = [&] {
+    if (c.type == DType::kFloat16)
+      c.bits == 4 ? run<Half2, 4>(call, exact, walk, order) : run<Half2, 3>(call, exact, walk, order);
+    else
+      c.bits == 4 ? run<Bfloat2, 4>(call, exact, walk, order) : run<Bfloat2, 3>(call, exact, walk, order);
+    for (int i = 0; i < kMaxBlocks; ++i) CHECK(workspace[i] == 0);
+  };
+  launch();
+  if (order == Order::kShuffled) {
+    const std::vector<uint16_t> once(y.data, y.data + y.count);
+    std::fill(y.data, y.data + y.count, uint16_t{0xffff});
+    launch();
+    CHECK(std::equal(once.begin(), once.end(), y.data));
+  }
   return std::vector<uint16_t>(y.data, y.data + y.count);
 }
 
@@ -157,6 +173,18 @@ int main() {
         if (shape.n > 32) check_dequantize(c, type, 16, shape.n - 1);
         ++trial;
       }
+  // Long runs: several whole row blocks; parts of many in chunks of one tile; more of them than are counted at a time.
+  struct Long {
+    int n, k, tokens, bits, group;
+    GpuDevice device;
+  };
+  for (const Long& l : {Long{700, 384, 11, 3, 128, {2, 227 * 1024, false}}, Long{650, 384, 13, 4, 384, {2, 80 * 1024, false}},
+                        Long{650, 640, 15, 3, 64, {3, 41 * 1024, false}}, Long{300, 712, 10, 4, 32, {2, 45 * 1024, false}},
+                        Long{4300, 256, 9, 3, 0, {1, 41 * 1024, false}}, Long{900, 640, 2, 3, 128, {3, 23 * 1024, false}}}) {
+    const DType type = types[trial++ % 2];
+    const Case c(l.n, l.k, l.bits, l.group, trial % 3 == 0, type, type);
+    check_linear(c, l.tokens, trial % 4 == 0, true, l.device);
+  }
   // The walk of real sizes: every unit once, chunk by chunk, and no two places of partial sums agree.
   for (const Shape& shape : {Shape{6144, 4096}, Shape{8192, 28672}, Shape{57344, 8192}, Shape{4097, 10944}, Shape{64, 131072}})
     for (const GpuDevice& device : {GpuDevice{132, 227 * 1024, true, true}, GpuDevice{108, 163 * 1024, false, false}, GpuDevice{128, 99 * 1024, false, false}})

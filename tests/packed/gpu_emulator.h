@@ -50,6 +50,7 @@ struct Fiber {
   ucontext_t context;
   bool done = false;
   Waits waits = Waits::kNot;
+  bool polls = false;     // waits for what another warp writes
   unsigned meetings = 0;  // of its warp
   Work copies, products;
   bool may_begin = false;  // a product: registers have been fenced
@@ -133,12 +134,14 @@ inline void finish(Work& work, int pending) {
   work.erase(work.begin(), work.begin() + static_cast<int64_t>(done));
 }
 
-// A warp runs until all its lanes wait or are done, which lets warps drift as far apart as they may.
-inline bool run_warps(Block& now, size_t& left) {
+// A warp runs until all its lanes wait for others or are done, which lets warps drift as far apart as they may; the first
+// warp leads, or the last.
+inline bool run_warps(Block& now, size_t& left, bool backwards) {
   bool moved = false;
   block = &now;
   blockIdx = now.place;
-  for (size_t w = 0; w < now.warps.size(); ++w) {
+  for (size_t turn = 0; turn < now.warps.size(); ++turn) {
+    const size_t w = backwards ? now.warps.size() - 1 - turn : turn;
     for (bool again = true; again;) {
       again = false;
       for (size_t i = 32 * w; i < 32 * w + 32; ++i) {
@@ -146,10 +149,11 @@ inline bool run_warps(Block& now, size_t& left) {
         if (one.done || one.waits != Waits::kNot) continue;
         now.current = i;
         threadIdx = Place{static_cast<unsigned>(i), 0, 0};
+        one.polls = false;
         swapcontext(&now.scheduler, &one.context);
-        moved = true;
+        moved = moved || !one.polls;
         if (one.done) --left;
-        again = again || !(one.done || one.waits != Waits::kNot);
+        again = again || !(one.done || one.polls || one.waits != Waits::kNot);
       }
     }
   }
@@ -169,6 +173,8 @@ inline bool release(const std::vector<Fiber*>& fibers, Waits what) {
 inline void launch(const std::vector<Place>& order, Place grid, unsigned threads, size_t shared_bytes,
                    const std::function<void()>& body, size_t cluster_size = 1) {
   gridDim = grid;
+  static bool backwards = true;  // every other launch
+  backwards = !backwards;
   static std::vector<std::unique_ptr<char[]>> stacks;  // kept from launch to launch: fresh pages cost more than the kernels
   while (stacks.size() < threads * cluster_size) stacks.emplace_back(new char[kStack]);
   for (size_t first = 0; first < order.size(); first += cluster_size) {
@@ -195,7 +201,7 @@ inline void launch(const std::vector<Place>& order, Place grid, unsigned threads
     for (size_t left = all.size(); left > 0;) {
       bool moved = false;
       for (auto& now : cluster) {
-        moved = run_warps(*now, left) || moved;
+        moved = run_warps(*now, left, backwards) || moved;
         if (std::all_of(now->fibers.begin(), now->fibers.end(), [](const Fiber& one) { return one.done; }))
           std::fill(now->shared.begin(), now->shared.end(), uint8_t{0x5a});  // a block that is over has no memory left
         std::vector<Fiber*> own;
@@ -227,9 +233,16 @@ inline void copy16(void* to, const void* from, int bytes) {
     std::memset(to, 0, 16);
     std::memcpy(to, from, static_cast<size_t>(bytes));
   });
-  if (!emulated::late) emulated::finish(emulated::fiber().copies, -1);
+  if (!emulated::late) {
+    emulated::fiber().copies.back()();
+    emulated::fiber().copies.pop_back();
+  }
 }
-inline void wait_for_copies() { emulated::finish(emulated::fiber().copies, -1); }
+inline void close_copies() { emulated::fiber().copies.push_back(nullptr); }
+template <int kLater>
+void wait_for_copies() {
+  emulated::finish(emulated::fiber().copies, kLater);
+}
 
 template <class V>
 V read(const void* p, int64_t byte = 0) {
@@ -245,7 +258,10 @@ inline uint2 load_once8(const void* p) { return read<uint2>(p); }
 inline uint32_t load_word(const void* p, int64_t byte) { return read<uint32_t>(p, byte); }
 inline uint32_t load_half(const void* p, int64_t byte) { return read<uint16_t>(p, byte); }
 inline uint32_t load_byte(const void* p, int64_t byte) { return read<uint8_t>(p, byte); }
-inline float load_shared_float(const float* p) { return *p; }
+inline void load_shared_floats(float v[4], const float* p) {
+  emulated::require(reinterpret_cast<uintptr_t>(p) % 16 == 0, "a load that is not aligned");
+  std::memcpy(v, p, 16);
+}
 
 inline void load_matrices(uint32_t v[4], uint32_t address) {
   emulated::require(address % 16 == 0 && address + 16 <= emulated::block->shared.size(), "ldmatrix out of bounds");
@@ -285,14 +301,49 @@ inline uint32_t shuffle(uint32_t value, int lane) {
   return emulated::warp_meets().b[lane & 31][0];
 }
 
+inline uint32_t uniform(uint32_t value) {
+  const uint32_t first = shuffle(value, 0);
+  emulated::require(first == value, "lanes differ where they must not");
+  return first;
+}
+inline uint32_t quad_shuffle(uint32_t value, int r) { return shuffle(value, emulated::lane() / 4 * 4 + r); }
+template <class V>
+V kept(V value) {
+  return value;
+}
+
 inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline void warp_barrier() { emulated::warp_meets(); }
 inline uint32_t increment_released(uint32_t* p) { return (*p)++; }
 inline void wait_for_previous_kernel() {}
+// 16 bits each of a meeting: arrivals still to come, arrivals of every meeting, meetings that are over.
+inline void init_meeting(uint64_t* meeting, uint32_t arrivals) { *meeting = arrivals | arrivals << 16; }
+inline void arrive(uint64_t* meeting) {
+  emulated::warp_meets();
+  if (emulated::lane() > 0) return;
+  emulated::require((*meeting & 0xffff) > 0, "an arrival at no meeting");
+  if ((--*meeting & 0xffff) == 0) *meeting += (*meeting >> 16 & 0xffff) + (uint64_t{1} << 32);
+}
+inline void wait_for_meeting(const uint64_t* meeting, uint32_t parity) {
+  while ((*static_cast<const volatile uint64_t*>(meeting) >> 32 & 1) == parity) {
+    emulated::fiber().polls = true;
+    emulated::yield();
+  }
+  emulated::warp_meets();
+}
+inline uint32_t count_in(uint32_t* count) {
+  if (emulated::lane() == 0) emulated::table().b[0][0] = (*count)++;
+  return emulated::warp_meets().b[0][0];
+}
 inline float word_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+inline uint32_t float_to_word(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
 }
 inline float half_to_float32(uint16_t bits) { return half_to_float(bits); }
 template <class T>
@@ -302,6 +353,11 @@ uint16_t float_to_bits(float value) {
 template <class T>
 uint32_t float_pair_to_bits(float low, float high) {
   return float_to_bits<T>(low) | static_cast<uint32_t>(float_to_bits<T>(high)) << 16;
+}
+inline uint32_t pick_bytes(uint32_t value, uint32_t selector) {
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= static_cast<uint32_t>(uint64_t{value} >> (selector >> 4 * i & 7) * 8 & 255u) << 8 * i;
+  return picked;
 }
 inline float fused(float a, float b, float c) {
   return static_cast<float>(static_cast<double>(a) * b + c);

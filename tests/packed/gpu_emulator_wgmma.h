@@ -8,11 +8,7 @@
 namespace discquant {
 namespace packed {
 
-inline void commit_copies() { emulated::fiber().copies.push_back(nullptr); }
-template <int kPending>
-void wait_for_copy_groups() {
-  emulated::finish(emulated::fiber().copies, kPending);
-}
+inline void show_copies_to_wgmma() {}
 
 inline uint64_t swizzled_rows(uint32_t address) {
   emulated::require(address % 1024 == 0, "a swizzled tile must start at a multiple of 1024 bytes");
