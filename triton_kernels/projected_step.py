@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import frac_kind, group_mode, load_slope
+from .common import frac_kind, group_mode, load_masked, load_slope
 from .step_tile import (
     COUNT_SLOTS,
     COUNTS,
@@ -23,6 +23,7 @@ from .step_tile import (
     OPTIMIZERS,
     SLOT_WIDTH,
     add_counts,
+    in_bytes,
     launch_scalars,
     update_tile,
 )
@@ -38,29 +39,25 @@ def _projected_step_kernel(
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
     noise_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
-    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, BYTES: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
     EVEN: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < out_features
+    mask_m = None if EVEN else offs_m < out_features
     pair = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
     other, nan = pair, pair
     for tile in range(TILES):
         k0 = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_K
         offs_k = k0 + tl.arange(0, BLOCK_K)
         grad_place = grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk
-        if EVEN:
-            mask = None
-            grad = tl.load(grad_place)
-        else:
-            mask = mask_m[:, None] & (offs_k < in_features)[None, :]
-            grad = tl.load(grad_place, mask=mask, other=0)
+        mask = None if EVEN else mask_m[:, None] & (offs_k < in_features)[None, :]
+        grad = load_masked(grad_place, mask)
         slope = load_slope(
             scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
             tl.float32, BLOCK_M, BLOCK_K, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
         )  # fmt: skip
-        found = update_tile(
+        pair, other, nan = update_tile(
             grad.to(tl.float32), slope, mask,
             (offs_m * in_features + first_index).to(tl.uint32)[:, None] + offs_k.to(tl.uint32)[None, :],
             offs_m[:, None] * stride_fm + offs_k[None, :] * stride_fk,
@@ -70,12 +67,11 @@ def _projected_step_kernel(
             frac_ptr, ref_ptr, first_ptr, second_ptr,
             lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
             linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
-            noise_key,
-            OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
+            noise_key, pair, other, nan,
+            OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, BYTES,
         )  # fmt: skip
-        pair, other, nan = pair + found[0], other + found[1], nan + found[2]
     slot = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % SLOTS
-    add_counts(counts_ptr, slot, pair, other, nan)
+    add_counts(counts_ptr, slot, pair, other, nan, BYTES)
 
 
 def _tiling(cols: int) -> tuple[int, int, int]:
@@ -112,7 +108,8 @@ def projected_step_fwd(
         *launch_scalars(scalars, keys),
         OPTIMIZER=OPTIMIZERS[optimizer], FRAC_KIND=frac_kind(frac.dtype, False),
         REF_KIND=frac_kind(frac_ref.dtype, True),
-        FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8, MODE=mode, GROUP=group,
+        FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8,
+        BYTES=in_bytes(frac, frac_ref, first, second, optimizer, scalars), MODE=mode, GROUP=group,
         HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
         EVEN=rows % block_m == 0 and cols % (block_k * tiles) == 0,
         SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, TILES=tiles,
