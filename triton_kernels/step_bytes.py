@@ -17,23 +17,20 @@ ZERO, ONE = tl.constexpr(63), tl.constexpr(189)
 
 
 @triton.jit
-def place_of_bytes(code):
-    """code / 255 by the rounded reciprocal, uint8 to float32, as `decode_position` with FAST."""
+def bytes_times(code, unit):
+    """code * unit, uint8 to float32, rounded once."""
     if INTERPRETED:
-        return code.to(tl.float32) * 0.003921568859368563
+        return code.to(tl.float32) * unit
     else:
-        # A byte below the exponent of 2^23 is 2^23 + code; 2^23 times the reciprocal is exact, so the product is rounded
-        # once, as the plain one.
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 a, b, c, d;
-            prmt.b32 a, $4, 0x4B000000, 0x7440; prmt.b32 b, $4, 0x4B000000, 0x7441;
-            prmt.b32 c, $4, 0x4B000000, 0x7442; prmt.b32 d, $4, 0x4B000000, 0x7443;
-            fma.rn.f32 $0, a, 0f3B808081, 0fC7008081; fma.rn.f32 $1, b, 0f3B808081, 0fC7008081;
-            fma.rn.f32 $2, c, 0f3B808081, 0fC7008081; fma.rn.f32 $3, d, 0f3B808081, 0fC7008081;
-            }""",
-            "=f,=f,=f,=f,r", [code], dtype=tl.float32, is_pure=True, pack=4,
+        # A byte below the exponent of 2^23 is 2^23 + code, without a slow conversion; 2^23 * unit is exact.
+        shifted = tl.inline_asm_elementwise(
+            """
+            prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;
+            prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;
+            """,
+            "=&f,=&f,=&f,=&f,r", [code], dtype=tl.float32, is_pure=True, pack=4,
         )  # fmt: skip
+        return tl.fma(shifted, unit, unit * -8388608.0)
 
 
 @triton.jit
@@ -60,18 +57,17 @@ def clamped_place_of_bytes(ref_code):
 
 @triton.jit
 def numbers_of_bytes(code):
-    """int8 or uint8 to float32."""
+    """int8 to float32."""
     if INTERPRETED:
         return code.to(tl.float32)
     else:
         # An extraction before a conversion is part of it in machine code.
-        KIND: tl.constexpr = "s32" if code.dtype == tl.int8 else "u32"
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b, c, d;"
-            " bfe." + KIND + " a, $4, 0, 8; bfe." + KIND + " b, $4, 8, 8;"
-            " bfe." + KIND + " c, $4, 16, 8; bfe." + KIND + " d, $4, 24, 8;"
-            " cvt.rn.f32." + KIND + " $0, a; cvt.rn.f32." + KIND + " $1, b;"
-            " cvt.rn.f32." + KIND + " $2, c; cvt.rn.f32." + KIND + " $3, d; }",
+            """{
+            .reg .b32 a, b, c, d;
+            bfe.s32 a, $4, 0, 8; bfe.s32 b, $4, 8, 8; bfe.s32 c, $4, 16, 8; bfe.s32 d, $4, 24, 8;
+            cvt.rn.f32.s32 $0, a; cvt.rn.f32.s32 $1, b; cvt.rn.f32.s32 $2, c; cvt.rn.f32.s32 $3, d;
+            }""",
             "=f,=f,=f,=f,r", [code], dtype=tl.float32, is_pure=True, pack=4,
         )  # fmt: skip
 
@@ -120,8 +116,8 @@ def live_bytes(ref_code):
     if INTERPRETED:
         return tl.where((ref_code != ZERO) & (ref_code != ONE), 128, 0).to(tl.uint8)
     else:
-        # Frozen where the bits that both codes share are theirs and bits 1 and 7 differ: a byte of at most 127 that is 0,
-        # found by its carry into bit 7.
+        # Frozen where the bits that both codes share are theirs and bits 1 and 7 differ: a byte of at most 127 that is
+        # 0, found by the missing carry into bit 7.
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 s, a, b;
@@ -143,8 +139,8 @@ def gradient_bytes(kl, grad_clamp, live):
         saturated = tl.where(free & (tl.abs(kl) >= grad_clamp), 128, 0).to(tl.uint8)
         return moves, saturated, tl.where(free & undefined, 128, 0).to(tl.uint8)
     else:
-        # The highest byte of |kl| - clamp is 0 where it clamps, 0x7F for NaN, above that elsewhere; never 0xFF, since the
-        # launcher sends a clamp of 2^126 and more another way, so adding 1 carries nowhere.
+        # The highest byte of |kl| - clamp is 0 where it clamps, 0x7F for NaN, above that elsewhere; never 0xFF, since
+        # the launcher sends a clamp of 2^126 and more another way, so adding 1 carries nowhere.
         excess = tl.abs(kl) - grad_clamp
         return tl.inline_asm_elementwise(
             """{
@@ -155,7 +151,7 @@ def gradient_bytes(kl, grad_clamp, live):
             lop3.b32 $1, $7, d, t, 0x10;
             lop3.b32 $2, $7, d, t, 0x20;
             }""",
-            "=r,=r,=r,f,f,f,f,r", [excess, live], dtype=(tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4,
+            "=&r,=&r,=&r,f,f,f,f,r", [excess, live], dtype=(tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4,
         )  # fmt: skip
 
 
@@ -188,7 +184,7 @@ def place_flags(code, ref_code, live):
             and.b32 r, $3, 0x7F7F7F7F; add.u32 r, r, 0x01010101;
             lop3.b32 r, r, $3, $2, 0x56; and.b32 $1, r, $4;
             }""",
-            "=r,=r,r,r,r", [code, ref_code, live], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
+            "=&r,=&r,r,r,r", [code, ref_code, live], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
         )  # fmt: skip
 
 
@@ -205,7 +201,7 @@ def count_bytes(total, high, low):
             dp4a.u32.u32 $0, a, 0x01010101, $4;
             mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;
             }""",
-            "=r,=r,=r,=r,r,r,r,r,r,r", [total, high, low], dtype=tl.int32, is_pure=True, pack=4,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [total, high, low], dtype=tl.int32, is_pure=True, pack=4,
         )  # fmt: skip
 
 
@@ -216,5 +212,10 @@ def with_sign(size, sign):
         return tl.where(sign < 0.0, -size, size)
     else:
         return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x80000000, $2, 0x6A;", "=f,f,f", [sign, size], dtype=tl.float32, is_pure=True, pack=1
+            "lop3.b32 $0, $1, 0x80000000, $2, 0x6A;",
+            "=f,f,f",
+            [sign, size],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
         )

@@ -35,6 +35,7 @@ from .common import (
 from .step_bytes import (
     bytes_of_numbers,
     bytes_of_small_numbers,
+    bytes_times,
     choose_bytes,
     clamped_place_of_bytes,
     count_bytes,
@@ -42,7 +43,6 @@ from .step_bytes import (
     live_bytes,
     numbers_of_bytes,
     place_flags,
-    place_of_bytes,
     with_sign,
 )
 
@@ -51,6 +51,9 @@ MOMENTUM = tl.constexpr(1)
 LION = tl.constexpr(2)
 SGD = tl.constexpr(3)
 OPTIMIZERS = {"adamw": ADAMW.value, "momentum": MOMENTUM.value, "lion": LION.value, "sgd": SGD.value}
+
+# Weight of the linear term.
+ABSENT, UNIT, WEIGHTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 # Floating scalars of a launch, in the order of the kernels' arguments.
 SCALARS = (
@@ -122,12 +125,14 @@ def update_tile(
     noise_key, pair, other, nan,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, BYTES: tl.constexpr,
+    LINEAR: tl.constexpr, HARDEN: tl.constexpr,
 ):  # fmt: skip
     """Update one tile given its weight gradient and d weight / d frac; `index` counts in the unsharded tensor.
 
     `mask` is None where the tile lies inside the tensor. Returns `pair`, `other` and `nan`, int32 tiles for
     `add_counts`, with this tile's counts added: live and fractional, moved and saturated, NaN. BYTES (all state 8-bit,
-    clamp below 2^126) takes four elements per instruction where that is possible and gives the same bits.
+    clamp below 2^126) takes four elements per instruction where that is possible and gives the same bits; LINEAR and
+    HARDEN leave out terms of weight 0 and a product by 1, which no stored code shows (`step_terms`).
     """
     code = load_masked(frac_ptr + offset_f, mask)
     # In bytes masked elements read as frozen ones; else the mask itself excludes them.
@@ -135,7 +140,7 @@ def update_tile(
     hashed = counter_hash(index, noise_key)
     raw = grad * (slope * kl_weight)
     if BYTES:
-        position, clamped = place_of_bytes(code), clamped_place_of_bytes(ref_code)
+        position = bytes_times(code, 0.003921568859368563)
         live = live_bytes(ref_code)
         kl = tl.maximum(raw, -grad_clamp, propagate_nan=tl.PropagateNan.ALL)
         kl = tl.minimum(kl, grad_clamp, propagate_nan=tl.PropagateNan.ALL)
@@ -148,9 +153,12 @@ def update_tile(
             live = mask & live
         moves = live & (raw == raw)
         kl = tl.minimum(tl.maximum(raw, -grad_clamp), grad_clamp)
-        clamped = saturate(reference)
-    linear = linear_weight * one_minus_twice(clamped)
-    g = kl + linear + hardening * one_minus_twice(position)
+    g = kl
+    if LINEAR != ABSENT:
+        linear = one_minus_twice(clamped_place_of_bytes(ref_code) if BYTES else saturate(reference))
+        g += linear if LINEAR == UNIT else linear_weight * linear
+    if HARDEN:
+        g += hardening * one_minus_twice(position)
     if not BYTES:
         g = tl.where(moves, g, 0.0)
 
@@ -169,10 +177,15 @@ def update_tile(
             direction = first
         if OPTIMIZER == ADAMW:
             stored_second = load_masked(second_ptr + offset_v, mask)
-            second = numbers_of_bytes(stored_second) if BYTES else stored_second.to(tl.float32)
             if SECOND_INT:
-                root = second * second_unit
+                root = (
+                    bytes_times(stored_second, second_unit)
+                    if BYTES
+                    else stored_second.to(tl.float32) * second_unit
+                )
                 second = root * root
+            else:
+                second = stored_second.to(tl.float32)
             second = beta2 * second + (one_minus_beta2 * g) * g
             if SECOND_INT:
                 # Bounded moments stay away from subnormal numbers but for zero.
@@ -243,6 +256,12 @@ def in_bytes(frac: Tensor, frac_ref: Tensor, momentum: Tensor, second_moment: Te
         and (optimizer != "adamw" or second_moment.dtype == byte)
         and scalars["grad_clamp"] < 2.0**126
     )  # fmt: skip
+
+
+def step_terms(scalars: Mapping[str, float], bytewise: bool) -> tuple[int, bool]:
+    """LINEAR and HARDEN of `update_tile`; floating state could show the sign of a zero, so it takes every term."""
+    linear = {0.0: ABSENT, 1.0: UNIT}.get(scalars["linear_weight"], WEIGHTED) if bytewise else WEIGHTED
+    return linear.value, not bytewise or scalars["hardening"] != 0
 
 
 def launch_scalars(scalars: Mapping[str, float], keys: Mapping[str, int]) -> list[float | int]:
