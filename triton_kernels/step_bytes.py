@@ -15,6 +15,9 @@ from .common import INTERPRETED
 # frac_ref codes of frozen coordinates (place 0 and 1). They differ in bits 1 and 7 only.
 ZERO, ONE = tl.constexpr(63), tl.constexpr(189)
 
+# Excess of a KL gradient over its clamp that counts as not finite.
+UNDEFINED = tl.constexpr(2.0**127)
+
 
 @triton.jit
 def bytes_times(code, unit):
@@ -131,17 +134,16 @@ def live_bytes(ref_code):
 
 
 @triton.jit
-def gradient_bytes(kl, grad_clamp, live):
-    """From the clamped KL gradient (NaN kept): flags of live coordinates that move, that clamp, and that are NaN."""
+def gradient_bytes(excess, live):
+    """From |KL gradient| - clamp: flags of live coordinates that move, that clamp, and whose gradient is not finite."""
     if INTERPRETED:
-        free, undefined = live != 0, kl != kl
-        moves = tl.where(free & (kl == kl), 128, 0).to(tl.uint8)
-        saturated = tl.where(free & (tl.abs(kl) >= grad_clamp), 128, 0).to(tl.uint8)
-        return moves, saturated, tl.where(free & undefined, 128, 0).to(tl.uint8)
+        moves = (live != 0) & (excess < UNDEFINED)
+        saturated = tl.where(moves & (excess >= 0.0), 128, 0).to(tl.uint8)
+        undefined = tl.where((live != 0) & ~(excess < UNDEFINED), 128, 0).to(tl.uint8)
+        return tl.where(moves, 128, 0).to(tl.uint8), saturated, undefined
     else:
-        # The highest byte of |kl| - clamp is 0 where it clamps, 0x7F for NaN, above that elsewhere; never 0xFF, since
-        # the launcher sends a clamp of 2^126 and more another way, so adding 1 carries nowhere.
-        excess = tl.abs(kl) - grad_clamp
+        # The highest byte of a float32: 0x7F from 2^127 on and for NaN, below that where it clamps, 0x80 and more where
+        # not; never 0xFF, since the launcher sends a clamp of 2^126 and more another way, so adding 1 carries nowhere.
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 a, c, d, t;

@@ -33,6 +33,7 @@ from .common import (
     signed32,
 )
 from .step_bytes import (
+    UNDEFINED,
     bytes_of_numbers,
     bytes_of_small_numbers,
     bytes_times,
@@ -139,20 +140,19 @@ def update_tile(
     ref_code = load_masked(ref_ptr + offset_r, mask, 63 if BYTES else 0)
     hashed = counter_hash(index, noise_key)
     raw = grad * (slope * kl_weight)
+    kl = tl.minimum(tl.maximum(raw, -grad_clamp), grad_clamp)
+    excess = tl.abs(raw) - grad_clamp
     if BYTES:
         position = bytes_times(code, 0.003921568859368563)
         live = live_bytes(ref_code)
-        kl = tl.maximum(raw, -grad_clamp, propagate_nan=tl.PropagateNan.ALL)
-        kl = tl.minimum(kl, grad_clamp, propagate_nan=tl.PropagateNan.ALL)
-        moves, saturated, undefined = gradient_bytes(kl, grad_clamp, live)
+        moves, saturated, undefined = gradient_bytes(excess, live)
     else:
         position = decode_position(code, FRAC_KIND, tl.float32, True)
         reference = decode_position(ref_code, REF_KIND, tl.float32, True)
         live = (reference != 0.0) & (reference != 1.0)
         if mask is not None:
             live = mask & live
-        moves = live & (raw == raw)
-        kl = tl.minimum(tl.maximum(raw, -grad_clamp), grad_clamp)
+        moves = live & (excess < UNDEFINED)
     g = kl
     if LINEAR != ABSENT:
         linear = one_minus_twice(clamped_place_of_bytes(ref_code) if BYTES else saturate(reference))
@@ -229,11 +229,11 @@ def update_tile(
     else:
         fractional = live & is_fractional(new_code, FRAC_KIND)
         moved = live & (above_half(new_code, FRAC_KIND) != above_half(ref_code, REF_KIND))
-        saturated = live & (tl.abs(raw) >= grad_clamp)
+        saturated = moves & (excess >= 0.0)
         # Two counters of 16 bits in one integer.
         pair += tl.where(live, 1, 0) + tl.where(fractional, 65536, 0)
         other += tl.where(moved, 1, 0) + tl.where(saturated, 65536, 0)
-        nan += tl.where(live & (raw != raw), 1, 0)
+        nan += tl.where(live, 1, 0) - tl.where(moves, 1, 0)
     return pair, other, nan
 
 
