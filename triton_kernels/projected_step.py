@@ -89,7 +89,7 @@ def _tiling(rows: int, cols: int, bytewise: bool) -> tuple[tuple[int, int, int],
         block, warps, most = (1, 256), 1, max(1, min(31, rows * cols // (256 * 4096)))
     tiles = triton.cdiv(cols, block[1])
     count = max(count for count in range(1, most + 1) if tiles % count == 0)
-    if bytewise and 4 * count < min(tiles, most):
+    if bytewise and 2 * count < min(tiles, most):
         # Masks for an overhang cost less than many short programs.
         count = triton.cdiv(tiles, triton.cdiv(tiles, most))
     return (*block, count), warps

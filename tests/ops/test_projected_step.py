@@ -220,6 +220,23 @@ def test_independent_of_tiling(make_state, assert_equal):
             assert_equal(right, left)
 
 
+def test_wide_rows_and_weights_of_terms(make_state, assert_equal):
+    """Rows of many tiles, whole and with an overhang, and terms that are left out where their weight says so."""
+    from discquant.triton_kernels.projected_step import _tiling
+
+    # 4096 columns: 16 tiles in one program; 11008: 43, which have no divisor, so two programs and an overhang.
+    assert _tiling(4096, 4096, True) == ((1, 256, 16), 1)
+    assert _tiling(4096, 11008, True) == ((1, 256, 22), 1)
+    for cols, linear, hardening in ((1100, 0.0, 0.0), (1280, 1.0, 0.0), (1100, 0.0, 0.3), (1280, 0.7, 0.3)):
+        options = dataclasses.replace(OPTIONS, optimizer="lion", linear_weight=linear, hardening=hardening)
+        state = make_state((3, cols), "8bit")
+        expected, counts = _step(state, 64, options, impl="reference")
+        actual, found = _step(state, 64, options, impl="triton")
+        assert found == counts
+        for name in ("frac", "momentum"):
+            assert_equal(actual[name], expected[name], f"{name} {cols}")
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton", "cpp"])
 def test_stochastic_rounding_is_unbiased(impl, device):
     """The mean of many rounded steps is the exact step: 0.3 of a code up, within five standard errors."""
