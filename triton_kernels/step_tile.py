@@ -233,7 +233,7 @@ def update_tile(
         # Two counters of 16 bits in one integer.
         pair += tl.where(live, 1, 0) + tl.where(fractional, 65536, 0)
         other += tl.where(moved, 1, 0) + tl.where(saturated, 65536, 0)
-        nan += tl.where(live, 1, 0) - tl.where(moves, 1, 0)
+        nan += tl.where(live & ~(excess < UNDEFINED), 1, 0)
     return pair, other, nan
 
 
