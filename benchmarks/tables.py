@@ -198,6 +198,14 @@ def gpu() -> str:
         for verdict in (*targets.verdicts(rows), *packed_targets.verdicts(path)):
             value = "not measured on a GPU" if verdict.value is None else f"{verdict.value:.3g}"
             body.append([verdict.what, value, f"{'≤' if verdict.at_most else '≥'} {verdict.limit:g}"])
+        counted = _load(RESULTS / "step_traffic.json")
+        if counted is not None:
+            # Beside what the time says; needs no GPU.
+            body.insert(1, [
+                "the same counted, operator by operator, no GPU (`step_traffic.json`)",
+                f"{counted['bytes_per_weight']:.1f}",
+                f"≤ {targets.TRAFFIC_LIMIT:g}",
+            ])  # fmt: skip
         versions = f"driver {last['driver']}, torch {last['torch']}, Triton {last['triton']}"
         head = f"{last['device']}, {versions}, {last['date']}"
         found.append(

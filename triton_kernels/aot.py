@@ -2,8 +2,9 @@
 """Compile kernels without a GPU, exactly as their launchers would: python -m discquant.triton_kernels.aot.
 
 The launchers run on meta tensors while `JITFunction.run` only records; each recorded launch is then compiled for every
-target, and registers, spills, shared memory and tensor-core instructions are read from the machine code. Results
-are kept by content hash (source of the kernel and of all it calls, types, constants, options, Triton, target).
+target, and registers, spills, shared memory, tensor-core instructions and (of the projected step) instructions per
+element are read from the machine code. Results are kept by content hash (source of the kernel and of all it calls,
+types, constants, options, Triton, target, what is read).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from . import sass
+
 # Shared memory one block may use, bytes.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TYPES = {
@@ -37,7 +40,7 @@ TYPES = {
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
 FIELDS = (
     "case", "kernel", "target", "default", "registers", "spill_bytes", "shared_bytes", "tensor_core", "ptx_lines",
-    "triton",
+    "instructions_per_element", "slow_per_element", "triton",
 )  # fmt: skip
 
 
@@ -54,7 +57,7 @@ class Launch(NamedTuple):
         """Content hash of everything that decides the machine code."""
         constants = sorted((name, str(value)) for name, value in self.constants.items())
         parts = (self.kernel.cache_key, sorted(self.signature.items()), constants, sorted(self.attributes.items()),
-                 sorted(self.options.items()), capability, triton.__version__)  # fmt: skip
+                 sorted(self.options.items()), capability, triton.__version__, FIELDS)  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -126,12 +129,22 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
     spilled = max(int(n) for n in re.findall(r"STACK:(\d+)", usage))
     local = max(int(n) for n in re.findall(r"LOCAL:(\d+)", usage))
     kinds = [kind for kind in ("wgmma.mma_async", "mma.sync") if kind in ptx]
+    shape = {name: int(launch.constants.get(name, 1)) for name in ("BLOCK_M", "BLOCK_K", "TILES")}
+    count = slow = ""
+    if "TILES" in launch.constants:  # elementwise: a program walks TILES blocks
+        elements = shape["BLOCK_M"] * shape["BLOCK_K"] // (32 * int(launch.options.get("num_warps", 4)))
+        count, slow = (
+            f"{n:.1f}"
+            for n in sass.per_element(sass.disassemble(compiled.asm["cubin"]), elements, shape["TILES"])
+        )
     return {
         "registers": registers,
         "spill_bytes": spilled + local,
         "shared_bytes": compiled.metadata.shared,
         "tensor_core": kinds[0].split(".")[0] if kinds else "",
         "ptx_lines": ptx.count("\n"),
+        "instructions_per_element": count,
+        "slow_per_element": slow,
     }
 
 
@@ -198,7 +211,7 @@ def main() -> int:
     for row in rows:
         print(
             f"{row['case']:44} {row['target']} registers {row['registers']:3} spill {row['spill_bytes']:4} "
-            f"shared {row['shared_bytes']:6} {row['tensor_core']}"
+            f"shared {row['shared_bytes']:6} {row['tensor_core']} {row['instructions_per_element']}"
         )
     found = problems(rows)
     print("\n".join(found), file=sys.stderr)

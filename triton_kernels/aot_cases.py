@@ -117,7 +117,9 @@ def _state(
 
 
 def _projected_step_cases() -> Iterator[Case]:
-    scalars, keys = dict.fromkeys(SCALARS, 0.5), dict.fromkeys(KEYS, 12345)
+    # Terms as in most steps of a run: the linear one with weight 1, no hardening; `-all-terms` has both.
+    weighted, keys = dict.fromkeys(SCALARS, 0.5), dict.fromkeys(KEYS, 12345)
+    scalars = {**weighted, "linear_weight": 1.0, "hardening": 0.0}
     codes, levels = _grid()[0], _meta(16, dtype=torch.float32)
     for optimizer in _MOMENTS:
         for storage in _STORAGE:
@@ -142,6 +144,9 @@ def _projected_step_cases() -> Iterator[Case]:
                 yield Case(f"projected_step/{optimizer}-{storage}-g{group}", default,
                            projected_step.projected_step_fwd, arguments)  # fmt: skip
         frac, ref, grad, first, second = _state("8bit-f32grad", optimizer)
+        scale = _meta(ROWS, COLS // 64, dtype=torch.bfloat16)
+        yield Case(f"projected_step/{optimizer}-8bit-all-terms", optimizer != "sgd", projected_step.projected_step_fwd,
+                   (frac, ref, grad, scale, first, second, None, None, 64, optimizer, weighted, keys))  # fmt: skip
         scale = _meta(ROWS, COLS // 16, dtype=torch.float32)
         arguments = (frac, ref, grad, scale, first, second, codes, levels, 16, optimizer, scalars, keys)
         yield Case(f"projected_step/{optimizer}-8bit-table", optimizer != "sgd", projected_step.projected_step_fwd,

@@ -131,11 +131,16 @@ def root_normal(value):
         return tl.sqrt_rn(value)
     else:
         inverse = tl.inline_asm_elementwise(
-            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+            "rsqrt.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            # Finite for zero, whose root then is zero.
+            [tl.maximum(value, 1.1754943508222875e-38)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
         )
         guess = value * inverse
-        root = tl.fma(tl.fma(-guess, guess, value), 0.5 * inverse, guess)
-        return tl.where(value < 1.1754943508222875e-38, 0.0, root)
+        return tl.fma(tl.fma(-guess, guess, value), 0.5 * inverse, guess)
 
 
 @triton.jit
@@ -206,19 +211,31 @@ def decode_position(code, KIND: tl.constexpr, ACC: tl.constexpr, FAST: tl.conste
 
 
 @triton.jit
+def load_masked(ptr, mask, other=0):
+    """Load, or where `mask` is False take `other`; without a mask (None) load all."""
+    if mask is None:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=mask, other=other)
+
+
+@triton.jit
 def load_codes(
     q_ptr, stride_m, stride_k, offs_m, mask_m, k0, in_features, BLOCK_K: tl.constexpr, PACKED: tl.constexpr
 ):
-    """Load [BLOCK_M, BLOCK_K] codes from column k0 on; PACKED has two 4-bit codes per byte, low nibble first."""
+    """Load [BLOCK_M, BLOCK_K] codes from column k0 on; PACKED has two 4-bit codes per byte, low nibble first.
+
+    Without `mask_m` (None) the tile lies inside the tensor; so in all loads below.
+    """
     if PACKED:
         offs_b = k0 // 2 + tl.arange(0, BLOCK_K // 2)
-        mask = mask_m[:, None] & (offs_b < (in_features + 1) // 2)[None, :]
-        pair = tl.load(q_ptr + offs_m[:, None] * stride_m + offs_b[None, :] * stride_k, mask=mask, other=0)
+        mask = None if mask_m is None else mask_m[:, None] & (offs_b < (in_features + 1) // 2)[None, :]
+        pair = load_masked(q_ptr + offs_m[:, None] * stride_m + offs_b[None, :] * stride_k, mask)
         return tl.interleave(pair & 15, pair >> 4)
     else:
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        mask = mask_m[:, None] & (offs_k < in_features)[None, :]
-        return tl.load(q_ptr + offs_m[:, None] * stride_m + offs_k[None, :] * stride_k, mask=mask, other=0)
+        mask = None if mask_m is None else mask_m[:, None] & (offs_k < in_features)[None, :]
+        return load_masked(q_ptr + offs_m[:, None] * stride_m + offs_k[None, :] * stride_k, mask)
 
 
 @triton.jit
@@ -231,23 +248,19 @@ def load_grouped(
         group = 0
         if GROUP != 0:
             group = k0 // GROUP
-        value = tl.load(ptr + offs_m * stride_m + group * stride_g, mask=mask_m, other=0)
+        value = load_masked(ptr + offs_m * stride_m + group * stride_g, mask_m)
         return value.to(ACC)[:, None]
     elif MODE == SEVERAL:
         groups = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
-        mask = mask_m[:, None] & (groups * GROUP < in_features)[None, :]
-        value = tl.load(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask=mask, other=0).to(
-            ACC
-        )
+        mask = None if mask_m is None else mask_m[:, None] & (groups * GROUP < in_features)[None, :]
+        value = load_masked(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask).to(ACC)
         wide = tl.broadcast_to(value[:, :, None], (BLOCK_M, BLOCK_K // GROUP, GROUP))
         return tl.reshape(wide, (BLOCK_M, BLOCK_K))
     else:
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        mask = mask_m[:, None] & (offs_k < in_features)[None, :]
+        mask = None if mask_m is None else mask_m[:, None] & (offs_k < in_features)[None, :]
         groups = offs_k // GROUP
-        return tl.load(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask=mask, other=0).to(
-            ACC
-        )
+        return load_masked(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask).to(ACC)
 
 
 @triton.jit

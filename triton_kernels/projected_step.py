@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import frac_kind, group_mode, load_slope
+from .common import frac_kind, group_mode, load_masked, load_slope
 from .step_tile import (
     COUNT_SLOTS,
     COUNTS,
@@ -23,7 +23,9 @@ from .step_tile import (
     OPTIMIZERS,
     SLOT_WIDTH,
     add_counts,
+    in_bytes,
     launch_scalars,
+    step_terms,
     update_tile,
 )
 
@@ -38,29 +40,26 @@ def _projected_step_kernel(
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
     noise_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
-    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, BYTES: tl.constexpr,
+    LINEAR: tl.constexpr, HARDEN: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
     EVEN: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < out_features
+    mask_m = None if EVEN else offs_m < out_features
     pair = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
     other, nan = pair, pair
     for tile in range(TILES):
         k0 = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_K
         offs_k = k0 + tl.arange(0, BLOCK_K)
         grad_place = grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk
-        if EVEN:
-            mask = None
-            grad = tl.load(grad_place)
-        else:
-            mask = mask_m[:, None] & (offs_k < in_features)[None, :]
-            grad = tl.load(grad_place, mask=mask, other=0)
+        mask = None if EVEN else mask_m[:, None] & (offs_k < in_features)[None, :]
+        grad = load_masked(grad_place, mask)
         slope = load_slope(
             scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
             tl.float32, BLOCK_M, BLOCK_K, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
         )  # fmt: skip
-        found = update_tile(
+        pair, other, nan = update_tile(
             grad.to(tl.float32), slope, mask,
             (offs_m * in_features + first_index).to(tl.uint32)[:, None] + offs_k.to(tl.uint32)[None, :],
             offs_m[:, None] * stride_fm + offs_k[None, :] * stride_fk,
@@ -70,26 +69,37 @@ def _projected_step_kernel(
             frac_ptr, ref_ptr, first_ptr, second_ptr,
             lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
             linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
-            noise_key,
-            OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
+            noise_key, pair, other, nan,
+            OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, BYTES, LINEAR, HARDEN,
         )  # fmt: skip
-        pair, other, nan = pair + found[0], other + found[1], nan + found[2]
     slot = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % SLOTS
-    add_counts(counts_ptr, slot, pair, other, nan)
+    add_counts(counts_ptr, slot, pair, other, nan, BYTES)
 
 
-def _tiling(cols: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, tiles of one program: what a program does once weighs little against 32 elements."""
-    block_m, block_k = (1, 1024) if cols >= 1024 else (8, max(16, min(128, triton.next_power_of_2(cols))))
-    tiles = triton.cdiv(cols, block_k)
-    return block_m, block_k, max(count for count in range(1, 9) if count == 1 or tiles % count == 0)
+def _tiling(rows: int, cols: int, bytewise: bool) -> tuple[tuple[int, int, int], int]:
+    """Rows and columns of a tile, tiles of one program; warps. What a program does once should weigh little.
+
+    On bytes one warp walks along a row, so that no warp waits for another where the counts are added up. `count_bytes`
+    holds the flags of 31 tiles of eight elements per thread; small matrices take fewer, to have enough programs.
+    """
+    if not bytewise or cols < 1024:
+        block = (1, 1024) if cols >= 1024 else (8, max(16, min(128, triton.next_power_of_2(cols))))
+        warps, most = 4, 8
+    else:
+        block, warps, most = (1, 256), 1, max(1, min(31, rows * cols // (256 * 4096)))
+    tiles = triton.cdiv(cols, block[1])
+    count = max(count for count in range(1, most + 1) if tiles % count == 0)
+    if bytewise and 2 * count < min(tiles, most):
+        # Masks for an overhang cost less than many short programs.
+        count = triton.cdiv(tiles, triton.cdiv(tiles, most))
+    return (*block, count), warps
 
 
 def projected_step_fwd(
     frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor, momentum: Tensor | None,
     second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, group_size: int, optimizer: str,
     scalars: Mapping[str, float], keys: Mapping[str, int], block: tuple[int, int, int] | None = None,
-    num_warps: int = 4,
+    num_warps: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch one step in place; return int64 counts [5]: live, fractional, moved, saturated, nan.
 
@@ -99,11 +109,14 @@ def projected_step_fwd(
     if frac.numel() == 0:
         return frac.new_zeros(COUNTS, dtype=torch.int64)
     counts = frac.new_zeros((COUNT_SLOTS, SLOT_WIDTH.value), dtype=torch.int64)
-    block_m, block_k, tiles = block or _tiling(cols)
-    mode, group = group_mode(group_size, cols, block_k)
     first = frac if momentum is None else momentum
     second = frac if second_moment is None else second_moment
     codes = frac if q_down is None else q_down
+    bytewise = in_bytes(frac, frac_ref, first, second, optimizer, scalars)
+    linear, harden = step_terms(scalars, bytewise)
+    usual, warps = _tiling(rows, cols, bytewise)
+    block_m, block_k, tiles = block or usual
+    mode, group = group_mode(group_size, cols, block_k)
     _projected_step_kernel[(triton.cdiv(cols, block_k * tiles), triton.cdiv(rows, block_m))](
         frac, frac_ref, weight_grad, scale, first, second, codes, scale if table is None else table, counts,
         rows, cols,
@@ -112,10 +125,11 @@ def projected_step_fwd(
         *launch_scalars(scalars, keys),
         OPTIMIZER=OPTIMIZERS[optimizer], FRAC_KIND=frac_kind(frac.dtype, False),
         REF_KIND=frac_kind(frac_ref.dtype, True),
-        FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8, MODE=mode, GROUP=group,
+        FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8,
+        BYTES=bytewise, LINEAR=linear, HARDEN=harden, MODE=mode, GROUP=group,
         HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
         EVEN=rows % block_m == 0 and cols % (block_k * tiles) == 0,
         SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, TILES=tiles,
-        num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
+        num_warps=num_warps or (4 if block else warps), num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return counts[:, :COUNTS].sum(dim=0)

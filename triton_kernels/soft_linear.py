@@ -266,6 +266,7 @@ def _soft_linear_step_kernel(
                 scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_n, mask_n, first_k,
                 in_features, tl.float32, BLOCK_M, BLOCK_N // 4, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
             )  # fmt: skip
+            zeros = tl.zeros((BLOCK_M, BLOCK_N // 4), dtype=tl.int32)
             pair, other, nan = update_tile(
                 quarters[quarter], slope, mask_n[:, None] & (offs_k < in_features)[None, :],
                 (offs_n * in_features + first_index).to(tl.uint32)[:, None] + offs_k.to(tl.uint32)[None, :],
@@ -276,11 +277,11 @@ def _soft_linear_step_kernel(
                 frac_ptr, ref_ptr, first_ptr, second_ptr,
                 lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
                 linear_weight, hardening, correction1, correction2, first_unit, first_inverse,
-                second_unit, second_inverse, noise_key,
-                OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT,
+                second_unit, second_inverse, noise_key, zeros, zeros, zeros,
+                OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, False, 2, True,
             )  # fmt: skip
             # At once: counts carried over the quarters would spill.
-            add_counts(counts_ptr, tl.program_id(0) % SLOTS, pair, other, nan)
+            add_counts(counts_ptr, tl.program_id(0) % SLOTS, pair, other, nan, False)
 
 
 def _weight_arguments(

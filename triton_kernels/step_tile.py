@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .common import (
     REF8,
@@ -23,11 +25,26 @@ from .common import (
     divide,
     divide_normal,
     floor_to,
+    load_masked,
     one_minus_twice,
     root_normal,
     saturate,
     saturated_difference,
     signed32,
+)
+from .step_bytes import (
+    UNDEFINED,
+    bytes_of_numbers,
+    bytes_of_small_numbers,
+    bytes_times,
+    choose_bytes,
+    clamped_place_of_bytes,
+    count_bytes,
+    gradient_bytes,
+    live_bytes,
+    numbers_of_bytes,
+    place_flags,
+    with_sign,
 )
 
 ADAMW = tl.constexpr(0)
@@ -35,6 +52,9 @@ MOMENTUM = tl.constexpr(1)
 LION = tl.constexpr(2)
 SGD = tl.constexpr(3)
 OPTIMIZERS = {"adamw": ADAMW.value, "momentum": MOMENTUM.value, "lion": LION.value, "sgd": SGD.value}
+
+# Weight of the linear term.
+ABSENT, UNIT, WEIGHTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 # Floating scalars of a launch, in the order of the kernels' arguments.
 SCALARS = (
@@ -78,8 +98,11 @@ def is_fractional(code, KIND: tl.constexpr):
 
 
 @triton.jit
-def add_counts(counts_ptr, slot, pair, other, nan):
-    """Add to counts[slot] what `update_tile` returned for at most 65535 elements together."""
+def add_counts(counts_ptr, slot, pair, other, nan, BYTES: tl.constexpr):
+    """Add to counts[slot] what `update_tile` counted over at most 65535 elements."""
+    if BYTES:
+        pair, other = (pair >> 7) + ((pair & 127) << 16), (other >> 7) + ((other & 127) << 16)
+        nan = nan >> 7
     pair, other, nan = (
         tl.sum(tl.sum(pair, axis=1), axis=0),
         tl.sum(tl.sum(other, axis=1), axis=0),
@@ -100,97 +123,145 @@ def update_tile(
     frac_ptr, ref_ptr, first_ptr, second_ptr,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
     linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
-    noise_key,
+    noise_key, pair, other, nan,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
-    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr,
+    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, BYTES: tl.constexpr,
+    LINEAR: tl.constexpr, HARDEN: tl.constexpr,
 ):  # fmt: skip
     """Update one tile given its weight gradient and d weight / d frac; `index` counts in the unsharded tensor.
 
-    `mask` is None where the tile lies inside the tensor. Returns int32 tiles for `add_counts`: live and fractional,
-    moved and saturated, NaN; tiles may be added up before.
+    `mask` is None where the tile lies inside the tensor. Returns `pair`, `other` and `nan`, int32 tiles for
+    `add_counts`, with this tile's counts added: live and fractional, moved and saturated, NaN. BYTES (all state 8-bit,
+    clamp below 2^126) takes four elements per instruction where that is possible and gives the same bits; LINEAR and
+    HARDEN leave out terms of weight 0 and a product by 1, which no stored code shows (`step_terms`).
     """
-    if mask is None:
-        code = tl.load(frac_ptr + offset_f)
-        ref_code = tl.load(ref_ptr + offset_r)
-    else:
-        code = tl.load(frac_ptr + offset_f, mask=mask, other=0)
-        ref_code = tl.load(ref_ptr + offset_r, mask=mask, other=0)
-    position = decode_position(code, FRAC_KIND, tl.float32, True)
-    reference = decode_position(ref_code, REF_KIND, tl.float32, True)
-    live = (reference != 0.0) & (reference != 1.0)
-    if mask is not None:
-        # Masked elements read as code 0 of frac_ref: they are excluded here, not by their value.
-        live = mask & live
+    code = load_masked(frac_ptr + offset_f, mask)
+    # In bytes masked elements read as frozen ones; else the mask itself excludes them.
+    ref_code = load_masked(ref_ptr + offset_r, mask, 63 if BYTES else 0)
     hashed = counter_hash(index, noise_key)
     raw = grad * (slope * kl_weight)
-    moves = live & (raw == raw)
     kl = tl.minimum(tl.maximum(raw, -grad_clamp), grad_clamp)
-    linear = linear_weight * one_minus_twice(saturate(reference))
-    g = kl + linear + hardening * one_minus_twice(position)
-    g = tl.where(moves, g, 0.0)
+    excess = tl.abs(raw) - grad_clamp
+    if BYTES:
+        position = bytes_times(code, 0.003921568859368563)
+        live = live_bytes(ref_code)
+        moves, saturated, undefined = gradient_bytes(excess, live)
+    else:
+        position = decode_position(code, FRAC_KIND, tl.float32, True)
+        reference = decode_position(ref_code, REF_KIND, tl.float32, True)
+        live = (reference != 0.0) & (reference != 1.0)
+        if mask is not None:
+            live = mask & live
+        moves = live & (excess < UNDEFINED)
+    g = kl
+    if LINEAR != ABSENT:
+        linear = one_minus_twice(clamped_place_of_bytes(ref_code) if BYTES else saturate(reference))
+        g += linear if LINEAR == UNIT else linear_weight * linear
+    if HARDEN:
+        g += hardening * one_minus_twice(position)
+    if not BYTES:
+        g = tl.where(moves, g, 0.0)
 
     if OPTIMIZER == SGD:
         direction = g
     else:
-        if mask is None:
-            stored = tl.load(first_ptr + offset_m)
-        else:
-            stored = tl.load(first_ptr + offset_m, mask=mask, other=0)
-        first = stored.to(tl.float32)
+        stored = load_masked(first_ptr + offset_m, mask)
+        first = numbers_of_bytes(stored) if BYTES else stored.to(tl.float32)
         if FIRST_INT:
             first = first * first_unit
         if OPTIMIZER == LION:
-            blend = beta1 * first + one_minus_beta1 * g
-            direction = tl.where(blend > 0.0, 1.0, tl.where(blend < 0.0, -1.0, 0.0))
+            direction = beta1 * first + one_minus_beta1 * g
             first = beta2 * first + one_minus_beta2 * g
         else:
             first = beta1 * first + one_minus_beta1 * g
             direction = first
         if OPTIMIZER == ADAMW:
-            if mask is None:
-                stored_second = tl.load(second_ptr + offset_v)
-            else:
-                stored_second = tl.load(second_ptr + offset_v, mask=mask, other=0)
-            second = stored_second.to(tl.float32)
+            stored_second = load_masked(second_ptr + offset_v, mask)
             if SECOND_INT:
-                root = second * second_unit
+                root = (
+                    bytes_times(stored_second, second_unit)
+                    if BYTES
+                    else stored_second.to(tl.float32) * second_unit
+                )
                 second = root * root
+            else:
+                second = stored_second.to(tl.float32)
             second = beta2 * second + (one_minus_beta2 * g) * g
             if SECOND_INT:
                 # Bounded moments stay away from subnormal numbers but for zero.
                 root_hat = root_normal(second * correction2)
                 direction = divide_normal(first * correction1, root_hat + eps)
-                scaled = root_normal(second) * second_inverse
-                rounded = floor_to(add_noise(scaled, hashed, SECOND_STREAM), tl.uint8)
+                scaled = add_noise(root_normal(second) * second_inverse, hashed, SECOND_STREAM)
+                rounded = bytes_of_numbers(scaled, tl.uint8) if BYTES else floor_to(scaled, tl.uint8)
             else:
                 root_hat = tl.sqrt_rn(second * correction2)
                 direction = divide(first * correction1, root_hat + eps)
                 rounded = cast(second, second_ptr.dtype.element_ty)
-            tl.store(second_ptr + offset_v, tl.where(moves, rounded, stored_second), mask=mask)
+            rounded = choose(moves, rounded, stored_second, BYTES)
+            tl.store(second_ptr + offset_v, rounded, mask=mask)
             position = position * decay
         if FIRST_INT:
-            rounded_first = floor_to(add_noise(first * first_inverse, hashed, FIRST_STREAM), tl.int8)
+            noisy = add_noise(first * first_inverse, hashed, FIRST_STREAM)
+            rounded_first = bytes_of_numbers(noisy, tl.int8) if BYTES else floor_to(noisy, tl.int8)
         else:
             rounded_first = cast(first, first_ptr.dtype.element_ty)
-        tl.store(first_ptr + offset_m, tl.where(moves, rounded_first, stored), mask=mask)
+        tl.store(first_ptr + offset_m, choose(moves, rounded_first, stored, BYTES), mask=mask)
 
-    moved_to = saturated_difference(position, lr * direction)
+    if OPTIMIZER == LION:
+        # lr times the sign: the sign bit alone, and no step at all for zero.
+        moved_to = saturated_difference(position, tl.where(direction == 0.0, 0.0, with_sign(lr, direction)))
+    else:
+        moved_to = saturated_difference(position, lr * direction)
     if FRAC_KIND == U8:
-        new_code = floor_to(add_noise(moved_to * 255.0, hashed, FRAC_STREAM), tl.uint8)
+        noisy = add_noise(moved_to * 255.0, hashed, FRAC_STREAM)
+        new_code = bytes_of_small_numbers(noisy) if BYTES else floor_to(noisy, tl.uint8)
     elif FRAC_KIND == U16:
         new_code = floor_to(add_noise(moved_to * 65535.0, hashed, FRAC_STREAM), tl.uint16)
     else:
         new_code = cast(moved_to, frac_ptr.dtype.element_ty)
-    new_code = tl.where(moves, new_code, code)
+    new_code = choose(moves, new_code, code, BYTES)
     tl.store(frac_ptr + offset_f, new_code, mask=mask)
 
-    fractional = live & is_fractional(new_code, FRAC_KIND)
-    moved = live & (above_half(new_code, FRAC_KIND) != above_half(ref_code, REF_KIND))
-    saturated = live & (tl.abs(raw) >= grad_clamp)
-    # Two counters of 16 bits in one integer.
-    pair = tl.where(live, 1, 0) + tl.where(fractional, 65536, 0)
-    other = tl.where(moved, 1, 0) + tl.where(saturated, 65536, 0)
-    return pair, other, tl.where(live & (raw != raw), 1, 0)
+    if BYTES:
+        fractional, moved = place_flags(new_code, ref_code, live)
+        pair, other = count_bytes(pair, live, fractional), count_bytes(other, moved, saturated)
+        nan = count_bytes(nan, undefined, tl.zeros_like(undefined))
+    else:
+        fractional = live & is_fractional(new_code, FRAC_KIND)
+        moved = live & (above_half(new_code, FRAC_KIND) != above_half(ref_code, REF_KIND))
+        saturated = moves & (excess >= 0.0)
+        # Two counters of 16 bits in one integer.
+        pair += tl.where(live, 1, 0) + tl.where(fractional, 65536, 0)
+        other += tl.where(moved, 1, 0) + tl.where(saturated, 65536, 0)
+        nan += tl.where(live & ~(excess < UNDEFINED), 1, 0)
+    return pair, other, nan
+
+
+@triton.jit
+def choose(moves, new, old, BYTES: tl.constexpr):
+    """`new` for coordinates that move, else `old`; `moves` is a flag byte with BYTES, else a condition."""
+    if BYTES:
+        return choose_bytes(moves, new, old)
+    else:
+        return tl.where(moves, new, old)
+
+
+def in_bytes(frac: Tensor, frac_ref: Tensor, momentum: Tensor, second_moment: Tensor, optimizer: str,
+             scalars: Mapping[str, float]) -> bool:  # fmt: skip
+    """Whether `update_tile` may take its 8-bit way; moments that the optimizer does not have are not looked at."""
+    byte = torch.uint8
+    return (
+        frac.dtype == byte and frac_ref.dtype == byte
+        and (optimizer == "sgd" or momentum.dtype == torch.int8)
+        and (optimizer != "adamw" or second_moment.dtype == byte)
+        and scalars["grad_clamp"] < 2.0**126
+    )  # fmt: skip
+
+
+def step_terms(scalars: Mapping[str, float], bytewise: bool) -> tuple[int, bool]:
+    """LINEAR and HARDEN of `update_tile`; floating state could show the sign of a zero, so it takes every term."""
+    linear = {0.0: ABSENT, 1.0: UNIT}.get(scalars["linear_weight"], WEIGHTED) if bytewise else WEIGHTED
+    return linear.value, not bytewise or scalars["hardening"] != 0
 
 
 def launch_scalars(scalars: Mapping[str, float], keys: Mapping[str, int]) -> list[float | int]:

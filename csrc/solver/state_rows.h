@@ -188,10 +188,11 @@ inline void step_chunk(const StepArguments& a, int64_t row, int64_t c0, int n, S
   for (int i = 0; i < n; ++i) {
     raw[i] *= slope[i];
     live[i] = (reference[i] != 0.0f) & (reference[i] != 1.0f);
-    defined[i] = raw[i] == raw[i];
+    const float excess = __builtin_fabsf(raw[i]) - s.grad_clamp;
+    defined[i] = excess < 0x1p127f;  // false for NaN
     moves[i] = live[i] & defined[i];
     live_count += live[i];
-    saturated += live[i] & (__builtin_fabsf(raw[i]) >= s.grad_clamp);
+    saturated += moves[i] & (excess >= 0.0f);
     nan += live[i] & (1 - defined[i]);
   }
   for (int i = 0; i < n; ++i) {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from discquant.ops import decode_frac, unpack_nibbles
+from discquant.ops import decode_frac, decode_frac_ref, unpack_nibbles
 
 ALL = slice(None)
 
@@ -91,13 +91,16 @@ class Grid(ABC):
         """
         return self.scale, self.group_size
 
-    def soft_weight(self, q_down: Tensor, frac: Tensor, dtype: torch.dtype) -> Tensor:
+    def soft_weight(
+        self, q_down: Tensor, frac: Tensor, dtype: torch.dtype, *, is_reference: bool = False
+    ) -> Tensor:
         """Return the weight `frac` of the way between its neighbours; at 0 and 1 it is what `dequantize` gives.
 
         Args:
             q_down: Lower codes, uint8, [out_features, in_features], or two per byte, low nibble first.
             frac: Position, floating or fixed point (see `ops.soft_weight`), [out_features, in_features].
             dtype: Result dtype.
+            is_reference: `frac` is a `frac_ref`, whose uint8 codes are another scale.
 
         Returns:
             Weight, [out_features, in_features].
@@ -105,7 +108,7 @@ class Grid(ABC):
         if q_down.shape[1] != frac.shape[1]:
             q_down = unpack_nibbles(q_down, frac.shape[1])
         compute = torch.float64 if frac.dtype == torch.float64 else torch.float32
-        position = decode_frac(frac, compute)
+        position = decode_frac_ref(frac, compute) if is_reference else decode_frac(frac, compute)
         lower = self.dequantize(q_down, torch.float32).to(compute)
         upper = self.dequantize(q_down + 1, torch.float32).to(compute)
         return torch.where(position == 1, upper, lower + position * (upper - lower)).to(dtype)

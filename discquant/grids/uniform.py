@@ -110,11 +110,13 @@ class UniformGrid(Grid):
             return self.scale, self.group_size
         return self._spread(self.scale.float(), q_down.shape[1]).contiguous(), 1
 
-    def soft_weight(self, q_down: Tensor, frac: Tensor, dtype: torch.dtype) -> Tensor:
+    def soft_weight(
+        self, q_down: Tensor, frac: Tensor, dtype: torch.dtype, *, is_reference: bool = False
+    ) -> Tensor:
         """See `Grid.soft_weight`; through the op `soft_weight` wherever that gives the served bits at the ends."""
         scale, zero, group_size = self.scale, self.zero_point, self.group_size
         if frac.dtype == torch.float64 and scale.dtype not in _SHORT:
-            return super().soft_weight(q_down, frac, dtype)
+            return super().soft_weight(q_down, frac, dtype, is_reference=is_reference)
         if self.g_idx is not None:
             scale = self._spread(scale, frac.shape[1]).contiguous()
             zero = None if zero is None else self._spread(zero, frac.shape[1]).contiguous()
@@ -122,8 +124,9 @@ class UniformGrid(Grid):
         elif scale.dtype == torch.float16:
             scale = scale.float()  # exact, and a dtype that every kernel covers
         return soft_weight(
-            q_down, frac, scale, zero, num_bits=self.num_bits, group_size=group_size, dtype=dtype
-        )
+            q_down, frac, scale, zero, num_bits=self.num_bits, group_size=group_size, dtype=dtype,
+            is_reference=is_reference,
+        )  # fmt: skip
 
     def columns(self, order: Tensor) -> Columns:
         """See `Grid.columns`."""

@@ -148,7 +148,8 @@ def projected_step_(
     lion:     d = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g
     frac = clamp(frac - lr d, 0, 1), rounded stochastically where it is stored in fixed point.
     Coordinates with frac_ref exactly 0 or 1 lie on the grid: they are frozen, their moments stay as they are.
-    A coordinate whose gradient is NaN keeps frac and moments, and is counted in `nan`.
+    A coordinate whose KL gradient is not finite (NaN, infinite, or 2^127 above the clamp) keeps frac and moments, and
+    is counted in `nan`.
 
     Args:
         frac: Place between the neighbours, float64/32/bfloat16 or uint8/uint16 fixed point,

@@ -180,7 +180,7 @@ def measure(
     def update() -> None:
         first_not_finite(refs, gradients)
         for matrix, state in zip(take_matrices(refs, dict(gradients)), states[0], strict=True):
-            gap, size = state.grid.gap(state.codes_down())
+            gap, size = state.gap()
             projected_step_(
                 state.frac,
                 state.anchor,

@@ -63,7 +63,7 @@ def step_grid(state: WeightState) -> dict[str, Any]:
             "q_down": state.q_down,
             "table": grid.table,
         }
-    gap, group_size = grid.gap(state.codes_down())
+    gap, group_size = state.gap()
     return {"scale": gap, "group_size": group_size}
 
 

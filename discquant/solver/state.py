@@ -230,8 +230,7 @@ class WeightState:
             return self.weight.to(dtype)
         if self.frac_ref is None:
             return None
-        compute = torch.float64 if self.frac_ref.dtype == torch.float64 else torch.float32
-        value = self.grid.soft_weight(self.q_down, decode_frac_ref(self.frac_ref, compute), dtype)
+        value = self.grid.soft_weight(self.q_down, self.frac_ref, dtype, is_reference=True)
         if self.outlier_index is not None and self.outlier_value is not None:
             value.view(-1)[self.outlier_index.long()] = self.outlier_value.to(dtype)
         return value
@@ -262,9 +261,9 @@ class WeightState:
 
     def gap(self) -> tuple[Tensor, int]:
         """Return Delta of each coordinate and its group size; see `Grid.gap`."""
-        if type(self.grid).gap is Grid.gap:  # one gap per group: the codes need not be unpacked
-            return self.grid.scale, self.grid.group_size
-        return self.grid.gap(self.codes_down())
+        # Only a look-up grid reads the codes; to unpack them is four bytes of traffic per weight.
+        read = self.grid.table is not None
+        return self.grid.gap(self.codes_down() if read else self.q_down.new_empty((1, 1)).expand(self.shape))
 
     def live(self) -> Tensor:
         """Return which coordinates may move, bool."""

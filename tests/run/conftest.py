@@ -145,6 +145,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.tags, self.on_gpu, self.made_on = tags, 0, CPU
         self.left_on_cpu: set[str] = set()
+        self.observe: Callable[..., None] | None = None  # sees (operator, args, kwargs, result)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -162,6 +163,8 @@ class Operations(TorchDispatchMode):
             shown = ", ".join(f"{list(t.shape)} on {self.tags.of(t)}" for t in tensors)
             raise ForgottenMove(f"{func}: {shown}")
         out = func(*args, **(kwargs or {}))
+        if self.observe is not None:
+            self.observe(func, args, kwargs or {}, out)
         if func is ATEN.copy_.default:
             return out
         if GPU in devices or (not tensors and self.made_on == GPU):
@@ -227,8 +230,7 @@ class Device(TorchFunctionMode):
         return self.tags.set(out, GPU if device.type == "cuda" else CPU) if moves else out
 
 
-@pytest.fixture
-def simulate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def simulation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Return a context in which torch has one GPU; it gives the watch on its operations."""
     nothing = types.SimpleNamespace(
         wait_event=lambda *_: None, record=lambda *_: None, synchronize=lambda *_: None,
@@ -257,3 +259,9 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
                 yield watch
 
     return simulated
+
+
+@pytest.fixture
+def simulate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`simulation` for one test."""
+    return simulation(monkeypatch)

@@ -27,6 +27,7 @@ Optimizer = Literal["adamw", "momentum", "lion", "sgd"]
 FRAC_REF_ZERO = 63  # uint8 code of frac_ref = 0
 FRAC_REF_RANGE = 126  # codes per unit: covers [-0.5, 1.5] with 0, 1/2 and 1 on codes
 FRAC_STREAM, MOMENT_STREAM, SECOND_STREAM = 0, 1, 2
+UNDEFINED = 2.0**127  # a KL gradient that exceeds its clamp by this is taken for an overflow
 # Coordinates stepped at once: a dozen temporaries of a large layer would outweigh its state.
 SLICE = 1 << 22
 
@@ -54,7 +55,8 @@ class StepOptions:
 class StepCounts(NamedTuple):
     """Number of coordinates: free to move; fractional after the step; off nearest; with a clamped KL gradient.
 
-    `nan` counts free coordinates whose gradient is not a number; those were left as they were.
+    `nan` counts free coordinates whose KL gradient is NaN, infinite or, beyond the clamp, 2^127 and more; those were
+    left as they were, and count as none of the clamped.
     """
 
     live: int
@@ -212,7 +214,8 @@ def _step_rows_(
     )
     kl = raw.clamp(-options.grad_clamp, options.grad_clamp)
     g = kl + options.linear_weight * (1 - 2 * reference.clamp(0, 1)) + options.hardening * (1 - 2 * position)
-    defined = ~raw.isnan()
+    excess = raw.abs() - options.grad_clamp
+    defined = excess < UNDEFINED  # false for NaN
     moves = live & defined
     g = torch.where(moves, g, torch.zeros_like(g))
 
@@ -247,6 +250,6 @@ def _step_rows_(
         live=int(live.sum()),
         fractional=int((live & (after > 0.01) & (after < 0.99)).sum()),
         moved=int((live & ((after > 0.5) != (reference > 0.5))).sum()),
-        saturated=int((live & (raw.abs() >= options.grad_clamp)).sum()),
+        saturated=int((moves & (excess >= 0)).sum()),
         nan=int((live & ~defined).sum()),
     )

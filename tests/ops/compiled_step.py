@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by test_compiled_step.py in a fresh process: the projected step's machine-independent code against the reference.
+
+`JITFunction.run` compiles for sm_90 and runs the PTX on the arguments of the call, which lie in CPU memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import struct
+import sys
+from typing import Any
+
+import ptx
+import torch
+import triton
+from discquant.triton_kernels import aot
+from discquant.triton_kernels.projected_step import projected_step_fwd
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from discquant.ops import StepOptions
+from discquant.ops._steps import flatten_options, launch_arguments
+from discquant.ops.reference import projected_step as reference
+
+
+def _bits(value: Any, kind: str) -> int:
+    return struct.unpack("I", struct.pack("f", value))[0] if kind == "fp32" else int(value)
+
+
+def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    launch = aot._describe(self, args, dict(kwargs))
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+    memory, addresses, parameters = ptx.Memory(), {}, []
+    for (name, kind), value in zip(launch.signature.items(), args, strict=False):
+        if isinstance(value, Tensor):
+            raw = value.view(torch.uint8).reshape(-1)
+            if value.data_ptr() not in addresses:
+                addresses[value.data_ptr()] = (memory.add(raw.numpy()), raw)
+            parameters.append(addresses[value.data_ptr()][0])
+        elif kind != "constexpr":
+            assert name in launch.signature
+            parameters.append(_bits(value, kind))
+    ptx.launch(compiled.asm["ptx"], memory, parameters, (*grid, 1)[:2])
+    for address, raw in addresses.values():
+        raw.copy_(torch.from_numpy(memory.bytes[address : address + raw.numel()]))
+
+
+def _state(rows: int, cols: int, group_size: int) -> dict[str, Tensor]:
+    """Every code, frozen coordinates, gradients that clamp, vanish, overflow and are NaN."""
+    frac, ref, second = torch.randint(0, 256, (3, rows, cols), dtype=torch.uint8)
+    ref[:, ::7], ref[:, 3::11] = 63, 189
+    for tensor in (frac, ref):
+        tensor[:, -256:] = torch.arange(256, dtype=torch.uint8)
+    grad = torch.randn(rows, cols) * 10.0 ** torch.randint(-3, 3, (rows, cols))
+    grad.view(-1)[torch.randint(0, grad.numel(), (grad.numel() // 8,))] = 0.0
+    for value in (float("nan"), float("inf"), -float("inf"), -0.0, 1e-38):
+        grad.view(-1)[torch.randint(0, grad.numel(), (9,))] = value
+    second[:, ::5] = 0
+    return {
+        "frac": frac, "frac_ref": ref, "weight_grad": grad,
+        "scale": torch.rand(rows, -(-cols // group_size)).bfloat16(),
+        "momentum": torch.randint(-128, 128, (rows, cols), dtype=torch.int8), "second_moment": second,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Compare state and counts bit for bit; block sizes with and without masks."""
+    JITFunction.run = _run
+    usual = StepOptions(lr=0.03, kl_weight=1.5, grad_clamp=0.5, step=7, moment_bound=0.6, seed=3, tensor_id=5)
+    extremes = dataclasses.replace(
+        usual, linear_weight=0.3, hardening=0.2, weight_decay=0.1, lr=0.4, first_index=2**32 - 4096, step=900
+    )
+    shapes = (((2, 512), (1, 256, 2)), ((3, 400), (1, 256, 2)))
+    for optimizer, base, (shape, block) in itertools.product(
+        ("momentum", "lion", "adamw", "sgd"), (usual, extremes), shapes
+    ):
+        torch.manual_seed(len(optimizer))
+        options = dataclasses.replace(
+            base, optimizer=optimizer, linear_weight=0.0 if optimizer == "sgd" else base.linear_weight
+        )
+        state = _state(*shape, 64)
+        expected = {name: tensor.clone() for name, tensor in state.items()}
+        unused = {"sgd": ("momentum", "second_moment"), "adamw": ()}.get(optimizer, ("second_moment",))
+        given = {name: None if name in unused else tensor for name, tensor in expected.items()}
+        wanted = reference.projected_step_(**given, group_size=64, options=options)
+        counts = projected_step_fwd(
+            state["frac"], state["frac_ref"], state["weight_grad"], state["scale"],
+            *(None if name in unused else state[name] for name in ("momentum", "second_moment")), None, None, 64,
+            *launch_arguments(*flatten_options(options)), block=block, num_warps=1,
+        )  # fmt: skip
+        where = f"{optimizer} {shape} step {options.step}"
+        for name, tensor in state.items():
+            if name in ("frac", "momentum", "second_moment"):
+                differ = (tensor != expected[name]).nonzero()
+                assert not len(differ), (
+                    f"{where}: {len(differ)} of {name} differ, first at {differ[0].tolist()}: "
+                    + (f"{tensor[tuple(differ[0])]} for {expected[name][tuple(differ[0])]}")
+                )
+        assert counts.tolist() == list(wanted), f"{where}: counts {counts.tolist()} for {list(wanted)}"
+        print(where, list(wanted))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

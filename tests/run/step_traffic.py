@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes per weight that one solver step moves outside the matmuls, counted: python tests/run/step_traffic.py.
+
+A real step of a bfloat16 decoder runs on the simulated GPU with the operators that a GPU takes (8-bit state, momentum,
+the teacher from the state). Of every operator all tensors that it reads and writes are counted, each once; of a matmul
+only what it writes. Twice the bytes of one window less those of two leaves what does not grow with the tokens, and two
+blocks less one leave one whole block: its weights' traffic, without a rule for what counts as a weight.
+Writes benchmarks/results/step_traffic.json.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.formats.lazy import settle
+from discquant.solver import solve as solve_module
+from discquant.solver.chain import DecoderChain
+from discquant.solver.journal import Journal
+from discquant.solver.solve import Solve, TokenRows, lay_grids
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "step_traffic.json"
+ATEN = torch.ops.aten
+MATMULS = {
+    ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN.baddbmm.default,
+    ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
+}  # fmt: skip
+_MM, _KEEP = torch.mm, Journal.keep
+HIDDEN, INTERMEDIATE, TOKENS = 64, 256, 8
+WEIGHTS = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of the tensors in a value; an expanded one has those of its storage."""
+    tensors = {id(leaf): leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}.values()
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+
+
+class Traffic:
+    """Adds up what operators read and write, by operator."""
+
+    def __init__(self) -> None:
+        self.found: collections.Counter[str] = collections.Counter()
+        self.undo = False  # within the copy that takes a failed step back
+
+    def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count one operator."""
+        schema = func._schema
+        aliases = [out.alias_info for out in schema.returns]
+        if any(alias is not None and not alias.is_write for alias in aliases) or "empty" in schema.name:
+            return  # a view, or nothing written yet
+        changed = [
+            args[place] if place < len(args) else kwargs.get(argument.name)
+            for place, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        fresh = [] if any(alias is not None for alias in aliases) else [result]
+        written = _bytes([changed, fresh])
+        # Overwritten without a look at what was there.
+        blind = func in (ATEN.copy_.default, ATEN.zero_.default, ATEN.fill_.Scalar)
+        read = 0 if func in MATMULS else _bytes((args[1:] if blind else args, kwargs))
+        name = "undo" if self.undo else schema.name.split("::")[-1]
+        self.found[f"{name} read"] += read
+        self.found[f"{name} written"] += written
+
+    def keep(self, journal: Journal, index: int, changing: Tensor) -> None:
+        """`Journal.keep`, counted apart: it copies up to 2 GiB of a step's bytes, nothing beyond."""
+        self.undo = True
+        _KEEP(journal, index, changing)
+        self.undo = False
+
+
+def _product(left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+    """torch.mm; a CPU has none from bfloat16 to float32. The conversions are of the tokens' size."""
+    if out_dtype is not None:
+        left, right = left.to(out_dtype), right.to(out_dtype)
+    return _MM(left, right, **kwargs)
+
+
+def _step(simulated: Any, blocks: int, windows: int) -> collections.Counter[str]:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=blocks,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    ids = torch.randint(3, 61, (windows, TOKENS))
+    options = SolverConfig(
+        iters=4, batch_size=windows, micro_batch=windows, warmup=1, start="random", lr=0.1, lr_floor=0.1,
+        kl_weight=100.0, state="u8", optimizer="momentum", curvature=0.0, compute_dtype="bfloat16",
+    )  # fmt: skip
+    traffic = Traffic()
+    with simulated(kernels=True) as watch:
+        settle(model, torch.device("cuda", 0), stream=False)
+        chain = DecoderChain(model)
+        grids = lay_grids(chain, GridConfig(4, 64, grid="absmax"))
+        run = Solve(
+            chain,
+            grids,
+            TokenRows(chain, ids, None, windows),
+            QuantizeConfig(solver=options),
+            served=torch.bfloat16,
+        )
+        watch.observe = traffic.observe
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "keep", lambda *arguments: traffic.keep(*arguments))
+            run.advance()
+    return traffic.found
+
+
+def measure() -> dict[str, Any]:
+    """Bytes per weight of one block, by operator and in all, and apart what copies for undoing a step add."""
+    spec = importlib.util.spec_from_file_location("run_conftest", Path(__file__).with_name("conftest.py"))
+    assert spec is not None and spec.loader is not None
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "mm", _product)
+        # As for a model of usual size: each block is computed again in backward, the teacher at every step.
+        patch.setattr(solve_module, "KEEP_GRAPH_BYTES", 0)
+        patch.setattr(solve_module, "KEEP_TEACHER_BYTES", 0)
+        simulated = conftest.simulation(patch)
+        counts = {(b, w): _step(simulated, b, w) for b in (1, 2) for w in (1, 2)}
+    per_block = {
+        name: 2 * (counts[2, 1][name] - counts[1, 1][name]) - (counts[2, 2][name] - counts[1, 2][name])
+        for name in sorted(set().union(*counts.values()))
+    }
+    each = {name: round(number / WEIGHTS, 3) for name, number in per_block.items()}
+    undo = sum(number for name, number in per_block.items() if name.startswith("undo "))
+    return {
+        "bytes_per_weight": round((sum(per_block.values()) - undo) / WEIGHTS, 2),
+        "undo_bytes_per_weight": round(undo / WEIGHTS, 2),
+        "operators": {name: number for name, number in each.items() if number and not name.startswith("undo ")},
+        "weights_per_block": WEIGHTS,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Write the result."""
+    RESULT.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    print(RESULT.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
