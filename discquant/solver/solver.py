@@ -321,9 +321,8 @@ class Solver:
         )
         table = torch.stack(counts).tolist()
         for name, row in zip(counted, table, strict=True):
-            if row[
-                4
-            ]:  # on a GPU the steps alone look: a pass of its own over a gradient moves 22 bytes per weight
+            # On a GPU the steps alone look: a pass of its own over a gradient moves 22 bytes per weight.
+            if row[4]:
                 raise self._not_finite(name)
         live, fractional, moved, saturated, _ = (sum(column) for column in zip(*table, strict=True))
         self.step_number = number
