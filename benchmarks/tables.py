@@ -202,8 +202,9 @@ def gpu() -> str:
         if counted is not None:
             # Beside what the time says; needs no GPU.
             body.insert(1, [
-                "the same counted, operator by operator, no GPU (`step_traffic.json`)",
-                f"{counted['bytes_per_weight']:.1f}",
+                "the same counted operator by operator, no GPU (`step_traffic.json`; the copy that can undo "
+                "a step, at most 2 GiB of it, apart)",
+                f"{counted['bytes_per_weight']:.1f} (+ {counted['undo_bytes_per_weight']:.1f})",
                 f"≤ {targets.TRAFFIC_LIMIT:g}",
             ])  # fmt: skip
         versions = f"driver {last['driver']}, torch {last['torch']}, Triton {last['triton']}"
