@@ -188,3 +188,43 @@ def test_prefill_without_warpgroups(repo_root: Path, arch: str) -> None:
         tiles = 128 // 8 if "Li128E" in part.split()[0] else 64 // 8  # of eight tokens
         assert names["HMMA.16816.F32"] == 8 * 2 * tiles and names["LDSM"] == 8 * tiles // 2, part.split()[0]
         assert names["LDGSTS"] and not names["HGMMA"]
+
+
+def shortest_path(sass: str, begin: int, ends: set[int]) -> int:
+    """Instructions executed from instruction `begin` to the nearest of `ends`, branches taken at will."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([\w.]+)([^;]*);", sass, re.MULTILINE)
+    places = {int(address, 16): place for place, (address, _, _, _) in enumerate(lines)}
+    seen, front, steps = {begin}, [begin], 0
+    while front:
+        steps += 1
+        after: list[int] = []
+        for place in front:
+            _, guard, name, operands = lines[place]
+            follow = [] if name in ("BRA", "EXIT", "RET") and not guard else [place + 1]
+            if name.startswith("BRA") and (target := re.search(r"0x[0-9a-f]+", operands)):
+                follow.append(places[int(target.group(), 16)])
+            after += [one for one in follow if one < len(lines) and one not in seen]
+            seen.update(follow)
+        if any(one in ends for one in after):
+            return steps
+        front = after
+    raise AssertionError("no way from there")
+
+
+@NEEDS_NVCC
+@pytest.mark.slow
+def test_instructions_of_the_decode_loop(repo_root: Path) -> None:
+    """A warp's way from one unit of 32 x 128 to the next, at up to 8 tokens and groups of 128: what bounds 3 bits."""
+    sass = disassemble(cubin(repo_root, "csrc/packed/gpu_linear.cu", "90a")[0])
+    found = {}
+    for part in sass.split("Function : ")[1:]:
+        kind = re.search(r"(Half2|Bfloat2)ELi([34])ELi1ELb0ELb1E", part.split()[0])
+        if kind is None:
+            continue
+        names = re.findall(r"^\s*/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)", part, re.MULTILINE)
+        products = [place for place, name in enumerate(names) if name.startswith("HMMA")]
+        first = [place for i, place in enumerate(products) if i % 16 == 0]  # of a unit: 2 tiles x 8 steps
+        path = min(shortest_path(part, place, set(first) - {place}) for place in first)
+        found[f"{kind[1]} {kind[2]}"] = path / 2  # of a tile of 16 x 128
+    limits = {"Half2 3": 116, "Bfloat2 3": 116, "Half2 4": 105, "Bfloat2 4": 120}
+    assert found.keys() == limits.keys() and all(found[key] <= limits[key] for key in limits), found
