@@ -198,19 +198,18 @@ def gpu() -> str:
         for verdict in (*targets.verdicts(rows), *packed_targets.verdicts(path)):
             value = "not measured on a GPU" if verdict.value is None else f"{verdict.value:.3g}"
             body.append([verdict.what, value, f"{'≤' if verdict.at_most else '≥'} {verdict.limit:g}"])
-        counted = _load(RESULTS / "step_traffic.json")
-        if counted is not None:
-            # Beside what the time says; needs no GPU.
-            body.insert(1, [
-                "the same counted operator by operator, no GPU (`step_traffic.json`; the copy that can undo "
-                "a step, at most 2 GiB of it, apart)",
-                f"{counted['bytes_per_weight']:.1f} (+ {counted['undo_bytes_per_weight']:.1f})",
-                f"≤ {targets.TRAFFIC_LIMIT:g}",
-            ])  # fmt: skip
         versions = f"driver {last['driver']}, torch {last['torch']}, Triton {last['triton']}"
         head = f"{last['device']}, {versions}, {last['date']}"
         found.append(
             f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', 'measured', 'target'], body)}"
+        )
+    counted = _load(RESULTS / "step_traffic.json")
+    if counted is not None:
+        found.append(
+            "Counted operator by operator on a simulated GPU, a step of the present code moves "
+            f"{counted['bytes_per_weight']:.1f} bytes per weight outside\nthe matmuls (target "
+            f"{targets.TRAFFIC_LIMIT:g}), and {counted['undo_bytes_per_weight']:.1f} more of the first 2 GiB of "
+            "state, so that it can be undone (`python tests/run/step_traffic.py`)."
         )
     return "\n\n".join(found) or MISSING
 

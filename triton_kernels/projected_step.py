@@ -80,11 +80,12 @@ def _tiling(rows: int, cols: int, bytewise: bool) -> tuple[tuple[int, int, int],
     """Rows and columns of a tile, tiles of one program; warps. What a program does once should weigh little.
 
     On bytes one warp walks along a row, so that no warp waits for another where the counts are added up. `count_bytes`
-    holds the flags of 31 tiles of eight elements per thread; small matrices take fewer, to have enough programs.
+    holds the flags of 31 tiles of eight elements per thread; small matrices take fewer, to have enough programs. A
+    thread must have four elements at least: the assembly takes four at once, and would count what fills up fewer.
     """
     if not bytewise or cols < 1024:
         block = (1, 1024) if cols >= 1024 else (8, max(16, min(128, triton.next_power_of_2(cols))))
-        warps, most = 4, 8
+        warps, most = (max(1, block[0] * block[1] // 256) if bytewise else 4), 8
     else:
         block, warps, most = (1, 256), 1, max(1, min(31, rows * cols // (256 * 4096)))
     tiles = triton.cdiv(cols, block[1])
@@ -113,9 +114,11 @@ def projected_step_fwd(
     second = frac if second_moment is None else second_moment
     codes = frac if q_down is None else q_down
     bytewise = in_bytes(frac, frac_ref, first, second, optimizer, scalars)
-    linear, harden = step_terms(scalars, bytewise)
     usual, warps = _tiling(rows, cols, bytewise)
     block_m, block_k, tiles = block or usual
+    warps = num_warps or (4 if block else warps)
+    bytewise = bytewise and block_m * block_k >= 128 * warps
+    linear, harden = step_terms(scalars, bytewise)
     mode, group = group_mode(group_size, cols, block_k)
     _projected_step_kernel[(triton.cdiv(cols, block_k * tiles), triton.cdiv(rows, block_m))](
         frac, frac_ref, weight_grad, scale, first, second, codes, scale if table is None else table, counts,
@@ -130,6 +133,6 @@ def projected_step_fwd(
         HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
         EVEN=rows % block_m == 0 and cols % (block_k * tiles) == 0,
         SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, TILES=tiles,
-        num_warps=num_warps or (4 if block else warps), num_stages=1, enable_fp_fusion=False,
+        num_warps=warps, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return counts[:, :COUNTS].sum(dim=0)

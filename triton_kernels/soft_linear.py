@@ -33,6 +33,7 @@ from .step_tile import (
     KEYS,
     OPTIMIZERS,
     SLOT_WIDTH,
+    WEIGHTED,
     add_counts,
     launch_scalars,
     update_tile,
@@ -278,7 +279,7 @@ def _soft_linear_step_kernel(
                 lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
                 linear_weight, hardening, correction1, correction2, first_unit, first_inverse,
                 second_unit, second_inverse, noise_key, zeros, zeros, zeros,
-                OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, False, 2, True,
+                OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, BYTES=False, LINEAR=WEIGHTED, HARDEN=True,
             )  # fmt: skip
             # At once: counts carried over the quarters would spill.
             add_counts(counts_ptr, tl.program_id(0) % SLOTS, pair, other, nan, False)

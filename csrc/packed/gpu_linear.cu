@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Instances and launches of the tensor-core kernel.
-#include <cuda_runtime.h>
-
+#include "packed/gpu_launch.h"
 #include "packed/gpu_linear.cuh"
 
 namespace discquant {
@@ -10,7 +9,7 @@ namespace {
 
 template <class T, int kBits, int kTokenTiles, bool kExact, bool kWhole>
 int launch_as(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
-  auto kernel = packed_linear_kernel<T, kBits, kTokenTiles, kExact, kWhole>;
+  constexpr auto kernel = packed_linear_kernel<T, kBits, kTokenTiles, kExact, kWhole>;
   const int bytes = shared_bytes(call.tokens, walk.slots, walk.chunk_tiles);
   // The device's own limit, not this launch's need: launches of several threads must not lower it for one another.
   const cudaError_t status =
@@ -25,7 +24,7 @@ int launch_as(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = call.settled_weight && call.device.overlaps ? 1 : 0;
+  config.numAttrs = call.settled_weight && call.device.overlaps && compiled_for_sm90<kernel>() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, call, walk);
 }
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Instances and launches of the kernel for many tokens.
-#include <cuda_runtime.h>
-
+#include "packed/gpu_launch.h"
 #include "packed/gpu_prefill.cuh"
 
 namespace discquant {
@@ -9,8 +8,9 @@ namespace packed {
 namespace {
 
 template <class T, int kBits, int kTokens, int kGroupSteps>
-int launch(const GpuLinear& call, const Prefill& plan, cudaStream_t stream) {
-  auto kernel = packed_prefill_kernel<T, kBits, kTokens, kGroupSteps>;
+int launch(const GpuLinear& call, Prefill plan, cudaStream_t stream) {
+  constexpr auto kernel = packed_prefill_kernel<T, kBits, kTokens, kGroupSteps>;
+  if (plan.splits > 1 && !compiled_for_sm90<kernel>()) plan.splits = 1;
   const int bytes = prefill_shared_bytes(kTokens);
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;

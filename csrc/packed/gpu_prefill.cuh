@@ -62,7 +62,7 @@ __device__ __forceinline__ void prefill_tile(const GpuLinear& p, const Prefill& 
   const uint32_t more = first_unit + 1 < plan.blocks ? 1 : 0;  // from the first unit to the second
   const uint8_t* const unit_words = reinterpret_cast<const uint8_t*>(p.words) +
                                     static_cast<int64_t>(unit) * plan.k_tiles * kUnitBytes + part * kTileBytes + lane * 16;
-  // Of its scales: (unit * groups) * 64 + the warp's first row.
+  // The place of the warp's first row among the scales, before groups are counted.
   const uint32_t unit_row = static_cast<uint32_t>(unit * plan.groups * kBlockRows + part * kTileRows);
   auto load = [&](Held<kBits>& to, int k_tile) {
     const uint32_t scales_of = static_cast<uint32_t>(plan.group(k_tile, lane / 8)) * kBlockRows + lane % 8 * 2;
@@ -139,6 +139,10 @@ __device__ __forceinline__ void prefill_tile(const GpuLinear& p, const Prefill& 
     for (int step = 0; step < 8; ++step) {
       dequantize(fragment[step & 1], held, step);
       if constexpr (kWarpgroups) {
+#pragma unroll
+        for (int u = 0; u < kPrefillUnits; ++u)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) keep(fragment[step & 1][u][j]);  // written before the fence
         wgmma_begin();
 #pragma unroll
         for (int u = 0; u < kPrefillUnits; ++u)
@@ -173,7 +177,10 @@ __device__ __forceinline__ void prefill_tile(const GpuLinear& p, const Prefill& 
       const int row = (warp / 4 * kPrefillUnits + u) * kBlockRows + part * kTileRows + lane / 4 + (i & 2) * 4;
       sums[token * kPrefillRowStride + row] = total[u][i];
     }
-  plan.splits > 1 ? cluster_barrier() : block_barrier(kPrefillThreads);
+  if (plan.splits > 1)
+    cluster_barrier();
+  else
+    block_barrier(kPrefillThreads);
   // Eight rows of a token at a time; the thread blocks of a cluster take turns.
   const bool whole = p.out_features % 8 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
   const DType type = T::kWide ? DType::kFloat16 : DType::kBFloat16;

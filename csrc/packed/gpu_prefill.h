@@ -31,6 +31,12 @@ struct Prefill {
   DISCQUANT_HD int k_begin(int rank) const { return static_cast<int>(static_cast<int64_t>(k_tiles) * rank / splits); }
 };
 
+// How wgmma is told where a tile of B lies: rows (columns of the product) of 128 bytes, eight of them 1024 bytes on, the
+// 16-byte parts of a row exchanged by the row's number modulo 8 (mode 1, 128-byte swizzle). k16 steps follow at 32 bytes.
+DISCQUANT_HD uint64_t swizzled_rows(uint32_t address) {
+  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffffu) >> 4;
+}
+
 DISCQUANT_HD int prefill_shared_bytes(int tokens) {
   const int stages = kPrefillStages * tokens * kTileK * 2, sums = tokens * kPrefillRowStride * 4;
   return 1024 + (stages > sums ? stages : sums);  // stages begin at a multiple of 1024

@@ -122,7 +122,7 @@ template <class V>
 __device__ __forceinline__ V kept(V value) {
 #if __CUDA_ARCH__ < 900
   return value;
-#endif
+#else
   const int lane = static_cast<int>(threadIdx.x % 32);
   if constexpr (sizeof(V) == 8) {
     const uint64_t bits = reinterpret_cast<uint64_t>(value);
@@ -132,6 +132,7 @@ __device__ __forceinline__ V kept(V value) {
   } else {
     return __shfl_sync(0xffffffffu, value, lane);
   }
+#endif
 }
 
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }

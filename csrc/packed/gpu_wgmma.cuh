@@ -19,12 +19,6 @@ __device__ __forceinline__ void show_copies_to_wgmma() {
 #endif
 }
 
-// The place of a tile of B for wgmma: rows (columns of the product) of 128 bytes, eight of them 1024 bytes on, the
-// 16-byte parts of a row exchanged by the row's number modulo 8 (128-byte swizzle).
-__device__ __forceinline__ uint64_t swizzled_rows(uint32_t address) {
-  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffffu) >> 4;
-}
-
 // Before the first wgmma after registers were written that it reads.
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -80,6 +74,7 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], ui
 // no clusters.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }

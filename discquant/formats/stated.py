@@ -21,7 +21,7 @@ _SPECIAL = set("*+?^$()[]{}|\\")
 
 
 def quantization(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The quantization_config of config.json, else the first file of OLD.
+    """The quantization_config of config.json, else the file of OLD that says the width, by its tool's name for it.
 
     Raises:
         CheckpointError: There is neither.
@@ -39,7 +39,11 @@ def stated_in(checkpoint: Checkpoint) -> str:
     """Name of the file that `quantization` reads."""
     if checkpoint.config().get("quantization_config") is not None:
         return "config.json"
-    return next((name for name in OLD if (checkpoint.path / name).is_file()), "config.json")
+    there = [name for name in OLD if (checkpoint.path / name).is_file()]
+    # A folder may hold both, one of them left over: AWQ's is told from others by its entry "w_bit".
+    if OLD[1] in there and "w_bit" in read_json(checkpoint.path / OLD[1]):
+        return OLD[1]
+    return there[0] if OLD[0] in there else "config.json"
 
 
 def old_quantization(path: Path, name: str, codes: str) -> dict[str, Any] | None:

@@ -181,9 +181,10 @@ def packed_linear(
         layout: The layout of `words`: "cpu" for the CPU kernels, "mma" for CUDA and Triton.
         mode: On the CPU "a15" (activations as 15-bit integers per block, the default of "auto"), "a8" (8 bits),
             "fp32" (float32 activations); everywhere "exact" (the weight rounded to the dtype of x, then an
-            ordinary matmul). "auto" on a GPU is the tensor-core kernel.
+            ordinary matmul). "auto" on a GPU is the kernel for few tokens, whose scales multiply float32 sums, and
+            for more tokens, by a measured table, one that rounds the weight as "exact" does.
         impl: "auto" | "reference" | "triton" | "cpp".
-        batch_invariant: On a GPU use our kernel for every number of tokens, so that a row's result does not depend
+        batch_invariant: On a GPU use the kernel for few tokens for every number, so that a row's result does not depend
             on its batch. The CPU modes a15, a8 and fp32 are so always.
         settled: Promise that the kernel before this one in the stream does not write words, scale or zero_point:
             from sm_90 on they are read while it still runs. False is always right.

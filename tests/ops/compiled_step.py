@@ -55,7 +55,7 @@ def _state(rows: int, cols: int, group_size: int) -> dict[str, Tensor]:
     frac, ref, second = torch.randint(0, 256, (3, rows, cols), dtype=torch.uint8)
     ref[:, ::7], ref[:, 3::11] = 63, 189
     for tensor in (frac, ref):
-        tensor[:, -256:] = torch.arange(256, dtype=torch.uint8)
+        tensor[:, -256:] = torch.arange(256, dtype=torch.uint8)[:cols]
     grad = torch.randn(rows, cols) * 10.0 ** torch.randint(-3, 3, (rows, cols))
     grad.view(-1)[torch.randint(0, grad.numel(), (grad.numel() // 8,))] = 0.0
     for value in (float("nan"), float("inf"), -float("inf"), -0.0, 1e-38):
@@ -75,8 +75,12 @@ def main() -> None:
     extremes = dataclasses.replace(
         usual, linear_weight=0.3, hardening=0.2, weight_decay=0.1, lr=0.4, first_index=2**32 - 4096, step=900
     )
-    shapes = (((2, 512), (1, 256, 2)), ((3, 400), (1, 256, 2)))
-    for optimizer, base, (shape, block) in itertools.product(
+    # Wide rows in tiles given here, with and without masks; narrow ones as the launcher tiles them.
+    shapes: Any = (
+        ((2, 512), (1, 256, 2), 1), ((3, 400), (1, 256, 2), 1), ((7, 9), None, None), ((9, 27), None, None),
+        ((8, 32), None, None), ((10, 50), None, None), ((16, 100), None, None),
+    )  # fmt: skip
+    for optimizer, base, (shape, block, warps) in itertools.product(
         ("momentum", "lion", "adamw", "sgd"), (usual, extremes), shapes
     ):
         torch.manual_seed(len(optimizer))
@@ -91,7 +95,7 @@ def main() -> None:
         counts = projected_step_fwd(
             state["frac"], state["frac_ref"], state["weight_grad"], state["scale"],
             *(None if name in unused else state[name] for name in ("momentum", "second_moment")), None, None, 64,
-            *launch_arguments(*flatten_options(options)), block=block, num_warps=1,
+            *launch_arguments(*flatten_options(options)), block=block, num_warps=warps,
         )  # fmt: skip
         where = f"{optimizer} {shape} step {options.step}"
         for name, tensor in state.items():

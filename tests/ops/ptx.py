@@ -165,8 +165,10 @@ class Block:
     def run(self, x: int, y: int) -> None:
         """Execute the block (x, y)."""
         self.registers: dict[str, Any] = {}
+        self.shared = Memory()
+        smem = self.shared.add(np.zeros(1 << 14, np.uint8))
         self.special = {"%tid.x": np.arange(self.threads), "%ctaid.x": x, "%ctaid.y": y,
-                        "%nctaid.x": self.grid[0], "%nctaid.y": self.grid[1]}  # fmt: skip
+                        "%nctaid.x": self.grid[0], "%nctaid.y": self.grid[1], "global_smem": smem}  # fmt: skip
         at = 0
         with np.errstate(all="ignore"):
             while at < len(self.lines):
@@ -177,13 +179,14 @@ class Block:
         """An operand's bits as `dtype`."""
         if name in self.special:
             return np.broadcast_to(np.asarray(self.special[name]), self.threads).astype(dtype)
+        assert name in self.registers or not name.startswith("%"), f"{name} is read before it is written"
         if name in self.registers:
             found = self.registers[name]
         elif name.startswith("0f"):
             found = np.full(self.threads, int(name[2:], 16), np.uint32)
         else:
             size = np.dtype(dtype).itemsize * 8
-            found = np.full(self.threads, int(name, 0) % (1 << size), WIDTHS[str(size)])
+            found = np.full(self.threads, int(name.rstrip("U"), 0) % (1 << size), WIDTHS[str(size)])
         if found.dtype == bool:
             return found
         wide = found.astype(WIDTHS[str(np.dtype(dtype).itemsize * 8)])
@@ -193,11 +196,12 @@ class Block:
         """Write a register where the guard holds."""
         if value.dtype != bool:
             value = np.ascontiguousarray(value).view(WIDTHS[str(value.dtype.itemsize * 8)])
-        old = self.registers.get(name)
-        same = old is not None and old.dtype == value.dtype
-        self.registers[name] = (
-            np.where(mask, value, old) if same else np.where(mask, value, np.zeros_like(value))
-        )
+        if not mask.all():
+            # Rubbish where nothing was ever written, so that a use of it shows.
+            rubbish = np.frombuffer(bytes([0xA5] * 8 * self.threads), value.dtype)[: self.threads]
+            old = self.registers.get(name, rubbish)
+            value = np.where(mask, value, old.astype(value.dtype))
+        self.registers[name] = value
 
     def _execute(self, line: str) -> str | None:
         mask = np.ones(self.threads, bool)
@@ -211,9 +215,22 @@ class Block:
             return operands[0] if mask.all() else None
         if name.startswith(("ld.", "st.", "atom.", "red.")):
             self._access(name, operands, mask)
+        elif name.startswith("mov") and "{" in rest:
+            self._move_parts(operands, mask)
         elif not name.startswith("bar"):
             self.put(operands[0], self._compute(name, operands[1:]), mask)
         return None
+
+    def _move_parts(self, operands: list[str], mask: Any) -> None:
+        """Two registers of 16 bits as one of 32, or the other way."""
+        low, high = re.findall(r"%\w+", next(o for o in operands if o.startswith("{")))
+        if operands[0].startswith("{"):
+            whole = self.value(operands[1], np.uint32)
+            for name, shift in ((low, 0), (high, 16)):
+                self.put(name, (whole >> np.uint32(shift)).astype(np.uint16), mask)
+        else:
+            parts = [self.value(name, np.uint16).astype(np.uint32) for name in (low, high)]
+            self.put(operands[0], parts[0] | parts[1] << np.uint32(16), mask)
 
     def _access(self, name: str, operands: list[str], mask: Any) -> None:
         size = int(name.rsplit(".", 1)[1][1:]) // 8
@@ -227,14 +244,15 @@ class Block:
             else:
                 self.put(operands[0], bits.astype(WIDTHS[str(8 * size)]), mask)
             return
-        address = self.value(base.strip(), np.int64)[mask] + int(offset or 0, 0)
+        memory = self.shared if ".shared" in name else self.memory
+        address = self.value(base.strip(), np.int64)[mask] + int(offset or "0", 0)
         if name.startswith("atom"):
             assert "add" in name
             target, value = operands[0], self.value(operands[2], WIDTHS[str(8 * size)])[mask]
             for one, added in zip(address, value, strict=True):
                 place_of_one = np.array([one])
-                old = self.memory.load(place_of_one, size)
-                self.memory.store(place_of_one, old + added, size)
+                old = memory.load(place_of_one, size)
+                memory.store(place_of_one, old + added, size)
             self.put(target, np.zeros(self.threads, WIDTHS[str(8 * size)]), mask)
             return
         load = name.startswith("ld")
@@ -242,12 +260,10 @@ class Block:
         for lane, register in enumerate(names):
             if load:
                 value = np.zeros(self.threads, WIDTHS[str(8 * size)])
-                value[mask] = self.memory.load(address + lane * size, size)
+                value[mask] = memory.load(address + lane * size, size)
                 self.put(register, value, mask)
             else:
-                self.memory.store(
-                    address + lane * size, self.value(register, WIDTHS[str(8 * size)])[mask], size
-                )
+                memory.store(address + lane * size, self.value(register, WIDTHS[str(8 * size)])[mask], size)
 
     def _compute(self, name: str, operands: list[str]) -> Any:
         parts = name.split(".")
@@ -273,6 +289,10 @@ class Block:
         if parts[0] == "selp":
             chosen = self.registers[operands[2]]
             return np.where(chosen, self.value(operands[0], dtype), self.value(operands[1], dtype))
+        if parts[0] == "shfl":
+            assert parts[2] == "bfly" and operands[2:] == ["31", "-1"]
+            lanes = np.arange(self.threads) ^ int(operands[1], 0)
+            return self.value(operands[0], np.uint32)[lanes]
         if parts[0] == "redux":
             operands = operands[:1]
         values = [self.value(o, dtype) for o in operands]

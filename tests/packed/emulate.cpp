@@ -30,6 +30,7 @@ static std::vector<uint16_t> linear(const Case& c, const uint16_t* x, int64_t x_
   Buffer<uint16_t> y(static_cast<size_t>(tokens) * c.n);
   Walk walk{};
   CHECK(make_walk(c.n, c.k, c.group_size, device, walk_tokens, walk));
+  emulated::late = order != Order::kForward;
   if (order == Order::kForward) give_slots(walk, tokens, device);  // the bits do not depend on it
   const size_t words = static_cast<size_t>(walk_workspace_words(walk));
   Buffer<uint32_t> exact_size(words);

@@ -10,11 +10,6 @@ namespace packed {
 
 inline void show_copies_to_wgmma() {}
 
-inline uint64_t swizzled_rows(uint32_t address) {
-  emulated::require(address % 1024 == 0, "a swizzled tile must start at a multiple of 1024 bytes");
-  return address >> 4;
-}
-
 inline void wgmma_begin() { emulated::fiber().may_begin = true; }
 inline void wgmma_commit() {
   emulated::fiber().products.push_back(nullptr);
@@ -27,13 +22,15 @@ void wgmma_wait() {
 inline void keep(float&) {}
 inline void keep(uint32_t&) {}
 
-// The product of one warp's 16 rows. Row c of B is 128 bytes from row c - 1; bits 4 to 6 of an address are exchanged by
-// bits 7 to 9.
+// The product of one warp's 16 rows. B lies as the descriptor says, of which only what the kernel uses is known here: the
+// 128-byte swizzle, in which bits 4 to 6 of an address are exchanged by bits 7 to 9.
 template <class T, int kSums>
 void multiply_rows(float* d, const uint32_t* a, uint64_t b) {
   const int lane = emulated::lane();
   std::memcpy(emulated::table().a[lane], a, 16);
   const emulated::Table& shown = emulated::warp_meets();
+  const uint32_t start = static_cast<uint32_t>(b & 0x3fff) << 4, eight_rows = static_cast<uint32_t>(b >> 32 & 0x3fff) << 4;
+  emulated::require(b >> 62 == 1 && (b >> 49 & 7) == 0 && start % 1024 < 128, "not a swizzled tile");
   float rows[2][16];
   for (int k = 0; k < 16; ++k)
     for (int r = 0; r < 2; ++r)
@@ -42,7 +39,7 @@ void multiply_rows(float* d, const uint32_t* a, uint64_t b) {
     for (int c = 0; c < 2; ++c) {
       double sum[2] = {d[4 * j + c], d[4 * j + 2 + c]};
       for (int k = 0; k < 16; ++k) {
-        const uint32_t plain = static_cast<uint32_t>(b << 4) + static_cast<uint32_t>((8 * j + lane % 4 * 2 + c) * 128 + 2 * k);
+        const uint32_t plain = start + j * eight_rows + static_cast<uint32_t>((lane % 4 * 2 + c) * 128 + 2 * k);
         const uint32_t address = plain ^ (plain >> 7 & 7) << 4;
         emulated::require(address + 2 <= emulated::block->shared.size(), "wgmma out of bounds");
         uint16_t bits;

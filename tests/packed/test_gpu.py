@@ -362,6 +362,9 @@ def test_prefill_checks_for_itself() -> None:
         with pytest.raises((RuntimeError, NotImplementedError)):
             prefill(case, bad)
     assert prefill(case, x[:0]).shape == (0, 64)
+    op, sizes = torch.ops.discquant.packed_linear_prefill.default, (64, 128, 4, 64)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (x, *case.tensors, None, *sizes), test_utils=tests)
 
 
 def test_operator_checks_for_itself() -> None:

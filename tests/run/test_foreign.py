@@ -156,6 +156,10 @@ def test_an_old_awq_file(tied_dir: Path, dataset: str, tmp_path: Path) -> None:
         assert torch.equal(logits(model), expected)
     export(file, ["gptq"], tmp_path, original=str(tied_dir))
     assert not (tmp_path / "gptq" / "quant_config.json").exists()
+    # A file left over from another method changes nothing.
+    (file / "quantize_config.json").write_text(json.dumps({"bits": 3, "group_size": 32}))
+    assert inspect(file)["format"] == "awq"
+    (file / "quantize_config.json").unlink()
     # Another tool's file of that name, and one beside a configuration that says something, are none of its business.
     (file / "quant_config.json").write_text(json.dumps({"bits": 4}))
     with pytest.raises(CheckpointError):
