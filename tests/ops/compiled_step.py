@@ -83,6 +83,8 @@ def main() -> None:
     for optimizer, base, (shape, block, warps) in itertools.product(
         ("momentum", "lion", "adamw", "sgd"), (usual, extremes), shapes
     ):
+        if block is None and (optimizer in ("lion", "sgd") or base is extremes):
+            continue  # narrow rows differ in their layout, which two optimizers show
         torch.manual_seed(len(optimizer))
         options = dataclasses.replace(
             base, optimizer=optimizer, linear_weight=0.0 if optimizer == "sgd" else base.linear_weight

@@ -36,7 +36,7 @@ def test_equals_reference(repo_root, tmp_path):
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert len(done.stdout.splitlines()) == 56
+    assert len(done.stdout.splitlines()) == 26
 
 
 def test_emulated_arithmetic(ptx):
