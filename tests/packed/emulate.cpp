@@ -42,23 +42,8 @@ static std::vector<uint16_t> linear(const Case& c, const uint16_t* x, int64_t x_
   fresh = false;
   uint32_t* const workspace = order == Order::kBackward ? stream.data : exact_size.data;
   CHECK(words <= stream.count);
-  GpuLinear call{};
-  call.x = x;
-  call.x_stride = x_stride;
-  call.type = c.type;
-  call.tokens = tokens;
-  call.words = c.words.data;
-  call.scale = c.scale.data;
-  call.scale_type = c.scale_type;
-  call.zero_point = c.symmetric ? nullptr : c.zero.data;
-  call.bias = bias;
-  call.y = y.data;
-  call.out_features = c.n;
-  call.in_features = c.k;
-  call.bits = c.bits;
-  call.group_size = c.group_size;
+  GpuLinear call = call_of(c, x, x_stride, tokens, bias, y.data, device);
   call.workspace = workspace;
-  call.device = device;
   const auto launch = [&] {
     if (c.type == DType::kFloat16)
       c.bits == 4 ? run<Half2, 4>(call, exact, walk, order) : run<Half2, 3>(call, exact, walk, order);

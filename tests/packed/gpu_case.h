@@ -7,7 +7,7 @@
 
 #include "checks.h"
 #include "gpu_emulator.h"
-#include "packed/cpu_kernel.h"
+#include "packed/gpu_linear.h"
 
 using namespace discquant::packed;
 static float random_value() { return static_cast<float>(static_cast<int>(random_word() % 2001) - 1000) / 500.0f; }
@@ -90,6 +90,27 @@ struct Case {
            (static_cast<float>(code(row, column)) - static_cast<float>(zero_of(row, column)));
   }
 };
+
+static GpuLinear call_of(const Case& c, const uint16_t* x, int64_t x_stride, int tokens, const uint16_t* bias, uint16_t* y,
+                         const GpuDevice& device) {
+  GpuLinear call{};
+  call.x = x;
+  call.x_stride = x_stride;
+  call.type = c.type;
+  call.tokens = tokens;
+  call.words = c.words.data;
+  call.scale = c.scale.data;
+  call.scale_type = c.scale_type;
+  call.zero_point = c.symmetric ? nullptr : c.zero.data;
+  call.bias = bias;
+  call.y = y;
+  call.out_features = c.n;
+  call.in_features = c.k;
+  call.bits = c.bits;
+  call.group_size = c.group_size;
+  call.device = device;
+  return call;
+}
 
 enum class Order { kForward, kBackward, kShuffled };
 
