@@ -24,8 +24,9 @@ endif
 # The scripts beside the interpreter. Bare `pytest`, not `python -m pytest`: the latter puts the checkout on sys.path,
 # where triton_kernels/ would shadow the package of that name from Triton's own project.
 BIN = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
-# Parallel only where pytest-xdist is installed (always so in .venv).
-PARALLEL = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n $(WORKERS)" if u.find_spec("xdist") else "")')
+# Parallel only where pytest-xdist is installed (always so in .venv). Few tests are handed out at a time, the slow ones
+# first (tests/conftest.py), so that no worker is left with a long one at the end.
+PARALLEL = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n $(WORKERS) --maxschedchunk=8" if u.find_spec("xdist") else "")')
 
 help:
 	@echo "make quickstart   install, quantize the bundled model at 3 bits, compare with RTN and GPTQ, generate text"

@@ -63,6 +63,17 @@ def cuda_archs(toolkit: tuple[int, int], wanted: str | None) -> list[str]:
     return [arch for arch, first in CUDA_ARCHS.items() if toolkit >= first]
 
 
+def gencode(archs: list[str]) -> str:
+    """nvcc's flags for these architectures.
+
+    The kernels ask for nothing between sm_80 and sm_90, so all of 8.x come from one translation to PTX: that is half of
+    the time to compile them.
+    """
+    ampere = sorted(arch for arch in archs if len(arch) == 2 and arch[0] == "8")
+    virtual = {arch: ampere[0] if arch in ampere else arch for arch in archs}
+    return " ".join(f"-gencode=arch=compute_{virtual[arch]},code=sm_{arch}" for arch in archs)
+
+
 def nvcc_version(nvcc: str) -> tuple[int, int]:
     """Toolkit version from ``nvcc --version``."""
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
@@ -144,10 +155,8 @@ class NinjaBuild(build_ext):
         cflags = (
             f"-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall {' '.join(defines)} {common}"
         )
-        gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
-        nvflags = (
-            f"-O3 -std=c++17 -Xcompiler -fPIC --expt-relaxed-constexpr {' '.join(defines)} {common} {gencode}"
-        )
+        nvflags = f"-O3 -std=c++17 -Xcompiler -fPIC --expt-relaxed-constexpr {' '.join(defines)} {common}"
+        nvflags = f"{nvflags} {gencode(archs)}"
         libraries = [f"-L{shlex.quote(path)}" for path in library_paths("cuda" if cuda else "cpu")]
         if sys.platform == "linux":
             # What an operator throws, torch catches: a second libstdc++, some compilers' default, makes that crash.

@@ -7,11 +7,14 @@ Runs before any test module is imported, and so before any kernel is.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib.util
 import os
 import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -62,7 +65,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Remove `gpu` tests where there is no GPU, and `full` ones unless -m names them."""
+    """Remove `gpu` tests where there is no GPU, and `full` ones unless -m names them; slow ones come first."""
     chosen = config.getoption("-m") or ""
     removed = [
         item
@@ -74,6 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=removed)
         gone = set(removed)
         items[:] = [item for item in items if item not in gone]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +102,27 @@ def _global_state() -> Iterator[None]:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Take what is in memory, hundreds of imported modules, out of the collector's sight: every run collects often."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def build_script() -> ModuleType:
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("discquant_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -18,15 +18,6 @@ import torch
 from discquant import _extension, environment
 
 
-@pytest.fixture(scope="module")
-def setup_module(repo_root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("discquant_setup", repo_root / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def build(repo_root: Path, out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "build_ext", f"--build-lib={out}/lib", f"--build-temp={out}/temp"]
     environ = {**os.environ, **variables}
@@ -80,30 +71,36 @@ def test_triton_kernels_is_installed_under_our_name(repo_root: Path) -> None:
     assert done.stdout.strip() == "None" or str(repo_root) not in done.stdout
 
 
-def test_isa_flags_follow_the_file_name(setup_module: ModuleType) -> None:
-    assert setup_module.isa_flags("csrc/packed/gemv.cpp") == ""
-    assert "avx512" not in setup_module.isa_flags("csrc/packed/gemv_avx2.cpp")
-    assert "-mavx512vnni" not in setup_module.isa_flags("gemv_avx512.cpp")
-    assert "-mavx512vnni" in setup_module.isa_flags("gemv_avx512vnni.cpp")
-    assert "-mamx-int8" in setup_module.isa_flags("gemv_amx.cpp")
-    assert "-mamx-int8" not in setup_module.isa_flags("gemv_avx512vnni.cpp")
+def test_isa_flags_follow_the_file_name(build_script: ModuleType) -> None:
+    assert build_script.isa_flags("csrc/packed/gemv.cpp") == ""
+    assert "avx512" not in build_script.isa_flags("csrc/packed/gemv_avx2.cpp")
+    assert "-mavx512vnni" not in build_script.isa_flags("gemv_avx512.cpp")
+    assert "-mavx512vnni" in build_script.isa_flags("gemv_avx512vnni.cpp")
+    assert "-mamx-int8" in build_script.isa_flags("gemv_amx.cpp")
+    assert "-mamx-int8" not in build_script.isa_flags("gemv_avx512vnni.cpp")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_flags_that_a_compiler_refuses(setup_module: ModuleType) -> None:
-    assert setup_module.accepts("c++", "-O1")
-    assert not setup_module.accepts("c++", "-mno-such-instructions")
+def test_flags_that_a_compiler_refuses(build_script: ModuleType) -> None:
+    assert build_script.accepts("c++", "-O1")
+    assert not build_script.accepts("c++", "-mno-such-instructions")
 
 
-def test_x86_files_are_left_out_elsewhere(setup_module: ModuleType) -> None:
-    arm = setup_module.sources("cpp", machine="aarch64")
+def test_x86_files_are_left_out_elsewhere(build_script: ModuleType) -> None:
+    arm = build_script.sources("cpp", machine="aarch64")
     assert "csrc/bindings.cpp" in arm
     assert not [path for path in arm if "avx" in Path(path).stem or "amx" in Path(path).stem]
 
 
-def test_cuda_architectures(setup_module: ModuleType) -> None:
-    assert setup_module.cuda_archs((12, 0), None) == ["80", "86", "89", "90a"]
-    assert setup_module.cuda_archs((13, 0), "8.0;9.0a+PTX") == ["80", "90a"]
+def test_cuda_architectures(build_script: ModuleType) -> None:
+    assert build_script.cuda_archs((12, 0), None) == ["80", "86", "89", "90a"]
+    assert build_script.cuda_archs((13, 0), "8.0;9.0a+PTX") == ["80", "90a"]
+    flags = build_script.gencode(["80", "86", "90a"])
+    assert flags == " ".join(
+        f"-gencode=arch=compute_{virtual},code=sm_{real}"
+        for virtual, real in (("80", "80"), ("80", "86"), ("90a", "90a"))
+    )
+    assert build_script.gencode(["89"]) == "-gencode=arch=compute_89,code=sm_89"
 
 
 def test_auto_degrades_without_compiler(repo_root: Path, tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def test_training_never_sees_another_split(trainer: ModuleType) -> None:
     assert {arithmetic._split_of(question) for question in questions} == {"train"}
 
 
+@pytest.mark.slow
 def test_interrupted_training_continues_in_the_same_bytes(trainer: ModuleType, tmp_path: Path) -> None:
     """Four steps at once and four steps in two runs end in the same file; other settings are refused."""
     small = {"batch": 2, "window": 128, "layers": 1, "hidden": 64, "intermediate": 64, "heads": 2, "kv_heads": 1,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run by `make -C csrc/packed emulate`: the kernel for many tokens on the emulated GPU, under AddressSanitizer, on buffers
+// Run by `make -C csrc/packed emulate-prefill`: the kernel for many tokens on the emulated GPU, under AddressSanitizer, on buffers
 // of exactly the size that the contract asks for. Against sums in double over the weight as a dense layer has it; bit for
 // bit against itself with asynchronous work done early or late; and one bit at a time, with x the identity.
 #define DISCQUANT_EMULATE

@@ -110,6 +110,7 @@ def live_bytes() -> int:
     return sum(sizes.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "auto"])
 def test_loading_stays_near_the_packed_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from discquant.ops import _registry
+from discquant.run import plots
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +56,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(model_dir: Path) -> str:
     """Calibration token ids of `model_dir`."""
     return f"{model_dir.parent / (model_dir.name + '-tokens.safetensors')}:calibration"
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without plots, half of a tiny run's time; test_report.py and runs in other processes draw them."""
+    if "report" not in request.path.stem:
+        monkeypatch.setattr(plots, "available", lambda: False)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ def _config(dataset: str, **solver: Any) -> QuantizeConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_state_and_activations_anywhere_give_the_same_bytes(
     model_dir: Path, dataset: str, tmp_path: Path
 ) -> None:

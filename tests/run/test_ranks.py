@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Command = Callable[..., list[str]]
 SAME = ("codes.safetensors", "calibration.safetensors", "config.json", "start_codes.safetensors")
 
@@ -31,6 +33,7 @@ def _torchrun(arguments: list[str], ranks: int) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_ranks_and_other_counts_end_in_the_same_bytes(
     command: Command, tmp_path: Path, warm_start: Any
 ) -> None:

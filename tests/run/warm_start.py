@@ -134,11 +134,13 @@ def _become(arguments: list[str], cwd: str, folder: Path) -> int:
 
 def _serve() -> None:
     """Fork once per line: a parent that waits and writes the status, and the command itself."""
+    import gc
     import importlib
     import traceback
 
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # the commands collect often, and none of this is theirs
     for line in sys.stdin:
         request = json.loads(line)
         folder = Path(request["folder"])

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run by `make -C csrc/packed emulate`: the GPU kernels themselves, on the emulated GPU of gpu_emulator.h, under
+// Run by `make -C csrc/packed emulate-linear`: the GPU kernels themselves, on the emulated GPU of gpu_emulator.h, under
 // AddressSanitizer, on buffers of exactly the size that the contract asks for. Against sums in double; and bit for bit
 // against itself: any order of the thread blocks, any batch, any rubbish in the workspace.
 #define DISCQUANT_EMULATE
