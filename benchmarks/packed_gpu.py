@@ -26,6 +26,7 @@ SHAPES = {
     "70B qkv": (10240, 8192), "70B o": (8192, 8192), "70B gate_up": (57344, 8192), "70B down": (8192, 28672),
     "odd": (4097, 10944),
 }  # fmt: skip
+PEERS = 64  # tokens beyond which kernels for few tokens are not timed: tens of milliseconds a launch
 TOKENS = (1, 4, 16, 64, 128, 256, 1024, 2048)
 Call = Callable[[], Any]
 
@@ -120,7 +121,13 @@ def cublas(layer: Layer, x: Tensor) -> list[Call]:
 
 def tinygemm(layer: Layer, x: Tensor) -> list[Call] | None:
     """aten's int4 kernel (torchao's tinygemm): w = (q - 8) * scale + zero, bfloat16 only."""
-    if layer.bits != 4 or layer.dtype != torch.bfloat16 or layer.k % 1024 or layer.n % 8:
+    if (
+        layer.bits != 4
+        or layer.dtype != torch.bfloat16
+        or layer.k % 1024
+        or layer.n % 8
+        or x.shape[0] > PEERS
+    ):
         return None
     pairs = (layer.q[:, ::2] << 4) | layer.q[:, 1::2]
     packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
@@ -135,7 +142,7 @@ def tinygemm(layer: Layer, x: Tensor) -> list[Call] | None:
 def gemlite(layer: Layer, x: Tensor) -> list[Call] | None:
     """gemlite's Triton kernels, where the package is installed."""
     core = package("gemlite.core")
-    if core is None or layer.bits != 4 or layer.k % GROUP:
+    if core is None or layer.bits != 4 or layer.k % GROUP or x.shape[0] > PEERS:
         return None
     kind = core.DType.BF16 if layer.dtype == torch.bfloat16 else core.DType.FP16
     found = []

@@ -79,19 +79,24 @@ def measure(bits: int, deadline: float) -> tuple[Times, Times, Times]:
                     continue
                 values = packed_gpu.times(make(layer, x), replays=20)
                 found[m] += values[len(values) // 2]
+                print(
+                    f"{bits} bits, {shape}, {m} tokens, {make.__name__}: {values[len(values) // 2]:.4f} ms",
+                    flush=True,
+                )
     return kernel, dense, prefill
 
 
 def write(
     key: str, bounds: dict[str, int], ranges: dict[str, list[int] | None], path: Path = table.PATH
 ) -> None:
-    """Put one device's bounds into the table."""
+    """Put one device's bounds into the table; a width that they leave out keeps what it had, or the default's."""
     facts = machine()
     document = json.loads(path.read_text(encoding="utf-8"))
+    before = document["devices"].get(key, document["devices"]["default"])
     document["devices"][key] = {
         "measured": {name: facts[name] for name in ("device", "driver", "torch", "commit", "date")},
-        "dense_tokens": bounds,
-        "prefill_tokens": ranges,
+        "dense_tokens": {**before["dense_tokens"], **bounds},
+        "prefill_tokens": {**before["prefill_tokens"], **ranges},
     }
     table.parse(document)
     lines = [f'    "{name}": {json.dumps(entry)}' for name, entry in document["devices"].items()]
@@ -109,6 +114,8 @@ def main() -> None:
     if not GPU:
         raise SystemExit("tune_packed_linear: no CUDA device")
     deadline = time.monotonic() + options.seconds
+    major, minor = torch.cuda.get_device_capability()
+    key = f"sm_{major}{minor}"
     bounds: dict[str, int] = {}
     ranges: dict[str, list[int] | None] = {}
     for bits in (3, 4):
@@ -121,9 +128,10 @@ def main() -> None:
             print(
                 f"{bits} bits, {m:4d} tokens, us of the kernel, dequantise + cuBLAS, the kernel for many: {row}"
             )
-    major, minor = torch.cuda.get_device_capability()
-    write(f"sm_{major}{minor}", bounds, ranges)
-    print(f"sm_{major}{minor}: dequantise + cuBLAS from {bounds} tokens, the kernel for many in {ranges}")
+        write(
+            key, bounds, ranges
+        )  # what is measured is kept, should the time not suffice for the other width
+    print(f"{key}: dequantise + cuBLAS from {bounds} tokens, the kernel for many in {ranges}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstdint>
+
+#include "packed/gpu_prefill.h"
 
 namespace discquant {
 namespace packed {
@@ -22,6 +25,42 @@ bool compiled_for_sm90() {
     known.store(found, std::memory_order_relaxed);
   }
   return found == 1;
+}
+
+// How many clusters of 1, 2, 4 and 8 thread blocks with `bytes` of shared memory the current device runs at a time; for all
+// launches of a kernel with the same `threads` and `bytes`. Asked once per device.
+template <auto kKernel>
+Clusters clusters_at_once(const GpuDevice& device, int threads, int bytes) {
+  constexpr int kDevices = 64;
+  // Sixteen bits each, of which no device needs all; 0 is not known yet.
+  static std::atomic<uint64_t> known[kDevices];
+  int index = -1;
+  if (cudaGetDevice(&index) != cudaSuccess || index >= kDevices) index = -1;
+  uint64_t packed = index < 0 ? 0 : known[index].load(std::memory_order_relaxed);
+  if (packed == 0) {
+    packed = static_cast<uint64_t>(device.multiprocessors);
+    for (int i = 1; i < 4 && compiled_for_sm90<kKernel>(); ++i) {
+      cudaLaunchAttribute size{};
+      size.id = cudaLaunchAttributeClusterDimension;
+      size.val.clusterDim = {1, 1, 1u << i};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(1, 1, 1u << i);
+      config.blockDim = dim3(static_cast<unsigned>(threads));
+      config.dynamicSmemBytes = static_cast<size_t>(bytes);
+      config.attrs = &size;
+      config.numAttrs = 1;
+      int found = 0;
+      if (cudaOccupancyMaxActiveClusters(&found, kKernel, &config) != cudaSuccess) {
+        cudaGetLastError();  // told here: no clusters of that size
+        found = 0;
+      }
+      packed |= static_cast<uint64_t>(found < 0xffff ? found : 0xffff) << 16 * i;
+    }
+    if (index >= 0) known[index].store(packed, std::memory_order_relaxed);
+  }
+  Clusters clusters{};
+  for (int i = 0; i < 4; ++i) clusters.at_once[i] = static_cast<int>(packed >> 16 * i & 0xffff);
+  return clusters;
 }
 
 }  // namespace packed

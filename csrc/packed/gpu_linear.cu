@@ -51,7 +51,6 @@ GpuDevice gpu_device(int index) {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) != cudaSuccess)
     return GpuDevice{};
   found.overlaps = major >= 9;
-  found.clusters = major >= 9;
   return found;
 }
 

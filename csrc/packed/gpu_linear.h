@@ -50,6 +50,9 @@ int packed_linear_gpu(const GpuLinear& call, bool exact, CUstream_st* stream);
 // The same for many tokens at once: weights rounded to `type`, which the scales must have too. It needs no workspace and
 // is not batch-invariant. Returns a cudaError_t; cudaErrorInvalidValue where it cannot run.
 int packed_prefill_gpu(const GpuLinear& call, CUstream_st* stream);
+// Into how many parts of K, each with a thread block of a cluster, that call would be cut on the current device; its
+// pointers are not read. Returns a cudaError_t.
+int prefill_splits_gpu(const GpuLinear& call, int& splits);
 
 struct GpuDequantize {
   const uint32_t* words;

@@ -24,7 +24,6 @@ struct GpuDevice {
   int multiprocessors;
   int shared_bytes;  // that one thread block can ask for
   bool overlaps;     // whether a kernel can begin before the last one ends; the split does not depend on it
-  bool clusters;     // whether thread blocks can read one another's shared memory
 };
 
 // A unit is 64 rows (a block) x 128 k. K is cut into chunks whose activations fit into shared memory; the units are

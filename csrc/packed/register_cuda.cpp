@@ -101,6 +101,16 @@ Tensor prefill(const Tensor& x, const Tensor& words, const Tensor& scale, const 
   return y;
 }
 
+int64_t prefill_splits(const Tensor& x, const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                       int64_t n, int64_t k, int64_t bits, int64_t group_size) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor y;
+  int splits = 0;
+  const auto call = prepare("packed_prefill_splits", x, words, scale, zero_point, std::nullopt, y, n, k, bits, group_size);
+  check_launch(prefill_splits_gpu(call, splits), "packed_prefill_splits");
+  return splits;
+}
+
 int64_t capture_id(const Tensor& words) { return gpu_capture_id(stream_of(words)); }
 
 int64_t workspace_size(const Tensor& words, int64_t n, int64_t k) { return workspace_words(words, n, k); }
@@ -176,6 +186,7 @@ STABLE_TORCH_LIBRARY_IMPL(discquant, CUDA, m) {
   m.impl("packed_linear_mma", TORCH_BOX(&linear));
   m.impl("packed_linear_prefill", TORCH_BOX(&prefill));
   m.impl("packed_workspace_size", TORCH_BOX(&workspace_size));
+  m.impl("packed_prefill_splits", TORCH_BOX(&prefill_splits));
   m.impl("packed_capture_id", TORCH_BOX(&capture_id));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));

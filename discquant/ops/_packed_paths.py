@@ -51,7 +51,7 @@ def _gpu_fake(
     return x.new_empty((x.shape[0], out_features))
 
 
-def _number_fake(words: Tensor, *sizes: int) -> int:
+def _number_fake(*args: Tensor | int | None) -> int:
     raise NotImplementedError(
         "packed_linear: workspaces are found when a kernel runs, not while it is traced"
     )
@@ -74,6 +74,12 @@ mma_op = registry.define(
 prefill_op = registry.define(
     f"packed_linear_prefill(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {GRID}) -> Tensor",
     _prefill_fake,
+    None,
+)
+# Into how many parts of K that kernel cuts such a product, each with a thread block of a cluster; 1 without clusters.
+prefill_splits_op = registry.define(
+    f"packed_prefill_splits(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, {GRID}) -> int",
+    _number_fake,
     None,
 )
 _size_op = registry.define(

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -68,6 +70,37 @@ def test_plan(run_gpu: ModuleType, repo_root: Path) -> None:
     assert [len(part) for part in parts] == [3, 3, 2]
     assert parts[0][0] == "t_gpu"
     assert run_gpu.shards(["only"], 4) == [["only"]]
+    for path in (*run_gpu.ELSEWHERE, run_gpu.SANITIZERS.partition("::")[0]):
+        assert (repo_root / path).exists()
+
+
+def test_unknown_devices_are_tuned_before_the_package_can_be_imported(
+    run_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fresh machine the process that plans began before the package was installed."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 9))
+    monkeypatch.setitem(sys.modules, "discquant", None)  # an import of it fails
+    options = argparse.Namespace(dry_run=False, tune=False)
+    assert [step.name for step in run_gpu._tune(options)] == ["tune_packed"]
+    table = json.loads(run_gpu.PACKED_TABLE.read_text())
+    table["devices"]["sm_99"] = table["devices"]["default"]
+    known = run_gpu.LOGS.parent / "table.json"
+    known.write_text(json.dumps(table))
+    monkeypatch.setattr(run_gpu, "PACKED_TABLE", known)
+    assert not list(run_gpu._tune(options))
+
+
+def test_what_a_borrowed_machine_gives_back(run_gpu: ModuleType, tmp_path: Path) -> None:
+    run_gpu.LOGS.mkdir(parents=True)
+    (run_gpu.LOGS / "a.log").write_text("said")
+    for _ in range(2):
+        found = run_gpu.archive(tmp_path / "out")
+    with tarfile.open(found) as file:
+        names = file.getnames()
+    assert {"logs/a.log", "discquant/ops/packed_linear_table.json", "benchmarks/results"} <= set(names)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu.tgz"]
 
 
 def test_without_a_gpu_it_says_so(run_gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

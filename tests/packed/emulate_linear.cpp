@@ -135,7 +135,7 @@ int main() {
   const int groups[] = {32, 64, 128, 384, 0};
   const DType types[] = {DType::kFloat16, DType::kBFloat16};
   // {multiprocessors, shared memory}: small memories cut K into chunks of two tiles or of one.
-  const GpuDevice devices[] = {{3, 227 * 1024, false, false}, {7, 46 * 1024, false, false}, {132, 41 * 1024, false, false}};
+  const GpuDevice devices[] = {{3, 227 * 1024, false}, {7, 46 * 1024, false}, {132, 41 * 1024, false}};
   struct Shape {
     int n, k;
   };
@@ -173,7 +173,7 @@ int main() {
   }
   // The walk of real sizes: every unit once, chunk by chunk, and no two places of partial sums agree.
   for (const Shape& shape : {Shape{6144, 4096}, Shape{8192, 28672}, Shape{57344, 8192}, Shape{4097, 10944}, Shape{64, 131072}})
-    for (const GpuDevice& device : {GpuDevice{132, 227 * 1024, true, true}, GpuDevice{108, 163 * 1024, false, false}, GpuDevice{128, 99 * 1024, false, false}})
+    for (const GpuDevice& device : {GpuDevice{132, 227 * 1024, true}, GpuDevice{108, 163 * 1024, false}, GpuDevice{128, 99 * 1024, false}})
     for (int tokens : {8, 16}) {
       Walk walk{};
       CHECK(make_walk(shape.n, shape.k, 128, device, tokens, walk));

@@ -38,7 +38,7 @@ static std::vector<uint16_t> linear(const Case& c, const uint16_t* x, int64_t x_
                                     int splits, Order order, bool warpgroups) {
   Buffer<uint16_t> y(static_cast<size_t>(tokens) * c.n);
   std::fill(y.data, y.data + y.count, uint16_t{0xffff});
-  const GpuDevice device{132, 227 * 1024, true, true};
+  const GpuDevice device{132, 227 * 1024, true};
   const GpuLinear call = call_of(c, x, x_stride, tokens, bias, y.data, device);
   Prefill plan{};
   CHECK(make_prefill(c.n, c.k, c.group_size, tokens, device, plan));
@@ -123,19 +123,27 @@ int main() {
       for (DType type : types) check_identity(Case(80, 136, bits, group, bits == 3, type, type), (group == 32) == (bits == 3));
   }
   // Real sizes: the parts of K cover it, in order, and no thread block is idle.
+  const Clusters measured{{132, 66, 29, 14}};  // as an H100 with 132 multiprocessors has room for
   for (int64_t n : {4096, 6144, 28672, 57344})
-    for (int64_t tokens : {17, 64, 65, 256, 1024, 4096}) {
-      Prefill plan{};
-      CHECK(make_prefill(n, 4096, 128, tokens, GpuDevice{132, 227 * 1024, true, true}, plan));
-      CHECK(plan.k_begin(0) == 0 && plan.k_begin(plan.splits) == plan.k_tiles);
-      for (int rank = 0; rank < plan.splits; ++rank) CHECK(plan.k_begin(rank) < plan.k_begin(rank + 1));
-      CHECK(prefill_shared_bytes(plan.tokens) <= 227 * 1024);
-    }
+    for (int64_t k : {128, 4096, 14336})
+      for (int64_t tokens : {17, 64, 65, 256, 1024, 4096}) {
+        Prefill plan{};
+        CHECK(make_prefill(n, k, 128, tokens, GpuDevice{132, 227 * 1024, true}, plan));
+        const int64_t tiles = plan.tiles(tokens);
+        plan.splits = prefill_splits(plan.k_tiles, tiles, measured);
+        CHECK(plan.k_begin(0) == 0 && plan.k_begin(plan.splits) == plan.k_tiles);
+        for (int rank = 0; rank < plan.splits; ++rank) CHECK(plan.k_begin(rank) < plan.k_begin(rank + 1));
+        CHECK(prefill_shared_bytes(plan.tokens) <= 227 * 1024);
+      }
+  // 16 tiles: as 16 clusters of eight they would come in two waves, one of them almost empty; of four they come in one.
+  CHECK(prefill_splits(112, 16, measured) == 4 && prefill_splits(112, 14, measured) == 8);
+  CHECK(prefill_splits(112, 16, Clusters{{132, 66, 33, 16}}) == 8);
+  CHECK(prefill_splits(112, 16, Clusters{{132, 0, 0, 0}}) == 1 && prefill_splits(1, 1, measured) == 1);
   Prefill plan{};
-  // Without clusters nobody shares a tile; with little memory tiles are of 64 tokens; with less there are none.
-  CHECK(make_prefill(4096, 4096, 128, 256, GpuDevice{128, 99 * 1024, false, false}, plan));
+  // With little memory tiles are of 64 tokens; with less there are none.
+  CHECK(make_prefill(4096, 4096, 128, 256, GpuDevice{128, 99 * 1024, false}, plan));
   CHECK(plan.splits == 1 && plan.tokens == 64 && prefill_shared_bytes(64) <= 99 * 1024);
-  CHECK(!make_prefill(4096, 4096, 128, 256, GpuDevice{108, 64 * 1024, false, false}, plan));
+  CHECK(!make_prefill(4096, 4096, 128, 256, GpuDevice{108, 64 * 1024, false}, plan));
   std::printf("%d weights\nok\n", trial);
   return 0;
 }

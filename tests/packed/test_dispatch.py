@@ -223,4 +223,12 @@ def test_tuning_writes_what_the_table_reads(
     written = table.parse(json.loads(path.read_text()))
     assert written["sm_99"]["dense_tokens"] == {"3": 41, "4": 50}
     assert written["sm_99"]["prefill_tokens"] == {"3": [17, 400], "4": None}
+    # Cut off after the first width: the other keeps what it had, on a new device the default's.
+    tune.write("sm_99", {"4": 60}, {"4": [33, 64]}, path)
+    tune.write("sm_98", {"3": 70}, {"3": None}, path)
+    written = table.parse(json.loads(path.read_text()))
+    assert written["sm_99"]["dense_tokens"] == {"3": 41, "4": 60}
+    assert written["sm_99"]["prefill_tokens"] == {"3": [17, 400], "4": [33, 64]}
+    default = written["default"]["dense_tokens"]["4"]
+    assert written.pop("sm_98")["dense_tokens"] == {"3": 70, "4": default}
     assert {name: entry for name, entry in written.items() if name != "sm_99"} == table.load()

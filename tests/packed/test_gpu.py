@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from discquant import environment
 from discquant.ops import pack as packing
 from discquant.ops import packed_linear_table as table
 from discquant.ops.packed_linear import dequantize_packed, packed_linear
@@ -66,10 +67,11 @@ def allowed(x: Tensor, weight: Tensor, oracle: Tensor) -> Tensor:
     return error + torch.finfo(x.dtype).eps * (oracle.abs() + error)
 
 
-def is_dense(tokens: int, bits: int) -> bool:
+def is_dense(tokens: int, bits: int, scale_is_x: bool = True) -> bool:
     """Whether that many tokens are dequantise + cuBLAS: torch's own linear on the rounded weight."""
     device = torch.device("cuda", 0)
-    return tokens >= table.dense_tokens(device, bits) and not table.prefills(device, bits, tokens)
+    many = scale_is_x and table.prefills(device, bits, tokens)
+    return tokens >= table.dense_tokens(device, bits) and not many
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -121,7 +123,9 @@ def test_scales_of_another_dtype(scale_dtype: torch.dtype) -> None:
     case = Case(130, 264, 4, 64, False, scale_dtype)
     for dtype, tokens in itertools.product(HALF, (1, 16, 40)):
         x = torch.randn(tokens, 264).to(dtype)
-        weight = case.served(dtype).double() if is_dense(tokens, 4) else case.weight
+        same = dtype == scale_dtype
+        many = same and table.prefills(torch.device("cuda", 0), 4, tokens)
+        weight = case.served(dtype).double() if many or is_dense(tokens, 4, same) else case.weight
         oracle = x.double() @ weight.t()
         assert ((case(x.cuda()).double().cpu() - oracle).abs() <= allowed(x, weight, oracle)).all()
 
@@ -339,14 +343,26 @@ def test_prefill(bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> 
         assert torch.equal(y, case.served(dtype).t())
     for n, k in ((97, 320), (1040, 4104), (4096, 1032)):
         case = Case(n, k, bits, group, symmetric, dtype)
-        weight = case.served(dtype).double()
+        weight = case.served(dtype).double().cuda()
         for tokens in (1, 33, 64, 129, 300):
-            x, bias = torch.randn(tokens, k).to(dtype), torch.randn(n).to(dtype)
-            y = prefill(case, x.cuda(), bias.cuda())
+            x, bias = torch.randn(tokens, k).to(dtype).cuda(), torch.randn(n).to(dtype).cuda()
+            y = prefill(case, x, bias)
             oracle = x.double() @ weight.t() + bias.double()
             limit = allowed(x, weight, oracle) + 2.0**-23 * bias.double().abs()
-            assert ((y.cpu().double() - oracle).abs() <= limit).all(), (n, k, tokens)
-            assert all(torch.equal(prefill(case, x.cuda(), bias.cuda()), y) for _ in range(5))
+            assert ((y.double() - oracle).abs() <= limit).all(), (n, k, tokens)
+            assert all(torch.equal(prefill(case, x, bias), y) for _ in range(5))
+
+
+def test_prefill_shares_tiles_where_it_can() -> None:
+    """A build for sm_90 uses clusters there: nothing else would show that the driver was told otherwise."""
+    case, splits = Case(1024, 4096, 4, 128, True), []
+    for tokens in (20, 4096):
+        x = torch.zeros(tokens, 4096, device="cuda").half()
+        splits.append(torch.ops.discquant.packed_prefill_splits(x, *case.tensors, 1024, 4096, 4, 128))
+    print(f"parts of K at 20 and 4096 tokens: {splits}")
+    built = {arch.rstrip("af") for arch in environment.facts()["extension"]["cuda_architectures"]}
+    major, minor = torch.cuda.get_device_capability()
+    assert (splits[0] > 1) == (major >= 9 and f"{major}{minor}" in built)
 
 
 def test_prefill_checks_for_itself() -> None:
@@ -438,6 +454,13 @@ def sanitized() -> None:
         sizes: dict[str, Any] = {"out_features": 97, "in_features": 328, "num_bits": bits}
         packing.repack(words, **sizes, layout="cpu", new_layout="mma")
         packing.unpack(words, **sizes, layout="cpu")
+    # Sums that thread blocks share: clusters that split K, and row blocks that end in the middle of a run.
+    for bits in (3, 4):
+        case = Case(1040, 4104, bits, 128, True)
+        prefill(case, torch.randn(20, 4104, device="cuda", dtype=torch.float16))
+        case = Case(8192, 1024, bits, 128, True)
+        for tokens in (1, 16):
+            case(torch.randn(tokens, 1024, device="cuda", dtype=torch.float16))
     torch.cuda.synchronize()
     print("sanitized: done")
 
