@@ -240,7 +240,7 @@ def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
     # Sums as they are gathered are wide, whatever the state's width, and exist once more when they are scaled.
     wide = 2.0 * max(4, element) / (4 if solver.state == "fp32" else 2)
     largest = max(factor_bytes([block], setting.config) for block in shape.blocks)
-    saved = shape.largest.saved_bytes(element) * setting.micro_tokens
+    saved = shape.largest.saved_bytes(element, setting.accelerator) * setting.micro_tokens
     return {
         "teacher weights": float(shape.largest.weights * element)
         if setting.teacher_in_state or setting.streamed
@@ -269,7 +269,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     keep = keeps_graph(shape, setting)
     depth = len(shape.blocks)
     wide = 4 if element < 8 else 8
-    saved = largest.saved_bytes(element)
+    saved = largest.saved_bytes(element, setting.accelerator)
     # The teacher's weights are made beside the student's, unless the loaded model is the teacher.
     sides = 2 if setting.teacher_in_state or setting.streamed else 1
     students = depth if keep else 1

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from discquant.solver.experts import expert_refs, settle_kernel
+from discquant.solver.norms import fused, rms_norms
 from discquant.solver.weight_ref import LAZY
 from discquant.solver.weight_ref import WeightRef as WeightRef
 
@@ -116,6 +117,7 @@ class Chain:
 
     def _collect(self, ignore: Sequence[str]) -> None:
         settle_kernel(self.model)
+        self._norms: dict[int, list[nn.Module]] = {}
         self.weights = []
         for prefix, block in zip(self.block_names, self.blocks, strict=True):
             refs = []
@@ -192,11 +194,17 @@ class Chain:
     def run_block(
         self, index: int, hidden: Tensor, call: BlockCall, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Run block `index`, with `weights` (parameter name -> value) in place of its own where given."""
+        """Run block `index`, with `weights` (parameter name -> value) in place of its own where given.
+
+        On a GPU, norms are torch's kernel.
+        """
         block = self.blocks[index]
-        if weights is None:
-            return _first(block(hidden, *call.args, **call.kwargs))
-        return _first(functional_call(block, dict(weights), (hidden, *call.args), call.kwargs))
+        if hidden.is_cuda and index not in self._norms:
+            self._norms[index] = rms_norms(block)
+        with fused(self._norms[index] if hidden.is_cuda else ()):
+            if weights is None:
+                return _first(block(hidden, *call.args, **call.kwargs))
+            return _first(functional_call(block, dict(weights), (hidden, *call.args), call.kwargs))
 
 
 class DecoderChain(Chain):

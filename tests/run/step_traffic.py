@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes per weight that one solver step moves outside the matmuls, counted: python tests/run/step_traffic.py.
+"""Bytes that one solver step moves outside the matmuls, per weight and per token: python tests/run/step_traffic.py.
 
 A real step of a bfloat16 decoder runs on the simulated GPU with the operators that a GPU takes (8-bit state, momentum,
 the teacher from the state). Of every operator all tensors that it reads and writes are counted, each once; of a matmul
 only what it writes. Twice the bytes of one window less those of two leaves what does not grow with the tokens, and two
-blocks less one leave one whole block: its weights' traffic, without a rule for what counts as a weight.
+blocks less one leave one whole block: its weights' traffic, without a rule for what counts as a weight. What does grow
+is that of the activations, told per token and entry of the hidden state. Widths are a 64th of Llama 3 70B's.
 Writes benchmarks/results/step_traffic.json.
 """
 
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.formats.lazy import settle
+from discquant.solver import chain as chain_module
 from discquant.solver import solve as solve_module
 from discquant.solver.chain import DecoderChain
 from discquant.solver.journal import Journal
@@ -37,8 +39,8 @@ MATMULS = {
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
 }  # fmt: skip
 _MM, _KEEP = torch.mm, Journal.keep
-HIDDEN, INTERMEDIATE, TOKENS = 64, 256, 8
-WEIGHTS = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE
+HIDDEN, INTERMEDIATE, HEADS, TOKENS = 128, 448, 8, 8
+WEIGHTS = 2 * HIDDEN * (HIDDEN + HIDDEN // HEADS) + 3 * HIDDEN * INTERMEDIATE
 
 
 def _bytes(value: Any) -> int:
@@ -53,12 +55,14 @@ class Traffic:
     def __init__(self) -> None:
         self.found: collections.Counter[str] = collections.Counter()
         self.undo = False  # within the copy that takes a failed step back
+        self.simulating = False  # within what a GPU does in one operator
 
     def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Count one operator."""
         schema = func._schema
         aliases = [out.alias_info for out in schema.returns]
-        if any(alias is not None and not alias.is_write for alias in aliases) or "empty" in schema.name:
+        moves_nothing = "empty" in schema.name or "_unsafe_view" in schema.name
+        if self.simulating or moves_nothing or any(a is not None and not a.is_write for a in aliases):
             return  # a view, or nothing written yet
         changed = [
             args[place] if place < len(args) else kwargs.get(argument.name)
@@ -81,11 +85,57 @@ class Traffic:
         self.undo = False
 
 
-def _product(left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-    """torch.mm; a CPU has none from bfloat16 to float32. The conversions are of the tokens' size."""
-    if out_dtype is not None:
-        left, right = left.to(out_dtype), right.to(out_dtype)
-    return _MM(left, right, **kwargs)
+def _product(traffic: Traffic) -> Any:
+    """Return torch.mm with the `out_dtype` that a CPU does not have."""
+
+    def product(
+        left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Tensor:
+        traffic.simulating = True
+        if out_dtype is not None:
+            left, right = left.to(out_dtype), right.to(out_dtype)
+        traffic.simulating = False
+        return _MM(left, right, **kwargs)
+
+    return product
+
+
+# torch's norm as a GPU has it: one kernel forwards, one backwards. A CPU takes it apart.
+torch.library.define("step_traffic::rms_norm", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
+torch.library.define(
+    "step_traffic::rms_norm_backward", "(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> Tensor"
+)
+
+
+@torch.library.impl("step_traffic::rms_norm", "CPU")
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (x.float() * rstd * weight.float()).to(x.dtype), rstd
+
+
+@torch.library.impl("step_traffic::rms_norm_backward", "CPU")
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    pull, unit = dy.float() * weight.float(), x.float() * rstd
+    return (rstd * (pull - unit * (pull * unit).mean(-1, keepdim=True))).to(x.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = torch.ops.step_traffic.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        out: Tensor = y
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        return torch.ops.step_traffic.rms_norm_backward(grads[0].contiguous(), *ctx.saved_tensors), None, None
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+    """torch.nn.functional.rms_norm on a GPU."""
+    y: Tensor = _Norm.apply(x, weight, eps)
+    return y
 
 
 def _step(simulated: Any, blocks: int, windows: int) -> collections.Counter[str]:
@@ -94,7 +144,7 @@ def _step(simulated: Any, blocks: int, windows: int) -> collections.Counter[str]
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=61, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=blocks,
-        num_attention_heads=2,
+        num_attention_heads=HEADS, num_key_value_heads=1,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
     ids = torch.randint(3, 61, (windows, TOKENS))
@@ -117,26 +167,38 @@ def _step(simulated: Any, blocks: int, windows: int) -> collections.Counter[str]
         watch.observe = traffic.observe
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Journal, "keep", lambda *arguments: traffic.keep(*arguments))
+            patch.setattr(torch, "mm", _product(traffic))
+            patch.setattr(torch.nn.functional, "rms_norm", _rms_norm)
             run.advance()
     return traffic.found
 
 
-def measure() -> dict[str, Any]:
-    """Bytes per weight of one block, by operator and in all, and apart what copies for undoing a step add."""
+def measure(norms: bool = True) -> dict[str, Any]:
+    """Bytes per weight and per token of one block, by operator and in all; what copies for undoing a step add, apart.
+
+    Without `norms` those of `transformers` run, as before there was solver/norms.py.
+    """
     spec = importlib.util.spec_from_file_location("run_conftest", Path(__file__).with_name("conftest.py"))
     assert spec is not None and spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "mm", _product)
         # As for a model of usual size: each block is computed again in backward, the teacher at every step.
         patch.setattr(solve_module, "KEEP_GRAPH_BYTES", 0)
         patch.setattr(solve_module, "KEEP_TEACHER_BYTES", 0)
+        if not norms:
+            patch.setattr(chain_module, "rms_norms", lambda block: [])
         simulated = conftest.simulation(patch)
         counts = {(b, w): _step(simulated, b, w) for b in (1, 2) for w in (1, 2)}
     per_block = {
         name: 2 * (counts[2, 1][name] - counts[1, 1][name]) - (counts[2, 2][name] - counts[1, 2][name])
         for name in sorted(set().union(*counts.values()))
+    }
+    per_token = {
+        name: (counts[2, 2][name] - counts[1, 2][name] - counts[2, 1][name] + counts[1, 1][name])
+        / (HIDDEN * TOKENS)
+        for name in per_block
+        if name not in ("mm written", "_scaled_dot_product_flash_attention_for_cpu written")
     }
     each = {name: round(number / WEIGHTS, 3) for name, number in per_block.items()}
     undo = sum(number for name, number in per_block.items() if name.startswith("undo "))
@@ -144,13 +206,21 @@ def measure() -> dict[str, Any]:
         "bytes_per_weight": round((sum(per_block.values()) - undo) / WEIGHTS, 2),
         "undo_bytes_per_weight": round(undo / WEIGHTS, 2),
         "operators": {name: number for name, number in each.items() if number and not name.startswith("undo ")},
+        "bytes_per_token_and_hidden": round(sum(per_token.values()), 1),
+        "operators_of_activations": {name: round(number, 2) for name, number in per_token.items() if number},
         "weights_per_block": WEIGHTS,
     }  # fmt: skip
 
 
 def main() -> None:
     """Write the result."""
-    RESULT.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    import os
+
+    # The kernels run interpreted, whoever starts this.
+    os.environ["TRITON_INTERPRET"] = "1"
+    eager = measure(norms=False)["bytes_per_token_and_hidden"]
+    found = {**measure(), "with_norms_of_transformers": eager}
+    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(RESULT.read_text(encoding="utf-8"))
 
 

@@ -24,4 +24,5 @@ def test_counted_traffic(repo_root: Path) -> None:
     found = module.measure()
     assert found["bytes_per_weight"] <= LIMIT, found["operators"]
     committed = json.loads((repo_root / "benchmarks" / "results" / "step_traffic.json").read_text())
+    assert committed.pop("with_norms_of_transformers") > 1.5 * found["bytes_per_token_and_hidden"]
     assert found == committed, "run python tests/run/step_traffic.py"

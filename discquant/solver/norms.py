@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Root-mean-square norms of a block in one pass: on a GPU torch has a kernel, while `transformers` takes ten operators.
+
+Theirs are half of what a step moves of activations (`python tests/run/step_traffic.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """Return what a norm adds to the mean square, None where it says so under no usual name."""
+    for name in ("variance_epsilon", "eps"):
+        found = getattr(module, name, None)
+        if isinstance(found, float):
+            return found
+    return None
+
+
+@torch.no_grad()
+def is_rms_norm(module: nn.Module) -> bool:
+    """Say whether a module computes weight * x / sqrt(mean(x^2) + eps) over the last dimension, by trying it.
+
+    Its class's own forward runs on the CPU with other numbers in place of its weight, which may be on any device or not
+    in memory at all. Norms that scale by 1 + weight (Gemma's) are others.
+    """
+    parameters = dict(module.named_parameters())
+    epsilon = _epsilon(module)
+    if list(parameters) != ["weight"] or any(True for _ in module.buffers()) or epsilon is None:
+        return False
+    weight = parameters["weight"]
+    if weight.dim() != 1 or isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(weight.shape, generator=generator) + 0.5
+    # So small that the epsilon counts.
+    x = torch.randn(3, weight.numel(), generator=generator) * epsilon**0.5
+    probe = copy.copy(module)
+    probe._parameters = {"weight": nn.Parameter(values, requires_grad=False)}
+    try:
+        found = type(module).forward(probe, x)
+    except Exception:  # a norm that wants more than one tensor is no such norm
+        return False
+    expected = nn.functional.rms_norm(x, weight.shape, values, epsilon)
+    return isinstance(found, Tensor) and found.shape == x.shape and torch.allclose(found, expected, rtol=1e-5)
+
+
+def rms_norms(block: nn.Module) -> list[nn.Module]:
+    """Return the norms of a block that `fused` can run."""
+    return [module for module in block.modules() if not list(module.children()) and is_rms_norm(module)]
+
+
+def _forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    epsilon = _epsilon(module)
+
+    def forward(x: Tensor) -> Tensor:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        # In float32 throughout and rounded once, as engines do; `transformers` rounds before it multiplies by weight.
+        return nn.functional.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
+
+    return forward
+
+
+@contextlib.contextmanager
+def fused(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block, these norms are torch's own."""
+    try:
+        for module in modules:
+            module.__dict__["forward"] = _forward_of(module)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
