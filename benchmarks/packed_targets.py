@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Targets of packed inference against measured rows: `python benchmarks/packed_targets.py [FILE.csv ...]`.
 
-Takes benchmarks/results/packed_linear_cpu.csv and tables of GPUs; one line per target: met, MISSED, or not measured.
+Takes the tables of processors, benchmarks/results/packed-*.csv, and those of GPUs; one line per target: met, MISSED, or not measured.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, default=[RESULTS / "packed_linear_cpu.csv"])
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("packed-*.csv")))
     for path in parser.parse_args().files:
         print(path.name)
         for verdict in verdicts(path):

@@ -3,7 +3,7 @@
 
 Per shape, number of threads and number of tokens, all providers take turns, one call each on weights that left the
 caches, so that other load on the machine meets all alike; the plain read of the same bytes takes its turn too. Then
-tokens/s of the bundled model and of one block of Llama-3-8B's sizes. Writes benchmarks/results/packed_linear_cpu.csv.
+tokens/s of the bundled model and of one block of Llama-3-8B's sizes. Writes results/packed-<processor>.csv.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import re
 import sys
 import tempfile
 import time
@@ -24,6 +25,8 @@ import cpu_providers as providers
 from ggml_peer import Ggml
 from harness import machine
 from packed_targets import verdicts
+
+from discquant import environment
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {
@@ -41,6 +44,16 @@ FIELDS = (
     "torch", "commit", "date",
 )  # fmt: skip
 Row = dict[str, Any]
+
+
+def processor() -> str:
+    """The processor's name for a file: what /proc/cpuinfo calls it, and the best instructions it has."""
+    name = re.sub(
+        r"\(r\)|processor", "", machine()["device"].lower().removeprefix("cpu ").partition(" threads")[0]
+    )
+    found = environment.facts()["extension"].get("cpu_features") or {}
+    best = next((isa for isa in ("amx_int8", "avx512_vnni", "avx512f", "avx2") if found.get(isa)), "")
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {best}").strip("-")
 
 
 def clock(threads: int) -> Any:
@@ -202,8 +215,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.5, help="per shape, threads and tokens")
     parser.add_argument("--ggml", type=Path, help="folder with libggml-base and libggml-cpu (llama.cpp)")
     parser.add_argument("--skip-models", action="store_true", help="no tokens/s")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "packed_linear_cpu.csv")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/packed-<processor>.csv")
     options = parser.parse_args()
+    options.out = options.out or HERE / "results" / f"packed-{processor()}.csv"
     library = None
     if options.ggml is not None:
         library = Ggml(options.ggml)

@@ -170,10 +170,11 @@ def refine() -> str:
 
 
 def cpu() -> str:
-    """Targets of packed inference on the CPU that was measured last."""
-    path = RESULTS / "packed_linear_cpu.csv"
-    if not path.exists():
-        return MISSING
+    """Targets of packed inference on every processor that was measured."""
+    return "\n\n".join(map(_processor, sorted(RESULTS.glob("packed-*.csv")))) or MISSING
+
+
+def _processor(path: Path) -> str:
     with path.open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
     found: dict[str, dict[str, str]] = {}
@@ -183,7 +184,9 @@ def cpu() -> str:
         found.setdefault(head, {})[what] = "not measured" if verdict.value is None else f"{verdict.value:.2f}"
         limits[what] = f"{'≤' if verdict.at_most else '≥'} {verdict.limit:g}"
     body = [[what, *(cells[what] for cells in found.values()), limit] for what, limit in limits.items()]
-    head = f"{last['device'].removeprefix('cpu ')}, torch {last['torch']}, {last['date']}"
+    best = {"amx": "AMX", "vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
+    isa = next(name for stem, name in best.items() if stem in path.stem)
+    head = f"{last['device'].removeprefix('cpu ')} with {isa}, torch {last['torch']}, {last['date']}"
     return f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', *found, 'target'], body)}"
 
 

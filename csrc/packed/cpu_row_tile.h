@@ -60,9 +60,11 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
   // Few sums leave the multiplier idle while it waits for its own result: split them (integers, so exactly).
   constexpr int kSums = kStrips * kTokens * kPlanes;
   constexpr int kChains = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
-  // One token of 8 bits reads as fast as plain loads do, and on Zen 4 faster without: 0.94 against 0.74 of the roof at 4
-  // bits, 0.88 against 0.82 at 3. With two planes it is the other way round, above all at 3 bits: 0.95 against 0.70.
-  constexpr bool kPrefetch = V::kPrefetchAlways || kPlanes == 2 || kTokens > 1;
+  // One token of 8 bits at 4 bits reads as fast as plain loads do; on Zen 4 a large layer is faster without, 0.92 against
+  // 0.82 of the roof, a smaller one as fast. Else it is the other way round: at 3 bits 0.70 to 0.94 without, 0.88 to 1.05
+  // with it, with two planes 0.53 to 0.80 against 0.83 to 0.95 (all kernels in turn on all buffers: where a buffer lies
+  // moves a single measurement by more than that).
+  constexpr bool kPrefetch = V::kPrefetchAlways || kPlanes == 2 || kTokens > 1 || kBits == 3;
   constexpr uint32_t kMask = kBits == 4 ? 0x0f0f0f0fu : 0x07070707u;
   constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;  // to the same rows of the next quad
   const I mask = V::set1(static_cast<int32_t>(kMask));
