@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Targets of packed inference against measured rows: `python benchmarks/packed_targets.py [FILE.csv ...]`.
 
-Takes the tables of processors, benchmarks/results/packed-*.csv, and those of GPUs; one line per target: met, MISSED, or not measured.
+Takes the tables of processors, results/packed-*.csv, and those of GPUs; one line per target: met, MISSED, not measured.
 """
 
 from __future__ import annotations
