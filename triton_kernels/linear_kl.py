@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """KL divergence behind a frozen head, in chunks of tokens: matmul, one pass for two log-sum-exps, one for KL and d.
 
-Per chunk of C tokens: z = h W^T by cuBLAS with float32 output; one program per token reads both rows of z twice and
-writes q - p in the matmul's dtype; one matmul brings it back to the hidden state. 10 C V bytes of scratch in all
-(two float32 logits, one 16-bit difference), never tokens x vocabulary; the head's gradient is never computed.
+Per chunk of C tokens: z = h W^T by cuBLAS with float32 output, both models' tokens in one matmul, so that the head is
+read once; one program per token reads both rows of z twice and writes q - p in the matmul's dtype; one matmul brings it
+back to the hidden state. 10 C V bytes of scratch in all (two float32 logits, one 16-bit difference), never tokens x
+vocabulary; the head's gradient is never computed.
 """
 
 from __future__ import annotations
@@ -167,15 +168,17 @@ def linear_kl_fwd(
     rows = chunk_rows(chunk_size, vocab_size, 2 * acc.itemsize + operand.itemsize)
     # Scratch is allocated once; rows start at multiples of 64 bytes whatever the vocabulary, as matmuls like it.
     height, width = min(rows, num_tokens), triton.cdiv(vocab_size, 32) * 32
-    z_s = student.new_empty((height, width), dtype=acc)[:, :vocab_size]
-    z_t = student.new_empty((height, width), dtype=acc)[:, :vocab_size]
+    logits = student.new_empty((2 * height, width), dtype=acc)[:, :vocab_size]
+    both = student.new_empty((2 * height, student.shape[1]), dtype=operand)
     diff = student.new_empty((height, width), dtype=operand)[:, :vocab_size]
     hidden = student.new_empty((height, student.shape[1]), dtype=acc)
     for start in range(0, num_tokens, rows):
         part = slice(start, min(start + rows, num_tokens))
         count = part.stop - start
-        _matmul(z_s[:count], student[part].to(operand), head.t())
-        _matmul(z_t[:count], teacher[part].to(operand), head.t())
+        both[:count] = student[part]
+        both[count : 2 * count] = teacher[part]
+        _matmul(logits[: 2 * count], both[: 2 * count], head.t())
+        z_s, z_t = logits[:count], logits[count : 2 * count]
         _linear_kl_fwd_kernel[(count,)](
             per_token[part], diff, z_s, z_t, z_s if bias is None else bias, student if mask is None else mask[part],
             vocab_size, z_s.stride(0), diff.stride(0),
@@ -184,9 +187,8 @@ def linear_kl_fwd(
             HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=16 if block_v >= 4096 else 8,
         )  # fmt: skip
         _matmul(hidden[:count], diff[:count], head)
-        scaled = hidden[:count] * inverse
+        torch.mul(hidden[:count], inverse, out=grad[part])  # rounded as it is stored
         if mask is not None:
-            # where, not a product: a row of an infinite head times zero is NaN.
-            scaled = torch.where(mask[part].unsqueeze(1), scaled, 0.0)
-        grad[part] = scaled.to(grad.dtype)
+            # Not by a product: a row of an infinite head times zero is NaN.
+            grad[part].masked_fill_(~mask[part].unsqueeze(1), 0.0)
     return per_token.sum() * inverse, per_token, grad
