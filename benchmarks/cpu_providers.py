@@ -67,7 +67,7 @@ class Weight:
 def ours(weight: Weight, bits: int, modes: tuple[str, ...]) -> list[Provider]:
     """The operator itself, in each mode over the same buffers; what Python's checks add is in the tokens/s.
 
-    In a turn no two modes use the same copy: the second would find it in the cache.
+    No two modes use the same copy in a turn or soon after: the second would find it in the cache.
     """
     words = packing.pack(weight.q[bits], num_bits=bits, group_size=GROUP, layout="cpu")
     step = packing.pack_groups(weight.scale, layout="cpu")
@@ -78,12 +78,15 @@ def ours(weight: Weight, bits: int, modes: tuple[str, ...]) -> list[Provider]:
     def call(w: Tensor, s: Tensor, mode: str) -> Call:
         return lambda x: op(x, w, s, None, None, *sizes, MODES[mode], -1)
 
+    def first(place: int) -> int:
+        return place * len(kept) // len(modes)
+
     return [
         Provider(
             f"discquant {mode}",
             bits,
             num_bytes,
-            [call(w, s, mode) for w, s in kept[i:] + kept[:i]],
+            [call(w, s, mode) for w, s in kept[first(i) :] + kept[: first(i)]],
             torch.bfloat16,
         )
         for i, mode in enumerate(modes)

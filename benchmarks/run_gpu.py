@@ -28,8 +28,8 @@ ROOT = HERE.parent
 LOGS = ROOT / "build" / "gpu"
 PACKED_TABLE = ROOT / "discquant" / "ops" / "packed_linear_table.json"
 # On a GPU these run the compiled kernels on it, unmarked tests included; what compiles or emulates needs none.
-TESTS = ("tests/ops", "tests/packed", "tests/solver/test_soft_block.py")
-ELSEWHERE = ("tests/ops/test_aot.py", "tests/ops/test_compiled_step.py", "tests/packed/test_native.py")
+TESTS = ("tests/ops", "tests/packed", "tests/solver/test_soft_block.py", "tests/solver/test_norms.py")
+ELSEWHERE = ("tests/ops/test_aot.py", "tests/ops/test_compiled_kernels.py", "tests/packed/test_native.py")
 SANITIZERS = "tests/packed/test_gpu.py::test_compute_sanitizer"
 OPTIONAL = ("liger_kernel", "cut_cross_entropy", "bitsandbytes", "torchao", "matplotlib", "hypothesis")
 # The most telling first: a cut loses the least. Limits in seconds, from the rows of the default set (6, 26, 20, 100,
@@ -157,7 +157,8 @@ def _tune(options: argparse.Namespace) -> Iterator[Step]:
         # The file itself: this process began before the package was installed and cannot import it.
         table = json.loads(PACKED_TABLE.read_text(encoding="utf-8"))
         major, minor = torch.cuda.get_device_capability()
-        known = f"sm_{major}{minor}" in table["devices"]
+        measured = table["devices"].get(f"sm_{major}{minor}", {}).get("measured") or {}
+        known = set(measured.get("bits", ())) == {"3", "4"}
     if options.tune or not known:
         packed = [sys.executable, str(HERE / "tune_packed_linear.py"), "--seconds", "120"]
         yield Step("tune_packed", 140, [Command("tune_packed", packed)])
@@ -268,6 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     wanted = [step for step in options.steps.split(",") if step]
     options.benches = [stem for stem in options.benches.split(",") if stem]
+    if options.copy_to is not None:
+        inside = options.copy_to.resolve()
+        if inside.is_relative_to(LOGS.resolve()) or inside.is_relative_to((HERE / "results").resolve()):
+            parser.error(f"--copy-to must lie outside of what it copies, got {options.copy_to}")
     if unknown := [step for step in wanted if step not in every]:
         parser.error(f"unknown step {unknown[0]}")
     if unknown := [stem for stem in options.benches if stem not in BENCHES]:
@@ -288,7 +293,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = execute(step, max(5.0, end - start - reserve))
         failed += _report(step, found, time.monotonic() - start)
         if options.copy_to is not None:
-            archive(options.copy_to)
+            try:
+                archive(options.copy_to)
+            except OSError as cause:  # the steps are worth more than their copy
+                print(f"run_gpu: --copy-to: {cause}", file=sys.stderr)
         if step.name == "build" and failed:
             # Everything but the packed CUDA kernels still runs.
             plain = [*_INSTALL] if not options.dry_run else [sys.executable, "-c", "pass"]

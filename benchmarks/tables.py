@@ -185,8 +185,8 @@ def _processor(path: Path) -> str:
         limits[what] = f"{'≤' if verdict.at_most else '≥'} {verdict.limit:g}"
     body = [[what, *(cells[what] for cells in found.values()), limit] for what, limit in limits.items()]
     best = {"amx": "AMX", "vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
-    isa = next(name for stem, name in best.items() if stem in path.stem)
-    head = f"{last['device'].removeprefix('cpu ')} with {isa}, torch {last['torch']}, {last['date']}"
+    isa = next((f" with {name}" for stem, name in best.items() if stem in path.stem), "")
+    head = f"{last['device'].removeprefix('cpu ')}{isa}, torch {last['torch']}, {last['date']}"
     return f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', *found, 'target'], body)}"
 
 

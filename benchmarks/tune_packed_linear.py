@@ -93,8 +93,10 @@ def write(
     facts = machine()
     document = json.loads(path.read_text(encoding="utf-8"))
     before = document["devices"].get(key, document["devices"]["default"])
+    known = set((before["measured"] or {}).get("bits", ())) | set(bounds)
     document["devices"][key] = {
-        "measured": {name: facts[name] for name in ("device", "driver", "torch", "commit", "date")},
+        "measured": {name: facts[name] for name in ("device", "driver", "torch", "commit", "date")}
+        | {"bits": sorted(known)},
         "dense_tokens": {**before["dense_tokens"], **bounds},
         "prefill_tokens": {**before["prefill_tokens"], **ranges},
     }

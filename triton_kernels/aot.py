@@ -2,7 +2,7 @@
 """Compile kernels without a GPU, exactly as their launchers would: python -m discquant.triton_kernels.aot.
 
 The launchers run on meta tensors while `JITFunction.run` only records; each recorded launch is then compiled for every
-target, and registers, spills, shared memory, tensor-core instructions and (of the projected step) instructions per
+target, and registers, spills, shared memory, tensor-core instructions and (of elementwise kernels) instructions per
 element are read from the machine code. Results are kept by content hash (source of the kernel and of all it calls,
 types, constants, options, Triton, target, what is read).
 """
@@ -131,7 +131,8 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
     kinds = [kind for kind in ("wgmma.mma_async", "mma.sync") if kind in ptx]
     shape = {name: int(launch.constants.get(name, 1)) for name in ("BLOCK_M", "BLOCK_K", "TILES")}
     count = slow = ""
-    if "TILES" in launch.constants:  # elementwise: a program walks TILES blocks
+    if "TILES" in launch.constants or "soft_weight" in launch.kernel.__name__:
+        # Elementwise: a program walks TILES blocks, or one.
         elements = shape["BLOCK_M"] * shape["BLOCK_K"] // (32 * int(launch.options.get("num_warps", 4)))
         count, slow = (
             f"{n:.1f}"

@@ -98,16 +98,32 @@ def divide(numerator, denominator):
 
 
 @triton.jit
-def divide_code(code, DENOMINATOR: tl.constexpr, INVERSE: tl.constexpr):
-    """code / DENOMINATOR, correctly rounded for every code in use (a test tries them all), in three instructions.
+def divide_code(code, DENOMINATOR: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr):
+    """code / DENOMINATOR, correctly rounded for every code in use (a test tries them all), in two instructions.
 
-    INVERSE is the float32 reciprocal; the remainder of the first guess is exact in a fused multiply-add.
+    INVERSE is the float32 reciprocal, REST what it lacks: together they are exact to 48 bits.
     """
     if INTERPRETED or code.dtype != tl.float32:
         return divide(code, DENOMINATOR)
     else:
-        guess = code * INVERSE
-        return tl.fma(tl.fma(guess, -DENOMINATOR, code), INVERSE, guess)
+        return tl.fma(code, INVERSE, code * REST)
+
+
+@triton.jit
+def byte_minus(code, offset):
+    """code - offset, uint8 less integers in float32: exact. Four codes at a time, so for whole tiles only."""
+    if INTERPRETED:
+        return code.to(tl.float32) - offset
+    else:
+        # A byte below the exponent of 2^23 is 2^23 + code, without a slow conversion.
+        shifted = tl.inline_asm_elementwise(
+            """
+            prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;
+            prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;
+            """,
+            "=&f,=&f,=&f,=&f,r", [code], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+        return shifted - (offset + 8388608.0)
 
 
 @triton.jit
@@ -191,23 +207,48 @@ def one_minus_twice(value):
 
 
 @triton.jit
+def nibbles_minus(pair, offset):
+    """Low and high nibbles less integers in float32, exact: `byte_minus` of two codes per byte."""
+    if INTERPRETED:
+        return (pair & 15).to(tl.float32) - offset, (pair >> 4).to(tl.float32) - offset
+    else:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b;
+            and.b32 a, $8, 0x0F0F0F0F; shr.u32 b, $8, 4; and.b32 b, b, 0x0F0F0F0F;
+            prmt.b32 $0, a, 0x4B000000, 0x7440; prmt.b32 $1, a, 0x4B000000, 0x7441;
+            prmt.b32 $2, a, 0x4B000000, 0x7442; prmt.b32 $3, a, 0x4B000000, 0x7443;
+            prmt.b32 $4, b, 0x4B000000, 0x7440; prmt.b32 $5, b, 0x4B000000, 0x7441;
+            prmt.b32 $6, b, 0x4B000000, 0x7442; prmt.b32 $7, b, 0x4B000000, 0x7443;
+            }""",
+            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r", [pair], dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
+        )  # fmt: skip
+        return low - (offset + 8388608.0), high - (offset + 8388608.0)
+
+
+@triton.jit
 def decode_position(code, KIND: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr = False):
     """Codes to positions, correctly rounded; FAST may miss the last bit of float32 but not at 0, 1/2 and 1."""
-    value = code.to(ACC)
     if FAST and ACC == tl.float32:
+        value = code.to(ACC)
         if KIND == U8:
             value = value * 0.003921568859368563
         elif KIND == U16:
             value = value * 1.5259021893143654e-05
         elif KIND == REF8:
             value = (value - 63.0) * 0.007936508394777775
-    elif KIND == U8:
-        value = divide_code(value, 255.0, 0.003921568859368563)
+        return value
+    elif KIND == FLOATING:
+        return code.to(ACC)
     elif KIND == U16:
-        value = divide_code(value, 65535.0, 1.5259021893143654e-05)
-    elif KIND == REF8:
-        value = divide_code(value - 63.0, 126.0, 0.007936508394777775)
-    return value
+        return divide_code(code.to(ACC), 65535.0, 1.5259021893143654e-05, 3.552767888909125e-15)
+    else:
+        FIRST: tl.constexpr = 63.0 if KIND == REF8 else 0.0
+        value = byte_minus(code, FIRST) if ACC == tl.float32 else code.to(ACC) - FIRST
+        if KIND == U8:
+            return divide_code(value, 255.0, 0.003921568859368563, -2.319175823606301e-10)
+        else:
+            return divide_code(value, 126.0, 0.007936508394777775, -4.582698387434192e-10)
 
 
 @triton.jit
@@ -220,22 +261,51 @@ def load_masked(ptr, mask, other=0):
 
 
 @triton.jit
+def load_pairs(q_ptr, stride_m, stride_k, offs_m, mask_m, k0, in_features, BLOCK_K: tl.constexpr):
+    """Load [BLOCK_M, BLOCK_K / 2] bytes of two 4-bit codes each, low nibble first, from column k0 on."""
+    offs_b = k0 // 2 + tl.arange(0, BLOCK_K // 2)
+    mask = None if mask_m is None else mask_m[:, None] & (offs_b < (in_features + 1) // 2)[None, :]
+    return load_masked(q_ptr + offs_m[:, None] * stride_m + offs_b[None, :] * stride_k, mask)
+
+
+@triton.jit
 def load_codes(
     q_ptr, stride_m, stride_k, offs_m, mask_m, k0, in_features, BLOCK_K: tl.constexpr, PACKED: tl.constexpr
 ):
-    """Load [BLOCK_M, BLOCK_K] codes from column k0 on; PACKED has two 4-bit codes per byte, low nibble first.
+    """Load [BLOCK_M, BLOCK_K] codes from column k0 on; PACKED has two 4-bit codes per byte.
 
-    Without `mask_m` (None) the tile lies inside the tensor; so in all loads below.
+    Without `mask_m` (None) the tile lies inside the tensor; so in all loads here.
     """
     if PACKED:
-        offs_b = k0 // 2 + tl.arange(0, BLOCK_K // 2)
-        mask = None if mask_m is None else mask_m[:, None] & (offs_b < (in_features + 1) // 2)[None, :]
-        pair = load_masked(q_ptr + offs_m[:, None] * stride_m + offs_b[None, :] * stride_k, mask)
+        pair = load_pairs(q_ptr, stride_m, stride_k, offs_m, mask_m, k0, in_features, BLOCK_K)
         return tl.interleave(pair & 15, pair >> 4)
     else:
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask = None if mask_m is None else mask_m[:, None] & (offs_k < in_features)[None, :]
         return load_masked(q_ptr + offs_m[:, None] * stride_m + offs_k[None, :] * stride_k, mask)
+
+
+@triton.jit
+def load_codes_minus(
+    q_ptr,
+    stride_m,
+    stride_k,
+    offs_m,
+    mask_m,
+    k0,
+    in_features,
+    offset,
+    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """`load_codes` less an integer, in float32."""
+    if PACKED:
+        pair = load_pairs(q_ptr, stride_m, stride_k, offs_m, mask_m, k0, in_features, BLOCK_K)
+        low, high = nibbles_minus(pair, offset)
+        return tl.interleave(low, high)
+    else:
+        codes = load_codes(q_ptr, stride_m, stride_k, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED)
+        return byte_minus(codes, offset)
 
 
 @triton.jit

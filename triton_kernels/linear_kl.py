@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """KL divergence behind a frozen head, in chunks of tokens: matmul, one pass for two log-sum-exps, one for KL and d.
 
-Per chunk of C tokens: z = h W^T by cuBLAS with float32 output, both models' tokens in one matmul, so that the head is
-read once; one program per token reads both rows of z twice and writes q - p in the matmul's dtype; one matmul brings it
-back to the hidden state. 10 C V bytes of scratch in all (two float32 logits, one 16-bit difference), never tokens x
-vocabulary; the head's gradient is never computed.
+Per chunk of C tokens: z = h W^T by cuBLAS with float32 output; one program per token reads both rows of z twice and
+writes q - p in the matmul's dtype; one matmul brings it back to the hidden state. 10 C V bytes of scratch in all
+(two float32 logits, one 16-bit difference), never tokens x vocabulary; the head's gradient is never computed.
 """
 
 from __future__ import annotations
@@ -168,17 +167,16 @@ def linear_kl_fwd(
     rows = chunk_rows(chunk_size, vocab_size, 2 * acc.itemsize + operand.itemsize)
     # Scratch is allocated once; rows start at multiples of 64 bytes whatever the vocabulary, as matmuls like it.
     height, width = min(rows, num_tokens), triton.cdiv(vocab_size, 32) * 32
-    logits = student.new_empty((2 * height, width), dtype=acc)[:, :vocab_size]
-    both = student.new_empty((2 * height, student.shape[1]), dtype=operand)
+    z_s = student.new_empty((height, width), dtype=acc)[:, :vocab_size]
+    z_t = student.new_empty((height, width), dtype=acc)[:, :vocab_size]
     diff = student.new_empty((height, width), dtype=operand)[:, :vocab_size]
     hidden = student.new_empty((height, student.shape[1]), dtype=acc)
     for start in range(0, num_tokens, rows):
         part = slice(start, min(start + rows, num_tokens))
         count = part.stop - start
-        both[:count] = student[part]
-        both[count : 2 * count] = teacher[part]
-        _matmul(logits[: 2 * count], both[: 2 * count], head.t())
-        z_s, z_t = logits[:count], logits[count : 2 * count]
+        # Not both in one: equal rows at other places of a matmul may round differently, and KL(p | p) would not be 0.
+        _matmul(z_s[:count], student[part].to(operand), head.t())
+        _matmul(z_t[:count], teacher[part].to(operand), head.t())
         _linear_kl_fwd_kernel[(count,)](
             per_token[part], diff, z_s, z_t, z_s if bias is None else bias, student if mask is None else mask[part],
             vocab_size, z_s.stride(0), diff.stride(0),

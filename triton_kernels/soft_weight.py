@@ -21,7 +21,9 @@ from .common import (
     group_mode,
     interpolate,
     load_codes,
+    load_codes_minus,
     load_grouped,
+    load_masked,
     load_slope,
 )
 
@@ -33,15 +35,18 @@ def _soft_weight_fwd_kernel(
     stride_om, stride_ok, stride_qm, stride_qk, stride_fm, stride_fk, stride_sm, stride_sg, stride_zm, stride_zg,
     ZERO: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_TABLE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     k0 = tl.program_id(0).to(tl.int64) * BLOCK_K
     offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = k0 + tl.arange(0, BLOCK_K)
-    mask_m = offs_m < out_features
-    mask = mask_m[:, None] & (offs_k < in_features)[None, :]
-    q = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED)
-    code = tl.load(frac_ptr + offs_m[:, None] * stride_fm + offs_k[None, :] * stride_fk, mask=mask, other=0)
+    if EVEN:  # no tile reaches past an edge
+        mask_m = None
+        mask = None
+    else:
+        mask_m = offs_m < out_features
+        mask = mask_m[:, None] & (offs_k < in_features)[None, :]
+    code = load_masked(frac_ptr + offs_m[:, None] * stride_fm + offs_k[None, :] * stride_fk, mask)
     step = load_grouped(
         scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
     )
@@ -62,7 +67,17 @@ def _soft_weight_fwd_kernel(
             GROUP,
         )
     position = decode_position(code, KIND, ACC)
-    weight = interpolate(q, position, step, zero, table_ptr, HAS_TABLE, LEVELS, ACC)
+    if HAS_TABLE or ACC != tl.float32:
+        q = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED)
+        weight = interpolate(q, position, step, zero, table_ptr, HAS_TABLE, LEVELS, ACC)
+    else:
+        FIRST: tl.constexpr = 0.0 if HAS_ZERO else ZERO
+        q = load_codes_minus(
+            q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, FIRST, BLOCK_K, PACKED
+        )
+        if HAS_ZERO:
+            q -= zero
+        weight = step * (q + position)
     out = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok
     tl.store(out, cast(weight, out_ptr.dtype.element_ty), mask=mask)
 
@@ -122,7 +137,8 @@ def soft_weight_fwd(
         ZERO=0.0 if table is not None else float(2 ** (num_bits - 1)), LEVELS=2**num_bits,
         KIND=frac_kind(frac.dtype, is_reference), PACKED=q_down.shape[1] != cols,
         HAS_ZERO=zero_point is not None, HAS_TABLE=table is not None, MODE=mode, GROUP=group, ACC=DTYPES[acc],
-        BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4, enable_fp_fusion=False,
+        EVEN=rows % block_m == 0 and cols % block_k == 0, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

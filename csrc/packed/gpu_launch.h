@@ -38,6 +38,7 @@ Clusters clusters_at_once(const GpuDevice& device, int threads, int bytes) {
   if (cudaGetDevice(&index) != cudaSuccess || index >= kDevices) index = -1;
   uint64_t packed = index < 0 ? 0 : known[index].load(std::memory_order_relaxed);
   if (packed == 0) {
+    bool asked = true;
     packed = static_cast<uint64_t>(device.multiprocessors);
     for (int i = 1; i < 4 && compiled_for_sm90<kKernel>(); ++i) {
       cudaLaunchAttribute size{};
@@ -53,10 +54,11 @@ Clusters clusters_at_once(const GpuDevice& device, int threads, int bytes) {
       if (cudaOccupancyMaxActiveClusters(&found, kKernel, &config) != cudaSuccess) {
         cudaGetLastError();  // told here: no clusters of that size
         found = 0;
+        asked = false;  // and once more at the next launch
       }
       packed |= static_cast<uint64_t>(found < 0xffff ? found : 0xffff) << 16 * i;
     }
-    if (index >= 0) known[index].store(packed, std::memory_order_relaxed);
+    if (index >= 0 && asked) known[index].store(packed, std::memory_order_relaxed);
   }
   Clusters clusters{};
   for (int i = 0; i < 4; ++i) clusters.at_once[i] = static_cast<int>(packed >> 16 * i & 0xffff);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -27,28 +28,33 @@ def _epsilon(module: nn.Module) -> float | None:
 def is_rms_norm(module: nn.Module) -> bool:
     """Say whether a module computes weight * x / sqrt(mean(x^2) + eps) over the last dimension, by trying it.
 
-    Its class's own forward runs on the CPU with other numbers in place of its weight, which may be on any device or not
-    in memory at all. Norms that scale by 1 + weight (Gemma's) are others.
+    Its class's own forward, which must take one tensor and nothing besides, runs on the CPU with other numbers in place
+    of its weight, which may be on any device or not in memory at all. Norms that scale by 1 + weight (Gemma's) are
+    others, and so is one whose forward somebody has replaced.
     """
     parameters = dict(module.named_parameters())
     epsilon = _epsilon(module)
     if list(parameters) != ["weight"] or any(True for _ in module.buffers()) or epsilon is None:
         return False
     weight = parameters["weight"]
-    if weight.dim() != 1 or isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+    alone = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if len(alone) != 1 or alone[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return False  # a gate that may be left out, say
+    if weight.dim() != 1 or isinstance(module, (nn.RMSNorm, nn.LayerNorm)) or "forward" in module.__dict__:
         return False
     generator = torch.Generator().manual_seed(0)
-    values = torch.rand(weight.shape, generator=generator) + 0.5
+    float32 = {"dtype": torch.float32, "device": torch.device("cpu")}
+    values = torch.rand(weight.shape, generator=generator, **float32) + 0.5
     # So small that the epsilon counts.
-    x = torch.randn(3, weight.numel(), generator=generator) * epsilon**0.5
+    x = torch.randn((3, weight.numel()), generator=generator, **float32) * epsilon**0.5
     probe = copy.copy(module)
     probe._parameters = {"weight": nn.Parameter(values, requires_grad=False)}
+    expected = nn.functional.rms_norm(x, weight.shape, values, epsilon)
     try:
         found = type(module).forward(probe, x)
-    except Exception:  # a norm that wants more than one tensor is no such norm
+        return bool(torch.allclose(found, expected, rtol=1e-5))
+    except Exception:  # whatever it wants, it is not such a norm
         return False
-    expected = nn.functional.rms_norm(x, weight.shape, values, epsilon)
-    return isinstance(found, Tensor) and found.shape == x.shape and torch.allclose(found, expected, rtol=1e-5)
 
 
 def rms_norms(block: nn.Module) -> list[nn.Module]:

@@ -120,6 +120,13 @@ def _lop3(a: Any, b: Any, c: Any, table: Any) -> Any:
     return result
 
 
+def _short(bits: Any) -> Any:
+    """float32 to bfloat16, to nearest even; bits of both."""
+    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(nan, np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
 def _dp4a(a: Any, b: Any, c: Any) -> Any:
     for shift in (np.uint32(0), np.uint32(8), np.uint32(16), np.uint32(24)):
         c = c + ((a >> shift) & np.uint32(255)) * ((b >> shift) & np.uint32(255))
@@ -215,6 +222,8 @@ class Block:
             return operands[0] if mask.all() else None
         if name.startswith(("ld.", "st.", "atom.", "red.")):
             self._access(name, operands, mask)
+        elif name.startswith(("ldmatrix", "stmatrix")):
+            self._matrix(name, operands, mask)
         elif name.startswith("mov") and "{" in rest:
             self._move_parts(operands, mask)
         elif not name.startswith("bar"):
@@ -231,6 +240,22 @@ class Block:
         else:
             parts = [self.value(name, np.uint16).astype(np.uint32) for name in (low, high)]
             self.put(operands[0], parts[0] | parts[1] << np.uint32(16), mask)
+
+    def _matrix(self, name: str, operands: list[str], mask: Any) -> None:
+        """8 x 8 tiles of 16 bits: lanes 8 j to 8 j + 7 hold addresses of tile j's rows; lane l gets bits of row l / 4."""
+        assert mask.all() and ".m8n8." in name and ".shared" in name and ".trans" not in name
+        load = name.startswith("ld")
+        place, registers = (operands[1], operands[0]) if load else (operands[0], operands[1])
+        base, _, offset = place[1:-1].partition("+")
+        rows = self.value(base.strip(), np.int64) + int(offset or "0", 0)
+        lane = np.arange(self.threads) % 32
+        first = np.arange(self.threads) - lane
+        for tile, register in enumerate(re.findall(r"%\w+", registers)):
+            address = rows[first + 8 * tile + lane // 4] + 4 * (lane % 4)
+            if load:
+                self.put(register, self.shared.load(address, 4), mask)
+            else:
+                self.shared.store(address, self.value(register, np.uint32), 4)
 
     def _access(self, name: str, operands: list[str], mask: Any) -> None:
         size = int(name.rsplit(".", 1)[1][1:]) // 8
@@ -269,12 +294,22 @@ class Block:
         parts = name.split(".")
         if name in FLOAT:
             return FLOAT[name](*(self.value(o, np.float32) for o in operands)).astype(np.float32)
+        if parts[0] == "cvt" and parts[1] == "rn" and parts[2].startswith("bf16"):
+            assert parts[3] == "f32"
+            # The first of two is the upper half.
+            halves = [_short(self.value(o, np.uint32)) for o in operands]
+            return halves[0] if len(halves) == 1 else halves[0].astype(np.uint32) << np.uint32(16) | halves[1]
         if parts[0] == "cvt":
             return self._convert(parts, operands[0])
         if name.endswith(".pred"):
             given = [self.value(o, np.uint32) != 0 for o in operands]
             return {"mov": lambda a: a, "not": np.invert, "and": np.logical_and, "or": np.logical_or,
                     "xor": np.logical_xor}[parts[0]](*given)  # fmt: skip
+        if parts[-1] == "u16x2":  # two halves, each for itself
+            left, right = (self.value(o, np.uint32).view(np.uint16) for o in operands)
+            return {"min": np.minimum, "max": np.maximum, "add": np.add}[parts[0]](left, right).view(
+                np.uint32
+            )
         size = parts[-1][1:]
         dtype = {"s": {"16": np.int16, "32": np.int32, "64": np.int64}, "f": {"32": np.float32}}.get(
             parts[-1][0], WIDTHS

@@ -24,6 +24,11 @@ KERNELS = {
 STEP_LIMITS = {"momentum": 51.0, "lion": 56.0, "adamw": 90.0}
 
 
+# Of making a weight from 8-bit places on 4-bit codes: with masks in every tile and slow conversions 23 and 24, and 0.88
+# of copy bandwidth.
+WEIGHT_LIMITS = {"soft_weight/u8-g64": 17.0, "soft_weight/u8-g128-zero": 18.5}
+
+
 def _compile(repo_root, tmp_path, *options):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
@@ -61,8 +66,10 @@ def test_default_configurations(repo_root, tmp_path, target):
     limits = dict(STEP_LIMITS) if target == "90" else {}
     for row in rows:
         family, _, name = row["case"].partition("/")
-        if limits and family == "projected_step" and name.endswith("8bit-f32grad-g64"):
+        if target == "90" and family == "projected_step" and name.endswith("8bit-f32grad-g64"):
             assert float(row["instructions_per_element"]) <= limits.pop(name.split("-")[0]), row
+        if target == "90" and row["case"] in WEIGHT_LIMITS:
+            assert float(row["instructions_per_element"]) <= WEIGHT_LIMITS[row["case"]], row
     assert not limits
 
 

@@ -224,10 +224,13 @@ def test_rejects_bad_input(make_problem):
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 class TestProperties:
-    def test_zero_for_equal_states(self, impl, make_problem):
-        (student, _, weight), _ = make_problem("aligned")
-        result = linear_kl(student, student, weight, impl=impl)
-        assert result.loss == 0
+    @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+    @pytest.mark.parametrize("name", [name for name in CASES if name != "empty"])
+    def test_zero_for_equal_states(self, impl, make_problem, name, dtype):
+        """Exactly, so both models' logits must come from one way of rounding."""
+        (student, _, weight), case = make_problem(name, dtype)
+        result = linear_kl(student, student.clone(), weight, **case, impl=impl)
+        assert result.loss == 0 and not result.per_token.any()
         assert torch.equal(result.grad_student, torch.zeros_like(student))
 
     def test_shift_invariance(self, impl, make_problem):

@@ -345,12 +345,19 @@ def test_llama_shapes_on_gpu(dtype, make_grid, assert_close):
     assert_close(soft_weight(*grid[:4], **kwargs, dtype=dtype, impl="triton"), oracle, baseline)
 
 
-@pytest.mark.parametrize(("low", "high", "denominator"), [(0, 255, 255), (0, 65535, 65535), (-63, 192, 126)])
-def test_quotient_by_two_fused_multiply_adds(low, high, denominator):
+@pytest.mark.parametrize(
+    ("low", "high", "denominator", "rest"),
+    [
+        (0, 255, 255, -2.319175823606301e-10),
+        (0, 65535, 65535, 3.552767888909125e-15),
+        (-63, 192, 126, -4.582698387434192e-10),
+    ],
+)
+def test_quotient_by_a_reciprocal_in_two_parts(low, high, denominator, rest):
     """What `common.divide_code` does on a GPU, in exact rationals: always the correctly rounded quotient."""
     inverse = np.float32(1) / np.float32(denominator)
+    assert np.float32(float(Fraction(1, denominator) - Fraction(float(inverse)))) == np.float32(rest)
     for code in range(low, high + 1):
-        guess = np.float32(code) * inverse
-        rest = np.float32(float(Fraction(code) - Fraction(float(guess)) * denominator))
-        found = np.float32(float(Fraction(float(guess)) + Fraction(float(rest)) * Fraction(float(inverse))))
-        assert found == np.float32(code / denominator), code
+        small = np.float32(float(Fraction(code) * Fraction(rest)))
+        found = Fraction(code) * Fraction(float(inverse)) + Fraction(float(small))
+        assert np.float32(float(found)) == np.float32(code / denominator), code

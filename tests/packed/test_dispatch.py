@@ -229,6 +229,7 @@ def test_tuning_writes_what_the_table_reads(
     written = table.parse(json.loads(path.read_text()))
     assert written["sm_99"]["dense_tokens"] == {"3": 41, "4": 60}
     assert written["sm_99"]["prefill_tokens"] == {"3": [17, 400], "4": [33, 64]}
+    assert [written[key]["measured"]["bits"] for key in ("sm_99", "sm_98")] == [["3", "4"], ["3"]]
     default = written["default"]["dense_tokens"]["4"]
     assert written.pop("sm_98")["dense_tokens"] == {"3": 70, "4": default}
     assert {name: entry for name, entry in written.items() if name != "sm_99"} == table.load()

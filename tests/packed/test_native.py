@@ -77,9 +77,9 @@ def compiled(repo_root: Path, build_script: ModuleType) -> Compile:
                 done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr[-4000:]
                 log.write_text(done.stdout + done.stderr)
-        # "Compiling entry function 'name' for 'sm_86'", then what is said of it.
-        parts = re.split(r"(?=Compiling entry function)", log.read_text())
-        return out, "".join(part for part in parts if f"for 'sm_{arch}'" in part)
+        # Warnings; then "Compiling entry function 'name' for 'sm_86'" and what is said of it.
+        first, *parts = re.split(r"(?=Compiling entry function)", log.read_text())
+        return out, first + "".join(part for part in parts if f"for 'sm_{arch}'" in part)
 
     return compile
 

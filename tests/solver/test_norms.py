@@ -37,10 +37,11 @@ def block_of(kind: str, device: str = "cpu") -> nn.Module:
         ("gemma", 0),
         ("gemma3_text", 0),
         ("cohere", 0),
+        ("granitemoehybrid", 2),
     ],
 )
 def test_which_are_taken(kind: str, count: int, device: str) -> None:
-    """Gemma scales by 1 + weight, Cohere subtracts the mean; weights need not be in memory."""
+    """Gemma scales by 1 + weight, Cohere subtracts the mean, the norm in a state-space mixer takes a gate."""
     assert len(rms_norms(block_of(kind, device))) == count
 
 
@@ -68,23 +69,34 @@ class Gated(Scaled):
         return super().forward(x) * gate
 
 
+class GatedWhereAsked(Scaled):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
 def test_what_only_looks_like_one() -> None:
     assert is_rms_norm(Scaled()) and is_rms_norm(Scaled(1e-5))
-    for kind in (AnotherEpsilon, AnotherFactor, Gated):
+    for kind in (AnotherEpsilon, AnotherFactor, Gated, GatedWhereAsked):
         assert not is_rms_norm(kind())
+    patched = Scaled()
+    patched.forward = lambda x: 3 * x  # type: ignore[method-assign]
+    assert not is_rms_norm(patched)
+    with torch.device("meta"):  # whoever builds a model there
+        assert is_rms_norm(Scaled())
     assert not is_rms_norm(nn.RMSNorm(32)) and not is_rms_norm(nn.LayerNorm(32))
     unnamed = Scaled()
     del unnamed.eps
     assert not is_rms_norm(unnamed)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_values_and_gradients(dtype: torch.dtype) -> None:
-    block = block_of("qwen3").to(dtype)
+def test_the_same_values_and_gradients(dtype: torch.dtype, device: str) -> None:
+    block = block_of("qwen3").to(device, dtype)
     norms = rms_norms(block)
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)  # type: ignore[arg-type]
-        x = torch.randn(3, 5, norm.weight.numel()).to(dtype)  # type: ignore[operator]
+        x = torch.randn(3, 5, norm.weight.numel(), device=device).to(dtype)  # type: ignore[operator]
         pull = torch.randn_like(x)
         found = []
         for inside in ((), norms):

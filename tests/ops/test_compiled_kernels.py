@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The projected step as it is compiled, inline assembly included, equals the reference bit for bit; no GPU.
+"""Soft weights and the projected step as compiled, inline assembly included, equal the reference bit for bit; no GPU.
 
 A fresh process compiles to PTX and runs that on the CPU (ptx.py): this one has the interpreter switched on.
 """
@@ -27,16 +27,18 @@ def ptx() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_equals_reference(repo_root, tmp_path):
-    """Every optimizer, all codes, both ways of masking, NaN and infinite gradients, clipped moments."""
+    """Soft weights of every kind; every optimizer, all codes, maskings, NaN and infinite gradients, clipped moments."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(repo_root / "tests" / "ops" / "compiled_step.py")],
+        [sys.executable, str(repo_root / "tests" / "ops" / "compiled_kernels.py")],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert len(done.stdout.splitlines()) == 26
+    steps = [line for line in done.stdout.splitlines() if not line.startswith("weight ")]
+    assert len(steps) == 26 and len(done.stdout.splitlines()) >= 26 + 50
 
 
 def test_emulated_arithmetic(ptx):
