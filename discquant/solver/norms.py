@@ -43,10 +43,9 @@ def is_rms_norm(module: nn.Module) -> bool:
     if weight.dim() != 1 or isinstance(module, (nn.RMSNorm, nn.LayerNorm)) or "forward" in module.__dict__:
         return False
     generator = torch.Generator().manual_seed(0)
-    float32 = {"dtype": torch.float32, "device": torch.device("cpu")}
-    values = torch.rand(weight.shape, generator=generator, **float32) + 0.5
-    # So small that the epsilon counts.
-    x = torch.randn((3, weight.numel()), generator=generator, **float32) * epsilon**0.5
+    values = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu") + 0.5
+    x = torch.randn((3, weight.numel()), generator=generator, dtype=torch.float32, device="cpu")
+    x *= epsilon**0.5  # so small that it counts
     probe = copy.copy(module)
     probe._parameters = {"weight": nn.Parameter(values, requires_grad=False)}
     expected = nn.functional.rms_norm(x, weight.shape, values, epsilon)
