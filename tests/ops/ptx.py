@@ -242,7 +242,7 @@ class Block:
             self.put(operands[0], parts[0] | parts[1] << np.uint32(16), mask)
 
     def _matrix(self, name: str, operands: list[str], mask: Any) -> None:
-        """8 x 8 tiles of 16 bits: lanes 8 j to 8 j + 7 hold addresses of tile j's rows; lane l has bits of row l / 4."""
+        """8 x 8 tiles of 16 bits: lanes 8 j to 8 j + 7 hold addresses of tile j's rows; lane l has bits of row l/4."""
         assert mask.all() and ".m8n8." in name and ".shared" in name and ".trans" not in name
         load = name.startswith("ld")
         place, registers = (operands[1], operands[0]) if load else (operands[0], operands[1])
