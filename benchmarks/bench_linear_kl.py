@@ -18,7 +18,7 @@ SHAPES = (
     else [(64, 64, 1000)]
 )
 PROVIDERS = [
-    "reference", "compiled", "full-softmax", "full-softmax-compiled", "triton", "liger-jsd", "liger-kl",
+    "reference", "compiled", "full-softmax", "full-softmax-compiled", "triton", "triton-8192", "liger-jsd", "liger-kl",
     "cut-cross-entropy",
 ]  # fmt: skip
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -71,6 +71,10 @@ def test_linear_kl(benchmark, provider, shape):
             for name, plain in zip(("loss", "per_token", "grad_student"), baseline, strict=True):
                 require_close(getattr(actual, name), getattr(oracle, name), plain)
 
+    elif provider == "triton-8192":
+        from discquant.triton_kernels.linear_kl import linear_kl_fwd
+
+        body = lambda: linear_kl_fwd(student, teacher, weight, None, None, None, 1.0, None, 1024, block=8192)  # noqa: E731
     elif provider.startswith("full"):
         function = torch.compile(_full) if provider.endswith("compiled") else _full
         body = lambda: function(student, teacher, weight)  # noqa: E731

@@ -253,10 +253,13 @@ def _linear_kl_cases() -> Iterator[Case]:
         ("f32", False, torch.float32, False, False, 1.0, None),
     ):
         hidden = _meta(1024, COLS, dtype=dtype)
-        yield Case(f"linear_kl/{name}", default, linear_kl.linear_kl_fwd, (
+        arguments = (
             hidden, hidden, _meta(VOCAB, COLS, dtype=dtype), _meta(VOCAB, dtype=dtype) if bias else None,
             _meta(1024, dtype=torch.bool) if mask else None, None if mask else 1024.0, scale, cap, 1024,
-        ))  # fmt: skip
+        )  # fmt: skip
+        yield Case(f"linear_kl/{name}", default, linear_kl.linear_kl_fwd, arguments)
+        if name == "bf16":  # what benchmarks time beside it
+            yield Case("linear_kl/bf16-8192", False, linear_kl.linear_kl_fwd, (*arguments, 8192))
 
 
 def _packed_linear_cases() -> Iterator[Case]:

@@ -162,7 +162,8 @@ def linear_kl_fwd(
         inverse = student.new_full((), 1.0 / max(num_tokens, 1), dtype=acc)
     else:
         inverse = 1.0 / mask.sum().clamp(min=1).to(acc)
-    # Measured on an H200: 4096 with 16 warps 0.416 ms for 768 rows of 128256, 2048 with 8 warps 0.458.
+    # Measured on an H200: 4096 with 16 warps 0.416 ms for 768 rows of 128256, 2048 with 8 warps 0.458. 8192 with 32
+    # leaves a multiprocessor one row, more of which the L2 still holds at the second pass: not measured on a GPU.
     block_v = block or min(4096, triton.next_power_of_2(vocab_size))
     rows = chunk_rows(chunk_size, vocab_size, 2 * acc.itemsize + operand.itemsize)
     # Scratch is allocated once; rows start at multiples of 64 bytes whatever the vocabulary, as matmuls like it.
@@ -182,7 +183,7 @@ def linear_kl_fwd(
             vocab_size, z_s.stride(0), diff.stride(0),
             LOGIT_SCALE=float(logit_scale), SOFTCAP=float(softcap or 0.0),
             NEAR=0.02 if acc == torch.float64 else 0.3, HAS_BIAS=bias is not None,
-            HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=16 if block_v >= 4096 else 8,
+            HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=min(32, max(8, block_v // 256)),
         )  # fmt: skip
         _matmul(hidden[:count], diff[:count], head)
         torch.mul(hidden[:count], inverse, out=grad[part])  # rounded as it is stored
