@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,8 +167,13 @@ def _tune(options: argparse.Namespace) -> Iterator[Step]:
         yield Step("tune", 200, [Command("tune", soft)])
 
 
-def steps(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[Step]:
-    """The steps in order; each is planned when its turn comes, since tests are collected from what was built."""
+def steps(
+    options: argparse.Namespace, wanted: Sequence[str], left: Callable[[], float] = lambda: float("inf")
+) -> Iterator[Step]:
+    """The steps in order; each is planned when its turn comes, since tests are collected from what was built.
+
+    `left` tells how many seconds of the budget there are: what checks alone gives way to what measures.
+    """
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     if "build" in wanted:
         yield Step("build", 180, list(_build(options.dry_run)))
@@ -201,8 +206,10 @@ def steps(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[Step]:
             Command(f"bench_{stem}", _pytest(f"benchmarks/bench_{stem}.py", *common, *once),
                     seconds=None if options.dry_run else BENCHES[stem]) for stem in files
         ])  # fmt: skip
-    if "sanitizers" in wanted and not options.dry_run:
-        yield Step("sanitizers", 240, [Command("sanitizers", _pytest(SANITIZERS, "-v", "-rs"))])
+    if "sanitizers" in wanted and not options.dry_run and left() < 180:
+        print("run_gpu: sanitizers: left out for time; they run alone with --steps sanitizers", flush=True)
+    elif "sanitizers" in wanted and not options.dry_run:
+        yield Step("sanitizers", 400, [Command("sanitizers", _pytest(SANITIZERS, "-v", "-rs"))])
     if "targets" in wanted:
         yield Step("targets", 30, [Command("targets", [sys.executable, str(HERE / "targets.py")])])
     if "plots" in wanted:
@@ -286,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"run_gpu: not installed, their rows are skipped: {', '.join(missing) or 'nothing'}", flush=True)
     end = time.monotonic() + options.seconds
     failed: list[str] = []
-    for step in steps(options, wanted):
+    for step in steps(options, wanted, lambda: end - time.monotonic()):
         start = time.monotonic()
         # Targets and plots are quick and tell what was found, so they keep half a minute of any budget.
         reserve = 0 if step.name in ("targets", "plots") else 30

@@ -93,6 +93,13 @@ def test_unknown_devices_are_tuned_before_the_package_can_be_imported(
         assert bool(list(run_gpu._tune(options))) == (len(bits) == 1)
 
 
+def test_sanitizers_give_way(run_gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(dry_run=False, tune=False, benches=[], set="default")
+    assert [step.name for step in run_gpu.steps(options, ["sanitizers"])] == ["sanitizers"]
+    assert not list(run_gpu.steps(options, ["sanitizers"], lambda: 100.0))
+    assert "--steps sanitizers" in capsys.readouterr().out
+
+
 def test_what_a_borrowed_machine_gives_back(run_gpu: ModuleType, tmp_path: Path) -> None:
     run_gpu.LOGS.mkdir(parents=True)
     (run_gpu.LOGS / "a.log").write_text("said")
