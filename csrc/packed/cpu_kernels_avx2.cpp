@@ -22,6 +22,9 @@ struct Vectors256 {
     for (int line = 0; line < 4; ++line)
       _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + 64 * line, _MM_HINT_T1);
   }
+  __attribute__((always_inline)) static void prefetch_far(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+  }
   __attribute__((always_inline)) static void prefetch_line(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }

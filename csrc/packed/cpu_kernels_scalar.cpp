@@ -30,6 +30,7 @@ struct VectorsScalar {
   }
   static void store(uint32_t* p, I a) { std::memcpy(p, &a, sizeof a); }
   static void prefetch(const uint32_t*) {}
+  static void prefetch_far(const void*) {}
   static void prefetch_line(const void*) {}
   static I set1(int32_t v) { return I{} + v; }
   static I bit_and(I a, I b) { return a & b; }
