@@ -130,9 +130,8 @@ def main() -> None:
             print(
                 f"{bits} bits, {m:4d} tokens, us of the kernel, dequantise + cuBLAS, the kernel for many: {row}"
             )
-        write(
-            key, bounds, ranges
-        )  # what is measured is kept, should the time not suffice for the other width
+        # At once: what is measured is kept, should the time not suffice for the other width.
+        write(key, bounds, ranges)
     print(f"{key}: dequantise + cuBLAS from {bounds} tokens, the kernel for many in {ranges}")
 
 

@@ -110,20 +110,24 @@ def divide_code(code, DENOMINATOR: tl.constexpr, INVERSE: tl.constexpr, REST: tl
 
 
 @triton.jit
+def bytes_above(code):
+    """2^23 + code, uint8 to float32: a byte below the exponent of 2^23, no slow conversion. Compiled code only."""
+    return tl.inline_asm_elementwise(
+        """
+        prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;
+        prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;
+        """,
+        "=&f,=&f,=&f,=&f,r", [code], dtype=tl.float32, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def byte_minus(code, offset):
     """code - offset, uint8 less integers in float32: exact. Four codes at a time, so for whole tiles only."""
     if INTERPRETED:
         return code.to(tl.float32) - offset
     else:
-        # A byte below the exponent of 2^23 is 2^23 + code, without a slow conversion.
-        shifted = tl.inline_asm_elementwise(
-            """
-            prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;
-            prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;
-            """,
-            "=&f,=&f,=&f,=&f,r", [code], dtype=tl.float32, is_pure=True, pack=4,
-        )  # fmt: skip
-        return shifted - (offset + 8388608.0)
+        return bytes_above(code) - (offset + 8388608.0)
 
 
 @triton.jit

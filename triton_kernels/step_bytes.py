@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED
+from .common import INTERPRETED, bytes_above
 
 # frac_ref codes of frozen coordinates (place 0 and 1). They differ in bits 1 and 7 only.
 ZERO, ONE = tl.constexpr(63), tl.constexpr(189)
@@ -25,15 +25,7 @@ def bytes_times(code, unit):
     if INTERPRETED:
         return code.to(tl.float32) * unit
     else:
-        # A byte below the exponent of 2^23 is 2^23 + code, without a slow conversion; 2^23 * unit is exact.
-        shifted = tl.inline_asm_elementwise(
-            """
-            prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;
-            prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;
-            """,
-            "=&f,=&f,=&f,=&f,r", [code], dtype=tl.float32, is_pure=True, pack=4,
-        )  # fmt: skip
-        return tl.fma(shifted, unit, unit * -8388608.0)
+        return tl.fma(bytes_above(code), unit, unit * -8388608.0)  # 2^23 * unit is exact
 
 
 @triton.jit

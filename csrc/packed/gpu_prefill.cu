@@ -45,8 +45,10 @@ int choose_group(const GpuLinear& call, const Prefill& plan, cudaStream_t stream
 template <class T>
 int choose(const GpuLinear& call, const Prefill& plan, cudaStream_t stream, int* splits) {
   if (call.bits == 4)
-    return plan.tokens == 64 ? choose_group<T, 4, 64>(call, plan, stream, splits) : choose_group<T, 4, 128>(call, plan, stream, splits);
-  return plan.tokens == 64 ? choose_group<T, 3, 64>(call, plan, stream, splits) : choose_group<T, 3, 128>(call, plan, stream, splits);
+    return plan.tokens == 64 ? choose_group<T, 4, 64>(call, plan, stream, splits)
+                             : choose_group<T, 4, 128>(call, plan, stream, splits);
+  return plan.tokens == 64 ? choose_group<T, 3, 64>(call, plan, stream, splits)
+                           : choose_group<T, 3, 128>(call, plan, stream, splits);
 }
 
 int run(const GpuLinear& call, cudaStream_t stream, int* splits) {

@@ -5,8 +5,8 @@
 `prefill_tokens`: [from, before] tokens for which the kernel for many is faster than both; null is never.
 
 Data, packed_linear_table.json, by compute capability and width; `python benchmarks/tune_packed_linear.py` measures it
-on the GPU at hand. An entry whose `measured` is null is a first guess from published kernels, not measured on a GPU; a
-device that is not named takes that of "default".
+on the GPU at hand and writes for which widths (`bits` of `measured`). An entry whose `measured` is null is a first
+guess from published kernels, not measured on a GPU; a device that is not named takes that of "default".
 """
 
 from __future__ import annotations

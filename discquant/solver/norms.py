@@ -26,11 +26,11 @@ def _epsilon(module: nn.Module) -> float | None:
 
 @torch.no_grad()
 def is_rms_norm(module: nn.Module) -> bool:
-    """Say whether a module computes weight * x / sqrt(mean(x^2) + eps) over the last dimension, by trying it.
+    """Say whether a module computes y = weight * x / sqrt(mean(x^2) + eps), x [..., n], weight [n], by trying it.
 
-    Its class's own forward, which must take one tensor and nothing besides, runs on the CPU with other numbers in place
-    of its weight, which may be on any device or not in memory at all. Norms that scale by 1 + weight (Gemma's) are
-    others, and so is one whose forward somebody has replaced.
+    The mean is over the last dimension. Its class's own forward, which must take one tensor and nothing besides, runs
+    on the CPU with other numbers in place of its weight, which may be on any device or not in memory at all. Norms that
+    scale by 1 + weight (Gemma's) are others, and so is one whose forward somebody has replaced.
     """
     parameters = dict(module.named_parameters())
     epsilon = _epsilon(module)

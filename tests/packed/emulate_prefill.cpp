@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run by `make -C csrc/packed emulate-prefill`: the kernel for many tokens on the emulated GPU, under AddressSanitizer, on buffers
-// of exactly the size that the contract asks for. Against sums in double over the weight as a dense layer has it; bit for
-// bit against itself with asynchronous work done early or late; and one bit at a time, with x the identity.
+// Run by `make -C csrc/packed emulate-prefill`: the kernel for many tokens on the emulated GPU, under AddressSanitizer, on
+// buffers of exactly the size that the contract asks for. Against sums in double over the weight as a dense layer has it;
+// bit for bit against itself with asynchronous work done early or late; and one bit at a time, with x the identity.
 #define DISCQUANT_EMULATE
 #include "gpu_case.h"
 #include "packed/gpu_prefill.cuh"
@@ -123,22 +123,23 @@ int main() {
       for (DType type : types) check_identity(Case(80, 136, bits, group, bits == 3, type, type), (group == 32) == (bits == 3));
   }
   // Real sizes: the parts of K cover it, in order, and no thread block is idle.
-  const Clusters measured{{132, 66, 29, 14}};  // as an H100 with 132 multiprocessors has room for
+  // 116 and 112 thread blocks in clusters of four and eight on 132 multiprocessors: what CUTLASS reckons with.
+  const Clusters usual{{132, 66, 29, 14}};
   for (int64_t n : {4096, 6144, 28672, 57344})
     for (int64_t k : {128, 4096, 14336})
       for (int64_t tokens : {17, 64, 65, 256, 1024, 4096}) {
         Prefill plan{};
         CHECK(make_prefill(n, k, 128, tokens, GpuDevice{132, 227 * 1024, true}, plan));
         const int64_t tiles = plan.tiles(tokens);
-        plan.splits = prefill_splits(plan.k_tiles, tiles, measured);
+        plan.splits = prefill_splits(plan.k_tiles, tiles, usual);
         CHECK(plan.k_begin(0) == 0 && plan.k_begin(plan.splits) == plan.k_tiles);
         for (int rank = 0; rank < plan.splits; ++rank) CHECK(plan.k_begin(rank) < plan.k_begin(rank + 1));
         CHECK(prefill_shared_bytes(plan.tokens) <= 227 * 1024);
       }
   // 16 tiles: as 16 clusters of eight they would come in two waves, one of them almost empty; of four they come in one.
-  CHECK(prefill_splits(112, 16, measured) == 4 && prefill_splits(112, 14, measured) == 8);
+  CHECK(prefill_splits(112, 16, usual) == 4 && prefill_splits(112, 14, usual) == 8);
   CHECK(prefill_splits(112, 16, Clusters{{132, 66, 33, 16}}) == 8);
-  CHECK(prefill_splits(112, 16, Clusters{{132, 0, 0, 0}}) == 1 && prefill_splits(1, 1, measured) == 1);
+  CHECK(prefill_splits(112, 16, Clusters{{132, 0, 0, 0}}) == 1 && prefill_splits(1, 1, usual) == 1);
   Prefill plan{};
   // With little memory tiles are of 64 tokens; with less there are none.
   CHECK(make_prefill(4096, 4096, 128, 256, GpuDevice{128, 99 * 1024, false}, plan));
