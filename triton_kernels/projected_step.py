@@ -37,11 +37,11 @@ def _projected_step_kernel(
     stride_fm, stride_fk, stride_rm, stride_rk, stride_gm, stride_gk, stride_sm, stride_sg,
     stride_mm, stride_mk, stride_vm, stride_vk, stride_qm, stride_qk,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
-    linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
+    linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
     noise_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, BYTES: tl.constexpr,
-    LINEAR: tl.constexpr, HARDEN: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    LINEAR: tl.constexpr, HARDEN: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
     EVEN: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -68,9 +68,9 @@ def _projected_step_kernel(
             offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk,
             frac_ptr, ref_ptr, first_ptr, second_ptr,
             lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
-            linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
+            linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
             noise_key, pair, other, nan,
-            OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, BYTES, LINEAR, HARDEN,
+            OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, BYTES, LINEAR, HARDEN, DECAY,
         )  # fmt: skip
     slot = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % SLOTS
     add_counts(counts_ptr, slot, pair, other, nan, BYTES)
@@ -118,7 +118,7 @@ def projected_step_fwd(
     block_m, block_k, tiles = block or usual
     warps = num_warps or (4 if block else warps)
     bytewise = bytewise and block_m * block_k >= 128 * warps
-    linear, harden = step_terms(scalars, bytewise)
+    linear, harden, decays = step_terms(scalars, bytewise)
     mode, group = group_mode(group_size, cols, block_k)
     _projected_step_kernel[(triton.cdiv(cols, block_k * tiles), triton.cdiv(rows, block_m))](
         frac, frac_ref, weight_grad, scale, first, second, codes, scale if table is None else table, counts,
@@ -129,7 +129,7 @@ def projected_step_fwd(
         OPTIMIZER=OPTIMIZERS[optimizer], FRAC_KIND=frac_kind(frac.dtype, False),
         REF_KIND=frac_kind(frac_ref.dtype, True),
         FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8,
-        BYTES=bytewise, LINEAR=linear, HARDEN=harden, MODE=mode, GROUP=group,
+        BYTES=bytewise, LINEAR=linear, HARDEN=harden, DECAY=decays, MODE=mode, GROUP=group,
         HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
         EVEN=rows % block_m == 0 and cols % (block_k * tiles) == 0,
         SLOTS=COUNT_SLOTS, BLOCK_M=block_m, BLOCK_K=block_k, TILES=tiles,

@@ -241,7 +241,7 @@ def _soft_linear_step_kernel(
     stride_fm, stride_fk, stride_rm, stride_rk, stride_sm, stride_sg, stride_mm, stride_mk, stride_vm, stride_vk,
     stride_qm, stride_qk,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
-    linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
+    linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
     noise_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
@@ -277,9 +277,10 @@ def _soft_linear_step_kernel(
                 offs_n[:, None] * stride_vm + offs_k[None, :] * stride_vk,
                 frac_ptr, ref_ptr, first_ptr, second_ptr,
                 lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
-                linear_weight, hardening, correction1, correction2, first_unit, first_inverse,
-                second_unit, second_inverse, noise_key, zeros, zeros, zeros,
+                linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
+                noise_key, zeros, zeros, zeros,
                 OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, BYTES=False, LINEAR=WEIGHTED, HARDEN=True,
+                DECAY=True,
             )  # fmt: skip
             # At once: counts carried over the quarters would spill.
             add_counts(counts_ptr, tl.program_id(0) % SLOTS, pair, other, nan, False)

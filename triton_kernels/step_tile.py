@@ -22,11 +22,11 @@ from .common import (
     cast,
     counter_hash,
     decode_position,
-    divide,
-    divide_normal,
     floor_to,
     load_masked,
     one_minus_twice,
+    reciprocal,
+    reciprocal_normal,
     root_normal,
     saturate,
     saturated_difference,
@@ -59,8 +59,7 @@ ABSENT, UNIT, WEIGHTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Floating scalars of a launch, in the order of the kernels' arguments.
 SCALARS = (
     "lr", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "decay", "kl_weight", "grad_clamp",
-    "linear_weight", "hardening", "correction1", "correction2", "first_unit", "first_inverse", "second_unit",
-    "second_inverse",
+    "linear_weight", "hardening", "first_beta1", "first_beta2", "first_inverse", "second_beta2", "second_inverse",
 )  # fmt: skip
 KEYS = ("noise_key", "first_index")
 # Last odd factor of an element's hash per stream of noise.
@@ -122,18 +121,18 @@ def update_tile(
     grad, slope, mask, index, offset_f, offset_r, offset_m, offset_v,
     frac_ptr, ref_ptr, first_ptr, second_ptr,
     lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
-    linear_weight, hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse,
+    linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
     noise_key, pair, other, nan,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
     FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, BYTES: tl.constexpr,
-    LINEAR: tl.constexpr, HARDEN: tl.constexpr,
+    LINEAR: tl.constexpr, HARDEN: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Update one tile given its weight gradient and d weight / d frac; `index` counts in the unsharded tensor.
 
     `mask` is None where the tile lies inside the tensor. Returns `pair`, `other` and `nan`, int32 tiles for
     `add_counts`, with this tile's counts added: live and fractional, moved and saturated, NaN. BYTES (all state 8-bit,
-    clamp below 2^126) takes four elements per instruction where that is possible and gives the same bits; LINEAR and
-    HARDEN leave out terms of weight 0 and a product by 1, which no stored code shows (`step_terms`).
+    clamp below 2^126) takes four elements per instruction where that is possible and gives the same bits; LINEAR,
+    HARDEN and DECAY leave out terms of weight 0 and products by 1, which no stored code shows (`step_terms`).
     """
     code = load_masked(frac_ptr + offset_f, mask)
     # In bytes masked elements read as frozen ones; else the mask itself excludes them.
@@ -167,39 +166,36 @@ def update_tile(
     else:
         stored = load_masked(first_ptr + offset_m, mask)
         first = numbers_of_bytes(stored) if BYTES else stored.to(tl.float32)
-        if FIRST_INT:
-            first = first * first_unit
+        # The unit of an 8-bit moment is in the factor that it is multiplied by anyway.
+        kept1, kept2 = (first_beta1, first_beta2) if FIRST_INT else (beta1, beta2)
         if OPTIMIZER == LION:
-            direction = beta1 * first + one_minus_beta1 * g
-            first = beta2 * first + one_minus_beta2 * g
+            direction = kept1 * first + one_minus_beta1 * g
+            first = kept2 * first + one_minus_beta2 * g
         else:
-            first = beta1 * first + one_minus_beta1 * g
+            first = kept1 * first + one_minus_beta1 * g
             direction = first
         if OPTIMIZER == ADAMW:
             stored_second = load_masked(second_ptr + offset_v, mask)
             if SECOND_INT:
-                root = (
-                    bytes_times(stored_second, second_unit)
+                kept = (
+                    bytes_times(stored_second, second_beta2)
                     if BYTES
-                    else stored_second.to(tl.float32) * second_unit
+                    else stored_second.to(tl.float32) * second_beta2
                 )
-                second = root * root
-            else:
-                second = stored_second.to(tl.float32)
-            second = beta2 * second + (one_minus_beta2 * g) * g
-            if SECOND_INT:
+                second = kept * kept + (one_minus_beta2 * g) * g
                 # Bounded moments stay away from subnormal numbers but for zero.
-                root_hat = root_normal(second * correction2)
-                direction = divide_normal(first * correction1, root_hat + eps)
-                scaled = add_noise(root_normal(second) * second_inverse, hashed, SECOND_STREAM)
+                root = root_normal(second)
+                direction = first * reciprocal_normal(root + eps)
+                scaled = add_noise(root * second_inverse, hashed, SECOND_STREAM)
                 rounded = bytes_of_numbers(scaled, tl.uint8) if BYTES else floor_to(scaled, tl.uint8)
             else:
-                root_hat = tl.sqrt_rn(second * correction2)
-                direction = divide(first * correction1, root_hat + eps)
+                second = beta2 * stored_second.to(tl.float32) + (one_minus_beta2 * g) * g
+                direction = first * reciprocal(tl.sqrt_rn(second) + eps)
                 rounded = cast(second, second_ptr.dtype.element_ty)
             rounded = choose(moves, rounded, stored_second, BYTES)
             tl.store(second_ptr + offset_v, rounded, mask=mask)
-            position = position * decay
+            if DECAY:
+                position = position * decay
         if FIRST_INT:
             noisy = add_noise(first * first_inverse, hashed, FIRST_STREAM)
             rounded_first = bytes_of_numbers(noisy, tl.int8) if BYTES else floor_to(noisy, tl.int8)
@@ -258,10 +254,10 @@ def in_bytes(frac: Tensor, frac_ref: Tensor, momentum: Tensor, second_moment: Te
     )  # fmt: skip
 
 
-def step_terms(scalars: Mapping[str, float], bytewise: bool) -> tuple[int, bool]:
-    """LINEAR and HARDEN of `update_tile`; floating state could show the sign of a zero, so it takes every term."""
+def step_terms(scalars: Mapping[str, float], bytewise: bool) -> tuple[int, bool, bool]:
+    """LINEAR, HARDEN, DECAY of `update_tile`; floating state could show the sign of a zero, so it takes every sum."""
     linear = {0.0: ABSENT, 1.0: UNIT}.get(scalars["linear_weight"], WEIGHTED) if bytewise else WEIGHTED
-    return linear.value, not bytewise or scalars["hardening"] != 0
+    return linear.value, not bytewise or scalars["hardening"] != 0, scalars["decay"] != 1
 
 
 def launch_scalars(scalars: Mapping[str, float], keys: Mapping[str, int]) -> list[float | int]:

@@ -87,9 +87,8 @@ void soft_weight(Tensor out, Tensor q_down, Tensor frac, Tensor scale, std::opti
 void projected_step(Tensor frac, Tensor frac_ref, Tensor weight_grad, Tensor scale, std::optional<Tensor> momentum,
                     std::optional<Tensor> second_moment, Tensor counts, int64_t group_size, int64_t optimizer, double lr,
                     double beta1, double one_minus_beta1, double beta2, double one_minus_beta2, double eps, double decay,
-                    double kl_weight, double grad_clamp, double linear_weight, double hardening, double correction1,
-                    double correction2, double first_unit, double first_inverse, double second_unit,
-                    double second_inverse, int64_t noise_key, int64_t first_index) {
+                    double kl_weight, double grad_clamp, double linear_weight, double hardening, double first_beta1,
+                    double first_beta2, double first_inverse, double second_beta2, double second_inverse, int64_t noise_key, int64_t first_index) {
   StepArguments a{};
   const int64_t rows = frac.size(0);
   a.cols = frac.size(1);
@@ -111,10 +110,9 @@ void projected_step(Tensor frac, Tensor frac_ref, Tensor weight_grad, Tensor sca
                       a.groups * a.group_size >= a.cols,
                   "discquant: shapes of projected_step_ disagree");
   const auto f = [](double value) { return static_cast<float>(value); };
-  a.scalar = StepScalars{f(lr),          f(beta1),         f(one_minus_beta1), f(beta2),       f(one_minus_beta2), f(eps),
-                         f(decay),       f(kl_weight),     f(grad_clamp),      f(linear_weight), f(hardening),
-                         f(correction1), f(correction2),   f(first_unit),      f(first_inverse), f(second_unit),
-                         f(second_inverse)};
+  a.scalar = StepScalars{f(lr),           f(beta1),         f(one_minus_beta1), f(beta2),       f(one_minus_beta2), f(eps),
+                         f(decay),        f(kl_weight),     f(grad_clamp),      f(linear_weight), f(hardening),
+                         f(first_beta1),  f(first_beta2),   f(first_inverse),   f(second_beta2), f(second_inverse)};
   a.noise_key = static_cast<uint32_t>(noise_key);
   a.first_index = static_cast<uint32_t>(first_index);
   std::atomic<int64_t> total[5] = {};

@@ -9,7 +9,7 @@ namespace solver {
 
 // How the numbers of a buffer are stored. kRef8 is frac_ref's code: u stands for (u - 63) / 126.
 enum Storage : int { kFloat = 0, kBfloat = 1, kFrac8 = 2, kFrac16 = 3, kRef8 = 4, kInt8 = 5, kByte = 6 };
-// kByte holds plain integers (zero points), and the root of a second moment in units of second_unit.
+// kByte holds plain integers (zero points), and the root of a second moment in 255ths of its bound.
 
 enum Optimizer : int { kAdamW = 0, kMomentum = 1, kLion = 2, kSgd = 3 };
 
@@ -18,10 +18,11 @@ struct Buffer {
   Storage storage = kFloat;
 };
 
-// Every scalar was rounded to float32 once, by the caller, where the reference rounds it.
+// Every scalar was rounded to float32 once, by the caller, where the reference rounds it. lr and eps hold AdamW's bias
+// corrections; first_beta1, first_beta2 and second_beta2 are factors of 8-bit moments, unit included.
 struct StepScalars {
   float lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp, linear_weight,
-      hardening, correction1, correction2, first_unit, first_inverse, second_unit, second_inverse;
+      hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse;
 };
 
 struct StepArguments {

@@ -177,7 +177,7 @@ inline void step_chunk(const StepArguments& a, int64_t row, int64_t c0, int n, S
   const int64_t at = row * a.cols + c0;
   const uint32_t index = a.first_index + static_cast<uint32_t>(at);
   float position[kChunk], reference[kChunk], raw[kChunk], slope[kChunk], g[kChunk], direction[kChunk];
-  float first[kChunk], second[kChunk], root_hat[kChunk];
+  float first[kChunk], second[kChunk], root[kChunk];
   int32_t live[kChunk], defined[kChunk], moves[kChunk];
   read_place(a.frac, at, n, position);
   read_place(a.frac_ref, at, n, reference);
@@ -208,18 +208,18 @@ inline void step_chunk(const StepArguments& a, int64_t row, int64_t c0, int n, S
     std::memcpy(direction, g, sizeof(float) * n);
   } else {
     read(a.first, at, n, first);
-    if (a.first.storage == kInt8) {
-      for (int i = 0; i < n; ++i) first[i] *= s.first_unit;
-    }
+    // The unit of an 8-bit moment is in the factor that it is multiplied by anyway.
+    const float kept1 = a.first.storage == kInt8 ? s.first_beta1 : s.beta1;
+    const float kept2 = a.first.storage == kInt8 ? s.first_beta2 : s.beta2;
     if (a.optimizer == kLion) {
       for (int i = 0; i < n; ++i) {
-        const float blend = s.beta1 * first[i] + s.one_minus_beta1 * g[i];
+        const float blend = kept1 * first[i] + s.one_minus_beta1 * g[i];
         direction[i] = blend > 0.0f ? 1.0f : (blend < 0.0f ? -1.0f : 0.0f);
-        first[i] = s.beta2 * first[i] + s.one_minus_beta2 * g[i];
+        first[i] = kept2 * first[i] + s.one_minus_beta2 * g[i];
       }
     } else {
       for (int i = 0; i < n; ++i) {
-        first[i] = s.beta1 * first[i] + s.one_minus_beta1 * g[i];
+        first[i] = kept1 * first[i] + s.one_minus_beta1 * g[i];
         direction[i] = first[i];
       }
     }
@@ -227,22 +227,21 @@ inline void step_chunk(const StepArguments& a, int64_t row, int64_t c0, int n, S
       read(a.second, at, n, second);
       if (a.second.storage == kByte) {
         for (int i = 0; i < n; ++i) {
-          const float root = second[i] * s.second_unit;
-          second[i] = root * root;
+          const float kept = second[i] * s.second_beta2;
+          second[i] = kept * kept;
         }
+      } else {
+        for (int i = 0; i < n; ++i) second[i] *= s.beta2;
       }
+      for (int i = 0; i < n; ++i) second[i] += (s.one_minus_beta2 * g[i]) * g[i];
+      std::memcpy(root, second, sizeof(float) * n);
+      take_roots(root, n);
       for (int i = 0; i < n; ++i) {
-        second[i] = s.beta2 * second[i] + (s.one_minus_beta2 * g[i]) * g[i];
-        root_hat[i] = second[i] * s.correction2;
-      }
-      take_roots(root_hat, n);
-      for (int i = 0; i < n; ++i) {
-        direction[i] = (first[i] * s.correction1) / (root_hat[i] + s.eps);
+        direction[i] = first[i] * (1.0f / (root[i] + s.eps));
         position[i] = moves[i] ? position[i] * s.decay : position[i];
       }
       if (a.second.storage == kByte) {
-        take_roots(second, n);
-        for (int i = 0; i < n; ++i) second[i] *= s.second_inverse;
+        for (int i = 0; i < n; ++i) second[i] = root[i] * s.second_inverse;
         round_stochastically(second, n, index, a.noise_key, kSecondStream, 0.0f, 255.0f);
       }
       write(a.second, at, n, second, moves);

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from discquant.ops import _registry as registry
 from discquant.ops.reference.counter_rng import step_key
-from discquant.ops.reference.projected_step import StepOptions
+from discquant.ops.reference.projected_step import StepOptions, bias_corrected
 from discquant.ops.reference.soft_weight import accumulate_dtype, slope
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,8 +30,7 @@ SCALAR_SCHEMA = (
 # Derived scalars of a launch, in the order in which every kernel takes them.
 SCALARS = (
     "lr", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "decay", "kl_weight", "grad_clamp",
-    "linear_weight", "hardening", "correction1", "correction2", "first_unit", "first_inverse", "second_unit",
-    "second_inverse",
+    "linear_weight", "hardening", "first_beta1", "first_beta2", "first_inverse", "second_beta2", "second_inverse",
 )  # fmt: skip
 KEYS = ("noise_key", "first_index")
 
@@ -49,14 +49,21 @@ def launch_arguments(
     grad_clamp: float, linear_weight: float, hardening: float, step: int, moment_bound: float,
     seed: int, tensor_id: int, first_index: int,
 ) -> tuple[str, dict[str, float], dict[str, int]]:  # fmt: skip
-    """Derived scalars and noise keys of a launch; runs in the launcher, where a compiled caller does not trace it."""
+    """Derived scalars and noise keys of a launch; runs in the launcher, where a compiled caller does not trace it.
+
+    `lr` and `eps` hold AdamW's bias corrections; `first_beta1`, `first_beta2` and `second_beta2` are factors of 8-bit
+    moments, unit included.
+    """
+    decay = 1 - lr * weight_decay
+    if optimizer == "adamw":
+        lr, eps = bias_corrected(lr, (beta1, beta2), eps, step)
     scalars = {
         "lr": lr, "beta1": beta1, "one_minus_beta1": 1 - beta1, "beta2": beta2, "one_minus_beta2": 1 - beta2,
-        "eps": eps, "decay": 1 - lr * weight_decay, "kl_weight": kl_weight, "grad_clamp": grad_clamp,
+        "eps": eps, "decay": decay, "kl_weight": kl_weight, "grad_clamp": grad_clamp,
         "linear_weight": linear_weight, "hardening": hardening,
-        "correction1": 1 / (1 - beta1**step), "correction2": 1 / (1 - beta2**step),
-        "first_unit": moment_bound / 127, "first_inverse": 127 / moment_bound,
-        "second_unit": moment_bound / 255, "second_inverse": 255 / moment_bound,
+        "first_beta1": beta1 * (moment_bound / 127), "first_beta2": beta2 * (moment_bound / 127),
+        "first_inverse": 127 / moment_bound,
+        "second_beta2": math.sqrt(beta2) * (moment_bound / 255), "second_inverse": 255 / moment_bound,
     }  # fmt: skip
     keys = {"noise_key": step_key(seed, step, tensor_id), "first_index": first_index}
     assert tuple(scalars) == SCALARS

@@ -143,7 +143,7 @@ def projected_step_(
     Delta = d weight / d frac = scale, times T[q_down + 1] - T[q_down] on a look-up grid
     g = kl + linear_weight * (1 - 2 clamp(frac_ref, 0, 1)) + hardening * (1 - 2 frac)
     adamw:    m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; frac *= 1 - lr * weight_decay;
-              d = (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps)
+              d = (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps), with lr and eps corrected instead of m and v
     momentum: m = b1 m + (1 - b1) g; d = m          sgd: d = g
     lion:     d = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g
     frac = clamp(frac - lr d, 0, 1), rounded stochastically where it is stored in fixed point.

@@ -8,6 +8,7 @@ State formats (memory.md section 2): `frac` float32 / bfloat16 / uint8 / uint16;
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -126,12 +127,24 @@ def _root(value: Tensor) -> Tensor:
     return value.double().sqrt().to(value.dtype)
 
 
-def _load_moment(moment: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
+def bias_corrected(lr: float, betas: tuple[float, float], eps: float, step: int) -> tuple[float, float]:
+    """Return AdamW's learning rate and epsilon with the corrections of both moments in them: then the direction is
+    m / (sqrt(v) + eps), and no moment needs a product of its own.
+
+    Source:
+        Kingma and Ba, Adam, arXiv 1412.6980, end of section 2.
+    """
+    root = math.sqrt(1 - betas[1] ** step)
+    return lr * root / (1 - betas[0] ** step), eps * root
+
+
+def _kept(moment: Tensor, beta: float, bound: float, dtype: torch.dtype) -> Tensor:
+    """beta times a moment; the unit of an 8-bit one is in the factor."""
     if moment.dtype == torch.int8:
-        return moment.to(dtype) * (bound / 127)
+        return moment.to(dtype) * (beta * (bound / 127))
     if moment.dtype == torch.uint8:
-        return (moment.to(dtype) * (bound / 255)).square()
-    return moment.to(dtype)
+        return (moment.to(dtype) * (math.sqrt(beta) * (bound / 255))).square()
+    return beta * moment.to(dtype)
 
 
 def _store_moment(target: Tensor, value: Tensor, moves: Tensor, options: StepOptions) -> None:
@@ -220,26 +233,25 @@ def _step_rows_(
     g = torch.where(moves, g, torch.zeros_like(g))
 
     b1, b2 = options.betas
+    lr = options.lr
     if options.optimizer == "sgd":
         direction = g
     else:
         assert momentum is not None
-        m = _load_moment(momentum, options.moment_bound, compute)
+        m = _kept(momentum, b1, options.moment_bound, compute) + (1 - b1) * g
+        direction = m
         if options.optimizer == "lion":
-            direction = torch.sign(b1 * m + (1 - b1) * g)
-            m = b2 * m + (1 - b2) * g
-        else:
-            m = b1 * m + (1 - b1) * g
-            direction = m
+            direction = torch.sign(m)
+            m = _kept(momentum, b2, options.moment_bound, compute) + (1 - b2) * g
         if options.optimizer == "adamw":
             assert second_moment is not None
-            v = b2 * _load_moment(second_moment, options.moment_bound, compute) + (1 - b2) * g * g
-            m_hat = m * (1 / (1 - b1**options.step))
-            direction = m_hat / (_root(v * (1 / (1 - b2**options.step))) + options.eps)
+            v = _kept(second_moment, b2, options.moment_bound, compute) + (1 - b2) * g * g
+            lr, eps = bias_corrected(lr, options.betas, options.eps, options.step)
+            direction = m * (_root(v) + eps).reciprocal()
             _store_moment(second_moment, v, moves, options)
             position = torch.where(moves, position * (1 - options.lr * options.weight_decay), position)
         _store_moment(momentum, m, moves, options)
-    moved_to = (position - options.lr * direction).clamp(0, 1)
+    moved_to = (position - lr * direction).clamp(0, 1)
     unmoved = frac.clone()
     store_frac_(frac, moved_to, options)
     # Codes that do not move are put back, not rounded again: (u / 255) * 255 may fall just short of u.
