@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Row-tile kernels for AVX2 with FMA and F16C: half a tile (eight rows) at a time, so that the sums fit 16 registers.
+// Row-tile kernels for AVX2 with FMA and F16C: eight rows to a vector, eight sums of 16 bits in registers at a time.
 #include <immintrin.h>
 
 #include "packed/cpu_row_tile.h"
@@ -10,12 +10,18 @@ namespace {
 
 struct Vectors256 {
   static constexpr int kRows = 8;
-  static constexpr int kSums = 4;
-  static constexpr bool kPrefetchAlways = false;
+  static constexpr int kSums = 8;
+  static constexpr bool kSlowSums = false;
+  static constexpr bool kPrefetchAlways = true;  // pages alone: 0.6 of this speed on Zen 3
   using I = __m256i;
   using F = __m256;
   using Table = int;
   static I load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  // In a register from here on: the compiler would load every word twice, once for each nibble.
+  static I keep(I v) {
+    asm("" : "+x"(v));
+    return v;
+  }
   static void store(uint32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   // always_inline: GCC takes a function that only prefetches for one without effect, and drops the call.
   __attribute__((always_inline)) static void prefetch(const uint32_t* p) {
@@ -50,7 +56,10 @@ struct Vectors256 {
   // As in the AVX-512 BW file: eight sums of two products stay below 2^15.
   static I part_begin(I) { return _mm256_setzero_si256(); }
   static I dot(I acc, I codes, I x) {
-    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x));
+    acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x));
+    // In this order: the compiler would rather make all products first and add them as a tree, out of registers.
+    asm("" : "+x"(acc));
+    return acc;
   }
   static I part_end(I acc, I part) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));

@@ -17,7 +17,8 @@ namespace {
 // Sixteen lanes by the compiler's vector extension: it lowers them to whatever the target has, SSE2 or NEON included.
 struct VectorsScalar {
   static constexpr int kRows = 16;
-  static constexpr int kSums = 1;
+  static constexpr int kSums = 16;
+  static constexpr bool kSlowSums = false;
   static constexpr bool kPrefetchAlways = false;
   typedef int32_t I __attribute__((vector_size(64)));
   typedef uint32_t U __attribute__((vector_size(64)));
@@ -28,6 +29,7 @@ struct VectorsScalar {
     std::memcpy(&r, p, sizeof r);
     return r;
   }
+  static I keep(I v) { return v; }
   static void store(uint32_t* p, I a) { std::memcpy(p, &a, sizeof a); }
   static void prefetch(const uint32_t*) {}
   static void prefetch_far(const void*) {}

@@ -57,16 +57,47 @@ __attribute__((always_inline)) inline void prefetch_page(const uint32_t* p) {
 #define DISCQUANT_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-// Integer modes. Strips of V::kRows rows; kStrips of them are taken together, so that one broadcast of the activations
-// serves all: `strip` counts from the start of a pair of row tiles (32 rows).
-template <class V, int kBits, int kPlanes, int kTokens, int kStrips>
-__attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, const CpuTokens& x, int64_t pair,
-                                                          int strip, float* out) {
+// Where a walk along K is: the block, its group, and the codes of the group from this block on.
+struct Place {
+  int64_t block, group, left;
+  void next(const CpuWeight& w) {
+    ++block;
+    left -= w.block_size;
+    if (left == 0) {
+      ++group;
+      left = w.group_size;
+    }
+  }
+};
+
+// A strip is V::kRows rows of a pair of row tiles (32 rows). Where it begins, from where the pair does: among the words of
+// a quad, and among the sums of one token.
+template <class V, int kBits>
+constexpr int strip_words(int strip) {
+  return strip * V::kRows / kTileRows * (kBits == 4 ? 4 : 3) * kTileRows + strip * V::kRows % kTileRows;
+}
+template <class V>
+constexpr int strip_sums(int strip, int tokens) {
+  return strip * V::kRows / kTileRows * tokens * kTileRows + strip * V::kRows % kTileRows;
+}
+
+// The first of some strips: its words of the first quad, its scale of the first group, its sums of the first token.
+struct Strips {
+  const uint32_t* words;
+  int64_t scale;
+  float* sums;
+};
+
+// Integer modes, blocks `at` to `end` of K; the sums of earlier blocks are there. kStrips strips are taken together, so
+// that one broadcast of the activations serves all. Of kTokens tokens kCount from kFirst on.
+template <class V, int kBits, int kPlanes, int kTokens, int kFirst, int kCount, int kStrips>
+__attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, const CpuTokens& x, const Strips& strips,
+                                                          Place at, int64_t end) {
   using I = typename V::I;
   using F = typename V::F;
   // Few sums leave the multiplier idle while it waits for its own result: split them (integers, so exactly).
-  constexpr int kSums = kStrips * kTokens * kPlanes;
-  constexpr int kChains = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
+  constexpr int kSums = kStrips * kCount * kPlanes;
+  constexpr int kChains = V::kSlowSums ? (kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1) : 1;
   // One token of 8 bits reads as fast as plain loads do, and there the processor's own prefetching is best left alone but
   // for pages, where it stops: on Zen 4 15 to 20 % faster at 4 bits than with every line asked for, up to 14 % at 3. With
   // more tokens it is the other way round, by 6 to 35 %, and with two planes at 3 bits, by 10 to 25 %; two planes at 4 bits
@@ -75,53 +106,48 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
   constexpr uint32_t kMask = kBits == 4 ? 0x0f0f0f0fu : 0x07070707u;
   constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;  // to the same rows of the next quad
   const I mask = V::set1(static_cast<int32_t>(kMask));
-  const int32_t middle = 1 << (kBits - 1);
   const int64_t quads = w.block_size / kQuadK;
-  int64_t tile[kStrips];
-  int first[kStrips];
-  const uint32_t* words[kStrips];
-  F total[kStrips][kTokens];
+  const uint32_t* words = strips.words + at.block * quads * kStride;
+  float* const sums = strips.sums + kFirst * kTileRows;
+  F total[kStrips][kCount];
   DISCQUANT_UNROLL
-  for (int s = 0; s < kStrips; ++s) {
-    tile[s] = 2 * pair + (strip + s) * V::kRows / kTileRows;
-    first[s] = (strip + s) * V::kRows % kTileRows;
-    words[s] = w.words + tile_offset(kLayoutCpu, kBits, tile[s], 0, w.k_tiles) + first[s];
+  for (int s = 0; s < kStrips; ++s)
     DISCQUANT_UNROLL
-    for (int m = 0; m < kTokens; ++m) total[s][m] = V::zero_float();
-  }
+    for (int m = 0; m < kCount; ++m)
+      total[s][m] = at.block == 0 ? V::zero_float() : V::load_float(sums + strip_sums<V>(s, kTokens) + m * kTileRows);
   const int32_t* plane[kPlanes];
   DISCQUANT_UNROLL
-  for (int p = 0; p < kPlanes; ++p) plane[p] = x.plane[p];
-  int64_t group = 0;
-  int64_t left = w.group_size;
-  for (int64_t block = 0; block < w.blocks; ++block) {
-    I acc[kStrips][kPlanes][kTokens][kChains];
+  for (int p = 0; p < kPlanes; ++p) plane[p] = x.plane[p] + at.block * quads * 8 * kTokens + kFirst;
+  for (; at.block < end; at.next(w)) {
+    I acc[kStrips][kPlanes][kCount][kChains];
     DISCQUANT_UNROLL
     for (int s = 0; s < kStrips; ++s)
       DISCQUANT_UNROLL
       for (int p = 0; p < kPlanes; ++p)
         DISCQUANT_UNROLL
-        for (int m = 0; m < kTokens; ++m)
+        for (int m = 0; m < kCount; ++m)
           DISCQUANT_UNROLL
           for (int c = 0; c < kChains; ++c) acc[s][p][m][c] = V::set1(0);
     for (int64_t quad = 0; quad < quads; ++quad) {
       I word[kStrips][4];
-      I part[kStrips][kPlanes][kTokens][kChains];
-      if (kPages) prefetch_page<V>(words[0]);
+      I part[kStrips][kPlanes][kCount][kChains];
+      if (kPages) prefetch_page<V>(words);
       DISCQUANT_UNROLL
       for (int s = 0; s < kStrips; ++s) {
-        if (!kPages) V::prefetch(words[s]);
-        load_strip<V, kBits>(words[s], word[s]);
-        words[s] += kStride;
+        if (!kPages && s * V::kRows % kTileRows == 0) V::prefetch(words + strip_words<V, kBits>(s));
+        load_strip<V, kBits>(words + strip_words<V, kBits>(s), word[s]);
         DISCQUANT_UNROLL
         for (int p = 0; p < kPlanes; ++p)
           DISCQUANT_UNROLL
-          for (int m = 0; m < kTokens; ++m)
+          for (int m = 0; m < kCount; ++m)
             DISCQUANT_UNROLL
             for (int c = 0; c < kChains; ++c) part[s][p][m][c] = V::part_begin(acc[s][p][m][c]);
       }
+      words += kStride;
       DISCQUANT_UNROLL
       for (int v = 0; v < 4; ++v) {
+        DISCQUANT_UNROLL
+        for (int s = 0; s < kStrips; ++s) word[s][v] = V::keep(word[s][v]);
         DISCQUANT_UNROLL
         for (int h = 0; h < 2; ++h) {
           I codes[kStrips];
@@ -131,7 +157,7 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
           DISCQUANT_UNROLL
           for (int p = 0; p < kPlanes; ++p) {
             DISCQUANT_UNROLL
-            for (int m = 0; m < kTokens; ++m) {
+            for (int m = 0; m < kCount; ++m) {
               const I bytes = V::set1(plane[p][(2 * v + h) * kTokens + m]);
               DISCQUANT_UNROLL
               for (int s = 0; s < kStrips; ++s) {
@@ -148,7 +174,7 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
         DISCQUANT_UNROLL
         for (int s = 0; s < kStrips; ++s)
           DISCQUANT_UNROLL
-          for (int m = 0; m < kTokens; ++m)
+          for (int m = 0; m < kCount; ++m)
             DISCQUANT_UNROLL
             for (int c = 0; c < kChains; ++c)
               acc[s][p][m][c] = V::part_end(acc[s][p][m][c], part[s][p][m][c]);
@@ -156,12 +182,12 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
     }
     DISCQUANT_UNROLL
     for (int s = 0; s < kStrips; ++s) {
-      const int64_t at = scale_offset(kLayoutCpu, tile[s] * kTileRows + first[s], group, w.groups);
-      prefetch_scale<V>(w, at);
-      const F scale = load_scale<V>(w, at);
-      const I zero = w.zero_point != nullptr ? V::load_bytes(w.zero_point + at) : V::set1(middle);
+      const int64_t place = strips.scale + at.group * kPairRows + s * V::kRows;
+      if (s * V::kRows % kTileRows == 0) prefetch_scale<V>(w, place);
+      const F scale = load_scale<V>(w, place);
+      const I zero = w.zero_point != nullptr ? V::load_bytes(w.zero_point + place) : V::set1(0);
       DISCQUANT_UNROLL
-      for (int m = 0; m < kTokens; ++m) {
+      for (int m = 0; m < kCount; ++m) {
         I sum[kPlanes];
         DISCQUANT_UNROLL
         for (int p = 0; p < kPlanes; ++p) {
@@ -171,25 +197,20 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
         }
         I all = sum[0];
         if (kPlanes == 2) all = V::add(V::template shift_left<8>(sum[0]), sum[kPlanes - 1]);
-        const int32_t xsum = x.sum[block * kTokens + m];
-        // The symmetric zero point is one number, so its product is made once in scalar registers.
-        const I shift = w.zero_point != nullptr ? V::mul(zero, V::set1(xsum)) : V::set1(middle * xsum);
+        const I xsum = V::set1(x.sum[at.block * kTokens + kFirst + m]);
+        // The symmetric zero point is a power of two.
+        const I shift = w.zero_point != nullptr ? V::mul(zero, xsum) : V::template shift_left<kBits - 1>(xsum);
         const F value = V::to_float(V::sub(all, shift));
-        const F step = V::mul_float(scale, V::set1_float(x.step[block * kTokens + m]));
+        const F step = V::mul_float(scale, V::set1_float(x.step[at.block * kTokens + kFirst + m]));
         total[s][m] = V::fma(value, step, total[s][m]);
       }
-    }
-    left -= w.block_size;
-    if (left == 0) {
-      ++group;
-      left = w.group_size;
     }
   }
   DISCQUANT_UNROLL
   for (int s = 0; s < kStrips; ++s)
     DISCQUANT_UNROLL
-    for (int m = 0; m < kTokens; ++m)
-      V::store_float(out + ((tile[s] - 2 * pair) * kTokens + m) * kTileRows + first[s], total[s][m]);
+    for (int m = 0; m < kCount; ++m)
+      V::store_float(sums + strip_sums<V>(s, kTokens) + m * kTileRows, total[s][m]);
 }
 
 // The same rows with float32 activations: products of exact (q - z) and x, scaled once per block.
@@ -252,12 +273,40 @@ __attribute__((always_inline)) inline void float_strip(const CpuWeight& w, const
   for (int m = 0; m < kTokens; ++m) V::store_float(out + m * kTileRows + first, total[m]);
 }
 
-// The sums of kStrips strips at a time must fit the registers: V::kSums vectors.
+// Of some tokens as many at a time as the registers hold sums of, all batches alike.
+constexpr int tokens_at_a_time(int tokens, int most) {
+  int count = tokens < most ? tokens : most;
+  while (tokens % count != 0) --count;
+  return count;
+}
+
+// Blocks `at` to `end` for all tokens, from kFirst on.
+template <class V, int kBits, int kPlanes, int kTokens, int kCount, int kStrips, int kFirst = 0>
+__attribute__((always_inline)) inline void all_tokens(const CpuWeight& w, const CpuTokens& x, const Strips& strips,
+                                                      Place at, int64_t end) {
+  integer_strips<V, kBits, kPlanes, kTokens, kFirst, kCount, kStrips>(w, x, strips, at, end);
+  if constexpr (kFirst + kCount < kTokens)
+    all_tokens<V, kBits, kPlanes, kTokens, kCount, kStrips, kFirst + kCount>(w, x, strips, at, end);
+}
+
 template <class V, int kBits, int kPlanes, int kTokens>
 void integer_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out) {
-  constexpr int kStrips = 2 * kPlanes * kTokens <= V::kSums ? 2 : 1;
-  for (int strip = 0; strip < 2 * kTileRows / V::kRows; strip += kStrips)
-    integer_strips<V, kBits, kPlanes, kTokens, kStrips>(w, x, pair, strip, out);
+  constexpr int kAll = 2 * kTileRows / V::kRows;
+  constexpr int kCount = tokens_at_a_time(kTokens, V::kSums / kPlanes);
+  constexpr int kFit = V::kSums / (kPlanes * kCount);
+  constexpr int kStrips = kFit >= kAll ? kAll : kFit >= 2 ? 2 : 1;
+  const uint32_t* words = w.words + tile_offset(kLayoutCpu, kBits, 2 * pair, 0, w.k_tiles);
+  const int64_t scale = scale_offset(kLayoutCpu, pair * kPairRows, 0, w.groups);
+  // Strips of less than a tile's rows take turns block by block, so that the words still come in one stream.
+  const int64_t span = V::kRows < kTileRows ? 1 : w.blocks;
+  for (Place at{0, 0, w.group_size}; at.block < w.blocks; at.next(w)) {
+    for (int strip = 0; strip < kAll; strip += kStrips) {
+      const Strips strips{words + strip_words<V, kBits>(strip), scale + strip * V::kRows,
+                          out + strip_sums<V>(strip, kTokens)};
+      all_tokens<V, kBits, kPlanes, kTokens, kCount, kStrips>(w, x, strips, at, at.block + span);
+    }
+    if (span > 1) break;
+  }
 }
 
 template <class V, int kBits, int kTokens>

@@ -20,6 +20,7 @@ namespace {
 struct Vectors512 {
   static constexpr int kRows = 16;
   static constexpr int kSums = 16;
+  static constexpr bool kSlowSums = true;
   static constexpr bool kPrefetchAlways = false;
   using I = __m512i;
   using F = __m512;
@@ -30,6 +31,7 @@ struct Vectors512 {
     asm("" : "+v"(v));
     return v;
   }
+  static I keep(I v) { return v; }
   static void store(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
   // always_inline: GCC takes a function that only prefetches for one without effect, and drops the call.
   __attribute__((always_inline)) static void prefetch(const uint32_t* p) {
