@@ -15,7 +15,7 @@ from harness import package
 from torch import Tensor
 
 from discquant.ops import pack as packing
-from discquant.ops.packed_linear import dequantize_packed
+from discquant.ops.packed_linear import packed_linear
 
 GROUP = 128
 # Of each provider; a dozen of them take turns, so that more than 2 GB pass between two uses of the same bytes.
@@ -94,7 +94,7 @@ def ours(weight: Weight, bits: int, modes: tuple[str, ...]) -> list[Provider]:
 
 
 def exact(weight: Weight, bits: int) -> Provider:
-    """The exact mode's two parts, so that it is known what bit equality costs: dequantise, then torch's matmul."""
+    """The exact mode: dequantise, then torch's matmul; so it is known what bit equality costs."""
     words = packing.pack(weight.q[bits], num_bits=bits, group_size=GROUP, layout="cpu")
     step = packing.pack_groups(weight.scale, layout="cpu")
     sizes: dict[str, Any] = {
@@ -102,7 +102,7 @@ def exact(weight: Weight, bits: int) -> Provider:
     }  # fmt: skip
 
     def call(x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, dequantize_packed(words, step, **sizes, dtype=x.dtype))
+        return packed_linear(x, words, step, **sizes, mode="exact")
 
     return Provider("discquant exact", bits, words.numel() * 4 + step.numel() * 2, [call], torch.bfloat16)
 

@@ -108,7 +108,7 @@ def prefill(layer: Layer, x: Tensor) -> list[Call]:
 
 def dequantised(layer: Layer, x: Tensor) -> list[Call]:
     """Dequantise into scratch, then cuBLAS, at any number of tokens."""
-    sizes = (layer.n, layer.k, layer.bits, GROUP, paths.MMA_LAYOUT)
+    sizes = (layer.n, layer.k, layer.bits, GROUP)
     return [lambda w=w, s=s: paths.dense_linear(x, w, s, None, None, *sizes) for w, s in layer.kept]  # type: ignore[misc]
 
 

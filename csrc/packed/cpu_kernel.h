@@ -56,6 +56,9 @@ using RowPairFn = void (*)(const CpuWeight&, const CpuTokens&, int64_t pair, flo
 using QuantizeFn = void (*)(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
                             int64_t quad_bytes, int64_t plane_bytes, int8_t* codes, float* step, int32_t* sum);
 
+// scale * (code - zero) in float32, then one rounding to `type`; count at most kTileK.
+using DequantizeFn = void (*)(const uint8_t* codes, int64_t count, float scale, float zero, DType type, void* out);
+
 struct CpuKernels {
   RowPairFn row_pair(int bits, Mode mode, int tokens) const {
     const int b = bits == 4 ? 0 : 1;
@@ -64,6 +67,7 @@ struct CpuKernels {
   }
   RowPairFn table[2][3][5];  // [bits 4, 3][mode][tokens 1, 2, 4, 6, 8 and more]
   QuantizeFn quantize;
+  DequantizeFn dequantize;
   void (*read)(const void* p, int64_t bytes, bool prefetch, uint32_t* out);  // reads every byte once: the benchmark's roof
   int max_tokens;  // of one call of row_pair
   bool by_token;   // how CpuTokens::plane lies

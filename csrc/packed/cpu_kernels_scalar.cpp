@@ -88,6 +88,12 @@ struct VectorsScalar {
     for (int i = 0; i < kRows; ++i) r[i] = bfloat_to_float(p[i]);
     return r;
   }
+  static void store_half(uint16_t* p, F v) {
+    for (int i = 0; i < kRows; ++i) p[i] = float_to_half(v[i]);
+  }
+  static void store_bfloat(uint16_t* p, F v) {
+    for (int i = 0; i < kRows; ++i) p[i] = float_to_bfloat(v[i]);
+  }
   template <int kBits>
   static Table code_table() { return 0; }
   template <int kBits>

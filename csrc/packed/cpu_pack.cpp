@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // pack, unpack, repack and dequantise on the CPU, tile by tile through the functions of layout.h.
 #include <atomic>
+#include <cstring>
 
 #include "packed/cpu_linear.h"
 #include "packed/float_types.h"
@@ -54,8 +55,12 @@ void decode_cpu_tile(const uint32_t* tile, uint8_t codes[kTileRows][kTileK]) {
       load_quad(tile, kLayoutCpu, kBits, row, quad, words);
       for (int v = 0; v < 4; ++v) {
         const uint32_t halves[2] = {words[v] & 0x0f0f0f0fu, (words[v] >> 4) & 0x0f0f0f0fu};
-        for (int i = 0; i < 8; ++i)
-          codes[row][kQuadK * quad + 8 * v + i] = static_cast<uint8_t>(halves[i / 4] >> (8 * (i % 4)));
+        uint8_t* out = codes[row] + kQuadK * quad + 8 * v;
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        std::memcpy(out, halves, 8);
+#else
+        for (int i = 0; i < 8; ++i) out[i] = static_cast<uint8_t>(halves[i / 4] >> (8 * (i % 4)));
+#endif
       }
     }
   }
@@ -130,9 +135,9 @@ void unpack_cpu(const uint32_t* words, int64_t n, int64_t k, int bits, Layout la
     uint8_t block[kTileRows][kTileK];
     for (int64_t k_tile = 0; k_tile < k_tiles; ++k_tile) {
       decode_tile(words + tile_offset(layout, bits, row_tile, k_tile, k_tiles), layout, bits, block);
+      const int64_t count = k - k_tile * kTileK < kTileK ? k - k_tile * kTileK : kTileK;
       for (int64_t r = 0; r < kTileRows && row_tile * kTileRows + r < n; ++r)
-        for (int64_t i = 0; i < kTileK && k_tile * kTileK + i < k; ++i)
-          codes[(row_tile * kTileRows + r) * k + k_tile * kTileK + i] = block[r][i];
+        std::memcpy(codes + (row_tile * kTileRows + r) * k + k_tile * kTileK, block[r], static_cast<size_t>(count));
     }
   });
 }
@@ -182,6 +187,8 @@ void dequantize_cpu(const CpuDequantize& call, const Parallel& parallel) {
   const int64_t groups = ceil_div(call.k, size);
   const int64_t span = size < kTileK ? size : kTileK;
   const float middle = static_cast<float>(1 << (call.bits - 1));
+  const DequantizeFn dequantize = kernels_for(best_isa(), call.bits, Mode::kFp32, 1)->dequantize;
+  const int64_t width = call.type == DType::kFloat32 ? 4 : 2;
   const int64_t first_tile = call.row_begin / kTileRows;
   for_range(ceil_div(call.row_end, kTileRows) - first_tile, parallel, [&](int64_t t) {
     uint8_t block[kTileRows][kTileK];
@@ -196,20 +203,8 @@ void dequantize_cpu(const CpuDequantize& call, const Parallel& parallel) {
           const float scale = scale_at(call.scale, call.scale_type, at);
           const float zero = call.zero_point ? static_cast<float>(call.zero_point[at]) : middle;
           const int64_t end = begin + span < call.k ? begin + span : call.k;
-          const uint8_t* from = block[r] + (begin - k_tile * kTileK);
-          const int64_t out = (row - call.row_begin) * call.k + begin;
-          if (call.type == DType::kFloat32) {
-            float* p = static_cast<float*>(call.out) + out;
-            for (int64_t i = 0; i < end - begin; ++i) p[i] = scale * (static_cast<float>(from[i]) - zero);
-          } else if (call.type == DType::kBFloat16) {
-            uint16_t* p = static_cast<uint16_t*>(call.out) + out;
-            for (int64_t i = 0; i < end - begin; ++i)
-              p[i] = float_to_bfloat(scale * (static_cast<float>(from[i]) - zero));
-          } else {
-            uint16_t* p = static_cast<uint16_t*>(call.out) + out;
-            for (int64_t i = 0; i < end - begin; ++i)
-              p[i] = float_to_half(scale * (static_cast<float>(from[i]) - zero));
-          }
+          dequantize(block[r] + (begin - k_tile * kTileK), end - begin, scale, zero, call.type,
+                     static_cast<char*>(call.out) + ((row - call.row_begin) * call.k + begin) * width);
         }
       }
     }

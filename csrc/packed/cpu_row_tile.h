@@ -378,6 +378,42 @@ void quantize(const float* x, int64_t blocks, int64_t block_size, int planes, in
 }
 
 template <class V>
+__attribute__((always_inline)) inline typename V::F weight_of(const uint8_t* codes, typename V::F scale,
+                                                               typename V::F zero) {
+  return V::mul_float(scale, V::sub_float(V::to_float(V::load_bytes(codes)), zero));
+}
+
+template <class V>
+void dequantize(const uint8_t* codes, int64_t count, float scale, float zero, DType type, void* out) {
+  const typename V::F s = V::set1_float(scale), z = V::set1_float(zero);
+  float* wide = static_cast<float*>(out);
+  uint16_t* narrow = static_cast<uint16_t*>(out);
+  int64_t i = 0;
+  if (type == DType::kFloat32) {
+    for (; i + V::kRows <= count; i += V::kRows) V::store_float(wide + i, weight_of<V>(codes + i, s, z));
+  } else if (type == DType::kBFloat16) {
+    for (; i + V::kRows <= count; i += V::kRows) V::store_bfloat(narrow + i, weight_of<V>(codes + i, s, z));
+  } else {
+    for (; i + V::kRows <= count; i += V::kRows) V::store_half(narrow + i, weight_of<V>(codes + i, s, z));
+  }
+  if (i == count) return;
+  // The last ones through copies: nothing may be read or written past the end.
+  const size_t rest = static_cast<size_t>(count - i);
+  uint8_t from[V::kRows] = {0};
+  float to[V::kRows];
+  uint16_t halves[V::kRows];
+  std::memcpy(from, codes + i, rest);
+  const typename V::F weight = weight_of<V>(from, s, z);
+  if (type == DType::kFloat32) {
+    V::store_float(to, weight);
+    std::memcpy(wide + i, to, 4 * rest);
+    return;
+  }
+  type == DType::kBFloat16 ? V::store_bfloat(halves, weight) : V::store_half(halves, weight);
+  std::memcpy(narrow + i, halves, 2 * rest);
+}
+
+template <class V>
 void read_all(const void* p, int64_t bytes, bool prefetch, uint32_t* out) {
   const uint32_t* words = static_cast<const uint32_t*>(p);
   typename V::I acc[4] = {V::set1(0), V::set1(0), V::set1(0), V::set1(0)};
@@ -397,6 +433,7 @@ const CpuKernels* make_kernels() {
       {{DISCQUANT_TOKENS(integer_pair, 4, 1), DISCQUANT_TOKENS(integer_pair, 4, 2), DISCQUANT_TOKENS(float_pair, 4)},
        {DISCQUANT_TOKENS(integer_pair, 3, 1), DISCQUANT_TOKENS(integer_pair, 3, 2), DISCQUANT_TOKENS(float_pair, 3)}},
       quantize<V>,
+      dequantize<V>,
       read_all<V>,
       8,
       false};

@@ -109,13 +109,14 @@ Tensor unpack_dense(const Tensor& words, int64_t count, int64_t bits) {
   return codes;
 }
 
-Tensor dequantize(const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t n,
-                  int64_t k, int64_t bits, int64_t group_size, int64_t layout, int64_t row_begin, int64_t row_end,
-                  ScalarType type) {
+void dequantize_into(Tensor out, const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                     int64_t n, int64_t k, int64_t bits, int64_t group_size, int64_t layout, int64_t row_begin,
+                     int64_t row_end) {
   check_weight(words, scale, zero_point, n, k, bits, group_size, layout);
   STD_TORCH_CHECK(0 <= row_begin && row_begin <= row_end && row_end <= n && row_begin % kTileRows == 0,
                   "dequantize_packed: rows must be a range from a multiple of 16, got ", row_begin, " to ", row_end);
-  Tensor out = torch::stable::new_empty(words, {row_end - row_begin, k}, std::make_optional(type));
+  STD_TORCH_CHECK(out.is_cpu() && out.is_contiguous() && out.dim() == 2 && out.size(0) == row_end - row_begin && out.size(1) == k,
+                  "dequantize_packed: out must be contiguous [", row_end - row_begin, ", ", k, "] on the CPU");
   CpuDequantize call{};
   call.words = words_of(words);
   call.layout = static_cast<Layout>(layout);
@@ -130,6 +131,14 @@ Tensor dequantize(const Tensor& words, const Tensor& scale, const std::optional<
   call.type = float_type(out, "dtype");
   call.out = out.mutable_data_ptr();
   if (row_end > row_begin) dequantize_cpu(call, torch_threads());
+}
+
+Tensor dequantize(const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t n,
+                  int64_t k, int64_t bits, int64_t group_size, int64_t layout, int64_t row_begin, int64_t row_end,
+                  ScalarType type) {
+  STD_TORCH_CHECK(row_begin <= row_end && k >= 0, "dequantize_packed: rows must be a range, got ", row_begin, " to ", row_end);
+  Tensor out = torch::stable::new_empty(words, {row_end - row_begin, k}, std::make_optional(type));
+  dequantize_into(out, words, scale, zero_point, n, k, bits, group_size, layout, row_begin, row_end);
   return out;
 }
 
@@ -151,6 +160,7 @@ STABLE_TORCH_LIBRARY_IMPL(discquant, CPU, m) {
   m.impl("pack_dense", TORCH_BOX(&pack_dense));
   m.impl("unpack_dense", TORCH_BOX(&unpack_dense));
   m.impl("dequantize_packed", TORCH_BOX(&dequantize));
+  m.impl("dequantize_packed_into", TORCH_BOX(&dequantize_into));
   m.impl("stream_read", TORCH_BOX(&stream_read));
 }
 

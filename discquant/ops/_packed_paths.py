@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Behind `packed_linear`: the operators that C++ and CUDA own, and the choice among a GPU's kernels.
+"""Behind `packed_linear`: the operators that C++ and CUDA own, and what is made of several of them.
 
-The choice is one operator of its own, `packed_linear_gpu`: traced graphs see one opaque node, which finds its workspace
-when it runs.
+That is the choice among a GPU's kernels, `packed_linear_gpu`, and the exact product on a CPU, `packed_linear_exact`:
+traced graphs see one opaque node, which finds its workspace when it runs.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -63,6 +64,12 @@ dequantize_op = registry.define(
     _dequantize_fake,
     None,
 )
+_dequantize_into_op = registry.define(
+    f"dequantize_packed_into(Tensor(a!) out, Tensor words, Tensor scale, Tensor? zero_point, {GRID}, int layout, "
+    "int row_begin, int row_end) -> ()",
+    lambda *_: None,
+    None,
+)
 # Tensor cores: 16 tokens at a time, split along K through the workspace.
 mma_op = registry.define(
     "packed_linear_mma(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor(a!) workspace, "
@@ -116,39 +123,90 @@ def workspace(words: Tensor, out_features: int, in_features: int) -> Tensor:
     return kept[1]
 
 
-def dense_linear(
-    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
-    in_features: int, num_bits: int, group_size: int, layout: int,
-) -> Tensor:  # fmt: skip
-    """Panels of rows: dequantise to the dtype of x, multiply with the library's own matmul."""
-    limit = _PANEL_WEIGHTS.get(x.device.type, _PANEL_WEIGHTS["cpu"])
-    # Equal panels, of whole tiles of a matmul where there is a choice.
+def _panels(out_features: int, in_features: int, limit: int) -> list[tuple[int, int]]:
+    """Equal ranges of rows of at most about `limit` weights, of whole tiles of a matmul where there is a choice."""
     count = max(1, -(-out_features * in_features // limit))
     step = -(-out_features // count)
     step = max(16, -(-step // 256) * 256 if step > 256 else -(-step // 16) * 16)
+    return [(first, min(first + step, out_features)) for first in range(0, out_features, step)]
 
-    def weight(first: int, last: int) -> Tensor:
-        panel: Tensor = dequantize_op(
-            words, scale, zero_point, out_features, in_features, num_bits, group_size, layout, first, last, x.dtype,
-        )  # fmt: skip
-        return panel
 
-    ranges = [(first, min(first + step, out_features)) for first in range(0, out_features, step)]
-    if not x.is_cuda or len(ranges) <= 1:
-        # What a tracer sees on a CPU; the joined copy is small beside the panels there.
-        parts = [
-            torch.nn.functional.linear(x, weight(first, last), None if bias is None else bias[first:last])
-            for first, last in ranges
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat([x.new_empty((x.shape[0], 0)), *parts], dim=1)
+def dense_linear(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
+    in_features: int, num_bits: int, group_size: int,
+) -> Tensor:  # fmt: skip
+    """On a GPU, panels of rows: dequantise to the dtype of x, multiply with the library's own matmul."""
+    grid = (out_features, in_features, num_bits, group_size, MMA_LAYOUT)
+    ranges = _panels(out_features, in_features, _PANEL_WEIGHTS["cuda"])
+    if len(ranges) <= 1:
+        return torch.nn.functional.linear(
+            x, dequantize_op(words, scale, zero_point, *grid, 0, out_features, x.dtype), bias
+        )
     y = x.new_empty((x.shape[0], out_features))
     for first, last in ranges:
-        part, panel = y[:, first:last], weight(first, last).t()
+        panel = dequantize_op(words, scale, zero_point, *grid, first, last, x.dtype).t()
         if bias is None:
-            torch.mm(x, panel, out=part)
+            torch.mm(x, panel, out=y[:, first:last])
         else:
-            torch.addmm(bias[first:last], x, panel, out=part)
+            torch.addmm(bias[first:last], x, panel, out=y[:, first:last])
     return y
+
+
+class _Scratch(threading.local):
+    """One buffer per thread, kept: fresh pages for every panel took three times as long as the panel's weights."""
+
+    def __init__(self) -> None:
+        self.kept = torch.empty(0, dtype=torch.uint8)
+
+    def panel(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised, until the thread's next call."""
+        size = rows * cols * dtype.itemsize
+        if self.kept.numel() < size:
+            self.kept = torch.empty(size, dtype=torch.uint8)
+        return self.kept[:size].view(dtype).view(rows, cols)
+
+
+_scratch = _Scratch()
+
+
+def _exact_cpu(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
+    in_features: int, num_bits: int, group_size: int, layout: int,
+) -> Tensor:  # fmt: skip
+    """`dense_linear` on a CPU, through one scratch."""
+    y = x.new_empty((x.shape[0], out_features))
+    for first, last in _panels(out_features, in_features, _PANEL_WEIGHTS["cpu"]):
+        panel = _scratch.panel(last - first, in_features, x.dtype)
+        _dequantize_into_op(
+            panel,
+            words,
+            scale,
+            zero_point,
+            out_features,
+            in_features,
+            num_bits,
+            group_size,
+            layout,
+            first,
+            last,
+        )
+        y[:, first:last] = torch.nn.functional.linear(x, panel, None if bias is None else bias[first:last])
+    return y
+
+
+def _exact_fake(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
+    in_features: int, num_bits: int, group_size: int, layout: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], out_features))
+
+
+exact_op = registry.define(
+    f"packed_linear_exact(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {GRID}, int layout)"
+    " -> Tensor",
+    _exact_fake,
+    _exact_cpu,
+)
 
 
 def _gpu_linear(
@@ -163,7 +221,7 @@ def _gpu_linear(
     # `exact` multiplies by the scale in the dtype of x: exact only if the scale has it. Size 0: the kernels cannot.
     if x.dtype == torch.float32 or dense or (exact and scale.dtype != x.dtype) or (out_features and not size):
         return dense_linear(
-            x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size, MMA_LAYOUT
+            x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size
         )
     if columns != in_features:
         x = torch.nn.functional.pad(x, (0, columns - in_features))

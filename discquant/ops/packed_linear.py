@@ -247,7 +247,7 @@ def packed_linear(
             batch_invariant, settled,
         )  # fmt: skip
     elif mode == "exact":
-        y = paths.dense_linear(
+        y = paths.exact_op(
             rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size,
             LAYOUT_CODES[layout],
         )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from discquant import _extension, environment
+from discquant.ops import _packed_paths
 from discquant.ops import pack as packing
 from discquant.ops.packed_linear import ISAS, dequantize_packed, packed_linear
 
@@ -197,6 +198,27 @@ def test_exact_mode_is_the_dense_layer() -> None:
 
 
 @CPP
+def test_exact_mode_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels of a large layer through one scratch per thread: every row from its own panel, answers that stay."""
+    monkeypatch.setitem(_packed_paths._PANEL_WEIGHTS, "cpu", 32 * 200)
+    cases = [make(n, 200, bits, 64, False) for n, bits in ((90, 4), (50, 3), (16, 4))]
+    eye, wrong = torch.eye(200), []
+
+    def work(case: Case, dtype: torch.dtype) -> None:
+        expected = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype).t()
+        kept = [packed_linear(eye.to(dtype), *case.tensors, **case.sizes, mode="exact") for _ in range(20)]
+        if not all(torch.equal(y, expected) for y in kept):
+            wrong.append((case.sizes, dtype))
+
+    threads = [threading.Thread(target=work, args=call) for call in itertools.product(cases, FLOATS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@CPP
 def test_reference_agrees() -> None:
     case = make(33, 150, 3, 32, False, layout="mma")
     x = torch.randn(2, 3, 150, dtype=torch.float64).float()
@@ -288,19 +310,26 @@ def test_opcheck() -> None:
         torch.library.opcheck(op, (x, words, scale, zero, None, 20, 100, 3, 32, 1, -1))
     dequantize = torch.ops.discquant.dequantize_packed.default
     torch.library.opcheck(dequantize, (words, scale, zero, 20, 100, 3, 32, 2, 16, 20, torch.bfloat16))
+    into = torch.ops.discquant.dequantize_packed_into.default
+    torch.library.opcheck(into, (torch.empty(4, 100), words, scale, zero, 20, 100, 3, 32, 2, 16, 20))
+    exact = torch.ops.discquant.packed_linear_exact.default
+    torch.library.opcheck(
+        exact, (torch.randn(3, 100), words, scale, zero, torch.randn(20), 20, 100, 3, 32, 2)
+    )
 
 
 @CPP
-def test_compile() -> None:
+@pytest.mark.parametrize("mode", ["auto", "exact"])
+def test_compile(mode: str) -> None:
     case = make(20, 100, 4, 32, True)
 
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     def run(x: Tensor) -> Tensor:
-        return packed_linear(x, *case.tensors, **case.sizes, impl="cpp") * 2
+        return packed_linear(x, *case.tensors, **case.sizes, mode=mode, impl="cpp") * 2
 
     for tokens in (2, 5):
         x = torch.randn(tokens, 100)
-        assert torch.equal(run(x), packed_linear(x, *case.tensors, **case.sizes) * 2)
+        assert torch.equal(run(x), packed_linear(x, *case.tensors, **case.sizes, mode=mode) * 2)
 
 
 def bad_calls() -> list[Any]:
@@ -384,3 +413,8 @@ def test_operator_checks_for_itself() -> None:
     ):
         with pytest.raises(RuntimeError):
             op(*args)
+    into = torch.ops.discquant.dequantize_packed_into
+    for out, rows in ((torch.empty(4, 99), (16, 20)), (torch.empty(3, 100), (16, 20)), (torch.empty(4, 100), (8, 12)),
+                      (torch.empty(100, 4).t(), (16, 20)), (torch.empty(4, 100).int(), (16, 20))):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            into(out, words, scale, None, 20, 100, 4, 32, 2, *rows)
