@@ -34,6 +34,11 @@ struct Vectors256 {
   __attribute__((always_inline)) static void prefetch_line(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
+  // As `keep`, for the order of sums.
+  static F keep_float(F v) {
+    asm("" : "+x"(v));
+    return v;
+  }
   static I set1(int32_t v) { return _mm256_set1_epi32(v); }
   static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
   template <int n>

@@ -30,6 +30,7 @@ struct VectorsScalar {
     return r;
   }
   static I keep(I v) { return v; }
+  static F keep_float(F v) { return v; }
   static void store(uint32_t* p, I a) { std::memcpy(p, &a, sizeof a); }
   static void prefetch(const uint32_t*) {}
   static void prefetch_far(const void*) {}

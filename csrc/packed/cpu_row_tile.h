@@ -213,64 +213,46 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
       V::store_float(sums + strip_sums<V>(s, kTokens) + m * kTileRows, total[s][m]);
 }
 
-// The same rows with float32 activations: products of exact (q - z) and x, scaled once per block.
-template <class V, int kBits, int kTokens>
-__attribute__((always_inline)) inline void float_strip(const CpuWeight& w, const CpuTokens& x, int64_t row_tile,
-                                                       int first, float* out) {
+// Sums of one block of one strip over the k that are kClass .. kClass + kClasses - 1 mod 4, into sums[m][k mod 4].
+template <class V, int kBits, int kTokens, int kClasses, int kClass = 0>
+__attribute__((always_inline)) inline void float_block(const CpuWeight& w, const uint32_t* words, const float* values,
+                                                       typename V::F zero, typename V::F sums[kTokens][4]) {
   using I = typename V::I;
   using F = typename V::F;
   constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;
-  const int64_t quads = w.block_size / kQuadK;
-  const uint32_t* words = w.words + tile_offset(kLayoutCpu, kBits, row_tile, 0, w.k_tiles) + first;
-  const float* values = x.values;
   const typename V::Table table = V::template code_table<kBits>();
-  const F middle = V::set1_float(static_cast<float>(1 << (kBits - 1)));
-  F total[kTokens];
+  F acc[kTokens][kClasses];
   DISCQUANT_UNROLL
-  for (int m = 0; m < kTokens; ++m) total[m] = V::zero_float();
-  int64_t group = 0;
-  int64_t left = w.group_size;
-  for (int64_t block = 0; block < w.blocks; ++block) {
-    const int64_t at = scale_offset(kLayoutCpu, row_tile * kTileRows + first, group, w.groups);
-    const F zero = w.zero_point != nullptr ? V::to_float(V::load_bytes(w.zero_point + at)) : middle;
-    F acc[kTokens][4];
-  DISCQUANT_UNROLL
-    for (int m = 0; m < kTokens; ++m)
-  DISCQUANT_UNROLL
-      for (int c = 0; c < 4; ++c) acc[m][c] = V::zero_float();
-    for (int64_t quad = 0; quad < quads; ++quad) {
-      V::prefetch(words);
-      I word[4];
-      load_strip<V, kBits>(words, word);
-      words += kStride;
+  for (int m = 0; m < kTokens; ++m)
+    DISCQUANT_UNROLL
+    for (int c = 0; c < kClasses; ++c) acc[m][c] = V::zero_float();
+  const uint32_t* p = words;
+  const float* x = values;
+  for (int64_t quad = 0; quad < w.block_size / kQuadK; ++quad) {
+    if (kClass == 0) V::prefetch(p);
+    I word[4];
+    load_strip<V, kBits>(p, word);
+    p += kStride;
+    DISCQUANT_UNROLL
+    for (int v = 0; v < 4; ++v) {
       DISCQUANT_UNROLL
-      for (int v = 0; v < 4; ++v) {
-  DISCQUANT_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          // k = 8v + i; its nibble is 2 * (i mod 4) + i / 4 (cpu_place).
-          const I code = V::shift_right_var(word[v], 4 * (2 * (i & 3) + (i >> 2)));
-          const F weight = V::sub_float(V::template code_to_float<kBits>(table, code), zero);
-  DISCQUANT_UNROLL
-          for (int m = 0; m < kTokens; ++m)
-            acc[m][i & 3] = V::fma(weight, V::set1_float(values[(8 * v + i) * kTokens + m]), acc[m][i & 3]);
-        }
+      for (int i = 0; i < 2 * kClasses; ++i) {
+        // k = 8v + class + 4h; its nibble is 2 * class + h (cpu_place).
+        const int c = i % kClasses, h = i / kClasses;
+        const I code = V::shift_right_var(word[v], 4 * (2 * (kClass + c) + h));
+        const F weight = V::sub_float(V::template code_to_float<kBits>(table, code), zero);
+        DISCQUANT_UNROLL
+        for (int m = 0; m < kTokens; ++m)
+          acc[m][c] = V::keep_float(V::fma(weight, V::set1_float(x[(8 * v + 4 * h + kClass + c) * kTokens + m]), acc[m][c]));
       }
-      values += kQuadK * kTokens;
     }
-    const F scale = load_scale<V>(w, at);
-  DISCQUANT_UNROLL
-    for (int m = 0; m < kTokens; ++m) {
-      const F sum = V::add_float(V::add_float(acc[m][0], acc[m][1]), V::add_float(acc[m][2], acc[m][3]));
-      total[m] = V::fma(sum, scale, total[m]);
-    }
-    left -= w.block_size;
-    if (left == 0) {
-      ++group;
-      left = w.group_size;
-    }
+    x += kQuadK * kTokens;
   }
   DISCQUANT_UNROLL
-  for (int m = 0; m < kTokens; ++m) V::store_float(out + m * kTileRows + first, total[m]);
+  for (int m = 0; m < kTokens; ++m)
+    DISCQUANT_UNROLL
+    for (int c = 0; c < kClasses; ++c) sums[m][kClass + c] = acc[m][c];
+  if constexpr (kClass + kClasses < 4) float_block<V, kBits, kTokens, kClasses, kClass + kClasses>(w, words, values, zero, sums);
 }
 
 // Of some tokens as many at a time as the registers hold sums of, all batches alike.
@@ -309,11 +291,36 @@ void integer_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* o
   }
 }
 
+// float32 activations: products of exact (q - z) and x, scaled once per block. Strips and blocks as in `integer_pair`.
 template <class V, int kBits, int kTokens>
 void float_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out) {
-  for (int row = 0; row < 2 * kTileRows; row += V::kRows)
-    float_strip<V, kBits, kTokens>(w, x, 2 * pair + row / kTileRows, row % kTileRows,
-                                   out + row / kTileRows * kTokens * kTileRows);
+  using F = typename V::F;
+  constexpr int kClasses = 4 * kTokens <= V::kSums ? 4 : 2 * kTokens <= V::kSums ? 2 : 1;
+  constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;
+  constexpr int kAll = 2 * kTileRows / V::kRows;
+  const int64_t quads = w.block_size / kQuadK;
+  const uint32_t* words = w.words + tile_offset(kLayoutCpu, kBits, 2 * pair, 0, w.k_tiles);
+  const int64_t scales = scale_offset(kLayoutCpu, pair * kPairRows, 0, w.groups);
+  const F middle = V::set1_float(static_cast<float>(1 << (kBits - 1)));
+  const int together = V::kRows < kTileRows ? kAll : 1;
+  for (int begin = 0; begin < kAll; begin += together) {
+    for (Place at{0, 0, w.group_size}; at.block < w.blocks; at.next(w)) {
+      for (int strip = begin; strip < begin + together; ++strip) {
+        const int64_t place = scales + at.group * kPairRows + strip * V::kRows;
+        const F zero = w.zero_point != nullptr ? V::to_float(V::load_bytes(w.zero_point + place)) : middle;
+        F sums[kTokens][4];
+        float_block<V, kBits, kTokens, kClasses>(w, words + at.block * quads * kStride + strip_words<V, kBits>(strip),
+                                                 x.values + at.block * w.block_size * kTokens, zero, sums);
+        const F scale = load_scale<V>(w, place);
+        float* total = out + strip_sums<V>(strip, kTokens);
+        DISCQUANT_UNROLL
+        for (int m = 0; m < kTokens; ++m, total += kTileRows) {
+          const F sum = V::add_float(V::add_float(sums[m][0], sums[m][1]), V::add_float(sums[m][2], sums[m][3]));
+          V::store_float(total, V::fma(sum, scale, at.block == 0 ? V::zero_float() : V::load_float(total)));
+        }
+      }
+    }
+  }
 }
 
 // Round half to even for |v| < 2^22 with two additions: every compiler vectorises it, and all give the same bits.

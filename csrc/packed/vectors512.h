@@ -32,6 +32,7 @@ struct Vectors512 {
     return v;
   }
   static I keep(I v) { return v; }
+  static F keep_float(F v) { return v; }
   static void store(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
   // always_inline: GCC takes a function that only prefetches for one without effect, and drops the call.
   __attribute__((always_inline)) static void prefetch(const uint32_t* p) {
