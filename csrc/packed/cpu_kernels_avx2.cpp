@@ -12,6 +12,8 @@ struct Vectors256 {
   static constexpr int kRows = 8;
   static constexpr int kSums = 8;
   static constexpr bool kSlowSums = false;
+  // Products of int16 need no second sum of 32 bits: a15 10 to 20 % faster from four tokens on, Zen 3.
+  static constexpr bool kWide = true;
   static constexpr bool kPrefetchAlways = true;  // pages alone: 0.6 of this speed on Zen 3
   using I = __m256i;
   using F = __m256;
@@ -68,6 +70,11 @@ struct Vectors256 {
   }
   static I part_end(I acc, I part) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
+  }
+  static I wide_dot(I acc, I codes, I x) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(codes, x));
+    asm("" : "+x"(acc));
+    return acc;
   }
   static F zero_float() { return _mm256_setzero_ps(); }
   static F set1_float(float v) { return _mm256_set1_ps(v); }

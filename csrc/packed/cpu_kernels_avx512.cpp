@@ -11,7 +11,12 @@ namespace {
 // A quad adds eight products of two u8 x s8 pairs in 16 bits: 8 * 2 * 15 * 128 = 30720, so nothing saturates.
 struct VectorsBw : Vectors512 {
   static I part_begin(I) { return _mm512_setzero_si512(); }
-  static I dot(I acc, I codes, I x) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x)); }
+  static I dot(I acc, I codes, I x) {
+    acc = _mm512_add_epi16(acc, _mm512_maddubs_epi16(codes, x));
+    // In this order: as in the AVX2 file.
+    asm("" : "+v"(acc));
+    return acc;
+  }
   static I part_end(I acc, I part) {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(part, _mm512_set1_epi16(1)));
   }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "packed/cpu_elementwise.h"
 #include "packed/cpu_kernel.h"
 #include "packed/layout.h"
 
@@ -70,8 +71,8 @@ struct Place {
   }
 };
 
-// A strip is V::kRows rows of a pair of row tiles (32 rows). Where it begins, from where the pair does: among the words of
-// a quad, and among the sums of one token.
+// A strip is V::kRows rows of a pair of row tiles (32 rows). Where it begins, from where the pair does: among the words
+// of a quad, and among the sums of one token.
 template <class V, int kBits>
 constexpr int strip_words(int strip) {
   return strip * V::kRows / kTileRows * (kBits == 4 ? 4 : 3) * kTileRows + strip * V::kRows % kTileRows;
@@ -95,15 +96,18 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
                                                           Place at, int64_t end) {
   using I = typename V::I;
   using F = typename V::F;
+  // Wide activations: one plane of 16-bit pairs instead of two of bytes, two codes to a product instead of four.
+  constexpr bool kWide = V::kWide && kPlanes == 2;
+  constexpr int kSweeps = kWide ? 1 : kPlanes, kSteps = kWide ? 4 : 2;
   // Few sums leave the multiplier idle while it waits for its own result: split them (integers, so exactly).
-  constexpr int kSums = kStrips * kCount * kPlanes;
+  constexpr int kSums = kStrips * kCount * kSweeps;
   constexpr int kChains = V::kSlowSums ? (kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1) : 1;
   // One token of 8 bits reads as fast as plain loads do, and there the processor's own prefetching is best left alone but
   // for pages, where it stops: on Zen 4 15 to 20 % faster at 4 bits than with every line asked for, up to 14 % at 3. With
   // more tokens it is the other way round, by 6 to 35 %, and with two planes at 3 bits, by 10 to 25 %; two planes at 4 bits
   // gain 5 % or lose 6 by the layer (all kernels in turn on all buffers: where one lies moves a time by as much).
   constexpr bool kPages = !V::kPrefetchAlways && kPlanes == 1 && kTokens == 1;
-  constexpr uint32_t kMask = kBits == 4 ? 0x0f0f0f0fu : 0x07070707u;
+  constexpr uint32_t kMask = (kBits == 4 ? 0x0f0f0f0fu : 0x07070707u) & (kWide ? 0x00ff00ffu : ~0u);
   constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;  // to the same rows of the next quad
   const I mask = V::set1(static_cast<int32_t>(kMask));
   const int64_t quads = w.block_size / kQuadK;
@@ -115,33 +119,34 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
     DISCQUANT_UNROLL
     for (int m = 0; m < kCount; ++m)
       total[s][m] = at.block == 0 ? V::zero_float() : V::load_float(sums + strip_sums<V>(s, kTokens) + m * kTileRows);
-  const int32_t* plane[kPlanes];
+  const int32_t* plane[kSweeps];
   DISCQUANT_UNROLL
-  for (int p = 0; p < kPlanes; ++p) plane[p] = x.plane[p] + at.block * quads * 8 * kTokens + kFirst;
+  for (int p = 0; p < kSweeps; ++p) plane[p] = x.plane[p] + at.block * quads * 4 * kSteps * kTokens + kFirst;
   for (; at.block < end; at.next(w)) {
-    I acc[kStrips][kPlanes][kCount][kChains];
+    I acc[kStrips][kSweeps][kCount][kChains];
     DISCQUANT_UNROLL
     for (int s = 0; s < kStrips; ++s)
       DISCQUANT_UNROLL
-      for (int p = 0; p < kPlanes; ++p)
+      for (int p = 0; p < kSweeps; ++p)
         DISCQUANT_UNROLL
         for (int m = 0; m < kCount; ++m)
           DISCQUANT_UNROLL
           for (int c = 0; c < kChains; ++c) acc[s][p][m][c] = V::set1(0);
     for (int64_t quad = 0; quad < quads; ++quad) {
       I word[kStrips][4];
-      I part[kStrips][kPlanes][kCount][kChains];
+      I part[kStrips][kSweeps][kCount][kChains];
       if (kPages) prefetch_page<V>(words);
       DISCQUANT_UNROLL
       for (int s = 0; s < kStrips; ++s) {
         if (!kPages && s * V::kRows % kTileRows == 0) V::prefetch(words + strip_words<V, kBits>(s));
         load_strip<V, kBits>(words + strip_words<V, kBits>(s), word[s]);
         DISCQUANT_UNROLL
-        for (int p = 0; p < kPlanes; ++p)
+        for (int p = 0; p < kSweeps; ++p)
           DISCQUANT_UNROLL
           for (int m = 0; m < kCount; ++m)
             DISCQUANT_UNROLL
-            for (int c = 0; c < kChains; ++c) part[s][p][m][c] = V::part_begin(acc[s][p][m][c]);
+            for (int c = 0; c < kChains; ++c)
+              part[s][p][m][c] = kWide ? acc[s][p][m][c] : V::part_begin(acc[s][p][m][c]);
       }
       words += kStride;
       DISCQUANT_UNROLL
@@ -149,35 +154,38 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
         DISCQUANT_UNROLL
         for (int s = 0; s < kStrips; ++s) word[s][v] = V::keep(word[s][v]);
         DISCQUANT_UNROLL
-        for (int h = 0; h < 2; ++h) {
+        for (int h = 0; h < kSteps; ++h) {
           I codes[kStrips];
           DISCQUANT_UNROLL
           for (int s = 0; s < kStrips; ++s)
-            codes[s] = V::bit_and(h == 0 ? word[s][v] : V::template shift_right<4>(word[s][v]), mask);
+            codes[s] = V::bit_and(h == 0 ? word[s][v] : V::shift_right_var(word[s][v], 4 * h), mask);
           DISCQUANT_UNROLL
-          for (int p = 0; p < kPlanes; ++p) {
+          for (int p = 0; p < kSweeps; ++p) {
             DISCQUANT_UNROLL
             for (int m = 0; m < kCount; ++m) {
-              const I bytes = V::set1(plane[p][(2 * v + h) * kTokens + m]);
+              const I values = V::set1(plane[p][(kSteps * v + h) * kTokens + m]);
               DISCQUANT_UNROLL
               for (int s = 0; s < kStrips; ++s) {
-                I& a = part[s][p][m][(2 * v + h) % kChains];
-                a = V::dot(a, codes[s], bytes);
+                I& a = part[s][p][m][(kSteps * v + h) % kChains];
+                if constexpr (kWide)
+                  a = V::wide_dot(a, codes[s], values);
+                else
+                  a = V::dot(a, codes[s], values);
               }
             }
           }
         }
       }
       DISCQUANT_UNROLL
-      for (int p = 0; p < kPlanes; ++p) {
-        plane[p] += 8 * kTokens;
+      for (int p = 0; p < kSweeps; ++p) {
+        plane[p] += 4 * kSteps * kTokens;
         DISCQUANT_UNROLL
         for (int s = 0; s < kStrips; ++s)
           DISCQUANT_UNROLL
           for (int m = 0; m < kCount; ++m)
             DISCQUANT_UNROLL
             for (int c = 0; c < kChains; ++c)
-              acc[s][p][m][c] = V::part_end(acc[s][p][m][c], part[s][p][m][c]);
+              acc[s][p][m][c] = kWide ? part[s][p][m][c] : V::part_end(acc[s][p][m][c], part[s][p][m][c]);
       }
     }
     DISCQUANT_UNROLL
@@ -188,15 +196,15 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
       const I zero = w.zero_point != nullptr ? V::load_bytes(w.zero_point + place) : V::set1(0);
       DISCQUANT_UNROLL
       for (int m = 0; m < kCount; ++m) {
-        I sum[kPlanes];
+        I sum[kSweeps];
         DISCQUANT_UNROLL
-        for (int p = 0; p < kPlanes; ++p) {
+        for (int p = 0; p < kSweeps; ++p) {
           sum[p] = acc[s][p][m][0];
           DISCQUANT_UNROLL
           for (int c = 1; c < kChains; ++c) sum[p] = V::add(sum[p], acc[s][p][m][c]);
         }
         I all = sum[0];
-        if (kPlanes == 2) all = V::add(V::template shift_left<8>(sum[0]), sum[kPlanes - 1]);
+        if (kSweeps == 2) all = V::add(V::template shift_left<8>(sum[0]), sum[kSweeps - 1]);
         const I xsum = V::set1(x.sum[at.block * kTokens + kFirst + m]);
         // The symmetric zero point is a power of two.
         const I shift = w.zero_point != nullptr ? V::mul(zero, xsum) : V::template shift_left<kBits - 1>(xsum);
@@ -243,7 +251,8 @@ __attribute__((always_inline)) inline void float_block(const CpuWeight& w, const
         const F weight = V::sub_float(V::template code_to_float<kBits>(table, code), zero);
         DISCQUANT_UNROLL
         for (int m = 0; m < kTokens; ++m)
-          acc[m][c] = V::keep_float(V::fma(weight, V::set1_float(x[(8 * v + 4 * h + kClass + c) * kTokens + m]), acc[m][c]));
+          acc[m][c] = V::keep_float(
+              V::fma(weight, V::set1_float(x[(8 * v + 4 * h + kClass + c) * kTokens + m]), acc[m][c]));
       }
     }
     x += kQuadK * kTokens;
@@ -252,7 +261,8 @@ __attribute__((always_inline)) inline void float_block(const CpuWeight& w, const
   for (int m = 0; m < kTokens; ++m)
     DISCQUANT_UNROLL
     for (int c = 0; c < kClasses; ++c) sums[m][kClass + c] = acc[m][c];
-  if constexpr (kClass + kClasses < 4) float_block<V, kBits, kTokens, kClasses, kClass + kClasses>(w, words, values, zero, sums);
+  if constexpr (kClass + kClasses < 4)
+    float_block<V, kBits, kTokens, kClasses, kClass + kClasses>(w, words, values, zero, sums);
 }
 
 // Of some tokens as many at a time as the registers hold sums of, all batches alike.
@@ -274,8 +284,9 @@ __attribute__((always_inline)) inline void all_tokens(const CpuWeight& w, const 
 template <class V, int kBits, int kPlanes, int kTokens>
 void integer_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out) {
   constexpr int kAll = 2 * kTileRows / V::kRows;
-  constexpr int kCount = tokens_at_a_time(kTokens, V::kSums / kPlanes);
-  constexpr int kFit = V::kSums / (kPlanes * kCount);
+  constexpr int kSweeps = V::kWide ? 1 : kPlanes;
+  constexpr int kCount = tokens_at_a_time(kTokens, V::kSums / kSweeps);
+  constexpr int kFit = V::kSums / (kSweeps * kCount);
   constexpr int kStrips = kFit >= kAll ? kAll : kFit >= 2 ? 2 : 1;
   const uint32_t* words = w.words + tile_offset(kLayoutCpu, kBits, 2 * pair, 0, w.k_tiles);
   const int64_t scale = scale_offset(kLayoutCpu, pair * kPairRows, 0, w.groups);
@@ -321,115 +332,6 @@ void float_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out
       }
     }
   }
-}
-
-// Round half to even for |v| < 2^22 with two additions: every compiler vectorises it, and all give the same bits.
-__attribute__((always_inline)) inline float round_even(float v) {
-  const float shift = 12582912.0f;
-  return (v + shift) - shift;
-}
-
-// step = amax / 32639 (or 127), codes = round(x / step) split as 256 * high + low with low in [-128, 127].
-// A block with a NaN or infinity gets a NaN step, so the output shows it; one below 2^-100 is taken as zero.
-template <int kPlanes>
-__attribute__((always_inline)) inline void quantize_row(const float* x, int64_t blocks, int64_t block_size, int token,
-                                                        int tokens, int64_t quad_bytes, int64_t plane_bytes,
-                                                        int8_t* codes, float* step, int32_t* sum) {
-  const float levels = kPlanes == 2 ? 32639.0f : 127.0f;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const float* v = x + block * block_size;
-    uint32_t top = 0;  // absolute floats compare like integers, and a NaN comes out largest
-    for (int64_t i = 0; i < block_size; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, v + i, 4);
-      bits &= 0x7fffffffu;
-      top = bits > top ? bits : top;
-    }
-    float amax;
-    std::memcpy(&amax, &top, 4);
-    const bool finite = top < 0x7f800000u;
-    const bool live = finite && amax > 7.888609e-31f;
-    const float inverse = live ? levels / amax : 0.0f;
-    step[block * tokens + token] = live ? amax / levels : finite ? 0.0f : __builtin_nanf("");
-    int32_t total = 0;
-    int32_t whole[128];
-    for (int64_t i = 0; i < block_size; ++i) {
-      const int32_t code = live ? static_cast<int32_t>(round_even(v[i] * inverse)) : 0;
-      whole[i] = code;
-      total += code;
-    }
-    sum[block * tokens + token] = total;
-    int8_t* out = codes + block * block_size * tokens;
-    for (int64_t i = 0; i < block_size; i += 4, out += quad_bytes) {
-      for (int j = 0; j < 4; ++j) {
-        const int32_t code = whole[i + j];
-        if (kPlanes == 2) {
-          const int32_t high = (code + 128) >> 8;
-          out[j] = static_cast<int8_t>(high);
-          out[plane_bytes + j] = static_cast<int8_t>(code - 256 * high);
-        } else {
-          out[j] = static_cast<int8_t>(code);
-        }
-      }
-    }
-  }
-}
-
-template <class V>
-void quantize(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
-              int64_t quad_bytes, int64_t plane_bytes, int8_t* codes, float* step, int32_t* sum) {
-  if (planes == 2)
-    quantize_row<2>(x, blocks, block_size, token, tokens, quad_bytes, plane_bytes, codes, step, sum);
-  else
-    quantize_row<1>(x, blocks, block_size, token, tokens, quad_bytes, plane_bytes, codes, step, sum);
-}
-
-template <class V>
-__attribute__((always_inline)) inline typename V::F weight_of(const uint8_t* codes, typename V::F scale,
-                                                               typename V::F zero) {
-  return V::mul_float(scale, V::sub_float(V::to_float(V::load_bytes(codes)), zero));
-}
-
-template <class V>
-void dequantize(const uint8_t* codes, int64_t count, float scale, float zero, DType type, void* out) {
-  const typename V::F s = V::set1_float(scale), z = V::set1_float(zero);
-  float* wide = static_cast<float*>(out);
-  uint16_t* narrow = static_cast<uint16_t*>(out);
-  int64_t i = 0;
-  if (type == DType::kFloat32) {
-    for (; i + V::kRows <= count; i += V::kRows) V::store_float(wide + i, weight_of<V>(codes + i, s, z));
-  } else if (type == DType::kBFloat16) {
-    for (; i + V::kRows <= count; i += V::kRows) V::store_bfloat(narrow + i, weight_of<V>(codes + i, s, z));
-  } else {
-    for (; i + V::kRows <= count; i += V::kRows) V::store_half(narrow + i, weight_of<V>(codes + i, s, z));
-  }
-  if (i == count) return;
-  // The last ones through copies: nothing may be read or written past the end.
-  const size_t rest = static_cast<size_t>(count - i);
-  uint8_t from[V::kRows] = {0};
-  float to[V::kRows];
-  uint16_t halves[V::kRows];
-  std::memcpy(from, codes + i, rest);
-  const typename V::F weight = weight_of<V>(from, s, z);
-  if (type == DType::kFloat32) {
-    V::store_float(to, weight);
-    std::memcpy(wide + i, to, 4 * rest);
-    return;
-  }
-  type == DType::kBFloat16 ? V::store_bfloat(halves, weight) : V::store_half(halves, weight);
-  std::memcpy(narrow + i, halves, 2 * rest);
-}
-
-template <class V>
-void read_all(const void* p, int64_t bytes, bool prefetch, uint32_t* out) {
-  const uint32_t* words = static_cast<const uint32_t*>(p);
-  typename V::I acc[4] = {V::set1(0), V::set1(0), V::set1(0), V::set1(0)};
-  for (int64_t at = 0; at + 4 * V::kRows * 4 <= bytes; at += 4 * V::kRows * 4, words += 4 * V::kRows) {
-    if (prefetch) V::prefetch(words);
-    for (int c = 0; c < 4; ++c) acc[c] = V::add(acc[c], V::load(words + c * V::kRows));
-  }
-  const typename V::I sum = V::add(V::add(acc[0], acc[1]), V::add(acc[2], acc[3]));
-  V::store(out, sum);
 }
 
 template <class V>
