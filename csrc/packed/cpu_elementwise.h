@@ -12,6 +12,12 @@ namespace discquant {
 namespace packed {
 namespace {
 
+// Whether these activations are pairs of 16 bits, not planes of bytes.
+template <class V>
+constexpr bool takes_pairs(int planes, int tokens) {
+  return V::kWide && planes == 2 && tokens >= 4;
+}
+
 // Round half to even for |v| < 2^22 with two additions: every compiler vectorises it, and all give the same bits.
 __attribute__((always_inline)) inline float round_even(float v) {
   const float shift = 12582912.0f;
@@ -77,8 +83,10 @@ __attribute__((always_inline)) inline void quantize_row(const float* x, int64_t 
 template <class V>
 void quantize(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
               int64_t quad_bytes, int64_t plane_bytes, int8_t* codes, float* step, int32_t* sum) {
-  if (planes == 2)
-    quantize_row<2, V::kWide>(x, blocks, block_size, token, tokens, quad_bytes, plane_bytes, codes, step, sum);
+  if (takes_pairs<V>(planes, tokens))
+    quantize_row<2, true>(x, blocks, block_size, token, tokens, quad_bytes, plane_bytes, codes, step, sum);
+  else if (planes == 2)
+    quantize_row<2, false>(x, blocks, block_size, token, tokens, quad_bytes, plane_bytes, codes, step, sum);
   else
     quantize_row<1, false>(x, blocks, block_size, token, tokens, quad_bytes, plane_bytes, codes, step, sum);
 }

@@ -28,8 +28,8 @@ struct CpuWeight {
 
 // Up to CpuKernels::max_tokens activations, prepared once and shared by all row tiles.
 // a8/a15: x = step * (256 * plane0 + plane1), one plane for a8; a plane holds int8 x 4 words [K/4][tokens], or for
-// kernels with `by_token` int8 [blocks][tokens][block_size]. AVX2 takes both planes of a15 as one of int16 x 2 words
-// [K/2][tokens] in plane[0].
+// kernels with `by_token` int8 [blocks][tokens][block_size]. From four tokens on AVX2 takes both planes of a15 as
+// one of int16 x 2 words [K/2][tokens] in plane[0].
 // fp32: `values` [K][tokens].
 struct CpuTokens {
   int tokens;          // padded count: 1, 2, 4, 6 or 8; with `by_token` any

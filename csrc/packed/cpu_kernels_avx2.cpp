@@ -12,7 +12,7 @@ struct Vectors256 {
   static constexpr int kRows = 8;
   static constexpr int kSums = 8;
   static constexpr bool kSlowSums = false;
-  // Products of int16 need no second sum of 32 bits: a15 10 to 20 % faster from four tokens on, Zen 3.
+  // Products of int16 need no second sum of 32 bits: a15 10 to 20 % faster from four tokens on (Zen 3), slower with fewer.
   static constexpr bool kWide = true;
   static constexpr bool kPrefetchAlways = true;  // pages alone: 0.6 of this speed on Zen 3
   using I = __m256i;

@@ -97,7 +97,7 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
   using I = typename V::I;
   using F = typename V::F;
   // Wide activations: one plane of 16-bit pairs instead of two of bytes, two codes to a product instead of four.
-  constexpr bool kWide = V::kWide && kPlanes == 2;
+  constexpr bool kWide = takes_pairs<V>(kPlanes, kTokens);
   constexpr int kSweeps = kWide ? 1 : kPlanes, kSteps = kWide ? 4 : 2;
   // Few sums leave the multiplier idle while it waits for its own result: split them (integers, so exactly).
   constexpr int kSums = kStrips * kCount * kSweeps;
@@ -284,7 +284,7 @@ __attribute__((always_inline)) inline void all_tokens(const CpuWeight& w, const 
 template <class V, int kBits, int kPlanes, int kTokens>
 void integer_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out) {
   constexpr int kAll = 2 * kTileRows / V::kRows;
-  constexpr int kSweeps = V::kWide ? 1 : kPlanes;
+  constexpr int kSweeps = takes_pairs<V>(kPlanes, kTokens) ? 1 : kPlanes;
   constexpr int kCount = tokens_at_a_time(kTokens, V::kSums / kSweeps);
   constexpr int kFit = V::kSums / (kSweeps * kCount);
   constexpr int kStrips = kFit >= kAll ? kAll : kFit >= 2 ? 2 : 1;

@@ -21,7 +21,7 @@ KERNELS = {
 
 # Instructions per element of the step on 8-bit state with a float32 gradient, sm_90; measured before: 85, 95 and 129 at
 # 0.63, 0.58 and 0.49 of copy bandwidth (benchmarks/results/step_instructions.csv).
-STEP_LIMITS = {"momentum": 51.0, "lion": 56.0, "adamw": 90.0}
+STEP_LIMITS = {"momentum": 50.0, "lion": 55.0, "adamw": 74.0}
 
 
 # Of making a weight from 8-bit places on 4-bit codes: with masks in every tile and slow conversions 23 and 24, and 0.88
