@@ -133,6 +133,11 @@ def check_text(source: Source, dataset: str) -> None:
         raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
 
 
+# Raised whenever a run would come out in other bytes than before: a run that an earlier state of the code began is then
+# refused, not finished half in each way.
+ARITHMETIC = 2
+
+
 def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -> dict[str, Any]:
     """Return everything that determines the bytes of the result; the baselines are only measured."""
     return {
@@ -140,6 +145,7 @@ def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -
         "source_digest": source.digest,
         "data_digest": file_digest(config.data.dataset),
         "discquant": discquant.__version__,
+        "arithmetic": ARITHMETIC,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": device_name(device),

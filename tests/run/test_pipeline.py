@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ import torch
 
 import discquant
 from discquant.formats.compressed_tensors import Scheme
+from discquant.run import checks
 from discquant.run.directory import RunDirectory
 from discquant.run.served import load_run_model
 
@@ -252,11 +254,23 @@ def test_another_configuration_is_refused(
     assert fingerprint(finished) == before
 
 
+def test_a_run_of_earlier_arithmetic_is_refused(
+    finished: Path, command: Command, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Runs begun before `arithmetic` was recorded, too."""
+    older = tmp_path / "older"
+    shutil.copytree(finished, older)
+    record = json.loads((older / "config.json").read_text())
+    assert record["identity"].pop("arithmetic") == checks.ARITHMETIC
+    (older / "config.json").write_text(json.dumps(record))
+    done = call(command(older))
+    assert done.returncode == 2
+    assert f"arithmetic was None, is {checks.ARITHMETIC}" in done.stderr
+
+
 def test_another_model_is_refused(
     finished: Path, command: Command, call: Callable[..., Any], model_dir: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     other = tmp_path / "other"
