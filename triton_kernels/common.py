@@ -150,10 +150,10 @@ def remainder(left, right, total):
 
 @triton.jit
 def reciprocal_normal(value):
-    """1 / value in float32, correctly rounded while nothing is near the subnormal numbers.
+    """1 / value in float32 by one Newton step, as CUDA's own rounded reciprocal; nothing near the subnormal numbers.
 
-    One Newton step, as CUDA's own rounded reciprocal: were the approximation one unit off for every value, 32 of the
-    2^23 mantissas would still miss the last bit.
+    Correctly rounded if the hardware's approximation is never off where a step cannot mend it: were it one unit too high
+    for every value, 32 of the 2^23 mantissas would miss the last bit.
     """
     if INTERPRETED:
         return reciprocal(value)

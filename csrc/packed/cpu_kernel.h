@@ -45,7 +45,7 @@ constexpr int kMaxTokens = 32;  // of all kernels
 // A page and a half ahead, into the second-level cache: the hardware stops at a page's end. Measured on Zen 4, all
 // distances in turn on all buffers: 0.84 of the roof with two planes at 4 bits, where 9216 gave 0.80 and 2112 gave 0.58,
 // and as much or more at 3 bits. The first-level cache was slower (0.70), so was every other line (0.70). On Zen 3 with AVX2
-// 4096 to 13312 are alike, up to 2048 and none at all slower.
+// (all in turn likewise) 4096 to 13312 came within 5 % of each other; 512 was 10 to 30 % slower, none at all 40 %.
 constexpr int kPrefetchBytes = 6656;
 
 // out: [2][tokens][16] float sums of a pair of row tiles (32 rows), before bias.
@@ -53,7 +53,8 @@ using RowPairFn = void (*)(const CpuWeight&, const CpuTokens&, int64_t pair, flo
 
 // Quantise one row of activations. x: [k] floats, readable and zero up to a multiple of block_size.
 // codes: this token's first four; the next four lie quad_bytes further, the next block block_size * tokens, the low
-// plane plane_bytes. step, sum: [blocks][tokens].
+// plane plane_bytes. In pairs of 16 bits: its first two, the next two quad_bytes further, the next block
+// 2 * block_size * tokens. step, sum: [blocks][tokens].
 using QuantizeFn = void (*)(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
                             int64_t quad_bytes, int64_t plane_bytes, int8_t* codes, float* step, int32_t* sum);
 

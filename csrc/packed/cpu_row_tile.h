@@ -82,16 +82,18 @@ constexpr int strip_sums(int strip, int tokens) {
   return strip * V::kRows / kTileRows * tokens * kTileRows + strip * V::kRows % kTileRows;
 }
 
-// The first of some strips: its words of the first quad, its scale of the first group, its sums of the first token.
+// The first of some strips: its words of the first quad, its scale of the first group, its sums of the first token; and
+// whether it begins a row tile: then they ask for the tile's lines to come, which strips share.
 struct Strips {
   const uint32_t* words;
   int64_t scale;
   float* sums;
+  bool first;
 };
 
 // Integer modes, blocks `at` to `end` of K; the sums of earlier blocks are there. kStrips strips are taken together, so
-// that one broadcast of the activations serves all. Of kTokens tokens kCount from kFirst on.
-template <class V, int kBits, int kPlanes, int kTokens, int kFirst, int kCount, int kStrips>
+// that one broadcast of the activations serves all.
+template <class V, int kBits, int kPlanes, int kTokens, int kStrips>
 __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, const CpuTokens& x, const Strips& strips,
                                                           Place at, int64_t end) {
   using I = typename V::I;
@@ -100,7 +102,7 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
   constexpr bool kWide = takes_pairs<V>(kPlanes, kTokens);
   constexpr int kSweeps = kWide ? 1 : kPlanes, kSteps = kWide ? 4 : 2;
   // Few sums leave the multiplier idle while it waits for its own result: split them (integers, so exactly).
-  constexpr int kSums = kStrips * kCount * kSweeps;
+  constexpr int kSums = kStrips * kTokens * kSweeps;
   constexpr int kChains = V::kSlowSums ? (kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1) : 1;
   // One token of 8 bits reads as fast as plain loads do, and there the processor's own prefetching is best left alone but
   // for pages, where it stops: on Zen 4 15 to 20 % faster at 4 bits than with every line asked for, up to 14 % at 3. With
@@ -109,41 +111,42 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
   constexpr bool kPages = !V::kPrefetchAlways && kPlanes == 1 && kTokens == 1;
   constexpr uint32_t kMask = (kBits == 4 ? 0x0f0f0f0fu : 0x07070707u) & (kWide ? 0x00ff00ffu : ~0u);
   constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;  // to the same rows of the next quad
+  const bool first = kStrips * V::kRows >= kTileRows || strips.first;
   const I mask = V::set1(static_cast<int32_t>(kMask));
   const int64_t quads = w.block_size / kQuadK;
   const uint32_t* words = strips.words + at.block * quads * kStride;
-  float* const sums = strips.sums + kFirst * kTileRows;
-  F total[kStrips][kCount];
+  float* const sums = strips.sums;
+  F total[kStrips][kTokens];
   DISCQUANT_UNROLL
   for (int s = 0; s < kStrips; ++s)
     DISCQUANT_UNROLL
-    for (int m = 0; m < kCount; ++m)
+    for (int m = 0; m < kTokens; ++m)
       total[s][m] = at.block == 0 ? V::zero_float() : V::load_float(sums + strip_sums<V>(s, kTokens) + m * kTileRows);
   const int32_t* plane[kSweeps];
   DISCQUANT_UNROLL
-  for (int p = 0; p < kSweeps; ++p) plane[p] = x.plane[p] + at.block * quads * 4 * kSteps * kTokens + kFirst;
+  for (int p = 0; p < kSweeps; ++p) plane[p] = x.plane[p] + at.block * quads * 4 * kSteps * kTokens;
   for (; at.block < end; at.next(w)) {
-    I acc[kStrips][kSweeps][kCount][kChains];
+    I acc[kStrips][kSweeps][kTokens][kChains];
     DISCQUANT_UNROLL
     for (int s = 0; s < kStrips; ++s)
       DISCQUANT_UNROLL
       for (int p = 0; p < kSweeps; ++p)
         DISCQUANT_UNROLL
-        for (int m = 0; m < kCount; ++m)
+        for (int m = 0; m < kTokens; ++m)
           DISCQUANT_UNROLL
           for (int c = 0; c < kChains; ++c) acc[s][p][m][c] = V::set1(0);
     for (int64_t quad = 0; quad < quads; ++quad) {
       I word[kStrips][4];
-      I part[kStrips][kSweeps][kCount][kChains];
+      I part[kStrips][kSweeps][kTokens][kChains];
       if (kPages) prefetch_page<V>(words);
       DISCQUANT_UNROLL
       for (int s = 0; s < kStrips; ++s) {
-        if (!kPages && s * V::kRows % kTileRows == 0) V::prefetch(words + strip_words<V, kBits>(s));
+        if (!kPages && s * V::kRows % kTileRows == 0 && first) V::prefetch(words + strip_words<V, kBits>(s));
         load_strip<V, kBits>(words + strip_words<V, kBits>(s), word[s]);
         DISCQUANT_UNROLL
         for (int p = 0; p < kSweeps; ++p)
           DISCQUANT_UNROLL
-          for (int m = 0; m < kCount; ++m)
+          for (int m = 0; m < kTokens; ++m)
             DISCQUANT_UNROLL
             for (int c = 0; c < kChains; ++c)
               part[s][p][m][c] = kWide ? acc[s][p][m][c] : V::part_begin(acc[s][p][m][c]);
@@ -162,7 +165,7 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
           DISCQUANT_UNROLL
           for (int p = 0; p < kSweeps; ++p) {
             DISCQUANT_UNROLL
-            for (int m = 0; m < kCount; ++m) {
+            for (int m = 0; m < kTokens; ++m) {
               const I values = V::set1(plane[p][(kSteps * v + h) * kTokens + m]);
               DISCQUANT_UNROLL
               for (int s = 0; s < kStrips; ++s) {
@@ -182,7 +185,7 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
         DISCQUANT_UNROLL
         for (int s = 0; s < kStrips; ++s)
           DISCQUANT_UNROLL
-          for (int m = 0; m < kCount; ++m)
+          for (int m = 0; m < kTokens; ++m)
             DISCQUANT_UNROLL
             for (int c = 0; c < kChains; ++c)
               acc[s][p][m][c] = kWide ? part[s][p][m][c] : V::part_end(acc[s][p][m][c], part[s][p][m][c]);
@@ -191,11 +194,11 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
     DISCQUANT_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       const int64_t place = strips.scale + at.group * kPairRows + s * V::kRows;
-      if (s * V::kRows % kTileRows == 0) prefetch_scale<V>(w, place);
+      if (s * V::kRows % kTileRows == 0 && first) prefetch_scale<V>(w, place);
       const F scale = load_scale<V>(w, place);
       const I zero = w.zero_point != nullptr ? V::load_bytes(w.zero_point + place) : V::set1(0);
       DISCQUANT_UNROLL
-      for (int m = 0; m < kCount; ++m) {
+      for (int m = 0; m < kTokens; ++m) {
         I sum[kSweeps];
         DISCQUANT_UNROLL
         for (int p = 0; p < kSweeps; ++p) {
@@ -205,11 +208,11 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
         }
         I all = sum[0];
         if (kSweeps == 2) all = V::add(V::template shift_left<8>(sum[0]), sum[kSweeps - 1]);
-        const I xsum = V::set1(x.sum[at.block * kTokens + kFirst + m]);
+        const I xsum = V::set1(x.sum[at.block * kTokens + m]);
         // The symmetric zero point is a power of two.
         const I shift = w.zero_point != nullptr ? V::mul(zero, xsum) : V::template shift_left<kBits - 1>(xsum);
         const F value = V::to_float(V::sub(all, shift));
-        const F step = V::mul_float(scale, V::set1_float(x.step[at.block * kTokens + kFirst + m]));
+        const F step = V::mul_float(scale, V::set1_float(x.step[at.block * kTokens + m]));
         total[s][m] = V::fma(value, step, total[s][m]);
       }
     }
@@ -217,14 +220,14 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
   DISCQUANT_UNROLL
   for (int s = 0; s < kStrips; ++s)
     DISCQUANT_UNROLL
-    for (int m = 0; m < kCount; ++m)
+    for (int m = 0; m < kTokens; ++m)
       V::store_float(sums + strip_sums<V>(s, kTokens) + m * kTileRows, total[s][m]);
 }
 
 // Sums of one block of one strip over the k that are kClass .. kClass + kClasses - 1 mod 4, into sums[m][k mod 4].
 template <class V, int kBits, int kTokens, int kClasses, int kClass = 0>
 __attribute__((always_inline)) inline void float_block(const CpuWeight& w, const uint32_t* words, const float* values,
-                                                       typename V::F zero, typename V::F sums[kTokens][4]) {
+                                                       typename V::F zero, bool first, typename V::F sums[kTokens][4]) {
   using I = typename V::I;
   using F = typename V::F;
   constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;
@@ -237,7 +240,7 @@ __attribute__((always_inline)) inline void float_block(const CpuWeight& w, const
   const uint32_t* p = words;
   const float* x = values;
   for (int64_t quad = 0; quad < w.block_size / kQuadK; ++quad) {
-    if (kClass == 0) V::prefetch(p);
+    if (kClass == 0 && first) V::prefetch(p);
     I word[4];
     load_strip<V, kBits>(p, word);
     p += kStride;
@@ -262,31 +265,15 @@ __attribute__((always_inline)) inline void float_block(const CpuWeight& w, const
     DISCQUANT_UNROLL
     for (int c = 0; c < kClasses; ++c) sums[m][kClass + c] = acc[m][c];
   if constexpr (kClass + kClasses < 4)
-    float_block<V, kBits, kTokens, kClasses, kClass + kClasses>(w, words, values, zero, sums);
+    float_block<V, kBits, kTokens, kClasses, kClass + kClasses>(w, words, values, zero, first, sums);
 }
 
-// Of some tokens as many at a time as the registers hold sums of, all batches alike.
-constexpr int tokens_at_a_time(int tokens, int most) {
-  int count = tokens < most ? tokens : most;
-  while (tokens % count != 0) --count;
-  return count;
-}
-
-// Blocks `at` to `end` for all tokens, from kFirst on.
-template <class V, int kBits, int kPlanes, int kTokens, int kCount, int kStrips, int kFirst = 0>
-__attribute__((always_inline)) inline void all_tokens(const CpuWeight& w, const CpuTokens& x, const Strips& strips,
-                                                      Place at, int64_t end) {
-  integer_strips<V, kBits, kPlanes, kTokens, kFirst, kCount, kStrips>(w, x, strips, at, end);
-  if constexpr (kFirst + kCount < kTokens)
-    all_tokens<V, kBits, kPlanes, kTokens, kCount, kStrips, kFirst + kCount>(w, x, strips, at, end);
-}
-
+// The sums of kStrips strips must fit the registers: V::kSums vectors.
 template <class V, int kBits, int kPlanes, int kTokens>
 void integer_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out) {
   constexpr int kAll = 2 * kTileRows / V::kRows;
-  constexpr int kSweeps = takes_pairs<V>(kPlanes, kTokens) ? 1 : kPlanes;
-  constexpr int kCount = tokens_at_a_time(kTokens, V::kSums / kSweeps);
-  constexpr int kFit = V::kSums / (kSweeps * kCount);
+  constexpr int kFit = V::kSums / (kTokens * (takes_pairs<V>(kPlanes, kTokens) ? 1 : kPlanes));
+  static_assert(kFit >= 1, "more sums than registers");
   constexpr int kStrips = kFit >= kAll ? kAll : kFit >= 2 ? 2 : 1;
   const uint32_t* words = w.words + tile_offset(kLayoutCpu, kBits, 2 * pair, 0, w.k_tiles);
   const int64_t scale = scale_offset(kLayoutCpu, pair * kPairRows, 0, w.groups);
@@ -295,8 +282,8 @@ void integer_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* o
   for (Place at{0, 0, w.group_size}; at.block < w.blocks; at.next(w)) {
     for (int strip = 0; strip < kAll; strip += kStrips) {
       const Strips strips{words + strip_words<V, kBits>(strip), scale + strip * V::kRows,
-                          out + strip_sums<V>(strip, kTokens)};
-      all_tokens<V, kBits, kPlanes, kTokens, kCount, kStrips>(w, x, strips, at, at.block + span);
+                          out + strip_sums<V>(strip, kTokens), strip * V::kRows % kTileRows == 0};
+      integer_strips<V, kBits, kPlanes, kTokens, kStrips>(w, x, strips, at, at.block + span);
     }
     if (span > 1) break;
   }
@@ -321,7 +308,8 @@ void float_pair(const CpuWeight& w, const CpuTokens& x, int64_t pair, float* out
         const F zero = w.zero_point != nullptr ? V::to_float(V::load_bytes(w.zero_point + place)) : middle;
         F sums[kTokens][4];
         float_block<V, kBits, kTokens, kClasses>(w, words + at.block * quads * kStride + strip_words<V, kBits>(strip),
-                                                 x.values + at.block * w.block_size * kTokens, zero, sums);
+                                                 x.values + at.block * w.block_size * kTokens, zero,
+                                                 strip * V::kRows % kTileRows == 0, sums);
         const F scale = load_scale<V>(w, place);
         float* total = out + strip_sums<V>(strip, kTokens);
         DISCQUANT_UNROLL

@@ -136,7 +136,9 @@ void dequantize_into(Tensor out, const Tensor& words, const Tensor& scale, const
 Tensor dequantize(const Tensor& words, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t n,
                   int64_t k, int64_t bits, int64_t group_size, int64_t layout, int64_t row_begin, int64_t row_end,
                   ScalarType type) {
-  STD_TORCH_CHECK(row_begin <= row_end && k >= 0, "dequantize_packed: rows must be a range, got ", row_begin, " to ", row_end);
+  check_weight(words, scale, zero_point, n, k, bits, group_size, layout);
+  STD_TORCH_CHECK(0 <= row_begin && row_begin <= row_end && row_end <= n, "dequantize_packed: rows must be a range, got ",
+                  row_begin, " to ", row_end);
   Tensor out = torch::stable::new_empty(words, {row_end - row_begin, k}, std::make_optional(type));
   dequantize_into(out, words, scale, zero_point, n, k, bits, group_size, layout, row_begin, row_end);
   return out;

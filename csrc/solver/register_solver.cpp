@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operators soft_weight_cpp_ and projected_step_cpp_ for CPU tensors. Schemas and checks of arguments are in
+// Operators soft_weight_cpp_ and projected_step_cpp2_ for CPU tensors. Schemas and checks of arguments are in
 // discquant/ops; here only what a wrong caller could crash on is checked again.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -135,5 +135,5 @@ void projected_step(Tensor frac, Tensor frac_ref, Tensor weight_grad, Tensor sca
 
 STABLE_TORCH_LIBRARY_IMPL(discquant, CPU, library) {
   library.impl("soft_weight_cpp_", TORCH_BOX(&discquant::solver::soft_weight));
-  library.impl("projected_step_cpp_", TORCH_BOX(&discquant::solver::projected_step));
+  library.impl("projected_step_cpp2_", TORCH_BOX(&discquant::solver::projected_step));
 }

@@ -229,7 +229,8 @@ def packed_linear(
                 f"{op}: batch_invariant must go with float16 or bfloat16 x (in exact mode, scales of the same dtype) "
                 f"= True, got x of {x.dtype} and scales of {scale.dtype}"
             )
-    operator = op if x.device.type == "cpu" else "packed_linear_mma"
+    on_cpu = "dequantize_packed_into" if mode == "exact" else op
+    operator = on_cpu if x.device.type == "cpu" else "packed_linear_mma"
     cpp = _cpp_problem(mode, layout, x.device)
     chosen = choose(op, impl, x.device, operator, cpp=cpp, triton=_triton_problem(mode, layout))
     rows = x.reshape(-1, in_features)

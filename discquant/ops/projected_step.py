@@ -47,9 +47,10 @@ def _launch(
 
 
 _triton_op = registry.define(f"projected_step_{_SCHEMA}", _fake, _launch)
-# The same contract in C++ for contiguous CPU tensors; csrc/solver registers the implementation.
+# The same contract in C++ for contiguous CPU tensors; csrc/solver registers the implementation. The number changes with
+# the scalars: nothing else keeps a binary of earlier sources from answering.
 _cpp_op = registry.define(
-    "projected_step_cpp_(Tensor(a!) frac, Tensor frac_ref, Tensor weight_grad, Tensor scale, Tensor(b!)? momentum, "
+    "projected_step_cpp2_(Tensor(a!) frac, Tensor frac_ref, Tensor weight_grad, Tensor scale, Tensor(b!)? momentum, "
     "Tensor(c!)? second_moment, Tensor(d!) counts, int group_size, int optimizer, "
     f"{', '.join(f'float {name}' for name in SCALARS)}, {', '.join(f'int {name}' for name in KEYS)}) -> ()",
     lambda *_: None,
@@ -91,7 +92,7 @@ def _run(
     unsupported = "float64, which only the reference computes in" if double else None
     cpp = unsupported or _cpp_problem(tensors)
     chosen = registry.choose(
-        _OP, impl, frac.device, triton=unsupported, cpp=cpp, cpp_operator="projected_step_cpp_"
+        _OP, impl, frac.device, triton=unsupported, cpp=cpp, cpp_operator="projected_step_cpp2_"
     )
     if chosen != "triton":
         scale, group_size = table_scale(scale, group_size, frac, q_down, table)

@@ -157,6 +157,25 @@ def test_formula_by_hand(device):
     assert counts == StepCounts(live=5, fractional=4, moved=1, saturated=1, nan=0)
 
 
+def test_adamw_is_torchs():
+    """Bias corrections in rate and epsilon give what torch.optim.AdamW gives, in float64, away from the walls."""
+    place = torch.rand(3, 50, dtype=torch.float64) * 0.4 + 0.3
+    theirs = torch.nn.Parameter(place.clone())
+    # An epsilon that shows.
+    kwargs = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-2, "weight_decay": 0.05}
+    optimizer = torch.optim.AdamW([theirs], **kwargs)
+    state = {"momentum": torch.zeros_like(place), "second_moment": torch.zeros_like(place)}
+    reference, scale = torch.full_like(place, 0.4), torch.ones(3, 1, dtype=torch.float64)
+    for step in range(1, 9):
+        grad = torch.randn(3, 50, dtype=torch.float64) * 0.03
+        options = StepOptions(kl_weight=1.0, grad_clamp=9.0, linear_weight=0.0, step=step, **kwargs)
+        projected_step_(place, reference, grad, scale, group_size=-1, options=options, **state)
+        theirs.grad = grad
+        optimizer.step()
+        assert (place - theirs).abs().max() < 1e-14
+    assert 0 < place.min() and place.max() < 1
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton", "cpp"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_feasible_and_frozen(optimizer, impl, make_state, device):

@@ -219,6 +219,47 @@ def test_exact_mode_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @CPP
+def test_exact_mode_in_any_mode_of_torch() -> None:
+    """One scratch for sizes and dtypes in turn; inference mode, autocast and gradients change nothing."""
+    cases = [make(n, k, 4, 64, True) for n, k in ((16, 64), (90, 200), (40, 128))]
+    for _ in range(2):
+        for case, dtype in itertools.product(cases, FLOATS):
+            k = case.sizes["in_features"]
+            expected = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype).t()
+            with torch.inference_mode():
+                y = packed_linear(torch.eye(k, dtype=dtype), *case.tensors, **case.sizes, mode="exact")
+            assert torch.equal(y, expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = packed_linear(torch.eye(k, dtype=dtype), *case.tensors, **case.sizes, mode="exact")
+            assert y.dtype == dtype and torch.equal(y, expected)
+    x = torch.randn(2, 128, requires_grad=True)
+    words, scale, zero = cases[2].tensors
+    op = torch.ops.discquant.packed_linear_exact.default
+    y = op(x, words, scale, zero, None, 40, 128, 4, 64, 2)
+    assert (
+        type(y.grad_fn).__name__ == "WarnNotImplemented"
+    )  # not the scratch's product, whose gradient would be wrong
+
+
+@CPP
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("isa", isas())
+def test_largest_sums(isa: str, bits: int) -> None:
+    """Top codes against activations whose low byte is -128 throughout: sums of 16 bits at their limit."""
+    q = torch.full((32, 256), 2**bits - 1, dtype=torch.uint8)
+    x = torch.full((8, 256), 32384.0)  # 256 * 127 - 128 of 32639
+    x[:, ::128] = 32639.0
+    words = packing.pack(q, torch.zeros(32, 1, dtype=torch.uint8), num_bits=bits, group_size=-1, layout="cpu")
+    scale, zero = torch.ones(1, 1, 32), torch.zeros(1, 1, 32, dtype=torch.uint8)
+    scale, zero = scale.expand(2, 1, 32).contiguous(), zero.expand(2, 1, 32).contiguous()
+    sizes = {"out_features": 32, "in_features": 256, "num_bits": bits, "group_size": -1, "layout": "cpu"}
+    for tokens, sign in itertools.product((1, 2, 4, 8), (1, -1)):
+        y = packed_linear(sign * x[:tokens], words, scale, zero, **sizes, mode="a15", isa=isa)
+        expected = sign * (2**bits - 1) * x[:tokens].double().sum(1, keepdim=True)
+        assert ((y.double() - expected).abs() <= 1e-6 * expected.abs()).all()
+
+
+@CPP
 def test_reference_agrees() -> None:
     case = make(33, 150, 3, 32, False, layout="mma")
     x = torch.randn(2, 3, 150, dtype=torch.float64).float()
