@@ -152,8 +152,8 @@ def remainder(left, right, total):
 def reciprocal_normal(value):
     """1 / value in float32 by one Newton step, as CUDA's own rounded reciprocal; nothing near the subnormal numbers.
 
-    Correctly rounded if the hardware's approximation is never off where a step cannot mend it: were it one unit too high
-    for every value, 32 of the 2^23 mantissas would miss the last bit.
+    Correctly rounded if the approximation of the hardware is never off where a step cannot mend it: one unit too high
+    for every value, and 32 of the 2^23 mantissas would miss the last bit.
     """
     if INTERPRETED:
         return reciprocal(value)

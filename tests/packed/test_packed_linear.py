@@ -236,9 +236,8 @@ def test_exact_mode_in_any_mode_of_torch() -> None:
     words, scale, zero = cases[2].tensors
     op = torch.ops.discquant.packed_linear_exact.default
     y = op(x, words, scale, zero, None, 40, 128, 4, 64, 2)
-    assert (
-        type(y.grad_fn).__name__ == "WarnNotImplemented"
-    )  # not the scratch's product, whose gradient would be wrong
+    # Not the product on the scratch, whose gradient would be wrong.
+    assert "NotImplemented" in y.grad_fn.name()
 
 
 @CPP
