@@ -124,12 +124,11 @@ def workspace(words: Tensor, out_features: int, in_features: int) -> Tensor:
 
 
 def _panels(out_features: int, in_features: int, limit: int) -> list[tuple[int, int]]:
-    """Equal ranges of rows of about `limit` weights, of whole tiles of a matmul where there is a choice."""
+    """Equal ranges of rows of at most 5/4 of `limit` weights, of whole tiles of a matmul where there is a choice."""
     count = max(1, -(-out_features * in_features // limit))
     step = -(-out_features // count)
-    if count > 1 and step >= 256:
-        step -= step % 256  # down, so that a panel keeps to the limit
-    step = max(16, -(-step // 16) * 16)
+    tile = 256 if step > 1024 else 16
+    step = max(16, -(-step // tile) * tile)
     return [(first, min(first + step, out_features)) for first in range(0, out_features, step)]
 
 
@@ -161,13 +160,13 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.kept = torch.empty(0, dtype=torch.uint8)
+        self.kept = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def panel(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         """Uninitialised, until the thread's next call."""
         size = rows * cols * dtype.itemsize
         if self.kept.numel() < size:
-            self.kept = torch.empty(size, dtype=torch.uint8)
+            self.kept = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self.kept[:size].view(dtype).view(rows, cols)
 
 
@@ -179,22 +178,11 @@ def _exact_cpu(
     in_features: int, num_bits: int, group_size: int, layout: int,
 ) -> Tensor:  # fmt: skip
     """`dense_linear` on a CPU, through one scratch; in the dtype of x, as a traced graph has it, autocast or not."""
+    grid = (out_features, in_features, num_bits, group_size, layout)
 
     def panel(first: int, last: int) -> Tensor:
         weight = _scratch.panel(last - first, in_features, x.dtype)
-        _dequantize_into_op(
-            weight,
-            words,
-            scale,
-            zero_point,
-            out_features,
-            in_features,
-            num_bits,
-            group_size,
-            layout,
-            first,
-            last,
-        )
+        _dequantize_into_op(weight, words, scale, zero_point, *grid, first, last)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias[first:last])
 
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

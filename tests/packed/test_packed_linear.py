@@ -232,6 +232,14 @@ def test_exact_mode_in_any_mode_of_torch() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 y = packed_linear(torch.eye(k, dtype=dtype), *case.tensors, **case.sizes, mode="exact")
             assert y.dtype == dtype and torch.equal(y, expected)
+    assert _packed_paths._panels(28672, 4096, 1 << 24) == [
+        (f, min(f + 4096, 28672)) for f in range(0, 28672, 4096)
+    ]
+    for n, k in ((1, 1), (300, 65408), (4097, 10944), (128256, 8192), (1025 * 8, 1 << 14)):
+        ranges = _packed_paths._panels(n, k, 1 << 24)
+        assert ranges[0][0] == 0 and ranges[-1][1] == n
+        assert all(a[1] == b[0] and b[0] % 16 == 0 for a, b in itertools.pairwise(ranges))
+        assert max(last - first for first, last in ranges) * k <= max(16 * k, 5 << 22)
     x = torch.randn(2, 128, requires_grad=True)
     words, scale, zero = cases[2].tensors
     op = torch.ops.discquant.packed_linear_exact.default
