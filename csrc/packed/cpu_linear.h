@@ -30,7 +30,7 @@ struct CpuLinear {
   const void* bias;  // null: none
   void* y;           // [tokens][out_features]
   int64_t out_features;
-  int64_t in_features;
+  int64_t in_features;  // at least 1
   int bits;
   int64_t group_size;  // 32, 64 or a multiple of 128; 0 is the whole row
 };
