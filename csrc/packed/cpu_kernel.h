@@ -44,8 +44,8 @@ constexpr int kMaxTokens = 32;  // of all kernels
 
 // A page and a half ahead, into the second-level cache: the hardware stops at a page's end. Measured on Zen 4, all
 // distances in turn on all buffers: 0.84 of the roof with two planes at 4 bits, where 9216 gave 0.80 and 2112 gave 0.58,
-// and as much or more at 3 bits. The first-level cache was slower (0.70), so was every other line (0.70). On Zen 3 with AVX2
-// (all in turn likewise) 4096 to 13312 came within 5 % of each other; 512 was 10 to 30 % slower, none at all 40 %.
+// and as much or more at 3 bits. The first-level cache was slower (0.70), so was every other line (0.70).
+// On Zen 3 with AVX2, all in turn likewise, 4096 to 13312 were alike within 5 %, 512 slower by 10 to 30 %, none at all by 40.
 constexpr int kPrefetchBytes = 6656;
 
 // out: [2][tokens][16] float sums of a pair of row tiles (32 rows), before bias.

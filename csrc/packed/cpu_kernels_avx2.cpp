@@ -12,10 +12,11 @@ struct Vectors256 {
   static constexpr int kRows = 8;
   static constexpr int kSums = 8;
   static constexpr bool kSlowSums = false;
-  // Products of int16 need no second sum of 32 bits. On Zen 3, from the caches, both in turn, the best of 25 calls: a15 10 to
-  // 14 % faster from four tokens on, as much slower with one.
+  // Products of int16 need no second sum of 32 bits. On Zen 3, from the caches, both in turn, the best of 25 calls: a15
+  // 10 to 14 % faster from four tokens on, as much slower with one.
   static constexpr bool kWide = true;
-  static constexpr bool kPrefetchAlways = true;  // Zen 3, one token, all in turn on all buffers: pages alone take 1.6 of its time
+  // Zen 3, one token, all in turn on all buffers: pages alone take 1.6 of its time.
+  static constexpr bool kPrefetchAlways = true;
   using I = __m256i;
   using F = __m256;
   using Table = int;

@@ -154,7 +154,7 @@ def dense_linear(
 
 
 class _Scratch(threading.local):
-    """One buffer per thread, kept for good, of one panel: 32 MiB in 16 bits, 64 in float32.
+    """One buffer per thread, kept for good, of the largest panel so far: 32 MiB or little more, 64 in float32.
 
     Fresh pages for every panel took longer than its weights.
     """

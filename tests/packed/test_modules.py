@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -210,22 +210,15 @@ def test_fused_projections_follow_their_input() -> None:
         x.add_(1.0)
         for name in ("v_proj", "v_proj", "q_proj"):
             assert torch.equal(getattr(parent, name)(x), getattr(alone, name)(x))
-    wrong: list[int] = []
 
-    def work(seed: int) -> None:
+    def agrees(seed: int) -> bool:
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(30):
-            y = torch.randn(2, 64, generator=generator)
-            for name in ("q_proj", "k_proj", "v_proj"):
-                if not torch.equal(getattr(parent, name)(y), getattr(alone, name)(y)):
-                    wrong.append(seed)
+        rows = [torch.randn(2, 64, generator=generator) for _ in range(30)]
+        names = ("q_proj", "k_proj", "v_proj")
+        return all(torch.equal(getattr(parent, n)(y), getattr(alone, n)(y)) for y in rows for n in names)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(agrees, range(4)))
 
 
 @CPP

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,20 +202,25 @@ def test_exact_mode_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels of a large layer through one scratch per thread: every row from its own panel, answers that stay."""
     monkeypatch.setitem(_packed_paths._PANEL_WEIGHTS, "cpu", 32 * 200)
     cases = [make(n, 200, bits, 64, False) for n, bits in ((90, 4), (50, 3), (16, 4))]
-    eye, wrong = torch.eye(200), []
+    eye = torch.eye(200)
 
-    def work(case: Case, dtype: torch.dtype) -> None:
+    def agrees(case: Case, dtype: torch.dtype) -> bool:
         expected = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype).t()
         kept = [packed_linear(eye.to(dtype), *case.tensors, **case.sizes, mode="exact") for _ in range(20)]
-        if not all(torch.equal(y, expected) for y in kept):
-            wrong.append((case.sizes, dtype))
+        return all(torch.equal(y, expected) for y in kept)
 
-    threads = [threading.Thread(target=work, args=call) for call in itertools.product(cases, FLOATS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(9) as pool:
+        assert all(pool.map(agrees, *zip(*itertools.product(cases, FLOATS), strict=True)))
+
+
+def test_panels() -> None:
+    """Every row once, in whole tiles, at most a quarter over the limit."""
+    assert _packed_paths._panels(28672, 4096, 1 << 24) == [(f, f + 4096) for f in range(0, 28672, 4096)]
+    for n, k in ((1, 1), (300, 65408), (4097, 10944), (128256, 8192), (1025 * 8, 1 << 14)):
+        ranges = _packed_paths._panels(n, k, 1 << 24)
+        assert ranges[0][0] == 0 and ranges[-1][1] == n
+        assert all(a[1] == b[0] and b[0] % 16 == 0 for a, b in itertools.pairwise(ranges))
+        assert max(last - first for first, last in ranges) * k <= max(16 * k, 5 << 22)
 
 
 @CPP
@@ -232,14 +237,6 @@ def test_exact_mode_in_any_mode_of_torch() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 y = packed_linear(torch.eye(k, dtype=dtype), *case.tensors, **case.sizes, mode="exact")
             assert y.dtype == dtype and torch.equal(y, expected)
-    assert _packed_paths._panels(28672, 4096, 1 << 24) == [
-        (f, min(f + 4096, 28672)) for f in range(0, 28672, 4096)
-    ]
-    for n, k in ((1, 1), (300, 65408), (4097, 10944), (128256, 8192), (1025 * 8, 1 << 14)):
-        ranges = _packed_paths._panels(n, k, 1 << 24)
-        assert ranges[0][0] == 0 and ranges[-1][1] == n
-        assert all(a[1] == b[0] and b[0] % 16 == 0 for a, b in itertools.pairwise(ranges))
-        assert max(last - first for first, last in ranges) * k <= max(16 * k, 5 << 22)
     x = torch.randn(2, 128, requires_grad=True)
     words, scale, zero = cases[2].tensors
     op = torch.ops.discquant.packed_linear_exact.default
@@ -334,19 +331,12 @@ def test_many_threads_at_once() -> None:
     case = make(300, 512, 3, 128, False)
     xs = [torch.randn(1 + i, 512) for i in range(8)]
     expected = [packed_linear(x, *case.tensors, **case.sizes) for x in xs]
-    wrong: list[int] = []
 
-    def work(i: int) -> None:
-        for _ in range(25):
-            if not torch.equal(packed_linear(xs[i], *case.tensors, **case.sizes), expected[i]):
-                wrong.append(i)
+    def agrees(x: Tensor, y: Tensor) -> bool:
+        return all(torch.equal(packed_linear(x, *case.tensors, **case.sizes), y) for _ in range(25))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(agrees, xs, expected))
 
 
 @CPP
