@@ -32,7 +32,7 @@ ISA_FLAGS = {
     "_avx2": "-mavx2 -mfma -mf16c",
 }
 # Architecture -> first toolkit (major, minor) that compiles it. Used when TORCH_CUDA_ARCH_LIST is unset.
-CUDA_ARCHS = {"80": (11, 0), "86": (11, 1), "89": (11, 8), "90a": (12, 0), "100a": (12, 8), "120": (12, 8)}
+CUDA_ARCHS = {"80": (11, 0), "86": (11, 1), "89": (11, 8), "90a": (12, 0), "100": (12, 8), "120": (12, 8)}
 
 
 def isa_flags(source: str) -> str:
@@ -55,11 +55,13 @@ def sources(kind: str, machine: str | None = None) -> list[str]:
 
 
 def cuda_archs(toolkit: tuple[int, int], wanted: str | None) -> list[str]:
-    """Architectures as nvcc writes them ("90a"); ``wanted`` is TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0a+PTX"."""
+    """Architectures as nvcc writes them, "90a", with "+PTX" where asked for; ``wanted`` is TORCH_CUDA_ARCH_LIST.
+
+    9.0 becomes 90a, without which there are no warpgroup products; code for it runs on every GPU of 9.0.
+    """
     if wanted:
-        return [
-            arch.replace(".", "").replace("+PTX", "") for arch in wanted.replace(" ", ";").split(";") if arch
-        ]
+        archs = [arch.replace(".", "") for arch in wanted.replace(" ", ";").split(";") if arch]
+        return [{"90": "90a", "90+PTX": "90a+PTX"}.get(arch, arch) for arch in archs]
     return [arch for arch, first in CUDA_ARCHS.items() if toolkit >= first]
 
 
@@ -69,9 +71,13 @@ def gencode(archs: list[str]) -> str:
     The kernels ask for nothing between sm_80 and sm_90, so all of 8.x come from one translation to PTX: that is half of
     the time to compile them.
     """
-    ampere = sorted(arch for arch in archs if len(arch) == 2 and arch[0] == "8")
-    virtual = {arch: ampere[0] if arch in ampere else arch for arch in archs}
-    return " ".join(f"-gencode=arch=compute_{virtual[arch]},code=sm_{arch}" for arch in archs)
+    real = [arch.removesuffix("+PTX") for arch in archs]
+    ampere = sorted(arch for arch in real if len(arch) == 2 and arch[0] == "8")
+    virtual = {arch: ampere[0] if arch in ampere else arch for arch in real}
+    flags = [f"-gencode=arch=compute_{virtual[arch]},code=sm_{arch}" for arch in real]
+    # PTX with a suffix would run on that architecture alone.
+    bare = [arch.removesuffix("+PTX").rstrip("af") for arch in archs if arch.endswith("+PTX")]
+    return " ".join([*flags, *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in bare)])
 
 
 def nvcc_version(nvcc: str) -> tuple[int, int]:

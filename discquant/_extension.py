@@ -41,6 +41,24 @@ def available() -> bool:
     return _attempt()[0] is not None
 
 
+@functools.cache
+def cuda_code(major: int, minor: int) -> str | None:
+    """What in the extension runs on a GPU of this compute capability, as in its build facts: "90a", "80+PTX"; or None.
+
+    A cubin runs on its own major version from its own minor one on, one with a suffix on its architecture alone; PTX on
+    everything from its architecture on, translated when it is loaded.
+    """
+    module, _ = _attempt()
+    here, found = 10 * major + minor, []
+    for name in [] if module is None else module.build_facts()["cuda_architectures"]:
+        arch, ptx = name.removesuffix("+PTX"), name.endswith("+PTX")
+        number = int(arch.rstrip("af"))
+        own = number == here or (arch.isdigit() and number // 10 == major and number < here)
+        if own or (ptx and number < here):
+            found.append((own, number, len(arch), name))
+    return max(found)[-1] if found else None
+
+
 def failure() -> str | None:
     """Why the extension does not load, or None if it does."""
     return _attempt()[1] or None

@@ -170,22 +170,16 @@ def _kernels() -> dict[str, str]:
     """What `packed_linear` runs on each device of this machine, and why where it is not the fastest there is."""
     import torch
 
+    from discquant import _extension
+
     extension, isas = _extension_facts(), cpu_isas()
     reason = f"reference: {extension.get('reason')}"
     found = {"packed_linear cpu": f"{isas[0]}, {torch.get_num_threads()} threads" if isas else reason}
-    compiled = extension.get("cuda_architectures", [])
     for index, gpu in enumerate(_gpus()):
-        major, minor = gpu["capability"].split(".")
-        # A cubin runs on its own major version from its own minor on; one with a suffix on that architecture alone.
-        fits = [
-            arch for arch in compiled
-            if arch.rstrip("af") == major + minor or (arch.isdigit() and arch[:-1] == major and arch[-1] <= minor)
-        ]  # fmt: skip
+        code = _extension.cuda_code(*map(int, gpu["capability"].split(".")))
         fallback = "triton" if versions()["triton"] is not None else "reference"
         found[f"packed_linear cuda:{index}"] = (
-            f"cuda sm_{max(fits, key=len)}"
-            if fits
-            else f"{fallback}: nothing compiled for {gpu['capability']}"
+            f"cuda sm_{code}" if code is not None else f"{fallback}: nothing compiled for {gpu['capability']}"
         )
     return found
 

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from discquant import _extension, environment
+from discquant.ops import pack
 
 
 def build(repo_root: Path, out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +43,8 @@ def test_build_facts() -> None:
     if torch.version.cuda is None:
         assert facts["cuda_architectures"] == []
     else:
-        assert all(arch.rstrip("af").isdigit() for arch in facts["cuda_architectures"])
+        names = [name.removesuffix("+PTX").rstrip("af") for name in facts["cuda_architectures"]]
+        assert all(name.isdigit() for name in names)
 
 
 def test_cpu_features_agree_with_the_kernel() -> None:
@@ -94,13 +96,52 @@ def test_x86_files_are_left_out_elsewhere(build_script: ModuleType) -> None:
 
 def test_cuda_architectures(build_script: ModuleType) -> None:
     assert build_script.cuda_archs((12, 0), None) == ["80", "86", "89", "90a"]
-    assert build_script.cuda_archs((13, 0), "8.0;9.0a+PTX") == ["80", "90a"]
-    flags = build_script.gencode(["80", "86", "90a"])
-    assert flags == " ".join(
-        f"-gencode=arch=compute_{virtual},code=sm_{real}"
-        for virtual, real in (("80", "80"), ("80", "86"), ("90a", "90a"))
-    )
-    assert build_script.gencode(["89"]) == "-gencode=arch=compute_89,code=sm_89"
+    assert build_script.cuda_archs((13, 0), None)[-2:] == ["100", "120"]
+    assert build_script.cuda_archs((13, 0), "8.0;9.0a+PTX") == ["80", "90a+PTX"]
+    # Without the suffix there would be no warpgroup products on an H100.
+    assert build_script.cuda_archs((13, 0), "8.6 9.0 9.0+PTX") == ["86", "90a", "90a+PTX"]
+
+    def flags(*archs: str) -> list[str]:
+        found: list[str] = build_script.gencode(list(archs)).removeprefix("-gencode=").split(" -gencode=")
+        return found
+
+    assert flags("80", "86", "90a") == [
+        "arch=compute_80,code=sm_80", "arch=compute_80,code=sm_86", "arch=compute_90a,code=sm_90a",
+    ]  # fmt: skip
+    assert flags("89") == ["arch=compute_89,code=sm_89"]
+    # PTX for compute_90a would run nowhere else.
+    assert flags("86", "90a+PTX") == [
+        "arch=compute_86,code=sm_86", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "code"),
+    [
+        ("80,86,89,90a", (9, 0), "90a"), ("80,86,89,90a", (8, 6), "86"), ("80", (8, 9), "80"),
+        ("86", (8, 0), None), ("90a", (10, 0), None), ("100", (10, 3), "100"), ("100a", (10, 3), None),
+        ("80", (7, 5), None), ("80+PTX", (12, 0), "80+PTX"), ("80+PTX,90a", (9, 0), "90a"),
+        ("86+PTX,80", (8, 6), "86+PTX"), ("90a+PTX", (10, 0), "90a+PTX"), ("90a+PTX", (8, 9), None), ("", (8, 0), None),
+    ],
+)  # fmt: skip
+def test_code_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, built: str, capability: tuple[int, int], code: str | None
+) -> None:
+    """CUDA's rule of which binary runs where; the ops take the extension on a GPU by it, and fall back otherwise."""
+    facts = {"cuda_architectures": built.split(",") if built else []}
+    monkeypatch.setattr(_extension, "_attempt", lambda: (SimpleNamespace(build_facts=lambda: facts), ""))
+    monkeypatch.setattr(pack, "_capability", lambda device: capability)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    _extension.cuda_code.cache_clear()
+    try:
+        assert _extension.cuda_code(*capability) == code
+        chosen = pack.choose("op", "auto", torch.device("cuda", 0), "packed_linear_mma", triton=None)
+        assert chosen == ("cpp" if code else "triton")
+        if code is None:
+            with pytest.raises(RuntimeError, match="holds nothing for compute capability"):
+                pack.choose("op", "cpp", torch.device("cuda", 0), "packed_linear_mma")
+    finally:
+        _extension.cuda_code.cache_clear()
 
 
 def test_auto_degrades_without_compiler(repo_root: Path, tmp_path: Path) -> None:

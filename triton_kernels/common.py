@@ -342,7 +342,9 @@ def load_grouped(
         group = 0
         if GROUP != 0:
             group = k0 // GROUP
-        value = load_masked(ptr + offs_m * stride_m + group * stride_g, mask_m)
+        # A tile may lie past the last column altogether.
+        mask = None if mask_m is None else mask_m & (k0 < in_features)
+        value = load_masked(ptr + offs_m * stride_m + group * stride_g, mask)
         return value.to(ACC)[:, None]
     elif MODE == SEVERAL:
         groups = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)

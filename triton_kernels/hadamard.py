@@ -14,9 +14,6 @@ from torch import Tensor
 
 from .common import DTYPES, cast
 
-# Longest run of one program: 32768 float32 values in the registers of 16 warps.
-MAX_RUN = 32768
-
 
 @triton.jit
 def _hadamard_run_kernel(
@@ -51,8 +48,10 @@ def _hadamard_mix_kernel(
     out_ptr, x_ptr, matrix_ptr, run, factor, stride_row, stride_col,
     ORDER: tl.constexpr, PADDED: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # One dimension: a second one ends at 65535, and there may be more rows.
+    across = tl.cdiv(run, BLOCK_C)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    offs_c = (tl.program_id(0) % across) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, PADDED)
     mask_c = offs_c < run
     acc = tl.zeros((PADDED, BLOCK_C), ACC)
@@ -68,7 +67,10 @@ def _hadamard_mix_kernel(
 
 
 def hadamard_fwd(x: Tensor, signs: Tensor | None, matrix: Tensor, inverse: bool) -> Tensor:
-    """Launch on x of [num_rows, n], contiguous; `matrix` is int8 [K, K] on the same device."""
+    """Launch on x of [num_rows, n], contiguous; `matrix` is int8 [K, K] on the same device.
+
+    A run, n / K values, changes hands through shared memory; the caller's matrix is so large that 64 KiB hold it.
+    """
     rows, size = x.shape
     order = matrix.shape[0]
     run = size // order
@@ -91,7 +93,7 @@ def hadamard_fwd(x: Tensor, signs: Tensor | None, matrix: Tensor, inverse: bool)
 
     def mix(target: Tensor, source: Tensor, factor: Tensor) -> None:
         turned = matrix.t() if inverse else matrix
-        _hadamard_mix_kernel[(triton.cdiv(run, block_c), rows)](
+        _hadamard_mix_kernel[(triton.cdiv(run, block_c) * rows,)](
             target, source, turned, run, factor, *turned.stride(),
             ORDER=order, PADDED=triton.next_power_of_2(order), ACC=DTYPES[acc], BLOCK_C=block_c, num_warps=8,
         )  # fmt: skip

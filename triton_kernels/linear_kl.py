@@ -8,6 +8,8 @@ writes q - p in the matmul's dtype; one matmul brings it back to the hidden stat
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -49,8 +51,8 @@ def _online(largest, total, value):
 def _linear_kl_fwd_kernel(
     kl_ptr, diff_ptr, student_ptr, teacher_ptr, bias_ptr, mask_ptr,
     vocab_size, stride_z, stride_d,
-    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, UNIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     ACC: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -123,7 +125,7 @@ def _linear_kl_fwd_kernel(
         p = tl.exp(log_p)
         # A logit of -inf has probability zero and contributes nothing; inf - inf would be NaN.
         kl += tl.where(inside & (p > 0.0), p * (log_p - log_q), 0.0)
-        diff = tl.where(inside, (tl.exp(log_q) - p) * slope, 0.0)
+        diff = tl.where(inside, (tl.exp(log_q) - p) * (slope * UNIT), 0.0)
         tl.store(diff_ptr + row * stride_d + offs, cast(diff, diff_ptr.dtype.element_ty), mask=stored)
     tl.store(kl_ptr + row, tl.sum(kl, axis=0))
 
@@ -136,6 +138,16 @@ def _matmul(out: Tensor, left: Tensor, right: Tensor) -> None:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
         torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+
+
+def _unit(logit_scale: float, operand: torch.dtype) -> float:
+    """Power of two that the differences are stored times: |q - p| * |logit_scale| reaches at most 2^15 with it.
+
+    In float16 most of them would be zero as they are; the other dtypes have the range.
+    """
+    if operand != torch.float16 or logit_scale == 0.0:
+        return 1.0
+    return math.ldexp(1.0, 15 - math.frexp(logit_scale)[1])
 
 
 def chunk_rows(chunk_size: int, vocab_size: int, bytes_per_logit: int) -> int:
@@ -155,7 +167,10 @@ def linear_kl_fwd(
     operand = weight.dtype if weight.dtype == student.dtype else acc
     head = weight.to(operand)
     per_token = student.new_empty(num_tokens, dtype=acc)
-    grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+    # As the reference: float16 would lose what is divided by many tokens.
+    wide = torch.float32 if student.dtype == torch.float16 else student.dtype
+    grad = torch.empty_like(student, dtype=wide, memory_format=torch.contiguous_format)
+    unit = _unit(float(logit_scale), operand)
     if normalizer is not None:
         inverse = student.new_full((), 1.0 / normalizer if normalizer else 1.0, dtype=acc)
     elif mask is None:
@@ -182,11 +197,11 @@ def linear_kl_fwd(
             per_token[part], diff, z_s, z_t, z_s if bias is None else bias, student if mask is None else mask[part],
             vocab_size, z_s.stride(0), diff.stride(0),
             LOGIT_SCALE=float(logit_scale), SOFTCAP=float(softcap or 0.0),
-            NEAR=0.02 if acc == torch.float64 else 0.3, HAS_BIAS=bias is not None,
+            NEAR=0.02 if acc == torch.float64 else 0.3, UNIT=unit, HAS_BIAS=bias is not None,
             HAS_MASK=mask is not None, ACC=DTYPES[acc], BLOCK_V=block_v, num_warps=min(32, max(8, block_v // 256)),
         )  # fmt: skip
         _matmul(hidden[:count], diff[:count], head)
-        torch.mul(hidden[:count], inverse, out=grad[part])  # rounded as it is stored
+        torch.mul(hidden[:count], inverse / unit, out=grad[part])  # rounded as it is stored
         if mask is not None:
             # Not by a product: a row of an infinite head times zero is NaN.
             grad[part].masked_fill_(~mask[part].unsqueeze(1), 0.0)

@@ -8,7 +8,6 @@ sums are float32. Nothing is recomputed or kept.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -95,14 +94,13 @@ def packed_linear_fwd(
     block_m = 16 if x.shape[0] <= 16 else 64
     grid = (triton.cdiv(out_features, 64), triton.cdiv(x.shape[0], block_m))
     nothing = words if zero_point is None else zero_point
-    with torch.cuda.device(x.device if x.is_cuda else -1):
-        _packed_linear_kernel[grid](
-            x_ptr=x, words_ptr=words, scale_ptr=scale, zero_point_ptr=nothing,
-            bias_ptr=y if bias is None else bias, y_ptr=y,
-            M=x.shape[0], N=out_features, K=in_features, num_groups=scale.shape[1],
-            group_size=in_features if group_size == -1 else group_size, stride_xm=x.stride(0),
-            NUM_BITS=num_bits, HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None, BLOCK_M=block_m,
-            # One stage: gathered words and scales of several would not fit shared memory.
-            num_warps=4 if block_m == 16 else 8, num_stages=1,
-        )  # fmt: skip
+    _packed_linear_kernel[grid](
+        x_ptr=x, words_ptr=words, scale_ptr=scale, zero_point_ptr=nothing,
+        bias_ptr=y if bias is None else bias, y_ptr=y,
+        M=x.shape[0], N=out_features, K=in_features, num_groups=scale.shape[1],
+        group_size=in_features if group_size == -1 else group_size, stride_xm=x.stride(0),
+        NUM_BITS=num_bits, HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None, BLOCK_M=block_m,
+        # One stage: gathered words and scales of several would not fit shared memory.
+        num_warps=4 if block_m == 16 else 8, num_stages=1,
+    )  # fmt: skip
     return y

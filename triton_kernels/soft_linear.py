@@ -314,6 +314,8 @@ def soft_linear_fwd(
     y = x.new_empty((tokens, rows))
     if y.numel() == 0:
         return y
+    if x.stride(1) * cols >= 2**31:
+        x = x.contiguous()  # the kernel counts along a row of x in 32 bits
     mode, group = group_mode(group_size, cols, config.block_k)
     strides, constants = _weight_arguments(q_down, frac, scale, zero_point, table, num_bits, is_reference)
     _soft_linear_fwd_kernel[(triton.cdiv(tokens, config.block_m) * triton.cdiv(rows, config.block_n),)](

@@ -8,6 +8,7 @@ traced graphs see one opaque node, which finds its workspace when it runs.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 
 import torch
@@ -110,10 +111,22 @@ def _size(device: int, out_features: int, in_features: int) -> int:
     return size
 
 
+def _in_graph_tree(device: int) -> bool:
+    """Whether torch.compile(mode="reduce-overhead") warms up or records here, on the stream that it keeps for that.
+
+    What is allocated then comes from the graphs' own pool, where torch suffers nothing that outlives the call.
+    """
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    manager = None if trees is None else trees.get_manager(device, create_if_none_exists=False)
+    return manager is not None and bool(manager.stream == torch.cuda.current_stream(device))
+
+
 def workspace(words: Tensor, out_features: int, in_features: int) -> Tensor:
     """The workspace of the current stream, large enough for a weight; its counters are zero between calls."""
     device = words.device.index
     size = _size(device, out_features, in_features)
+    if _in_graph_tree(device):
+        return torch.zeros(size, dtype=torch.int32, device=words.device)
     capturing = torch.cuda.is_current_stream_capturing()
     capture: int = _capture_op(words) if capturing else 0
     key = (device, torch.cuda.current_stream(words.device).cuda_stream, capturing)
@@ -177,7 +190,7 @@ def _exact_cpu(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
     in_features: int, num_bits: int, group_size: int, layout: int,
 ) -> Tensor:  # fmt: skip
-    """`dense_linear` on a CPU, through one scratch; in the dtype of x, as a traced graph has it, autocast or not."""
+    """`dense_linear` on a CPU, through one scratch."""
     grid = (out_features, in_features, num_bits, group_size, layout)
 
     def panel(first: int, last: int) -> Tensor:
@@ -185,7 +198,7 @@ def _exact_cpu(
         _dequantize_into_op(weight, words, scale, zero_point, *grid, first, last)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias[first:last])
 
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad():
         ranges = _panels(out_features, in_features, _PANEL_WEIGHTS["cpu"])
         if len(ranges) == 1:
             return panel(0, out_features)
@@ -206,9 +219,9 @@ exact_op = registry.define(
     f"packed_linear_exact(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {GRID}, int layout)"
     " -> Tensor",
     _exact_fake,
-    None,
+    _exact_cpu,
+    ("CPU",),
 )
-registry._LIBRARY.impl("packed_linear_exact", _exact_cpu, "CPU")
 
 
 def _gpu_linear(
@@ -242,6 +255,6 @@ gpu_op = registry.define(
     f"packed_linear_gpu(Tensor x, Tensor words, Tensor scale, Tensor? zero_point, Tensor? bias, {GRID}, bool exact, "
     "bool batch_invariant, bool settled) -> Tensor",
     _gpu_fake,
-    None,
+    _gpu_linear,
+    ("CUDA",),
 )
-registry._LIBRARY.impl("packed_linear_gpu", _gpu_linear, "CUDA")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -31,8 +33,31 @@ _HAS_TRITON = _installed("triton")
 _LIBRARY = torch.library.Library("discquant", "FRAGMENT")
 
 
-def define(schema: str, fake: Callable[..., Any], launcher: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Register one operator: its schema, its fake and, unless C++ owns it, its launcher on CPU and CUDA.
+def _settled(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that runs on the device of its first tensor, which Triton would not look at, and without autocast.
+
+    Matmuls inside would take autocast's dtype, and not the one that the fake promises.
+    """
+
+    @functools.wraps(launcher)
+    def run(*args: Any) -> Any:
+        device = next(argument.device for argument in args if isinstance(argument, Tensor))
+        with contextlib.ExitStack() as settings:
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                settings.enter_context(torch.cuda.device(device))
+            if torch.is_autocast_enabled(device.type):
+                settings.enter_context(torch.autocast(device.type, enabled=False))
+            return launcher(*args)
+
+    return run
+
+
+def define(
+    schema: str, fake: Callable[..., Any], launcher: Callable[..., Any] | None, keys: Sequence[str] = ("CPU", "CUDA")
+) -> Callable[..., Any]:  # fmt: skip
+    """Register one operator: its schema, its fake and, unless C++ owns it, its launcher on the devices of `keys`.
+
+    The launcher runs with the device of its first tensor current and with autocast off.
 
     Returns:
         The handle `torch.ops.discquant.<name>.default`.
@@ -41,8 +66,8 @@ def define(schema: str, fake: Callable[..., Any], launcher: Callable[..., Any] |
     _LIBRARY.define(schema)
     torch.library.register_fake(f"discquant::{name}", fake, lib=_LIBRARY)
     if launcher is not None:
-        for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, launcher, key)
+        for key in keys:
+            _LIBRARY.impl(name, _settled(launcher), key)
     handle: Callable[..., Any] = getattr(torch.ops.discquant, name).default
     return handle
 

@@ -14,8 +14,10 @@ from discquant.ops.reference import hadamard as reference
 
 _OP = "hadamard"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Longest power-of-two run that the Triton kernel keeps in registers.
-_MAX_RUN = 32768
+# A run of the Triton kernel changes hands through shared memory: so much every GPU has. And a program holds a column of
+# all runs.
+_RUN_BYTES = 65536
+_MAX_RUNS = 2048
 
 
 def _matrix(size: int, device: torch.device) -> Tensor:
@@ -26,6 +28,13 @@ def _matrix(size: int, device: torch.device) -> Tensor:
     return matrix.to(device)
 
 
+def _runs(x: Tensor) -> int:
+    """Runs that the Triton kernel makes of the last dimension: K, times what is too long of the power of two."""
+    factors = factor(x.shape[-1])
+    assert factors is not None
+    return x.shape[-1] // min(factors[1], _RUN_BYTES // (8 if x.dtype == torch.float64 else 4))
+
+
 def _fake(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -33,9 +42,12 @@ def _fake(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
 def _launch(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     flips = None if signs is None else signs.contiguous()
-    out: Tensor = registry.triton_module("hadamard").hadamard_fwd(
-        flat, flips, _matrix(x.shape[-1], x.device), inverse
-    )
+    matrix = _matrix(x.shape[-1], x.device)
+    rest = _runs(x) // matrix.shape[0]
+    if rest > 1:
+        # Sylvester's matrix of 2^m is a Kronecker product of smaller ones: the first goes to the matrix across runs.
+        matrix = torch.kron(matrix, reference.sylvester(torch.eye(rest, dtype=torch.int8, device=x.device)))
+    out: Tensor = registry.triton_module("hadamard").hadamard_fwd(flat, flips, matrix, inverse)
     return out.reshape(x.shape)
 
 
@@ -75,7 +87,7 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, i
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shape, dtype or device of an argument is wrong, or no matrix of size n is known.
-        NotImplementedError: impl="cpp", or a power-of-two part above 32768 with impl="triton".
+        NotImplementedError: impl="cpp", or impl="triton" with over 2048 runs of up to 16384 values (8192 in float64).
         RuntimeError: The requested impl cannot run here.
 
     Note:
@@ -98,8 +110,7 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, i
         )
         registry.require_dtype(_OP, "signs", signs, (torch.int8, *_DTYPES))
         registry.require_device(_OP, x, signs=signs)
-    assert factors is not None
-    unsupported = f"a power-of-two part of {factors[1]}" if factors[1] > _MAX_RUN else None
+    unsupported = f"{_runs(x)} runs" if _runs(x) > _MAX_RUNS else None
     if registry.choose(_OP, impl, x.device, triton=unsupported) == "reference":
         return reference.hadamard(x, signs, _matrix(x.shape[-1], x.device), inverse).contiguous()
     out: Tensor = registry.differentiable(HadamardFunction, x, signs, inverse)

@@ -14,6 +14,8 @@ from torch import Tensor
 # order -> (length of the circulants, first halves of their symmetric first rows; a set bit, highest first, is -1).
 _WILLIAMSON = {92: (23, (309, 212, 611, 1149)), 172: (43, (730052, 1698736, 1627778, 1433865))}
 _LARGEST = 2048
+# Tables are kept for good, whatever the caller's default device.
+CPU = torch.device("cpu")
 
 
 def _is_prime(n: int) -> bool:
@@ -30,10 +32,10 @@ def _prime_root(n: int) -> tuple[int, int] | None:
 
 def _quadratic_characters(p: int, degree: int) -> Tensor:
     """Matrix of chi(a - b) over the field of p^degree elements: 0, 1 for squares, -1 for the others."""
-    chi = torch.full((p,), -1, dtype=torch.int64)
+    chi = torch.full((p,), -1, dtype=torch.int64, device=CPU)
     chi[[i * i % p for i in range(1, p)]] = 1
     chi[0] = 0
-    index = torch.arange(p**degree)
+    index = torch.arange(p**degree, device=CPU)
     if degree == 1:
         return chi[(index[:, None] - index[None, :]) % p]
     # Elements u + v sqrt(d), d no square: one is a square where its norm u^2 - d v^2 is a square of the prime field.
@@ -49,9 +51,9 @@ def _paley(order: int) -> Tensor | None:
         if field is None or order % 4 or q % 4 != (3 if kind == 1 else 1):
             continue
         characters = _quadratic_characters(*field)
-        border = torch.ones(q, 1, dtype=torch.int64)
-        corner = torch.zeros(1, 1, dtype=torch.int64)
-        identity = torch.eye(q + 1, dtype=torch.int64)
+        border = torch.ones(q, 1, dtype=torch.int64, device=CPU)
+        corner = torch.zeros(1, 1, dtype=torch.int64, device=CPU)
+        identity = torch.eye(q + 1, dtype=torch.int64, device=CPU)
         if kind == 1:
             conference = torch.cat((torch.cat((corner, border.t()), 1), torch.cat((-border, characters), 1)))
             return identity + conference
@@ -66,10 +68,11 @@ def _williamson(order: int) -> Tensor | None:
         return None
     length, rows = _WILLIAMSON[order]
     half = (length + 1) // 2
-    shift = (torch.arange(length)[None, :] - torch.arange(length)[:, None]) % length
+    place = torch.arange(length, device=CPU)
+    shift = (place[None, :] - place[:, None]) % length
     blocks = []
     for bits in rows:
-        first = torch.tensor([1 - 2 * (bits >> (half - 1 - i) & 1) for i in range(half)])
+        first = torch.tensor([1 - 2 * (bits >> (half - 1 - i) & 1) for i in range(half)], device=CPU)
         blocks.append(torch.cat((first, first[1:].flip(0)))[shift])
     a, b, c, d = blocks
     return torch.cat((
@@ -80,9 +83,9 @@ def _williamson(order: int) -> Tensor | None:
 
 @functools.cache
 def hadamard_matrix(order: int) -> Tensor | None:
-    """Hadamard matrix of an order that is no power of two, int8; None if no construction is known here."""
+    """Hadamard matrix of an order that is no power of two, int8, on the CPU; None if no construction is known here."""
     if order == 1:
-        return torch.ones(1, 1, dtype=torch.int8)
+        return torch.ones(1, 1, dtype=torch.int8, device=CPU)
     matrix = _paley(order) if order > 2 else None
     if matrix is None:
         matrix = _williamson(order)

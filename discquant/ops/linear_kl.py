@@ -21,7 +21,9 @@ def _fake(student: Tensor, teacher: Tensor, weight: Tensor, *args: Any) -> tuple
     return (
         student.new_empty((), dtype=acc),
         student.new_empty(student.shape[0], dtype=acc),
-        torch.empty_like(student, memory_format=torch.contiguous_format),
+        torch.empty_like(
+            student, dtype=reference.gradient_dtype(student), memory_format=torch.contiguous_format
+        ),
     )
 
 
@@ -51,6 +53,7 @@ class LinearKLFunction(torch.autograd.Function):
             student, teacher, weight, bias, mask, normalizer, logit_scale, softcap, chunk_size, use_triton
         )
         ctx.save_for_backward(grad)
+        ctx.dtype = student.dtype
         ctx.mark_non_differentiable(per_token, grad)
         return loss, per_token, grad
 
@@ -58,7 +61,7 @@ class LinearKLFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Scale the stored gradient."""
         (grad,) = ctx.saved_tensors
-        return (grads[0].to(grad.dtype) * grad if ctx.needs_input_grad[0] else None, *(None,) * 9)
+        return ((grads[0] * grad).to(ctx.dtype) if ctx.needs_input_grad[0] else None, *(None,) * 9)
 
 
 def run(
@@ -163,8 +166,9 @@ def linear_kl(
         impl: "auto" | "reference" | "triton".
 
     Returns:
-        LinearKLResult; per_token and loss in float32 (float64), grad_student in student.dtype; masked
-        tokens have per_token 0 and gradient 0. The loss is differentiable in `student`.
+        LinearKLResult; per_token and loss in float32 (float64), grad_student in student.dtype, but in float32
+        for float16, whose range it would leave; masked tokens have per_token 0 and gradient 0. The loss is
+        differentiable in `student`.
 
     Raises:
         TypeError: An argument is not a Tensor.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -78,6 +79,11 @@ def check_words(op: str, words: Tensor, out_features: int, in_features: int, num
     registry.require(words.is_contiguous(), op, "words", "have stride", [1], list(words.stride()))
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def cpp_problem(device: torch.device, operator: str) -> str | None:
     """Say why the compiled extension cannot run `operator` on tensors of `device`, or None if it can."""
     if torch.compiler.is_compiling():
@@ -90,6 +96,8 @@ def cpp_problem(device: torch.device, operator: str) -> str | None:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"discquant::{operator}", key):
         return f"the extension was built without {operator} for {device.type} tensors"
+    if device.type == "cuda" and _extension.cuda_code(*_capability(device)) is None:
+        return f"the extension holds nothing for compute capability {'.'.join(map(str, _capability(device)))}"
     return None
 
 

@@ -63,7 +63,7 @@ def _cpp_launch(
     second_moment: Tensor | None, group_size: int, *options: Any,
 ) -> Tensor:  # fmt: skip
     optimizer, scalars, keys = launch_arguments(*options)
-    counts = torch.zeros(5, dtype=torch.int64)
+    counts = torch.zeros(5, dtype=torch.int64, device=frac.device)
     _cpp_op(
         frac, frac_ref, weight_grad, scale, momentum, second_moment, counts, group_size, OPTIMIZERS.index(optimizer),
         *(scalars[name] for name in SCALARS), *(keys[name] for name in KEYS),

@@ -339,7 +339,7 @@ class Block:
             "mov": lambda a: a, "add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and,
             "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "mad": lambda a, b, c: a * b + c,
             "prmt": _prmt, "lop3": _lop3, "dp4a": _dp4a, "bfe": _bfe, "min": np.minimum, "max": np.maximum,
-            "neg": np.negative,
+            "neg": np.negative, "rem": np.fmod, "div": lambda a, b: (a - np.fmod(a, b)) // b,
         }[parts[0]](*values)  # fmt: skip
 
     def _convert(self, parts: list[str], operand: str) -> Any:

@@ -62,6 +62,27 @@ def test_matches_oracle(size, inverse, dtype, assert_close, device):
         assert_close(actual, oracle, baseline)
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(32768, torch.float64), (65536, torch.float32), (12 * 16384, torch.float64)]
+)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_long_runs(size, dtype, inverse, device):
+    """What shared memory does not hold goes to the matrix across runs: the same rotation."""
+    x, signs = torch.randn(2, size, dtype=dtype, device=device), _signs(size, device)
+    actual = hadamard(x, signs, inverse=inverse, impl="triton")
+    expected = hadamard(x.double(), signs, inverse=inverse, impl="reference")
+    assert (actual - expected).abs().max() <= 100 * torch.finfo(dtype).eps
+
+
+def test_default_device(device):
+    """Tables are made on the CPU and kept, whatever device is the default."""
+    hadamard_matrix.cache_clear()
+    x = torch.randn(2, 12, device=device)
+    with torch.device("meta"):
+        out = hadamard(x)
+    assert torch.equal(out, hadamard(x)) and hadamard_matrix(12).device.type == "cpu"
+
+
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("size", [4, 12])
 def test_gradcheck(size, inverse, device):
@@ -125,8 +146,8 @@ def test_rejects_bad_input(device):
         hadamard(x, impl="cpp")
     with pytest.raises(ValueError, match="hadamard: impl must be one of"):
         hadamard(x, impl="fast")
-    with pytest.raises(NotImplementedError, match="got a power-of-two part of 65536"):
-        hadamard(torch.zeros(1, 65536, device=device), impl="triton")
+    with pytest.raises(NotImplementedError, match="got 4096 runs"):
+        hadamard(torch.zeros(1, 4096 * 16384, device="meta"), impl="triton")
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

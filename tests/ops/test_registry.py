@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from discquant.triton_kernels import hadamard as hadamard_kernels
+from discquant.triton_kernels import projected_step as step_kernels
 
+from discquant.ops import StepOptions, hadamard, projected_step_, soft_linear
 from discquant.ops import _registry as registry
-from discquant.ops import hadamard
+from discquant.ops._steps import flatten_options, launch_arguments
 
 CPU = torch.device("cpu")
 
@@ -51,3 +54,66 @@ def test_old_extension_is_named():
     assert (
         registry.cpp_problem(torch.device("meta"), "x") == "there is no C++ implementation for meta tensors"
     )
+
+
+@pytest.mark.parametrize("strategy", ["fused", "materialise"])
+def test_autocast_changes_no_dtype(strategy, device):
+    """The result has the dtype of the contract, and of the fake, whatever the caller's autocast."""
+    q_down = torch.randint(0, 15, (16, 32), dtype=torch.uint8, device=device)
+    frac, scale = torch.rand(16, 32, device=device), torch.rand(16, 1, device=device)
+    x = torch.randn(4, 32, device=device, requires_grad=True)
+    grid = {"num_bits": 4, "group_size": -1, "strategy": strategy, "impl": "triton"}
+    plain = soft_linear(x, q_down, frac, scale, **grid)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        under = soft_linear(x, q_down, frac, scale, **grid)
+        (dx,) = torch.autograd.grad(under.sum(), x)
+    assert under.dtype == dx.dtype == torch.float32
+    assert torch.equal(under, plain)
+
+
+class _Recorder:
+    """Stands for a kernel; keeps the grids of its launches."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **kwargs: None
+
+
+def test_grids_hold_many_rows(monkeypatch):
+    """A GPU takes 65535 blocks along the second dimension of a grid, which no interpreter shows."""
+    recorder = _Recorder()
+    monkeypatch.setattr(step_kernels, "_projected_step_kernel", recorder)
+    for dtype in (torch.uint8, torch.float32):
+        frac = torch.empty(128256, 4096, dtype=dtype, device="meta")
+        momentum = torch.empty_like(frac, dtype=torch.int8 if dtype == torch.uint8 else dtype)
+        options = launch_arguments(*flatten_options(StepOptions(lr=0.1, kl_weight=1.0, optimizer="momentum")))
+        grad, scale = torch.empty_like(frac, dtype=torch.float32), torch.empty(128256, 32, device="meta")
+        step_kernels.projected_step_fwd(frac, frac, grad, scale, momentum, None, None, None, 128, *options)
+    monkeypatch.setattr(hadamard_kernels, "_hadamard_run_kernel", recorder)
+    monkeypatch.setattr(hadamard_kernels, "_hadamard_mix_kernel", recorder)
+    matrix = torch.empty(28, 28, dtype=torch.int8, device="meta")
+    hadamard_kernels.hadamard_fwd(torch.empty(131072, 14336, device="meta"), None, matrix, False)
+    assert len(recorder.grids) == 4
+    for grid in recorder.grids:
+        first, second, third = (*grid, 1, 1)[:3]
+        assert first < 2**31 and second <= 65535 and third <= 65535
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton", "cpp"])
+def test_default_device(impl, device):
+    """Counts lie where the state does."""
+    if impl == "cpp" and registry.cpp_problem(device, "projected_step_cpp2_") is not None:
+        return
+    state = [torch.full((4, 32), 128, dtype=torch.uint8, device=device) for _ in range(2)]
+    state[1].fill_(100)
+    grad, scale = torch.ones(4, 32, device=device), torch.ones(4, 1, device=device)
+    momentum = torch.zeros(4, 32, dtype=torch.int8, device=device)
+    options = StepOptions(lr=0.5, kl_weight=1.0, grad_clamp=1.0, optimizer="momentum", moment_bound=1.0)
+    with torch.device("meta"):
+        counts = projected_step_(
+            *state, grad, scale, group_size=-1, options=options, momentum=momentum, impl=impl
+        )
+    assert counts.live == counts.saturated == 128 and bool((state[0] != 128).all())

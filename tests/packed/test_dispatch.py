@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +168,26 @@ def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert paths.workspace(words, 20, 1) is larger
     Stream.cuda_stream = 8
     assert paths.workspace(words, 20, 1) is not larger
+    # torch.compile's own graphs: nothing that outlives the call may lie in their pool.
+    manager = SimpleNamespace(stream=Stream)
+    trees = SimpleNamespace(get_manager=lambda device, create_if_none_exists: manager)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    kept = dict(paths._workspaces)
+    for state["capture"] in (0, 5):
+        alone = paths.workspace(words, 10, 1)
+        assert paths.workspace(words, 10, 1) is not alone and alone.numel() == 10 and not alone.any()
+    assert paths._workspaces == kept
+    manager.stream = object()
+    state["capture"] = 0
+    assert paths.workspace(words, 20, 1) is paths.workspace(words, 20, 1)
+
+
+def test_what_torch_keeps_of_its_graphs() -> None:
+    """Private names of torch on which `_in_graph_tree` relies."""
+    from torch._inductor import cudagraph_trees as trees
+
+    assert trees.get_manager(0, create_if_none_exists=False) is None
+    assert "self.stream = torch.cuda.Stream()" in inspect.getsource(trees.CUDAGraphTreeManager.__init__)
 
 
 def test_table() -> None:

@@ -19,6 +19,11 @@ class LinearKLResult(NamedTuple):
     grad_student: Tensor
 
 
+def gradient_dtype(student: Tensor) -> torch.dtype:
+    """Dtype of `grad_student`: that of the student, but float32 for float16, whose smallest number is 6e-8."""
+    return torch.float32 if student.dtype == torch.float16 else student.dtype
+
+
 def cap_logits(logits: Tensor, logit_scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     """Scale and soft-cap logits; return them with d(capped)/d(raw), None where that is `logit_scale`."""
     if softcap is None:
@@ -52,7 +57,7 @@ def linear_kl(
     counted = torch.ones(num_tokens, dtype=torch.bool, device=student.device) if mask is None else mask
     divisor = float(counted.sum()) if normalizer is None else float(normalizer)
     per_token = student.new_zeros(num_tokens, dtype=compute)
-    grad = torch.zeros_like(student)
+    grad = torch.zeros_like(student, dtype=gradient_dtype(student))
     head = weight.to(compute)
     offset = None if bias is None else bias.to(compute)
     for start in range(0, num_tokens, chunk_size):
