@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from discquant import _extension
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.formats.lazy import settle
+from discquant.ops import _registry as registry
+from discquant.ops._steps import OPTIMIZERS
 from discquant.solver import chain as chain_module
 from discquant.solver import solve as solve_module
 from discquant.solver.chain import DecoderChain
@@ -39,7 +43,7 @@ MATMULS = {
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
 }  # fmt: skip
-_MM, _KEEP = torch.mm, Journal.keep
+_MM, _KEEP, _TRITON_MODULE = torch.mm, Journal.keep, registry.triton_module
 HIDDEN, INTERMEDIATE, HEADS, TOKENS = 128, 448, 8, 8
 WEIGHTS = 2 * HIDDEN * (HIDDEN + HIDDEN // HEADS) + 3 * HIDDEN * INTERMEDIATE
 
@@ -139,6 +143,38 @@ def _rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+def _kernels(stem: str) -> Any:
+    """The launchers of a kernel; the two that take longest, interpreted, are those of C++ under the same operators.
+
+    What an operator does within is not seen here, only what it reads and writes.
+    """
+    kernels = _TRITON_MODULE(stem)
+    if not _extension.available() or stem not in ("projected_step", "soft_weight"):
+        return kernels
+
+    def projected_step_fwd(*args: Any) -> Tensor:
+        *state, q_down, table, group_size, optimizer, scalars, keys = args
+        assert q_down is None and table is None
+        counts = torch.zeros(5, dtype=torch.int64)
+        torch.ops.discquant.projected_step_cpp2_(
+            *state, counts, group_size, OPTIMIZERS.index(optimizer), *scalars.values(), *keys.values()
+        )
+        return counts
+
+    def soft_weight_fwd(q_down: Tensor, frac: Tensor, *args: Any) -> Tensor:
+        *grid, num_bits, group_size, dtype, is_reference, transpose = args
+        out = frac.new_empty(frac.shape[::-1] if transpose else frac.shape, dtype=dtype)
+        torch.ops.discquant.soft_weight_cpp_(
+            out, q_down, frac, *grid, num_bits, group_size, is_reference, transpose
+        )
+        return out
+
+    return types.SimpleNamespace(
+        projected_step_fwd=projected_step_fwd, soft_weight_fwd=soft_weight_fwd,
+        soft_weight_bwd=getattr(kernels, "soft_weight_bwd", None),
+    )  # fmt: skip
+
+
 def _step(simulated: Any, blocks: int, windows: int) -> collections.Counter[str]:
     import transformers
 
@@ -169,6 +205,7 @@ def _step(simulated: Any, blocks: int, windows: int) -> collections.Counter[str]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Journal, "keep", lambda *arguments: traffic.keep(*arguments))
             patch.setattr(torch, "mm", _product(traffic))
+            patch.setattr(registry, "triton_module", _kernels)
             patch.setattr(torch.nn.functional, "rms_norm", _rms_norm)
             run.advance()
     return traffic.found
