@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,6 +47,14 @@ def worst(what: str, found: Iterable[tuple[float, str]], limit: float, *, at_mos
     return Verdict(what, value, limit, at_most, where)
 
 
+def times_as_fast(row: Row, other: Row) -> float:
+    """The other's time over the row's: the median of the turns' own ratios; of the first quartiles without turns."""
+    mine, theirs = ([float(ms) for ms in (r.get("ms_turns") or "").split()] for r in (row, other))
+    if mine and len(mine) == len(theirs):
+        return statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+    return float(other["ms_p25"]) / float(row["ms_p25"])
+
+
 def cpu(rows: list[Row]) -> Iterator[Verdict]:
     """The CPU targets per mode; single-thread rows, several threads beside them."""
     table = {
@@ -66,7 +75,7 @@ def cpu(rows: list[Row]) -> Iterator[Verdict]:
             shares = [(float(r["share_of_roof"]), r["shape"]) for r in ours(1, "4")]
             yield worst(f"{head}: M=1, 4 bit, share of plain read", shares, 0.85)
             gains = [
-                (float(three["gweights_s"]) / float(four["gweights_s"]), four["shape"])
+                (times_as_fast(three, four), four["shape"])
                 for three in ours(1, "3")
                 for four in ours(1, "4")
                 if three["shape"] == four["shape"]
@@ -81,7 +90,7 @@ def cpu(rows: list[Row]) -> Iterator[Verdict]:
                 yield worst(f"{head}: M={tokens}, 4 bit, times torch int4", times, limit)
             for rival in FASTER_THAN[1:]:
                 faster = [
-                    (float(other["ms_p25"]) / float(r["ms_p25"]), f"{r['shape']}, {name}")
+                    (times_as_fast(r, other), f"{r['shape']}, {name}")
                     for r in ours(1, "4")
                     for (shape, count, tokens, name, bits), other in table.items()
                     if (shape, count, tokens, bits) == (r["shape"], threads, 1, "4")

@@ -2,8 +2,10 @@
 """Everything that is claimed of packed inference on a CPU, in one run: `python benchmarks/run_packed_cpu.py`.
 
 Per shape, number of threads and number of tokens, all providers take turns, one call each on weights that left the
-caches, so that other load on the machine meets all alike; the plain read of the same bytes takes its turn too. Then
-tokens/s of the bundled model and of one block of Llama-3-8B's sizes. Writes results/packed-<processor>.csv.
+caches, so that other load on the machine meets all alike; the plain read of the same bytes takes its turn too. Rates
+are of the first quartile of the turns; ratios are taken turn by turn, their median counts, and `ms_turns` lets anyone
+take others. Then tokens/s of the bundled model and of one block of Llama-3-8B's sizes. Writes
+results/packed-<processor>.csv.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ TOKENS = (1, 4, 16, 128)
 FIELDS = (
     "op", "provider", "shape", "n", "k", "tokens", "bits", "group", "threads", "turns", "ms_min", "ms_p25", "ms_p50",
     "gb_s", "roof_gb_s", "share_of_roof", "gweights_s", "gflop_s", "times_torch_int4", "tokens_s", "load", "device",
-    "torch", "commit", "date",
+    "torch", "commit", "date", "ms_turns",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -90,7 +92,7 @@ def measure_shape(
                 if peer not in reads:
                     providers.check(peer, weight, x)
             end, i = time.monotonic() + seconds, 0
-            while i < 5 or (time.monotonic() < end and i < 60):
+            while i < 9 or (time.monotonic() < end and i < 60):
                 for peer in (*reads, *present):
                     # Worker threads spin for a while after their turn: let every provider start from sleeping ones.
                     time.sleep(0.004 if count > 1 else 0)
@@ -111,11 +113,12 @@ def _row(peer: Any, roof: Any, present: list[Any], shape: str, weight: Any, toke
         "tokens": tokens, "bits": peer.bits or "", "group": providers.GROUP, "threads": threads,
         "turns": len(peer.times), "ms_min": f"{min(peer.times):.4f}", "ms_p25": f"{ms:.4f}",
         "ms_p50": f"{peer.quantile(0.5):.4f}", "gb_s": f"{rate:.2f}", "roof_gb_s": f"{top:.2f}",
-        "share_of_roof": f"{rate / top:.3f}",
+        "share_of_roof": f"{peer.times_as_fast(roof) * peer.num_bytes / roof.num_bytes:.3f}",
+        "ms_turns": " ".join(f"{ms:.4g}" for ms in peer.times),
     }  # fmt: skip
     if peer.bits:
         row |= {"gweights_s": f"{count / ms / 1e6:.2f}", "gflop_s": f"{2 * count * tokens / ms / 1e6:.1f}"}
-        row["times_torch_int4"] = f"{rival.quantile(0.25) / ms:.2f}" if rival is not None else ""
+        row["times_torch_int4"] = f"{peer.times_as_fast(rival):.2f}" if rival is not None else ""
     return row
 
 

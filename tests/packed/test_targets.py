@@ -58,6 +58,16 @@ def test_cpu_targets(targets: ModuleType, tmp_path: Path) -> None:
     assert "not measured  a8, 1 thread: M=16, 4 bit, times torch int4: >= 3" in text
 
 
+def test_ratios_are_taken_turn_by_turn(targets: ModuleType, tmp_path: Path) -> None:
+    """A machine that slows down for half of the turns changes neither ratio."""
+    turns = {"discquant a8": "1 1 2 2 2", "onnxruntime 1 level 4": "1.5 1.5 3 3 2.9"}
+    rows = [cpu_row(name, 4, 1.0, ms_turns=ms) for name, ms in turns.items()]
+    rows.append(cpu_row("discquant a8", 3, 1.0, ms_turns="0.8 0.8 1.6 1.6 1.0"))
+    text = [verdict.text() for verdict in targets.verdicts(write(tmp_path / "cpu.csv", rows))]
+    assert any("times onnxruntime: 1.50" in line for line in text)
+    assert any("3 bit over 4 bit: 1.25" in line for line in text)
+
+
 def gpu_row(provider: str, shape: str, bits: int, ms: float, bare: float | str = "") -> dict[str, Any]:
     return {
         "op": "packed_linear", "provider": provider, "shape": shape, "mode": f"{bits} bit", "ms_p50": ms,
