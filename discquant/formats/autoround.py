@@ -16,7 +16,7 @@ from torch import Tensor
 import discquant
 from discquant.errors import UnrepresentableError
 from discquant.formats import awq, gptq
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.gptq import CODES, INDEX, SCALES, ZEROS, most_common, width_and_group
 from discquant.formats.layout import StoredLayer
@@ -42,7 +42,7 @@ class AutoRound(SafetensorsFormat):
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method, as newer and older releases spell it."""
-        said = config.get("quantization_config")
+        said = stated_quantization(config)
         return isinstance(said, dict) and said.get("quant_method") in (
             "auto-round",
             "auto_round",

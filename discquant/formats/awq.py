@@ -15,7 +15,7 @@ from torch import Tensor
 
 from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.bitstream import pack, unpack
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.gptq import CODES, FLOATS, SCALES, ZEROS, group_of
 from discquant.formats.layout import StoredLayer
@@ -121,7 +121,7 @@ class Awq(SafetensorsFormat):
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method."""
-        said = config.get("quantization_config")
+        said = stated_quantization(config)
         return isinstance(said, dict) and said.get("quant_method") == "awq"
 
     def detects(self, path: Path) -> bool:

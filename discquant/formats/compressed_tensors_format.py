@@ -11,7 +11,7 @@ from torch import Tensor
 
 from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats import fp4
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.compressed_tensors import (
     GROUP_INDEX,
@@ -54,7 +54,7 @@ class CompressedTensors(SafetensorsFormat):
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method."""
-        said = config.get("quantization_config")
+        said = stated_quantization(config)
         return isinstance(said, dict) and said.get("quant_method") == self.name
 
     def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
@@ -188,7 +188,7 @@ class CompressedTensors(SafetensorsFormat):
 
 
 def _said(checkpoint: Checkpoint) -> dict[str, Any]:
-    said = checkpoint.config().get("quantization_config")
+    said = stated_quantization(checkpoint.config())
     if not isinstance(said, dict):
         raise CheckpointError(f"{checkpoint.path} is not quantized: config.json has no quantization_config")
     return said

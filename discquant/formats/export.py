@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from discquant.formats.checkpoint import Checkpoint, read_json
+from discquant.formats.checkpoint import Checkpoint, check_unquantized, read_json
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.engines import problems
@@ -15,7 +15,7 @@ from discquant.formats.output import MANIFEST, check_space, check_target
 from discquant.formats.registry import by_name
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
-from discquant.formats.write import ExportPlan, check_unquantized, weight_shape, write_model
+from discquant.formats.write import ExportPlan, weight_shape, write_model
 
 
 def plan_export(

@@ -16,7 +16,7 @@ from torch import Tensor
 import discquant
 from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.bitstream import pack, unpack, words_for
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import TensorInfo, read_tensor
@@ -49,7 +49,7 @@ class Gptq(SafetensorsFormat):
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method and checkpoint_format; files that name none are v1."""
-        said = config.get("quantization_config")
+        said = stated_quantization(config)
         if not isinstance(said, dict) or said.get("quant_method") != "gptq":
             return False
         return self._is_mine(said)

@@ -123,10 +123,7 @@ def load_quantized(
     packed = isinstance(chosen, SafetensorsFormat)  # found by its own config.json
     folder = place if packed else configuration_folder(place, original)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # Without these entries transformers takes the weights for what they now are: plain.
-    for entry in ("quantization_config", "quantization"):
-        if hasattr(config, entry):
-            delattr(config, entry)
+    forget_quantization(config)
     dtype = dtype or (getattr(config, "dtype", None) if packed else None) or torch.float32
     if isinstance(chosen, SafetensorsFormat):
         note_beyond(chosen, Checkpoint(place))
@@ -152,6 +149,14 @@ def load_quantized(
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def forget_quantization(config: Any) -> None:
+    """Take from a transformers configuration what it says of quantized weights, which by then are plain."""
+    for part in (config, getattr(config, "text_config", None)):
+        for entry in ("quantization_config", "quantization"):
+            if hasattr(part, entry):
+                delattr(part, entry)
 
 
 def note_beyond(chosen: SafetensorsFormat, checkpoint: Checkpoint) -> None:

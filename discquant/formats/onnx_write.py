@@ -18,7 +18,7 @@ from discquant import environment
 from discquant.errors import ProofError, UnrepresentableError
 from discquant.formats.bits import bits_per_weight
 from discquant.formats.card import origin_of, write_card
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, check_unquantized
 from discquant.formats.coded import CodedLayer
 from discquant.formats.engines import engine_rows
 from discquant.formats.onnx_blocks import NBits, encode
@@ -84,11 +84,8 @@ def write_onnx(
     """Write a folder with `model.onnx`; arguments, result and errors as `coded.Format.write`."""
     import onnx
 
+    check_unquantized(source)
     config = source.config()
-    if config.get("quantization_config"):
-        raise UnrepresentableError(
-            f"{source.path} is quantized already: export starts from the original model"
-        )
     recipe = dict(recipe or {})
     summary = recipe.pop("summary", None)
     check_space(out, sum(info.num_bytes for info in source.tensors.values()))

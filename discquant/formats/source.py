@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from discquant.errors import CalibrationError, CheckpointError, MissingModelError, OutputExistsError
-from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json
+from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json, stated_quantization
 from discquant.formats.lazy import build_lazy
 from discquant.formats.output import check_space
 from discquant.formats.registry import quantized
@@ -256,7 +256,7 @@ def open_source(
             f"{folder} wants to run code of its own (auto_map in its configuration); "
             "allow it (--trust-remote-code) if you trust its authors"
         )
-    if config.get("quantization_config") or isinstance(quantized(folder), SafetensorsFormat):
+    if stated_quantization(config) or isinstance(quantized(folder), SafetensorsFormat):
         raise CheckpointError(f"{folder} is quantized already; give the original model")
     pickles = pickled_files(folder)
     checkpoint = None if pickles and allow_pickle else Checkpoint(folder)

@@ -17,7 +17,7 @@ from discquant import environment
 from discquant.errors import UnrepresentableError
 from discquant.formats.bits import bits_per_weight
 from discquant.formats.card import origin_of, write_card
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, check_unquantized
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer
 from discquant.formats.engines import engine_rows, problems
 from discquant.formats.layout import Layout
@@ -188,18 +188,6 @@ def _write_layers(
         bits = 8 * sum(writer.tensors[f"{name}.{suffix}"].num_bytes for suffix in counted)
         table[name] = {**asdict(scheme), "shape": list(shape), "bits": bits}
     return schemes, table, untouched
-
-
-def check_unquantized(source: Checkpoint) -> None:
-    """Refuse a source that holds codes already.
-
-    Raises:
-        UnrepresentableError: Its configuration says so.
-    """
-    if source.config().get("quantization_config"):
-        raise UnrepresentableError(
-            f"{source.path} is quantized already: export starts from the original model"
-        )
 
 
 def weight_shape(source: Checkpoint, name: str) -> tuple[int, int]:
