@@ -126,8 +126,10 @@ class AutoRound(SafetensorsFormat):
         extra: dict[str, Any] = {
             name: {"bits": 16, "data_type": "float"} for name in ignored if name != "lm_head"
         }
+        blocks = _blocks(schemes)
         for name, scheme in schemes.items():
-            if scheme != base:
+            # Outside the blocks (a head) only what has an entry is quantized.
+            if scheme != base or not name.startswith(tuple(blocks)):
                 extra[name] = {
                     "bits": scheme.num_bits,
                     "group_size": scheme.group_size,
@@ -140,7 +142,7 @@ class AutoRound(SafetensorsFormat):
             "sym": base.symmetric,
             "data_type": "int",
             "packing_format": packings.pop(),
-            "block_name_to_quantize": ",".join(_blocks(schemes)),
+            "block_name_to_quantize": ",".join(blocks),
             "extra_config": extra,
             "autoround_version": AUTOROUND_VERSION,
             "meta": {"quantizer": [f"discquant:{discquant.__version__}"]},
