@@ -21,6 +21,7 @@ from discquant.formats.compressed_tensors import (
     SCALE,
     SHAPE,
     ZERO,
+    act_order,
     activations,
     check_representable,
     decode,
@@ -61,8 +62,7 @@ class CompressedTensors(SafetensorsFormat):
         """Modules with a `weight_packed`."""
         said = _said(checkpoint)
         scheme_of = parse_config(said, f"{checkpoint.path}/config.json")
-        # parse_config has seen that the groups are well formed.
-        ordered = any(group["weights"].get("actorder") == "group" for group in said["config_groups"].values())
+        ordered = act_order(said)
         suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUP_INDEX, fp4.GLOBAL)
         for name, tensors in grouped(checkpoint, PACKED, suffixes):
             scheme = scheme_of(name)
