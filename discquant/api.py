@@ -16,7 +16,7 @@ from discquant.calibration import Windows, load_windows
 from discquant.config import QuantizeConfig
 from discquant.environment import compute_device
 from discquant.errors import ConfigError, MissingModelError
-from discquant.formats.checkpoint import read_json
+from discquant.formats.checkpoint import read_json, stated_quantization
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.registry import quantized as quantized_format
@@ -290,7 +290,7 @@ def served_directory(run: Path) -> Path | None:
     folders = [run / name for name in found.formats()]
     folders = [folder for folder in folders if (folder / "config.json").is_file()]
     for folder in folders:
-        if read_json(folder / "config.json").get("quantization_config"):
+        if stated_quantization(read_json(folder / "config.json")):
             return folder
     if Path(found.config()["source"]).exists() or found.config().get("quantized"):
         return None

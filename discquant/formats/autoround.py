@@ -2,7 +2,7 @@
 """AutoRound: GPTQ's tensors without g_idx, or AWQ's, as `packing_format` says.
 
 `auto_round:auto_gptq` stores zero points less one, `auto_round` and `auto_round:gptqmodel` as they are,
-`auto_round:auto_awq` is AWQ's layout. Scales may be negative.
+`auto_round:auto_awq` is AWQ's layout. Scales may be negative. Releases of 2024 named the packer's `backend` instead.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import torch
 from torch import Tensor
 
 import discquant
-from discquant.errors import UnrepresentableError
+from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats import awq, gptq
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.gptq import CODES, INDEX, SCALES, ZEROS, most_common, width_and_group
 from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_format import SafetensorsFormat, grouped
 from discquant.formats.scheme import Scheme
-from discquant.formats.stated import contradictions, quantization
+from discquant.formats.stated import contradictions, override, quantization
 
 # The field names the auto-round release that made a file. Ours are not made by it: this is the release whose loader the
 # interop checks run. transformers 5.22 and gptqmodel 7.6 do not read it; vLLM reads it in files of quant_method "gptq",
 # to tell that MoE routers are quantized, too, so it must not enter a gptq file of ours.
 AUTOROUND_VERSION = "0.16.1"
-_AWQ = "auto_round:auto_awq"
+_GPTQ, _AWQ = "auto_round:auto_gptq", "auto_round:auto_awq"
 # What stored zero points lack, by packing_format.
-PACKINGS = {"auto_round:auto_gptq": 1, "auto_round": 0, "auto_round:gptqmodel": 0, _AWQ: 0}
+PACKINGS = {_GPTQ: 1, "auto_round": 0, "auto_round:gptqmodel": 0, _AWQ: 0}
+# As auto-round reads them; the first is what transformers fills in where a file has no packing_format.
+_ALIASES = {"auto_round:gptq": _GPTQ, "auto": _GPTQ, "auto_round:awq": _AWQ}
 
 
 class AutoRound(SafetensorsFormat):
@@ -42,7 +44,7 @@ class AutoRound(SafetensorsFormat):
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method, as newer and older releases spell it."""
-        said = config.get("quantization_config")
+        said = stated_quantization(config)
         return isinstance(said, dict) and said.get("quant_method") in (
             "auto-round",
             "auto_round",
@@ -53,7 +55,7 @@ class AutoRound(SafetensorsFormat):
         """Modules with a `qweight`."""
         said = quantization(checkpoint)
         where = f"{checkpoint.path}/config.json"
-        packing = str(said.get("packing_format", "auto_round:auto_gptq"))
+        packing = _stated_packing(said)
         if packing not in PACKINGS:
             raise NotImplementedError(f"{where}: of AutoRound {', '.join(PACKINGS)} are read, got {packing}")
         if said.get("data_type", "int") != "int":
@@ -61,8 +63,8 @@ class AutoRound(SafetensorsFormat):
                 f"{where}: of AutoRound only integers are read, got {said['data_type']!r}"
             )
         bits, group_size = width_and_group(said, checkpoint)
-        symmetric = said.get("sym", True) is True
         for name, tensors in grouped(checkpoint, CODES, (CODES, ZEROS, SCALES, INDEX)):
+            symmetric = {**said, **(override(said, name) or {})}.get("sym", True) is True
             if packing == _AWQ:
                 yield awq.stored_layer(name, tensors, group_size, symmetric)
             else:
@@ -70,8 +72,21 @@ class AutoRound(SafetensorsFormat):
                 yield gptq.stored_layer(name, tensors, bits, group_size, symmetric, offset)
 
     def decode(self, stored: StoredLayer) -> CodedLayer:
-        """Codes and grid."""
-        return awq.decode(stored) if _in_awq(stored) else gptq.decode(stored, self.name)
+        """Codes and grid.
+
+        Raises:
+            CheckpointError: The configuration says symmetric and every zero point is the same other number: the file
+                was packed in another way than it says, or than is concluded from what it says.
+        """
+        layer = awq.decode(stored) if _in_awq(stored) else gptq.decode(stored, self.name)
+        zero, middle = layer.grid.zero_point, 1 << (stored.scheme.num_bits - 1)
+        if stored.scheme.symmetric and zero is not None and bool((zero == zero.flatten()[0]).all()):
+            raise CheckpointError(
+                f"autoround: {stored.name} is stated to be symmetric, but its zero points are all "
+                f"{int(zero.flatten()[0])} instead of {middle}: it is packed in another way than packing_format or "
+                "backend says"
+            )
+        return layer
 
     def repack(self, stored: StoredLayer, q: Tensor) -> Tensor:
         """As the file has it."""
@@ -111,8 +126,10 @@ class AutoRound(SafetensorsFormat):
         extra: dict[str, Any] = {
             name: {"bits": 16, "data_type": "float"} for name in ignored if name != "lm_head"
         }
+        blocks = _blocks(schemes)
         for name, scheme in schemes.items():
-            if scheme != base:
+            # Outside the blocks (a head) only what has an entry is quantized.
+            if scheme != base or not name.startswith(tuple(blocks)):
                 extra[name] = {
                     "bits": scheme.num_bits,
                     "group_size": scheme.group_size,
@@ -125,7 +142,7 @@ class AutoRound(SafetensorsFormat):
             "sym": base.symmetric,
             "data_type": "int",
             "packing_format": packings.pop(),
-            "block_name_to_quantize": ",".join(_blocks(schemes)),
+            "block_name_to_quantize": ",".join(blocks),
             "extra_config": extra,
             "autoround_version": AUTOROUND_VERSION,
             "meta": {"quantizer": [f"discquant:{discquant.__version__}"]},
@@ -147,10 +164,22 @@ def _writes_awq(scheme: Scheme) -> bool:
     return scheme.num_bits == 4 and not scheme.symmetric
 
 
+def _stated_packing(said: Mapping[str, Any]) -> str:
+    """packing_format of a file, by its `backend` where there is none; one in PACKINGS where it is read."""
+    backend = str(said.get("backend", "auto"))
+    if "packing_format" in said:
+        packing = str(said["packing_format"])
+    elif "awq" in backend:
+        packing = _AWQ
+    else:  # the exporter's own packer stored zero points as they are, auto_gptq's stores them less one
+        packing = _GPTQ if "gptq" in backend or backend == "auto" else "auto_round"
+    return _ALIASES.get(packing, packing)
+
+
 def _packing(scheme: Scheme) -> str:
     if _writes_awq(scheme):
         return _AWQ
-    return "auto_round:auto_gptq" if scheme.symmetric else "auto_round:gptqmodel"
+    return _GPTQ if scheme.symmetric else "auto_round:gptqmodel"
 
 
 def _in_awq(stored: StoredLayer) -> bool:

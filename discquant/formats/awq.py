@@ -15,9 +15,9 @@ from torch import Tensor
 
 from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.bitstream import pack, unpack
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import CodedLayer, Format
-from discquant.formats.gptq import CODES, FLOATS, SCALES, ZEROS, group_of
+from discquant.formats.gptq import CODES, FLOATS, SCALES, ZEROS, group_of, most_common
 from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import TensorInfo
 from discquant.formats.safetensors_format import (
@@ -121,7 +121,7 @@ class Awq(SafetensorsFormat):
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method."""
-        said = config.get("quantization_config")
+        said = stated_quantization(config)
         return isinstance(said, dict) and said.get("quant_method") == "awq"
 
     def detects(self, path: Path) -> bool:
@@ -159,7 +159,9 @@ class Awq(SafetensorsFormat):
         return pack_awq(q.T)
 
     def check_scheme(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
-        """4 bits, rows in eights, whole groups."""
+        """4 bits, rows in eights, whole groups; no head, which transformers leaves alone whatever a file says."""
+        if name.rpartition(".")[2] == "lm_head":
+            raise UnrepresentableError(f"{self.name}: engines do not quantize {name}: ignore it")
         check_scheme(self.name, name, shape, scheme)
 
     def encode(self, layer: CodedLayer, served: torch.dtype) -> dict[str, Tensor]:
@@ -178,13 +180,16 @@ class Awq(SafetensorsFormat):
         Raises:
             UnrepresentableError: Layers differ in group size, which AWQ states once.
         """
-        sizes = {scheme.group_size for scheme in schemes.values()}
-        if len(sizes) > 1:
-            raise UnrepresentableError(f"awq states one group size for all layers, got {sorted(sizes)}")
+        base = most_common(schemes)
+        for name, scheme in schemes.items():
+            if scheme.group_size != base.group_size:
+                raise UnrepresentableError(
+                    f"awq states one group size for all layers; {name} is {scheme}, most are {base}: ignore it"
+                )
         config["quantization_config"] = {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": next(iter(sizes), 128),
+            "group_size": base.group_size,
             # The layout always stores zero points; a symmetric grid stores 8.
             "zero_point": True,
             "version": "gemm",

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from discquant.errors import CheckpointError, MissingModelError, NonFiniteError
+from discquant.errors import CheckpointError, MissingModelError, NonFiniteError, UnrepresentableError
 from discquant.formats.safetensors_file import TensorInfo, read_bytes, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -144,6 +144,25 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if count:
         place = torch.nonzero(bad)[0].tolist()
         raise NonFiniteError(f"{name} holds {count} values that are NaN or infinite, the first at {place}")
+
+
+def stated_quantization(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of its quantization: its own entry, else that of a composite model's text model."""
+    text = config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, Mapping) else None
+    return config.get("quantization_config") or inner
+
+
+def check_unquantized(source: Checkpoint) -> None:
+    """Refuse an original that holds codes already.
+
+    Raises:
+        UnrepresentableError: Its configuration says so.
+    """
+    if stated_quantization(source.config()):
+        raise UnrepresentableError(
+            f"{source.path} is quantized already: export starts from the original model"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -187,7 +187,6 @@ class Format(Protocol):
         layers: Iterable[CodedLayer],
         *,
         recipe: Mapping[str, Any] | None = None,
-        ignore: Iterable[str] = ("lm_head",),
         prove_from: Callable[[], Iterable[CodedLayer]] | None = None,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> dict[str, Any]:

@@ -27,6 +27,7 @@ __all__ = [
     "SHAPE",
     "ZERO",
     "Scheme",
+    "act_order",
     "activations",
     "check_representable",
     "decode",
@@ -285,6 +286,14 @@ def activations(config: Mapping[str, Any]) -> str:
     if config.get("kv_cache_scheme"):
         found["keys and values"] = None
     return ", ".join(found)
+
+
+def act_order(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` that `parse_config` takes says that groups are not contiguous columns."""
+    return any(
+        group["weights"].get("actorder") in ("group", "dynamic", True)  # the library's names for it
+        for group in config["config_groups"].values()
+    )
 
 
 def _unpacked(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats import fp4
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.compressed_tensors import (
     GROUP_INDEX,
@@ -21,6 +21,7 @@ from discquant.formats.compressed_tensors import (
     SCALE,
     SHAPE,
     ZERO,
+    act_order,
     activations,
     check_representable,
     decode,
@@ -54,15 +55,14 @@ class CompressedTensors(SafetensorsFormat):
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method."""
-        said = config.get("quantization_config")
+        said = stated_quantization(config)
         return isinstance(said, dict) and said.get("quant_method") == self.name
 
     def layers(self, checkpoint: Checkpoint) -> Iterator[StoredLayer]:
         """Modules with a `weight_packed`."""
         said = _said(checkpoint)
         scheme_of = parse_config(said, f"{checkpoint.path}/config.json")
-        # parse_config has seen that the groups are well formed.
-        ordered = any(group["weights"].get("actorder") == "group" for group in said["config_groups"].values())
+        ordered = act_order(said)
         suffixes = (PACKED, SCALE, SHAPE, ZERO, GROUP_INDEX, fp4.GLOBAL)
         for name, tensors in grouped(checkpoint, PACKED, suffixes):
             scheme = scheme_of(name)
@@ -188,7 +188,7 @@ class CompressedTensors(SafetensorsFormat):
 
 
 def _said(checkpoint: Checkpoint) -> dict[str, Any]:
-    said = checkpoint.config().get("quantization_config")
+    said = stated_quantization(checkpoint.config())
     if not isinstance(said, dict):
         raise CheckpointError(f"{checkpoint.path} is not quantized: config.json has no quantization_config")
     return said

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from discquant.formats.checkpoint import Checkpoint, read_json
+from discquant.errors import ProofError, UnrepresentableError
+from discquant.formats.checkpoint import Checkpoint, check_unquantized, read_json
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.engines import problems
+from discquant.formats.layout import Layout
 from discquant.formats.output import MANIFEST, check_space, check_target
+from discquant.formats.proof import prove_configuration
 from discquant.formats.registry import by_name
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
-from discquant.formats.write import ExportPlan, check_unquantized, weight_shape, write_model
+from discquant.formats.write import ExportPlan, unquantized, weight_shape, write_model
 
 
 def plan_export(
@@ -34,7 +37,8 @@ def plan_export(
 
     Raises:
         MissingModelError, CheckpointError: source_dir cannot be read.
-        UnrepresentableError: A module has no weight of its own, or the format cannot hold its grid.
+        UnrepresentableError: A module has no weight of its own, or the format cannot hold its grid, or has no way to
+            state all of them.
         OutputExistsError: out_dir holds something.
         DiskSpaceError: The output, with one shard's spool, would not fit.
     """
@@ -50,8 +54,21 @@ def plan_export(
         shapes[name] = weight_shape(source, name)
         chosen.check_scheme(name, shapes[name], scheme)
         total += chosen.encoded_bytes(shapes[name], scheme) - source.tensors[f"{name}.weight"].num_bytes
+    _check_configuration(chosen, source, schemes, shapes)
     check_space(out, total + min(total, DEFAULT_SHARD_BYTES))
     return ExportPlan(dict(schemes), total, problems(format_name, schemes, shapes), format_name)
+
+
+def _check_configuration(
+    chosen: Layout, source: Checkpoint, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse layers that fit one by one, but not beside each other in one configuration, as it will be written."""
+    config = source.config()
+    chosen.configure(config, schemes, unquantized(source, schemes))
+    try:
+        prove_configuration(config, schemes, shapes)
+    except ProofError as cause:
+        raise UnrepresentableError(f"{chosen.name} cannot state these layers: {cause}") from cause
 
 
 def export_compressed_tensors(
@@ -59,7 +76,6 @@ def export_compressed_tensors(
     out_dir: str | Path,
     layers: Iterable[QuantizedLinear],
     *,
-    ignore: Sequence[str] = ("lm_head",),
     recipe: Mapping[str, Any] | None = None,
     plan: ExportPlan | None = None,
     prove_from: Callable[[], Iterable[QuantizedLinear]] | None = None,
@@ -75,7 +91,6 @@ def export_compressed_tensors(
         Checkpoint(source_dir),
         Path(out_dir),
         map(CodedLayer.of, layers),
-        ignore=ignore,
         recipe=recipe,
         plan=plan,
         prove_from=again,

@@ -24,7 +24,7 @@ from discquant import environment
 from discquant.errors import ProofError, UnrepresentableError
 from discquant.formats.bits import bits_per_weight
 from discquant.formats.card import hub_name, origin_of, write_card
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, check_unquantized
 from discquant.formats.coded import CodedLayer
 from discquant.formats.engines import engine_rows
 from discquant.formats.gguf_blocks import TYPES, fit_grid, pack_blocks
@@ -67,11 +67,8 @@ def check_source(source: Checkpoint) -> list[str]:
     Raises:
         UnrepresentableError, CheckpointError: The message says what is in the way.
     """
+    check_unquantized(source)
     config = source.config()
-    if config.get("quantization_config"):
-        raise UnrepresentableError(
-            f"{source.path} is quantized already: export starts from the original model"
-        )
     metadata = model_metadata(config)
     for name in _wanted(source):
         to_gguf(name)

@@ -6,7 +6,8 @@ Codes are packed along in_features, zero points along out_features, both as the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import discquant
 from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.bitstream import pack, unpack, words_for
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import CodedLayer, Format
 from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_file import TensorInfo, read_tensor
@@ -32,10 +33,12 @@ from discquant.formats.safetensors_format import (
 from discquant.formats.scheme import Scheme
 from discquant.formats.stated import contradictions, old_quantization, quantization, stated_in
 from discquant.grids import UniformGrid
+from discquant.grids.fused import JOINED
 
 CODES, ZEROS, SCALES, INDEX = "qweight", "qzeros", "scales", "g_idx"
 WIDTHS = (2, 3, 4, 8)
 FLOATS = "F16 BF16 F32"
+_JOINED = {member: whole for whole, members in JOINED for member in members}
 
 
 class Gptq(SafetensorsFormat):
@@ -49,7 +52,7 @@ class Gptq(SafetensorsFormat):
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """By quant_method and checkpoint_format; files that name none are v1."""
-        said = config.get("quantization_config")
+        said = stated_quantization(config)
         if not isinstance(said, dict) or said.get("quant_method") != "gptq":
             return False
         return self._is_mine(said)
@@ -101,14 +104,11 @@ class Gptq(SafetensorsFormat):
     ) -> dict[str, dict[str, Any]]:
         """quantize_config.json and the same in config.json."""
         base = most_common(schemes)
-        dynamic: dict[str, Any] = {f"-:{_pattern(name)}": {} for name in ignored if name != "lm_head"}
+        # `lm_head` has an entry of its own.
+        rules: dict[str, dict[str, Any] | None] = {name: None for name in ignored if name != "lm_head"}
         for name, scheme in schemes.items():
-            if scheme != base:
-                dynamic[f"+:{_pattern(name)}"] = {
-                    "bits": scheme.num_bits,
-                    "group_size": scheme.group_size,
-                    "sym": scheme.symmetric,
-                }
+            entries = {"bits": scheme.num_bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+            rules[name] = {} if scheme == base else entries
         said = {
             "bits": base.num_bits,
             "group_size": base.group_size,
@@ -119,7 +119,7 @@ class Gptq(SafetensorsFormat):
             "checkpoint_format": self.checkpoint_format,
             "format": self.checkpoint_format,
             "pack_dtype": "int32",
-            "dynamic": dynamic,
+            "dynamic": _dynamic(rules),
             "true_sequential": True,
             "damp_percent": 0.01,
             "meta": {"quantizer": [f"discquant:{discquant.__version__}"]},
@@ -290,9 +290,44 @@ def act_order_note(layers: Iterable[StoredLayer]) -> Iterator[str]:
         break
 
 
-def _pattern(name: str) -> str:
-    """A full module name as the regular expression that `dynamic` wants."""
-    return "^" + name.replace(".", "\\.") + "$"
+def _dynamic(rules: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """Regular expressions of full names, `-:` for what is not quantized, `+:` for what differs from the rest.
+
+    An engine that joins modules (vLLM: q, k and v, a block's experts) asks for the joined name alone, so where all
+    parts agree, the expression is of that name, too.
+
+    Args:
+        rules: By module, its entries; none where it is as all, None where it is not quantized.
+    """
+    joined: dict[str, list[str]] = {}
+    for name in rules:
+        joined.setdefault(_joined(name), []).append(name)
+    found: dict[str, Any] = {}
+    for whole, parts in joined.items():
+        agree = all(rules[part] == rules[parts[0]] for part in parts)
+        for names in [parts] if agree else [[part] for part in parts]:
+            own = rules[names[0]]
+            if own != {}:
+                found[f"{'-' if own is None else '+'}:{_pattern(whole, names)}"] = own or {}
+    return found
+
+
+def _joined(name: str) -> str:
+    """Name of the module that vLLM makes of this one and others: itself where it stays alone."""
+    parent, dot, last = name.rpartition(".")
+    experts = re.match(r".+\.experts(?=\.\d+\.)", name)
+    return experts[0] if experts else parent + dot + _JOINED.get(last, last)
+
+
+def _pattern(whole: str, names: Sequence[str]) -> str:
+    """An expression that matches these names, and where they are several the module `whole` that they make."""
+    if len(names) == 1:
+        return f"^{re.escape(names[0])}$"
+    if whole.endswith(".experts"):
+        return f"^{re.escape(whole)}(?:\\.|$)"  # there are hundreds
+    parent, dot, last = whole.rpartition(".")
+    lasts = [*(name.rpartition(".")[2] for name in names), last]
+    return f"^{re.escape(parent + dot)}(?:{'|'.join(map(re.escape, lasts))})$"
 
 
 GPTQ: Format = Gptq("gptq", "gptq", 1)

@@ -92,7 +92,16 @@ class Layout(ABC):
     def configure(
         self, config: dict[str, Any], schemes: Mapping[str, Scheme], ignored: Iterable[str]
     ) -> dict[str, dict[str, Any]]:
-        """Tell engines: edit config.json in place; return further JSON files by name."""
+        """Tell engines: edit config.json in place; return further JSON files by name.
+
+        Args:
+            config: config.json of the original.
+            schemes: Scheme of every quantized module.
+            ignored: Full names of matrices that stay as they are, see `write.unquantized`.
+
+        Raises:
+            UnrepresentableError: The format cannot state these layers together, or its engine cannot load them.
+        """
 
     def requires(self, schemes: Mapping[str, Scheme]) -> dict[str, str | None]:
         """Least versions of libraries that read what is written, for the manifest."""

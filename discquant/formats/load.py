@@ -19,8 +19,7 @@ from discquant.errors import CheckpointError, MissingModelError
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import Format
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.compressed_tensors import PACKED, decode, parse_config
-from discquant.formats.registry import find
+from discquant.formats.registry import by_name, find
 from discquant.formats.safetensors_format import SafetensorsFormat, inert, weights_only
 from discquant.formats.source import quiet_library
 
@@ -33,23 +32,11 @@ def read_layers(path: str | Path) -> Iterator[QuantizedLinear]:
     Raises:
         MissingModelError, CheckpointError: The directory cannot be read.
         NotImplementedError: It is quantized in a way that is not read.
+        UnrepresentableError: A layer is no uniform grid of contiguous groups (act-order, NVFP4); `coded.Format.read`
+            reads those.
     """
-    checkpoint = Checkpoint(path)
-    config = checkpoint.config().get("quantization_config")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not quantized: config.json has no quantization_config")
-    scheme_of = parse_config(config, f"{path}/config.json")
-
-    def layer(name: str) -> QuantizedLinear:
-        def read(suffix: str) -> Tensor | None:
-            key = f"{name}.{suffix}"
-            return checkpoint.read(key) if key in checkpoint.tensors else None
-
-        return decode(name, read, scheme_of(name))
-
-    for key in checkpoint.tensors:
-        if key.endswith(f".{PACKED}"):
-            yield layer(key.removesuffix(f".{PACKED}"))
+    for layer in by_name("compressed-tensors").read(Path(path)):
+        yield layer.linear("read_layers")
 
 
 def other_tensors(chosen: Format, path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -123,10 +110,7 @@ def load_quantized(
     packed = isinstance(chosen, SafetensorsFormat)  # found by its own config.json
     folder = place if packed else configuration_folder(place, original)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # Without these entries transformers takes the weights for what they now are: plain.
-    for entry in ("quantization_config", "quantization"):
-        if hasattr(config, entry):
-            delattr(config, entry)
+    forget_quantization(config)
     dtype = dtype or (getattr(config, "dtype", None) if packed else None) or torch.float32
     if isinstance(chosen, SafetensorsFormat):
         note_beyond(chosen, Checkpoint(place))
@@ -152,6 +136,14 @@ def load_quantized(
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def forget_quantization(config: Any) -> None:
+    """Take from a transformers configuration what it says of quantized weights, which by then are plain."""
+    for part in (config, getattr(config, "text_config", None)):
+        for entry in ("quantization_config", "quantization"):
+            if hasattr(part, entry):
+                delattr(part, entry)
 
 
 def note_beyond(chosen: SafetensorsFormat, checkpoint: Checkpoint) -> None:

@@ -96,7 +96,7 @@ def load_packed_model(
     """
     import transformers
 
-    from discquant.formats.load import note_beyond
+    from discquant.formats.load import forget_quantization, note_beyond
     from discquant.formats.registry import find
 
     folder = Path(path)
@@ -107,9 +107,7 @@ def load_packed_model(
     stored = list(found.layers(checkpoint))
     quantized = {layer.name for layer in stored}
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # Without this entry transformers takes the weights for what they now are: plain.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    forget_quantization(config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None:

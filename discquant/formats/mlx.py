@@ -6,6 +6,7 @@ Its engine evaluates that in the dtype of the scales, so files are proven on cod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,15 @@ from discquant.grids.affine import AffineGrid
 
 CODES, SCALES, BIASES = "weight", "scales", "biases"
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+# Architectures whose per-expert scales and biases mlx-lm 0.32.2 stacks as it does their weights (`sanitize` of its
+# models). Of all others with experts it stacks the weights alone, and the file does not load.
+STACKED = frozenset(
+    (
+        "afmoe bailing_hybrid bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
+        "exaone_moe glm4_moe glm4_moe_lite hunyuan jamba joyai_llm_flash kimi_k2 kimi_vl laguna longcat_flash "
+        "mimo_v2_flash mistral4 mixtral olmoe phimoe qwen2_moe"
+    ).split()
+)
 
 
 class Mlx(SafetensorsFormat):
@@ -118,7 +128,17 @@ class Mlx(SafetensorsFormat):
     def configure(
         self, config: dict[str, Any], schemes: Mapping[str, Scheme], ignored: Iterable[str]
     ) -> dict[str, dict[str, Any]]:
-        """`quantization`, with per-layer overrides by name; MLX leaves modules without scales alone."""
+        """`quantization`, with per-layer overrides by name; MLX leaves modules without scales alone.
+
+        Raises:
+            UnrepresentableError: Experts of an architecture of which mlx-lm joins no scales.
+        """
+        expert = next((name for name in schemes if re.search(r"\.experts\.\d+\.", name)), None)
+        if expert is not None and config.get("model_type") not in STACKED:
+            raise UnrepresentableError(
+                f"mlx: mlx-lm does not load quantized experts of {config.get('model_type')} that lie one by one, as "
+                f"{expert} does: ignore the experts, or choose another format"
+            )
         base = most_common(schemes)
         said: dict[str, Any] = {"group_size": base.group_size, "bits": base.num_bits, "mode": "affine"}
         for name, scheme in schemes.items():

@@ -17,7 +17,10 @@ from discquant.formats.bitstream import pack, unpack
 from discquant.grids import Grid, UniformGrid
 
 MIN_BLOCK, MAX_BLOCK = 16, 256
-WIDTHS = (2, 4, 8)
+# First minor release of ONNX Runtime whose CPU kernels take a width (1.22.1, 1.23.0 and 1.24.1 run, without an
+# accuracy level); CUDA's take 4 and 8 bits only.
+RUNTIMES = {2: (1, 24), 4: (1, 22), 8: (1, 23)}
+WIDTHS = tuple(RUNTIMES)
 
 
 @dataclass(frozen=True)

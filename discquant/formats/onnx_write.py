@@ -18,10 +18,10 @@ from discquant import environment
 from discquant.errors import ProofError, UnrepresentableError
 from discquant.formats.bits import bits_per_weight
 from discquant.formats.card import origin_of, write_card
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, check_unquantized
 from discquant.formats.coded import CodedLayer
 from discquant.formats.engines import engine_rows
-from discquant.formats.onnx_blocks import NBits, encode
+from discquant.formats.onnx_blocks import RUNTIMES, NBits, encode
 from discquant.formats.onnx_file import DATA, FILE, TYPE_NAMES, WIDENED
 from discquant.formats.onnx_graph import IR_VERSION, OPSET, GraphBuilder, build_decoder
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
@@ -84,11 +84,8 @@ def write_onnx(
     """Write a folder with `model.onnx`; arguments, result and errors as `coded.Format.write`."""
     import onnx
 
+    check_unquantized(source)
     config = source.config()
-    if config.get("quantization_config"):
-        raise UnrepresentableError(
-            f"{source.path} is quantized already: export starts from the original model"
-        )
     recipe = dict(recipe or {})
     summary = recipe.pop("summary", None)
     check_space(out, sum(info.num_bytes for info in source.tensors.values()))
@@ -142,18 +139,22 @@ def write_onnx(
         onnx.checker.check_model(str(partial / FILE))
         _copy_beside(source.path, partial)
         weights = sum(row["shape"][0] * row["shape"][1] for row in table.values())
+        stored_bits = {row["stored_bits"] for row in table.values()} or {4}
         widened = sorted({row["num_bits"] for row in table.values() if row["stored_bits"] != row["num_bits"]})
         manifest = {
             "manifest_version": 2,
             "format": "onnx",
-            "requires": {"onnxruntime": "1.22"},
+            "requires": {"onnxruntime": ".".join(map(str, max(map(RUNTIMES.__getitem__, stored_bits))))},
             "versions": environment.versions(),
             "source": origin_of(source.path, source.sha256()),
             "recipe": recipe,
             "engines": engine_rows("onnx", schemes),
             "warnings": [
-                f"{bits}-bit codes are stored in the next wider type that MatMulNBits has; values are the same"
-                for bits in widened
+                *(
+                    f"{bits}-bit codes are stored in the next wider type that MatMulNBits has; values are the same"
+                    for bits in widened
+                ),
+                *(["MatMulNBits of 2 bits runs on CPU and WebGPU, not on CUDA"] if 2 in stored_bits else []),
             ],
             "quantized_weights": weights,
             "bits_per_weight": bits_per_weight((row["bits"], row["shape"]) for row in table.values()),

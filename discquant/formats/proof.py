@@ -68,7 +68,7 @@ def prove(
         missing = [suffix for suffix in sorted(suffixes) if f"{name}.{suffix}" not in written.tensors]
         _require(not missing, f"{name}: {', '.join(missing)} is missing from the file")
         claim = layouts.claimed(format_name, config, name)
-        _check_claim(name, claim, layer, scheme)
+        _check_claim(name, claim, scheme, layer.q.shape[1])
         served = TORCH_DTYPES[source.tensors[f"{name}.weight"].dtype]
         _check_layer(layer, written, format_name, claim, config, served)
         weights += layer.q.numel()
@@ -88,6 +88,24 @@ def prove(
         "shards_hashed": _check_shards(Path(out_dir)),
         "result": "every decoded weight and every copied tensor is identical",
     }
+
+
+def prove_configuration(
+    config: Mapping[str, Any], schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Compare what a config.json says with the layers that it is to be about; part (6) of `prove`, without files.
+
+    Args:
+        config: As `Layout.configure` left it.
+        schemes: Scheme of every quantized module.
+        shapes: (out_features, in_features) of each.
+
+    Raises:
+        ProofError: Engines that follow it would not take a module for what it is.
+    """
+    format_name = layouts.name_of(config)
+    for name, scheme in schemes.items():
+        _check_claim(name, layouts.claimed(format_name, config, name), scheme, shapes[name][1])
 
 
 def prove_codes(format_name: str, stored: StoredLayer, q: Tensor) -> None:
@@ -159,8 +177,7 @@ def _per_column(per_group: np.ndarray[Any, Any], size: int, columns: int) -> np.
     return np.repeat(per_group, size, axis=1)[:, :columns]
 
 
-def _check_claim(name: str, claim: layouts.Claim, layer: CodedLayer, scheme: Scheme) -> None:
-    columns = layer.q.shape[1]
+def _check_claim(name: str, claim: layouts.Claim, scheme: Scheme, columns: int) -> None:
     # A group as wide as the row or wider is the row.
     row = {size for size in (claim.group_size, scheme.group_size) if size == -1 or size >= columns}
     same_size = claim.group_size == scheme.group_size or len(row) == 2

@@ -6,6 +6,8 @@ Shares no code with the packers or the readers, and reads what configurations sa
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -212,18 +214,46 @@ def claimed(format_name: str, config: Mapping[str, Any], name: str) -> Claim:
         return _claimed_by_group(said, name)
     if format_name == "awq":
         skipped = said.get("modules_to_not_convert") or []
-        _require(not any(part in name for part in skipped), f"config.json tells engines to ignore {name}")
+        part = next((part for part in skipped if part in name), None)
+        _require(part is None, f"config.json tells engines to ignore {name}, which contains {part}")
         return Claim(said["bits"], said["group_size"], None)
     if format_name == "autoround":
-        own = {**said, **said.get("extra_config", {}).get(name, {})}
+        own = {**said, **_claimed_by_extra(said, name)}
         return Claim(own["bits"], own["group_size"], own["sym"])
+    _require(name != "lm_head" or said["lm_head"], "config.json does not tell engines to quantize lm_head")
     own = dict(said)
     for pattern, override in said.get("dynamic", {}).items():
-        # Written here as an escaped full name; anything else is not ours to interpret.
-        if pattern[2:] == "^" + name.replace(".", "\\.") + "$":
+        if _compiled(pattern[2:]).match(name):  # the first one counts
             _require(pattern[:2] == "+:", f"config.json tells engines to ignore {name}")
             own |= override
+            break
     return Claim(own["bits"], own["group_size"], own["sym"])
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as cause:
+        raise ProofError(f"proof: config.json holds {pattern!r}, which is no regular expression") from cause
+
+
+def _claimed_by_extra(said: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """AutoRound's entry for a module; without one it must lie in a block, and no other entry's name may be in it.
+
+    auto-round searches names that are none of its linear layers' (a router's) as patterns in those that are.
+    """
+    extra: Mapping[str, dict[str, Any]] = said.get("extra_config", {})
+    if name in extra:
+        return extra[name]
+    blocks = said["block_name_to_quantize"].split(",")
+    _require(
+        any(name.startswith(block) for block in blocks),
+        f"config.json does not tell engines to quantize {name}",
+    )
+    plain = next((key for key, row in extra.items() if key in name and row["bits"] >= 16), None)
+    _require(plain is None, f"config.json tells engines to ignore {name}, which contains {plain}")
+    return {}
 
 
 def _claimed_by_group(said: Mapping[str, Any], name: str) -> Claim:

@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 
 from discquant.errors import CheckpointError, ConfigError, MissingModelError
-from discquant.formats.checkpoint import PICKLES, read_json
+from discquant.formats.checkpoint import PICKLES, read_json, stated_quantization
 from discquant.formats.coded import Format
 from discquant.formats.safetensors_format import SafetensorsFormat
 
@@ -74,7 +74,7 @@ def quantized(path: str | Path) -> Format | None:
         if (isinstance(found, SafetensorsFormat) or not weights) and found.detects(place):
             return found
     config = place / "config.json"
-    if config.is_file() and read_json(config).get("quantization_config"):
+    if config.is_file() and stated_quantization(read_json(config)):
         return find(place)
     return None
 

@@ -130,7 +130,6 @@ class SafetensorsFormat(Layout):
         layers: Iterable[CodedLayer],
         *,
         recipe: Mapping[str, Any] | None = None,
-        ignore: Iterable[str] = ("lm_head",),
         prove_from: Callable[[], Iterable[CodedLayer]] | None = None,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> dict[str, Any]:
@@ -141,7 +140,6 @@ class SafetensorsFormat(Layout):
             out,
             layers,
             recipe=recipe,
-            ignore=tuple(ignore),
             prove_from=prove_from,
             shard_bytes=shard_bytes,
         )

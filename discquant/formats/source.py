@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from discquant.errors import CalibrationError, CheckpointError, MissingModelError, OutputExistsError
-from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json
+from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json, stated_quantization
 from discquant.formats.lazy import build_lazy
 from discquant.formats.output import check_space
 from discquant.formats.registry import quantized
@@ -29,7 +29,9 @@ from discquant.formats.safetensors_file import TORCH_DTYPES, read_bytes, read_te
 from discquant.formats.safetensors_format import SafetensorsFormat
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+# The same weights once more, in the layout of the model's makers.
+_HUB_DUPLICATES = ("consolidated*", "original/*")
 _CHUNK = 1 << 24
 RUN_MARKER = "discquant_run"  # key that config.json of a run directory has
 
@@ -53,8 +55,10 @@ class Source:
     config: dict[str, Any]
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Folder of a model: a local path, or a hub name `owner/name` whose safetensors are fetched or cached.
+
+    Code that the model brings is fetched only where it is trusted.
 
     Raises:
         MissingModelError: Neither.
@@ -71,7 +75,10 @@ def resolve(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(_HUB_FILES)))
+        wanted = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+        return Path(
+            snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=list(_HUB_DUPLICATES))
+        )
     except (
         Exception
     ) as cause:  # offline, unknown, private, no cache: to the user all mean that it is not to be had
@@ -246,7 +253,7 @@ def open_source(
         NonFiniteError: A weight is NaN or infinite.
         CalibrationError: The tokenizer has more tokens than the embedding has rows.
     """
-    folder = resolve(path)
+    folder = resolve(path, trust_remote_code=trust_remote_code)
     config = read_config(folder)
     own_code = config.get("auto_map")
     if (folder / "tokenizer_config.json").is_file():
@@ -256,7 +263,7 @@ def open_source(
             f"{folder} wants to run code of its own (auto_map in its configuration); "
             "allow it (--trust-remote-code) if you trust its authors"
         )
-    if config.get("quantization_config") or isinstance(quantized(folder), SafetensorsFormat):
+    if stated_quantization(config) or isinstance(quantized(folder), SafetensorsFormat):
         raise CheckpointError(f"{folder} is quantized already; give the original model")
     pickles = pickled_files(folder)
     checkpoint = None if pickles and allow_pickle else Checkpoint(folder)

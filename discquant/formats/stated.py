@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from discquant.errors import CheckpointError, UserError
-from discquant.formats.checkpoint import Checkpoint, read_json
+from discquant.formats.checkpoint import Checkpoint, read_json, stated_quantization
 from discquant.formats.layout import StoredLayer
 from discquant.formats.patterns import matches
 
@@ -27,7 +27,7 @@ def quantization(checkpoint: Checkpoint) -> dict[str, Any]:
         CheckpointError: There is neither.
     """
     name = stated_in(checkpoint)
-    said = checkpoint.config().get("quantization_config")
+    said = stated_quantization(checkpoint.config())
     if name != "config.json":
         said = read_json(checkpoint.path / name)
     if not isinstance(said, dict):
@@ -37,7 +37,7 @@ def quantization(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def stated_in(checkpoint: Checkpoint) -> str:
     """Name of the file that `quantization` reads."""
-    if checkpoint.config().get("quantization_config") is not None:
+    if stated_quantization(checkpoint.config()) is not None:
         return "config.json"
     there = [name for name in OLD if (checkpoint.path / name).is_file()]
     # A folder may hold both, one of them left over: AWQ's is told from others by its entry "w_bit".

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from discquant import environment
 from discquant.errors import UnrepresentableError
 from discquant.formats.bits import bits_per_weight
 from discquant.formats.card import origin_of, write_card
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, check_unquantized
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer
 from discquant.formats.engines import engine_rows, problems
 from discquant.formats.layout import Layout
@@ -34,6 +34,8 @@ NOT_COPIED = (
     MANIFEST,
     PROOF,
 )
+# Never linear layers; any other name of an embedding does no harm in an engine's list.
+EMBEDDINGS = ("embed_tokens", "embed_positions", "embed_in", "word_embeddings", "wte", "wpe")
 # Tokenizer, generation settings, chat templates, code and licence go along; the original's model card does not,
 # because it describes another model.
 SIDE_FILES = (
@@ -72,7 +74,6 @@ def write_model(
     out: Path,
     layers: Iterable[CodedLayer],
     *,
-    ignore: Sequence[str] = ("lm_head",),
     recipe: Mapping[str, Any] | None = None,
     plan: ExportPlan | None = None,
     prove_from: Callable[[], Iterable[CodedLayer]] | None = None,
@@ -88,8 +89,7 @@ def write_model(
         chosen: The format.
         source: The original model.
         out: Where to write; must not exist or be empty.
-        layers: Codes, in a fixed order.
-        ignore: Modules the engine must leave alone; every other linear layer that is not among `layers` is added.
+        layers: Codes, in a fixed order; engines are told to leave every other linear layer alone.
         recipe: Grid, seed, method and so on, for manifest and card; `summary` in it is the run's summary.json.
         plan: From `export.plan_export`; then the layers must be exactly those planned.
         prove_from: Gives the layers a second time; the written files are then proven before they appear.
@@ -125,7 +125,7 @@ def write_model(
             writer.add_bytes(name, info.dtype, info.shape, info.num_bytes, read_bytes(info))
         writer.close()
         _copy_side_files(source.path, partial)
-        more = chosen.configure(config, schemes, _ignored(source, schemes, ignore))
+        more = chosen.configure(config, schemes, unquantized(source, schemes))
         for name, value in {**more, "config.json": config}.items():
             _write_json(partial / name, value)
         weights = sum(row["shape"][0] * row["shape"][1] for row in table.values())
@@ -190,18 +190,6 @@ def _write_layers(
     return schemes, table, untouched
 
 
-def check_unquantized(source: Checkpoint) -> None:
-    """Refuse a source that holds codes already.
-
-    Raises:
-        UnrepresentableError: Its configuration says so.
-    """
-    if source.config().get("quantization_config"):
-        raise UnrepresentableError(
-            f"{source.path} is quantized already: export starts from the original model"
-        )
-
-
 def weight_shape(source: Checkpoint, name: str) -> tuple[int, int]:
     """(out_features, in_features) of a module of the original.
 
@@ -219,19 +207,18 @@ def weight_shape(source: Checkpoint, name: str) -> tuple[int, int]:
     return info.shape[0], info.shape[1]
 
 
-def _ignored(source: Checkpoint, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> list[str]:
-    """`ignore`, and every other matrix that is neither quantized nor an embedding: the group targets all of Linear."""
-    found = [name for name in ignore if name not in schemes]
+def unquantized(source: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Full names of all matrices that stay as they are and could be linear layers: engines quantize all of Linear.
+
+    Full names only: what users write (a last part, a glob) means something else in every format's patterns.
+    """
     # A tied head has no tensor of its own, yet engines make a linear layer of it.
-    if "lm_head" not in schemes and "lm_head" not in found:
-        found.append("lm_head")
+    found = {} if "lm_head" in schemes else {"lm_head": None}
     for key, info in source.tensors.items():
-        name = key.removesuffix(".weight")
-        if key == name or len(info.shape) != 2 or name in schemes or name in found:
-            continue
-        if not any(word in name.rpartition(".")[2] for word in ("embed", "wte", "wpe")):
-            found.append(name)
-    return found
+        name, dot, kind = key.rpartition(".")
+        if kind == "weight" and dot and len(info.shape) == 2 and name not in schemes:
+            found[name] = None
+    return [name for name in found if name.rpartition(".")[2] not in EMBEDDINGS]
 
 
 def _copy_side_files(source: Path, target: Path) -> None:

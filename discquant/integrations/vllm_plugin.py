@@ -15,13 +15,23 @@ import torch
 from torch import Tensor
 
 from discquant.formats.bitstream import unpack
-from discquant.formats.compressed_tensors import PACKED, SCALE, SHAPE, ZERO, activations, parse_config
+from discquant.formats.compressed_tensors import (
+    PACKED,
+    SCALE,
+    SHAPE,
+    ZERO,
+    act_order,
+    activations,
+    parse_config,
+)
+from discquant.formats.patterns import matches
 from discquant.formats.scheme import Scheme
 from discquant.modules import PackedLinear
 
 NAME = "discquant"
 SOURCE = "compressed-tensors"
 MIN_CAPABILITY = 80
+_EXPERTS = {"FusedMoE", "RoutedExperts"}  # what vLLM calls the experts of a block
 _registered: list[type] = []
 
 
@@ -45,9 +55,12 @@ def _config_class(method: Any) -> type:
             super().__init__()
             self.scheme_of = parse_config(said, "config.json")
             if activations(said):
-                raise NotImplementedError(
-                    f"discquant: activations are quantized too ({activations(said)}), which our kernels do not do; "
-                    f"leave --quantization {NAME} out"
+                raise _refused(
+                    f"activations are quantized too ({activations(said)}), which our kernels do not do"
+                )
+            if act_order(said):
+                raise _refused(
+                    "columns have their scales by act-order (weight_g_idx), which our kernels do not do"
                 )
             self.ignore = tuple(str(name) for name in said.get("ignore") or ())
 
@@ -86,20 +99,31 @@ def _config_class(method: Any) -> type:
         def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
             """Packed layers where the folder is quantized, vLLM's plain ones elsewhere."""
             if not isinstance(layer, LinearBase):
+                # By name: the classes have moved between vLLM's releases.
+                if _EXPERTS & {base.__name__ for base in type(layer).__mro__} and not self._is_plain(
+                    prefix, inside=True
+                ):
+                    raise _refused(f"{prefix} is a mixture of experts, which our kernels do not multiply")
                 return None
             # vLLM fuses q, k, v and gate, up; the folder names the parts.
             parent, dot, last = prefix.rpartition(".")
             parts = getattr(self, "packed_modules_mapping", {}).get(last, [last])
             names = [f"{parent}{dot}{part}" for part in parts]
-            left = [
-                any(name == other or name.endswith(f".{other}") for other in self.ignore) for name in names
-            ]
+            left = [self._is_plain(name) for name in names]
             schemes = {self.scheme_of(name) for name, plain in zip(names, left, strict=True) if not plain}
             if not schemes:
                 return UnquantizedLinearMethod()
             if any(left) or len(schemes) > 1:
                 raise ValueError(f"discquant: {', '.join(names)} are fused and must share one grid")
             return method(schemes.pop())
+
+        def _is_plain(self, name: str, *, inside: bool = False) -> bool:
+            """Whether the folder ignores a module, by its name, the end of it or a pattern; or one `inside` it."""
+            return any(
+                (inside and other.startswith(f"{name}."))
+                or (matches(other[3:], name) if other.startswith("re:") else f".{name}".endswith(f".{other}"))
+                for other in self.ignore
+            )
 
     return DiscquantConfig
 
@@ -147,7 +171,8 @@ def _method_class() -> Any:
                 PACKED,
                 PackedvLLMParameter(
                     data=torch.empty(rows, columns * bits // 32, dtype=torch.int32),
-                    input_dim=1, output_dim=0, packed_dim=1, packed_factor=Fraction(32, bits), weight_loader=loader,
+                    input_dim=1, output_dim=0, packed_dim=1, packed_factor=Fraction(32, bits),
+                    weight_loader=_dense(loader, input_size * bits // 32),
                 ),
             )  # fmt: skip
             scales = torch.empty(rows, groups, dtype=params_dtype)
@@ -163,7 +188,7 @@ def _method_class() -> Any:
                     PackedvLLMParameter(
                         data=torch.empty(rows * bits // 32, groups, dtype=torch.int32),
                         input_dim=1, output_dim=0, packed_dim=0, packed_factor=Fraction(32, bits),
-                        weight_loader=loader,
+                        weight_loader=_dense(loader),
                     ),
                 )  # fmt: skip
             layer.register_parameter(
@@ -192,6 +217,31 @@ def _method_class() -> Any:
     return DiscquantLinearMethod
 
 
+def _refused(reason: str) -> NotImplementedError:
+    return NotImplementedError(f"discquant: {reason}; leave --quantization {NAME} out")
+
+
+def _dense(loader: Any, words: int | None = None) -> Any:
+    """vLLM's loader of a packed parameter, held to the layout of today: vLLM would cut an older one to size.
+
+    Args:
+        loader: Called with parameter, loaded tensor and whatever else vLLM gives.
+        words: Words of a whole row of codes; None for zero points, which older files hold as single bytes.
+
+    Returns:
+        The same loader, which raises NotImplementedError for the layout before compressed-tensors 0.18.
+    """
+
+    def load(parameter: Any, loaded: Tensor, *more: Any, **options: Any) -> Any:
+        if loaded.dtype != torch.int32 or words not in (None, loaded.shape[1]):
+            raise _refused(
+                f"{loaded.dtype} {list(loaded.shape)} is in the layout of compressed-tensors before 0.18"
+            )
+        return loader(parameter, loaded, *more, **options)
+
+    return load
+
+
 def check_scheme(scheme: Scheme) -> None:
     """Refuse what the packed kernels do not multiply.
 
@@ -199,10 +249,7 @@ def check_scheme(scheme: Scheme) -> None:
         NotImplementedError: Another width or kind of grid.
     """
     if scheme.kind != "int" or scheme.num_bits not in (3, 4):
-        raise NotImplementedError(
-            f"discquant: packed kernels take integers of 3 and 4 bits, got {scheme}; serve it without "
-            "--quantization discquant"
-        )
+        raise _refused(f"packed kernels take integers of 3 and 4 bits, got {scheme}")
 
 
 def pack_layer(

@@ -36,7 +36,6 @@ class Solved:
         source: The original model.
         layers: Gives every layer, as often as it is called.
         recipe: For manifest and card; `summary` in it is the run's summary.json.
-        ignore: Modules that stay as they are.
         home: Folder that receives a folder per format if the user names none.
         dropped: What the codes' file quantizes besides weights, which no written file does; "" where nothing.
     """
@@ -44,7 +43,6 @@ class Solved:
     source: Checkpoint
     layers: Callable[[], Iterator[CodedLayer]]
     recipe: dict[str, Any]
-    ignore: tuple[str, ...]
     home: Path
     dropped: str = ""
 
@@ -73,7 +71,7 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
         check_unscaled(chosen, path, source)
         recipe: dict[str, Any] = {"converted_from": file_facts(chosen.name, path, weight_files(path))}
         dropped = beyond_weights(chosen, path)
-        return Solved(source, lambda: chosen.read(path), recipe, (), home, dropped=dropped)
+        return Solved(source, lambda: chosen.read(path), recipe, home, dropped=dropped)
     run = RunDirectory(path)
     config = run.config()
     identity = config["identity"]
@@ -95,8 +93,7 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
         written = path / str(recipe["format"])
         if written.is_dir():
             dropped = beyond_weights(registry.find(written), written)
-    ignore = tuple(recipe.get("ignore", ()))
-    return Solved(source, run.coded_layers, recipe, ignore, path, dropped=dropped)
+    return Solved(source, run.coded_layers, recipe, path, dropped=dropped)
 
 
 def _check_basis(run: RunDirectory, summary: dict[str, Any] | None) -> None:
@@ -148,7 +145,6 @@ def export(
             target,
             solved.layers(),
             recipe=solved.recipe,
-            ignore=solved.ignore or ("lm_head",),
             prove_from=solved.layers,
         )
         say(f"{name}: {target}")

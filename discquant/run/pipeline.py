@@ -329,7 +329,6 @@ class Pipeline:
                     target,
                     coded_layers(codes, grids),
                     recipe={**self.config.to_dict(), "summary": summary},
-                    ignore=self.config.ignore,
                     prove_from=lambda: coded_layers(codes, grids),
                 )
             sizes[name] = weight_bytes(target)

@@ -175,7 +175,7 @@ def test_tied_head(make_llama: Callable[..., Path], make_layers: Layers, tmp_pat
         tmp_path / "out",
     )
     assert "lm_head.weight" not in Checkpoint(source).tensors
-    export_compressed_tensors(source, out, make_layers(source, 4, 32, True), ignore=[])
+    export_compressed_tensors(source, out, make_layers(source, 4, 32, True))
     assert json.loads((out / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
     model = load_quantized(out, torch.float32)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from discquant.errors import CheckpointError, UnrepresentableError
-from discquant.formats import Checkpoint, CodedLayer
+from discquant.formats import Checkpoint, CodedLayer, read_layers
 from discquant.formats.registry import by_name, find
 from discquant.grids import UniformGrid
 
@@ -244,6 +244,8 @@ def test_act_order_of_compressed_tensors(tmp_path: Path) -> None:
     (found,) = chosen.read(out)
     expected = layer.grid.scale.float()[:, index] * (layer.q.float() - 8)
     assert torch.equal(found.dequantize(torch.float32), expected)
+    with pytest.raises(UnrepresentableError, match=r"read_layers: .*act-order"):
+        list(read_layers(out))
 
 
 def test_old_three_bit_layout_is_read_and_kept(tmp_path: Path) -> None:

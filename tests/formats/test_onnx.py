@@ -209,6 +209,18 @@ def test_a_whole_decoder_gives_the_logits_of_transformers(
         assert torch.equal(back[layer.name].dequantize(torch.float32), layer.dequantize(torch.float32))
 
 
+@pytest.mark.parametrize("bits, needed", [(2, "1.24"), (3, "1.22"), (4, "1.22"), (5, "1.23"), (8, "1.23")])
+def test_the_runtime_that_has_the_width(bits: int, needed: str, tmp_path: Path) -> None:
+    """Seen on CPUs: 1.22.1 takes 4 bits alone, 1.23.0 also 8, 1.24.1 also 2; CUDA never takes 2."""
+    make_model(tmp_path / "model")
+    source = Checkpoint(tmp_path / "model")
+    layers = solve(source, GridConfig(bits=bits, group_size=32))
+    manifest = FORMAT.write(source, tmp_path / "out", layers)
+    assert manifest["requires"] == {"onnxruntime": needed}
+    assert ("not on CUDA" in " ".join(manifest["warnings"])) == (bits == 2)
+    assert ("not CUDA" in manifest["engines"][0]["note"]) == (bits == 2)
+
+
 @pytest.mark.parametrize("bits, symmetric", [(3, True), (4, False)])
 def test_rewrite_changes_code_bytes_only(tmp_path: Path, bits: int, symmetric: bool) -> None:
     make_model(tmp_path / "model")

@@ -312,3 +312,28 @@ def test_disk_space(tmp_path: Path) -> None:
     with pytest.raises(DiskSpaceError, match="GB free"):
         check_disk_space(tmp_path / "new" / "folder", 10**18)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_is_fetched_from_the_hub(
+    trusted: bool, plain_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's own code only where it is trusted; no weights twice."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = (
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "qwen.tiktoken",
+        "tokenizer.model", "additional_chat_templates/tool_use.jinja", "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors", "original/model.safetensors", "modeling_own.py", "pytorch_model.bin",
+    )  # fmt: skip
+    fetched: list[list[str]] = []
+
+    def fetch(name: str, **patterns: Any) -> str:
+        assert name == "owner/name"
+        fetched.append(list(filter_repo_objects(there, **patterns)))
+        return str(plain_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    open_source("owner/name", trust_remote_code=trusted)
+    assert fetched == [[*there[:6], *(["modeling_own.py"] if trusted else [])]]

@@ -163,6 +163,77 @@ def test_quantized_activations_are_left_to_vllm() -> None:
 
 
 @pytest.mark.usefixtures("vllm")
+def test_patterns_among_what_is_ignored() -> None:
+    _, _, said = _layer(GridConfig(4, 32, True))
+    said["ignore"] = ["lm_head", "re:.*self_attn.*", "re:visual"]
+    vllm_plugin.register()
+    config: Any = METHODS["discquant"].from_config(said)  # type: ignore[attr-defined]
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    for name in (
+        "model.layers.0.self_attn.qkv_proj",
+        "model.layers.0.self_attn.o_proj",
+        "visual.blocks.0.fc",
+    ):
+        assert type(config.get_quant_method(_LinearBase(), name)).__name__ == "UnquantizedLinearMethod"
+    assert config.get_quant_method(_LinearBase(), "model.layers.0.mlp.visual").scheme == Scheme(4, 32, True)
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("name", ["FusedMoE", "RoutedExperts"])
+def test_experts_are_left_to_vllm(name: str) -> None:
+    """Without a method of their own vLLM would take packed experts for plain ones."""
+    _, _, said = _layer(GridConfig(4, 32, True))
+    vllm_plugin.register()
+    experts = type("SharedFused", (type(name, (nn.Module,), {}),), {})()
+    chosen: Any = METHODS["discquant"]
+    with pytest.raises(NotImplementedError, match=r"model\.layers\.1\.mlp\.experts is a mixture of experts"):
+        chosen.from_config(said).get_quant_method(experts, "model.layers.1.mlp.experts")
+    for ignored in ("model.layers.1.mlp.experts.0.up_proj", "re:.*experts"):
+        said["ignore"] = [ignored]
+        assert chosen.from_config(said).get_quant_method(experts, "model.layers.1.mlp.experts") is None
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("order", ["group", "dynamic"])
+def test_act_order_is_left_to_vllm(order: str) -> None:
+    _, _, said = _layer(GridConfig(4, 32, True))
+    said["config_groups"]["group_0"]["weights"]["actorder"] = order
+    vllm_plugin.register()
+    with pytest.raises(NotImplementedError, match="act-order"):
+        METHODS["discquant"].from_config(said)  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("vllm")
+def test_older_layouts_are_refused() -> None:
+    """vLLM's loaders cut a tensor to the parameter's size: words of ten codes and zero points of a byte would fit."""
+    _, tensors, said = _layer(GridConfig(3, 32, False))
+    vllm_plugin.register()
+    method = METHODS["discquant"].from_config(said).get_quant_method(_LinearBase(), "model.layers.0.l")  # type: ignore[attr-defined]
+    linear = _LinearBase()
+    loaded: list[Tensor] = []
+    method.create_weights(
+        linear,
+        64,
+        [96],
+        128,
+        96,
+        torch.bfloat16,
+        weight_loader=lambda parameter, value, part: loaded.append(value),
+    )
+    words: Any = linear.weight_packed
+    zero: Any = linear.weight_zero_point
+    for parameter, value in ((words, tensors["weight_packed"]), (zero, tensors["weight_zero_point"])):
+        parameter.facts["weight_loader"](parameter, value, "q")
+    assert len(loaded) == 2
+    for parameter, value in (
+        (words, torch.zeros(96, 13, dtype=torch.int32)),
+        (zero, torch.zeros(96, 4, dtype=torch.int8)),
+    ):
+        with pytest.raises(NotImplementedError, match=r"layout of compressed-tensors before 0\.18"):
+            parameter.facts["weight_loader"](parameter, value, "q")
+
+
+@pytest.mark.usefixtures("vllm")
 def test_refuses_what_no_kernel_multiplies() -> None:
     with pytest.raises(NotImplementedError, match="3 and 4 bits"):
         vllm_plugin.check_scheme(Scheme(8, 32, True))

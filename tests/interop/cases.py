@@ -178,7 +178,6 @@ class Workshop:
                 place,
                 layers,
                 recipe={"case": case.name, **RECIPE},
-                ignore=("lm_head", *case.ignore),
                 prove_from=lambda: layers,
             )
 

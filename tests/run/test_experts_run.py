@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from discquant.api import load
 from discquant.config import DataConfig, GridConfig, Method, QuantizeConfig, SolverConfig
+from discquant.errors import UnrepresentableError
 from discquant.run.directory import RunDirectory
 from discquant.run.events import Events
 from discquant.run.pipeline import Pipeline
@@ -119,3 +122,39 @@ def test_streamed_experts_give_the_same_bytes(family: str, tmp_path: Path) -> No
         kl = {name: row["kl_mean"] for name, row in summary["methods"].items()}
         found.append(((out / "codes.safetensors").read_bytes(), exported, kl))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_engines_get_full_names_of_what_is_ignored(family: str, tmp_path: Path) -> None:
+    """A last part or a glob means something else in each format: AWQ's and AutoRound's `gate` is in `gate_proj`."""
+    make_model(family, tmp_path / "model")
+    ids = torch.randint(3, 61, (6, 8), generator=torch.Generator().manual_seed(3))
+    names = ("awq", "autoround", "gptq", "compressed-tensors")
+    plain = dataclasses.replace(write_config(ids, tmp_path, ()), method="rtn", grid=GridConfig(4, 32))
+    config = dataclasses.replace(plain, format=",".join(names), ignore=("lm_head", "gate", "*.k_proj"))
+    Pipeline(tmp_path / "model", tmp_path / "run", config).execute()
+    said = {
+        name: json.loads((tmp_path / "run" / name / "config.json").read_text())["quantization_config"]
+        for name in names
+    }
+    quantized = {layer.name for layer in RunDirectory(tmp_path / "run").coded_layers()}
+    matrices = {
+        name.removesuffix(".weight")
+        for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()
+        if tensor.dim() == 2 and "embed" not in name
+    }
+    left = matrices - quantized
+    assert any(name.endswith(".gate") for name in left) and any(name.endswith(".k_proj") for name in left)
+    assert set(said["awq"]["modules_to_not_convert"]) == set(said["compressed-tensors"]["ignore"]) == left
+    assert set(said["autoround"]["extra_config"]) == left - {"lm_head"}
+    for name in matrices - {"lm_head"}:
+        rules = [rule for rule in said["gptq"]["dynamic"] if re.match(rule[2:], name)]
+        assert [rule[:2] for rule in rules] == ["-:"] * (name in left)
+    # mlx-lm stacks the scales of Mixtral's experts, not those of Qwen3's.
+    mlx = dataclasses.replace(plain, format="mlx")
+    if family == "Qwen3Moe":
+        with pytest.raises(UnrepresentableError, match="does not load quantized experts of qwen3_moe"):
+            Pipeline(tmp_path / "model", tmp_path / "mlx", mlx).execute()
+        assert not (tmp_path / "mlx").exists()
+    else:
+        Pipeline(tmp_path / "model", tmp_path / "mlx", mlx).execute()

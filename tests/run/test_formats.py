@@ -117,6 +117,8 @@ def test_refused_before_any_work(model_dir: Path, dataset: str, tmp_path: Path) 
         ("gptq,nonsense", GridConfig(4, 32, True), ConfigError),
         ("gptq", GridConfig.of_kind("nvfp4"), UnrepresentableError),
         ("awq", GridConfig(3, 32, True), UnrepresentableError),
+        # Each layer fits, but rows narrower than the group are planned whole, and AWQ states one group size.
+        ("awq", GridConfig(4, 96, True), UnrepresentableError),
         # What only scales and offsets show: there is no bfloat16 number for them.
         ("mlx", GridConfig(4, 32, False), UnrepresentableError),
         ("mlx", GridConfig.of_kind("q4_1"), UnrepresentableError),
