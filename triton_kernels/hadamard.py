@@ -48,10 +48,9 @@ def _hadamard_mix_kernel(
     out_ptr, x_ptr, matrix_ptr, run, factor, stride_row, stride_col,
     ORDER: tl.constexpr, PADDED: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # One dimension: a second one ends at 65535, and there may be more rows.
-    across = tl.cdiv(run, BLOCK_C)
-    row = (tl.program_id(0) // across).to(tl.int64)
-    offs_c = (tl.program_id(0) % across) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # The first dimension of the grid: the second ends at 65535, and there may be more rows.
+    row = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, PADDED)
     mask_c = offs_c < run
     acc = tl.zeros((PADDED, BLOCK_C), ACC)
@@ -93,7 +92,7 @@ def hadamard_fwd(x: Tensor, signs: Tensor | None, matrix: Tensor, inverse: bool)
 
     def mix(target: Tensor, source: Tensor, factor: Tensor) -> None:
         turned = matrix.t() if inverse else matrix
-        _hadamard_mix_kernel[(triton.cdiv(run, block_c) * rows,)](
+        _hadamard_mix_kernel[(rows, triton.cdiv(run, block_c))](
             target, source, turned, run, factor, *turned.stride(),
             ORDER=order, PADDED=triton.next_power_of_2(order), ACC=DTYPES[acc], BLOCK_C=block_c, num_warps=8,
         )  # fmt: skip

@@ -45,15 +45,13 @@ def _projected_step_kernel(
     HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
     EVEN: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # One dimension, along the rows first: a second one ends at 65535, and vocabularies have more rows.
-    across = tl.cdiv(in_features, BLOCK_K * TILES)
-    offs_m = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_tile = (tl.program_id(0) % across).to(tl.int64) * TILES
+    # Rows are the first dimension of the grid: the second ends at 65535, and vocabularies have more.
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = None if EVEN else offs_m < out_features
     pair = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
     other, nan = pair, pair
     for tile in range(TILES):
-        k0 = (first_tile + tile) * BLOCK_K
+        k0 = (tl.program_id(1).to(tl.int64) * TILES + tile) * BLOCK_K
         offs_k = k0 + tl.arange(0, BLOCK_K)
         grad_place = grad_ptr + offs_m[:, None] * stride_gm + offs_k[None, :] * stride_gk
         mask = None if EVEN else mask_m[:, None] & (offs_k < in_features)[None, :]
@@ -75,7 +73,8 @@ def _projected_step_kernel(
             noise_key, pair, other, nan,
             OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, BYTES, LINEAR, HARDEN, DECAY,
         )  # fmt: skip
-    add_counts(counts_ptr, tl.program_id(0) % SLOTS, pair, other, nan, BYTES)
+    slot = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) % SLOTS
+    add_counts(counts_ptr, slot, pair, other, nan, BYTES)
 
 
 def _tiling(rows: int, cols: int, bytewise: bool) -> tuple[tuple[int, int, int], int]:
@@ -122,7 +121,7 @@ def projected_step_fwd(
     bytewise = bytewise and block_m * block_k >= 128 * warps
     linear, harden, decays = step_terms(scalars, bytewise)
     mode, group = group_mode(group_size, cols, block_k)
-    _projected_step_kernel[(triton.cdiv(cols, block_k * tiles) * triton.cdiv(rows, block_m),)](
+    _projected_step_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cols, block_k * tiles))](
         frac, frac_ref, weight_grad, scale, first, second, codes, scale if table is None else table, counts,
         rows, cols,
         *frac.stride(), *frac_ref.stride(), *weight_grad.stride(), *scale.stride(), *first.stride(), *second.stride(),
