@@ -46,7 +46,7 @@ class Provider:
         return sorted(self.times)[int(len(self.times) * share)]
 
     def times_as_fast(self, other: Provider) -> float:
-        """The other's time over this one's, turn by turn; the median, which changes of the machine's speed leave alone."""
+        """The other's time over this one's, turn by turn; the median, which a change of speed leaves alone."""
         return statistics.median(theirs / mine for theirs, mine in zip(other.times, self.times, strict=True))
 
 

@@ -12,6 +12,8 @@ struct Vectors256 {
   static constexpr int kRows = 8;
   static constexpr int kSums = 8;
   static constexpr bool kSlowSums = false;
+  // Zen 3, both in turn: 2 to 7 % faster at 3 bits, from the caches and from memory; alike at 4.
+  static constexpr bool kWordByWord = true;
   // Products of int16 need no second sum of 32 bits. On Zen 3, from the caches, both in turn, the best of 25 calls: a15
   // 10 to 14 % faster from four tokens on, as much slower with one.
   static constexpr bool kWide = true;
@@ -50,6 +52,7 @@ struct Vectors256 {
   template <int n>
   static I shift_left(I a) { return _mm256_slli_epi32(a, n); }
   static I shift_right_var(I a, int n) { return _mm256_srli_epi32(a, n); }
+  static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }

@@ -25,6 +25,19 @@ __attribute__((always_inline)) inline void load_strip(const uint32_t* p, typenam
   w[3] = kBits == 4 ? V::load(p + 3 * kTileRows) : V::steal(w[0], w[1], w[2]);
 }
 
+// The same one by one, where four words of every strip would fill the registers: `v` counts up, and what the fourth word
+// steals gathers in `stolen`.
+template <class V, int kBits>
+__attribute__((always_inline)) inline typename V::I next_word(const uint32_t* p, int v, typename V::I& stolen) {
+  if (kBits == 3 && v == 3) return stolen;
+  const typename V::I word = V::keep(V::load(p + v * kTileRows));
+  if (kBits == 3) {
+    const typename V::I bits = V::bit_and(V::shift_right_var(word, 3 - v), V::set1(0x11111111 << v));
+    stolen = v == 0 ? bits : V::keep(V::bit_or(stolen, bits));
+  }
+  return word;
+}
+
 template <class V>
 __attribute__((always_inline)) inline typename V::F load_scale(const CpuWeight& w, int64_t at) {
   switch (w.scale_type) {
@@ -136,13 +149,13 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
           DISCQUANT_UNROLL
           for (int c = 0; c < kChains; ++c) acc[s][p][m][c] = V::set1(0);
     for (int64_t quad = 0; quad < quads; ++quad) {
-      I word[kStrips][4];
+      I word[kStrips][4], stolen[kStrips];
       I part[kStrips][kSweeps][kTokens][kChains];
       if (kPages) prefetch_page<V>(words);
       DISCQUANT_UNROLL
       for (int s = 0; s < kStrips; ++s) {
         if (!kPages && s * V::kRows % kTileRows == 0 && first) V::prefetch(words + strip_words<V, kBits>(s));
-        load_strip<V, kBits>(words + strip_words<V, kBits>(s), word[s]);
+        if constexpr (!V::kWordByWord) load_strip<V, kBits>(words + strip_words<V, kBits>(s), word[s]);
         DISCQUANT_UNROLL
         for (int p = 0; p < kSweeps; ++p)
           DISCQUANT_UNROLL
@@ -151,11 +164,15 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
             for (int c = 0; c < kChains; ++c)
               part[s][p][m][c] = kWide ? acc[s][p][m][c] : V::part_begin(acc[s][p][m][c]);
       }
-      words += kStride;
       DISCQUANT_UNROLL
       for (int v = 0; v < 4; ++v) {
         DISCQUANT_UNROLL
-        for (int s = 0; s < kStrips; ++s) word[s][v] = V::keep(word[s][v]);
+        for (int s = 0; s < kStrips; ++s) {
+          if constexpr (V::kWordByWord)
+            word[s][v] = next_word<V, kBits>(words + strip_words<V, kBits>(s), v, stolen[s]);
+          else
+            word[s][v] = V::keep(word[s][v]);
+        }
         DISCQUANT_UNROLL
         for (int h = 0; h < kSteps; ++h) {
           I codes[kStrips];
@@ -179,6 +196,7 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
           }
         }
       }
+      words += kStride;
       DISCQUANT_UNROLL
       for (int p = 0; p < kSweeps; ++p) {
         plane[p] += 4 * kSteps * kTokens;

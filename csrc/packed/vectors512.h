@@ -21,6 +21,7 @@ struct Vectors512 {
   static constexpr int kRows = 16;
   static constexpr int kSums = 16;
   static constexpr bool kSlowSums = true;
+  static constexpr bool kWordByWord = false;
   static constexpr bool kWide = false;
   static constexpr bool kPrefetchAlways = false;
   using I = __m512i;
