@@ -97,7 +97,7 @@ def check_formats(
         for warning in plan_export(source.path, target, schemes, name).warnings:
             say(f"note: {warning}")
     if config.formats:
-        first = chain.weights[0][0]
+        first = chain.weights[chain.first][0]
         check_grids(source, config.formats, {first.name: lay_grid(first, config.grid, PROBE_ROWS)})
 
 

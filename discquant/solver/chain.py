@@ -138,6 +138,11 @@ class Chain:
         if not seen:
             raise ValueError("Chain: the model has no linear layer left to quantize")
 
+    @property
+    def first(self) -> int:
+        """Index of the first block with weights to quantize: nothing below it needs a gradient."""
+        return next(index for index, refs in enumerate(self.weights) if refs)
+
     def prepare(self, inputs: Tensor, mask: Tensor | None = None) -> Prepared:
         """Run what comes before block 1 and record every block's arguments."""
         raise NotImplementedError

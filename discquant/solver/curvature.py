@@ -196,7 +196,8 @@ def kronecker_factors(
         return chain.opened(index) if weights is None else contextlib.nullcontext()
 
     for index in range(len(chain.blocks)):
-        boundaries.push(hidden)
+        if index >= chain.first:
+            boundaries.push(hidden)
         weights = weights_of(index)
         with torch.no_grad(), opened(index, weights):
             hidden = [
@@ -206,7 +207,7 @@ def kronecker_factors(
     grads = [_sampled_gradient(chain, batch, h, generator) for batch, h in zip(batches, hidden, strict=True)]
     del hidden
     counted = sum(counted_tokens(batch, "kl", has_head) for batch in batches)
-    for index in reversed(range(len(chain.blocks))):
+    for index in reversed(range(chain.first, len(chain.blocks))):
         watch = _Watch(chain, chain.weights[index], width)
         inputs, weights = boundaries.pop(), weights_of(index)
         try:

@@ -87,6 +87,45 @@ def test_equal_to_whole_model_autograd(
             assert (block[name] - grad).abs().max() <= 512 * eps * grad.abs().max(), name
 
 
+@pytest.mark.parametrize("keep_graph", [False, True])
+@pytest.mark.parametrize("loss", ["kl", "ce", "mse"])
+@pytest.mark.parametrize("dense", [(0,), (0, 1), (1,), (2,)])
+def test_blocks_without_weights(
+    dense: tuple[int, ...], loss: Any, keep_graph: bool, make_model: Callable[..., Any], token_ids: Tensor
+) -> None:
+    """Blocks that nobody quantizes change no gradient of the others; below all others they get no backward pass."""
+    model = make_model("llama")
+    whole, part = DecoderChain(model), DecoderChain(model, [f"model.layers.{index}.*" for index in dense])
+    student = _student(whole)
+    for index in dense:
+        student[index] = {ref.param_name: ref.parameter.detach() for ref in whole.weights[index]}
+    found: list[dict[int, dict[str, Tensor]]] = []
+    values = []
+    for chain in (whole, part):
+        sums: dict[int, dict[str, Tensor]] = {}
+        weights = [
+            {ref.param_name: block[ref.param_name] for ref in refs}
+            for refs, block in zip(chain.weights, student, strict=True)
+        ]
+        values.append(
+            block_gradients(
+                chain,
+                weights.__getitem__,
+                [chain.prepare(token_ids)],
+                sums.__setitem__,
+                loss=loss,
+                keep_graph=keep_graph,
+            )
+        )
+        found.append(sums)
+    assert values[0] == values[1]
+    assert min(found[1]) == part.first == (0 if 0 not in dense else len(dense))
+    for index, sums in found[1].items():
+        expected = {} if index in dense else found[0][index]
+        assert sums.keys() == expected.keys()
+        assert all(torch.equal(grad, expected[name]) for name, grad in sums.items())
+
+
 def test_last_bit_with_one_micro_batch(make_model: Callable[..., Any], token_ids: Tensor) -> None:
     """With one micro-batch and one chunk every block gradient equals autograd's through the chain, bit for bit."""
     chain = DecoderChain(make_model("llama"))

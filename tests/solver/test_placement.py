@@ -24,11 +24,13 @@ from discquant.solver.solve import Solve, TokenRows, lay_grids
 from discquant.solver.state import WeightState, pack_bits, unpack_bits
 
 
-def _solve(make_model: Callable[..., Any], engine: Engine, **changes: Any) -> tuple[Solve, list[float]]:
+def _solve(
+    make_model: Callable[..., Any], engine: Engine, ignore: tuple[str, ...] = (), **changes: Any
+) -> tuple[Solve, list[float]]:
     """Four steps on a chain of six blocks, twice as many as slots; also the loss of each."""
     options = {"iters": 4, "batch_size": 4, "micro_batch": 2, "warmup": 2, **changes}
     config = QuantizeConfig(grid=GridConfig(3, 32), solver=SolverConfig(**options), gptq_samples=4)
-    chain = DecoderChain(make_model("llama-six-blocks", torch.float32))
+    chain = DecoderChain(make_model("llama-six-blocks", torch.float32), ignore)
     ids = torch.randint(3, 61, (12, 12), generator=torch.Generator().manual_seed(1))
     run = Solve(chain, lay_grids(chain, config.grid), TokenRows(chain, ids, None, 2), config, engine=engine)
     losses = []
@@ -73,6 +75,27 @@ def test_same_bytes_everywhere(
         run.close()
         assert not list((tmp_path / where).rglob("*.state"))
         assert not list((tmp_path / where).rglob("*.act"))
+
+
+@pytest.mark.parametrize("dense", [(0,), (0, 1, 4), (5,)])
+def test_blocks_without_weights_everywhere(
+    dense: tuple[int, ...], make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Blocks that nobody quantizes have an empty state; also with layers that run on the state."""
+    ignore = tuple(f"model.layers.{index}.*" for index in dense)
+    options = {"state": "u8", "curvature": 16.0, "curvature_width": 16}
+    expected, losses = _solve(make_model, Engine(), ignore, **options)
+    for where in ("host", "disk"):
+        run, found = _solve(make_model, Engine(where, where, folder=tmp_path / where), ignore, **options)  # type: ignore[arg-type]
+        assert found == losses
+        assert all(torch.equal(tensor, _bytes(run)[key]) for key, tensor in _bytes(expected).items())
+        run.close()
+    chain = expected.chain
+    expected.solver.soft = True
+    before = _bytes(expected)
+    expected.solver.step(expected.rows.batches(range(4)))
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in _bytes(expected).items())
+    assert chain.first == (2 if 1 in dense else 1 if 0 in dense else 0)
 
 
 def test_teacher_from_the_state_is_the_original(make_model: Callable[..., Any]) -> None:
