@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from discquant.solver.experts import expert_refs, settle_kernel
+from discquant.solver.experts import expert_refs, routes, settle_kernel
 from discquant.solver.norms import fused, rms_norms
 from discquant.solver.weight_ref import LAZY
 from discquant.solver.weight_ref import WeightRef as WeightRef
@@ -91,41 +91,56 @@ def _called(model: nn.Module, method: str) -> Any:
     return found() if callable(found) else None
 
 
+def _joined(prefix: str, name: str) -> str:
+    return ".".join(part for part in (prefix, name) if part)
+
+
 def _selected(name: str, ignore: Sequence[str]) -> bool:
     parts = name.split(".")
     return not any(pattern in (name, parts[-1]) or fnmatch(name, pattern) for pattern in ignore)
 
 
 def quantizable_modules(root: nn.Module, prefix: str, ignore: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """Return (qualified name, module) of the linear and convolution layers below `root` that are not ignored."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in root.named_modules():
-        qualified = ".".join(part for part in (prefix, name) if part)
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and _selected(qualified, ignore):
-            found.append((qualified, module))
-    return found
+    """Return (name below `root`, module) of its linear and convolution layers that are not ignored."""
+    return [
+        (name, module)
+        for name, module in root.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and _selected(_joined(prefix, name), ignore)
+    ]
 
 
 class Chain:
-    """Base of both kinds; attributes `model`, `blocks`, `weights` (per block), `head`."""
+    """Base of both kinds.
+
+    Attributes:
+        model: The whole model.
+        blocks: Its blocks, in order.
+        block_names: Their names in the model.
+        weights: Per block, the weights to quantize.
+        routers: Linear layers that were left in full precision because they choose or weigh experts.
+        head: The output head, None where the last block gives the logits.
+    """
 
     model: nn.Module
     blocks: list[nn.Module]
     block_names: list[str]
     weights: list[list[WeightRef]]
+    routers: list[str]
     head: Head | None
 
-    def _collect(self, ignore: Sequence[str]) -> None:
+    def _collect(self, ignore: Sequence[str], routers: bool = False) -> None:
         settle_kernel(self.model)
         self._norms: dict[int, list[nn.Module]] = {}
-        self.weights = []
+        self.weights, self.routers = [], []
         for prefix, block in zip(self.block_names, self.blocks, strict=True):
             refs = []
             for name, module in quantizable_modules(block, prefix, ignore):
-                local = name[len(prefix) + 1 :] if prefix else name
-                param_name = f"{local}.weight" if local else "weight"
+                if not routers and routes(name, module):
+                    self.routers.append(_joined(prefix, name))
+                    continue
                 assert isinstance(module.weight, nn.Parameter)
-                refs.append(WeightRef(name, param_name, module.weight))
+                refs.append(WeightRef(_joined(prefix, name), _joined(name, "weight"), module.weight))
             refs += expert_refs(self.model, block, prefix, lambda name: _selected(name, ignore))
             self.weights.append([dataclasses.replace(ref, device=self.device) for ref in refs])
         seen: dict[tuple[object, ...], str] = {}
@@ -226,12 +241,15 @@ LOGIT_ULPS, LOGIT_SHARE = 1e3, 0.05
 class DecoderChain(Chain):
     """A `transformers` decoder-only language model."""
 
-    def __init__(self, model: nn.Module, ignore: Sequence[str] = ("lm_head",)) -> None:
+    def __init__(
+        self, model: nn.Module, ignore: Sequence[str] = ("lm_head",), *, routers: bool = False
+    ) -> None:
         """Find blocks and head.
 
         Args:
             model: A causal language model of `transformers`, in evaluation mode.
             ignore: Module names, last name parts or glob patterns that stay untouched.
+            routers: Quantize also what chooses and weighs experts, as files of other tools may.
 
         Raises:
             NotImplementedError: No chain of blocks, or no linear head, was found.
@@ -253,7 +271,7 @@ class DecoderChain(Chain):
             / float(getattr(config, "logits_scaling", None) or 1.0),
             getattr(config, "final_logit_softcapping", None),
         )
-        self._collect(ignore)
+        self._collect(ignore, routers)
 
     @staticmethod
     def _find_decoder(model: nn.Module) -> nn.Module:
