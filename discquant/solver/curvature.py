@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from discquant.ops.reference.linear_kl import cap_logits
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
+from discquant.solver.counted import counted_rows
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.kronecker import gram
 from discquant.solver.losses import counted_tokens, head_chunk
@@ -101,9 +102,7 @@ class _Watch:
             sums[place] = product if before is None else before + product
 
         def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x = args[0]
-            masked = self.mask is not None and x.shape[:-1] == self.mask.shape
-            rows = x[self.mask] if masked else x.flatten(0, -2)
+            rows = counted_rows(args[0], self.mask)
             self._rows[name] = self._rows.get(name, 0) + rows.shape[0]
             add(0, rows)
             output.register_hook(lambda grad: add(1, grad.flatten(0, -2)))

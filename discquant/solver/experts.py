@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from discquant.formats.stored import checkpoint_parts, fused_parameters
+from discquant.solver.counted import counted_rows
 from discquant.solver.weight_ref import WeightRef
 
 
@@ -133,12 +134,7 @@ class RoutedInputs:
 
     @torch.no_grad()
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = [*args, *kwargs.values()]
-        hidden, chosen, weights = values[0].flatten(0, -2), values[1], values[2]
-        counted = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-        if self.mask is not None and self.mask.numel() == hidden.shape[0]:
-            counted = self.mask.flatten().to(hidden.device)
-        chosen = torch.where(counted.unsqueeze(1), chosen, torch.full_like(chosen, -1))
+        hidden, chosen, weights = (counted_rows(value, self.mask) for value in [*args, *kwargs.values()][:3])
         for expert in chosen.unique().tolist():
             if expert < 0 or expert >= self.module.num_experts:
                 continue

@@ -14,6 +14,7 @@ from discquant.grids import Grid
 from discquant.rounding import gptq, greedy
 from discquant.solver.chain import Chain, Prepared, WeightRef
 from discquant.solver.codes import NearestCodes, PackedCodes
+from discquant.solver.counted import counted_rows
 from discquant.solver.experts import RoutedInputs
 from discquant.solver.measure import served_weights
 
@@ -44,9 +45,7 @@ class _HessianHook:
             raise NotImplementedError(
                 f"layerwise: GPTQ of {type(self.module).__name__} is not supported; use rtn"
             )
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            return x[self.mask]
-        return x.flatten(0, -2)
+        return counted_rows(x, self.mask)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         try:
@@ -78,7 +77,9 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int]:
     return conv.padding[0], conv.padding[1]
 
 
-def _watch(chain: Chain, refs: Sequence[WeightRef], strict: bool) -> dict[str, _HessianHook | RoutedInputs]:
+def watch_inputs(
+    chain: Chain, refs: Sequence[WeightRef], strict: bool
+) -> dict[str, _HessianHook | RoutedInputs]:
     """Hook every layer of a block, by the name of its weight; the matrices of one experts module share a hook."""
     hooks: dict[str, _HessianHook | RoutedInputs] = {}
     routed: dict[str, RoutedInputs] = {}
@@ -131,7 +132,7 @@ def layerwise_codes(
     hidden = [batch.hidden for batch in batches]
     codes = PackedCodes()
     for index, refs in enumerate(chain.weights):
-        hooks = _watch(chain, refs, strict)
+        hooks = watch_inputs(chain, refs, strict)
         try:
             with chain.opened(index):
                 for h, batch in zip(hidden, batches, strict=True):

@@ -14,9 +14,10 @@ from torch.func import functional_call
 from discquant.api import quantize
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.solver.chain import DecoderChain
+from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.experts import RoutedInputs, routes
 from discquant.solver.gradients import block_gradients
-from discquant.solver.layerwise import layerwise_codes
+from discquant.solver.layerwise import layerwise_codes, watch_inputs
 from discquant.solver.solve import TokenRows, lay_grids
 from discquant.solver.weight_ref import assemble, take_matrices
 
@@ -254,6 +255,41 @@ def test_hessian_is_that_of_the_routed_tokens(family: str, ids: Tensor) -> None:
         assert found is not None
         limit = 64 * torch.finfo(torch.float32).eps * float(want.abs().max())
         assert float((found - want).abs().max()) <= limit, ref.name
+
+
+def test_padding_reaches_no_statistic_of_a_shared_expert(ids: Tensor) -> None:
+    """It is called on [windows * seqlen, channels]: what stands in the padding changes neither Hessians nor factors."""
+    chain = DecoderChain(build("Qwen2Moe", torch.float64))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 4:] = False
+    found: list[dict[str, Tensor]] = []
+    for padding in (5, 6):
+        batches = [chain.prepare(torch.where(mask, ids, padding), mask)]
+        statistics: dict[str, Tensor] = {}
+        hooks = watch_inputs(chain, chain.weights[1], strict=True)
+        for hook in hooks.values():
+            hook.mask = mask
+        chain.teacher_output(batches[0])
+        for name, hook in hooks.items():
+            hook.remove()
+            ref = next(ref for ref in chain.weights[1] if ref.name == name)
+            gathered = hook.gathered(ref)
+            if gathered is not None:
+                statistics[name] = gathered
+
+        def take(index: int, factors: dict[str, Factors], into: dict[str, Tensor] = statistics) -> None:
+            for name, (inputs, outputs) in factors.items():
+                into |= {f"{name} inputs": inputs, f"{name} outputs": outputs}
+
+        kronecker_factors(
+            chain, batches, take, total=16, width=64, generator=torch.Generator().manual_seed(0)
+        )
+        found.append(statistics)
+    assert found[0].keys() == found[1].keys() and any(
+        "shared_expert.up_proj inputs" in key for key in found[0]
+    )
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-5, atol=1e-7 * float(value.abs().max()))
 
 
 @pytest.mark.parametrize("method", ["rtn", "greedy", "gptq", "discquant"])
