@@ -21,7 +21,7 @@ from discquant.solver.chain import Chain, Prepared
 from discquant.solver.counted import counted_rows
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.kronecker import gram
-from discquant.solver.losses import counted_tokens, head_chunk
+from discquant.solver.losses import counted_tokens, head_chunk, positions_per_item
 from discquant.solver.weight_ref import WeightRef
 
 
@@ -43,7 +43,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the gradient, by the last block's output, of minus the log-likelihood of labels that the model draws."""
+    """Return the gradient, by the last block's output, of minus the log-likelihood of labels that the model draws.
+
+    Where an item of a module has several labels, of 1/sqrt(T) of it (see `kronecker_factors`).
+    """
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         features = chain.finish(leaf, batch)
@@ -55,9 +58,10 @@ def _sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: 
     mask = None if batch.mask is None else batch.mask.flatten()
     for begin in range(0, flat.shape[0], chunk):
         rows = _wide(flat[begin : begin + chunk])
-        slope: Tensor | float | None = None
         if head is None:
             logits = rows
+            # Of T labels, each with a share of 1/T in the loss: G, a sum of g g^T over them, gets this twice.
+            slope = positions_per_item(features) ** -0.5
         else:
             weight = head.weight.to(rows.dtype)
             bias = None if head.bias is None else head.bias.to(rows.dtype)
@@ -69,8 +73,8 @@ def _sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: 
         # Drawn on the CPU, so that the labels do not depend on the device's generator.
         label = torch.multinomial(pull.cpu(), 1, generator=generator).to(rows.device)
         pull.scatter_add_(1, label, torch.full_like(label, -1, dtype=pull.dtype))
-        if head is not None and slope is not None:
-            pull *= slope
+        pull *= slope
+        if head is not None:
             if mask is not None:
                 pull *= mask[begin : begin + chunk].unsqueeze(1)
             pull = pull @ weight
@@ -165,7 +169,8 @@ def kronecker_factors(
     """Gather the factors of every linear layer on some micro-batches, block by block from the last.
 
     H = mean of x x^T over the rows that a layer sees, G = mean of g g^T summed over the rows of a counted position,
-    g = d(-log p(sampled label)) / dy; over several calls both add up, each weighted by its share of `total`.
+    g = d(-log p(sampled label)) / dy; over several calls both add up, each weighted by its share of `total`. A module
+    with logits [items, T, classes], whose loss is the mean over an item's T labels, has 1/T of that G.
 
     Args:
         chain: The model.

@@ -14,6 +14,7 @@ from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.solver.chain import DecoderChain, ModuleChain
 from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.kronecker import curvature_gradient, factor_shape, gram, times
+from discquant.solver.measure import mean_kl
 from discquant.solver.solve import Solve, TokenRows, lay_grids
 
 
@@ -220,6 +221,24 @@ def test_a_shared_layer_counts_its_rows_once() -> None:
     label = torch.multinomial(probability, 1, generator=torch.Generator().manual_seed(2))
     g = probability - torch.nn.functional.one_hot(label.flatten(), 4)
     torch.testing.assert_close(found["layer"].outputs[0], rows_per_item * g.T @ g / 64)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3)])
+def test_the_quadratic_is_the_measured_kl(shape: tuple[int, ...]) -> None:
+    """1/2 <E, G E H> of one layer of a module against its mean KL, also where an item has several rows of logits."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 12, bias=False)).double()
+    chain = ModuleChain(model)
+    batch = chain.prepare(torch.randn(600, *shape, 16, dtype=torch.float64))
+    found: dict[str, Factors] = {}
+    kronecker_factors(
+        chain, [batch], lambda index, factors: found.update(factors), total=600, width=16,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    error = 1e-2 * torch.randn(12, 16, dtype=torch.float64)
+    quadratic = 0.5 * float((error * curvature_gradient(error, *found["0"])).sum())
+    kl = mean_kl(chain, lambda index: {"0.weight": model[0].weight.detach() + error}, [batch])
+    assert 0.85 < quadratic / kl < 1.15
 
 
 def test_a_module_of_token_ids_has_factors(token_ids: torch.Tensor) -> None:
