@@ -13,7 +13,7 @@ from torch import Tensor
 
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import ConfigError, DiskSpaceError
-from discquant.grids import place_grid
+from discquant.grids import AffineGrid, Grid, TableGrid, UniformGrid, place_grid
 from discquant.solver.block import BlockState
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import DecoderChain
@@ -116,6 +116,34 @@ def test_teacher_from_the_state_is_the_original(make_model: Callable[..., Any]) 
                 exact = held.outlier_index.long()
                 assert torch.equal(found.flatten()[exact], weight.flatten()[exact])
     assert outliers > 0, "no weight lay outside the range of the code: the test shows nothing"
+
+
+@pytest.mark.parametrize("state", ["u8", "fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["uniform", "affine", "table"])
+def test_teacher_of_a_group_of_one_level(kind: str, state: str) -> None:
+    """A scale of 0 leaves one level, on which every weight counts as lying: the teacher is the weight all the same."""
+    weight = torch.randn(16, 256).bfloat16().float() * 0.1
+    scale = torch.full((16, 8), 0.0625)
+    scale[3, 5] = scale[11, 0] = 0
+    grid: Grid
+    if kind == "uniform":
+        grid = UniformGrid(3, 32, True, scale.bfloat16())
+    elif kind == "affine":
+        grid = AffineGrid(3, 32, scale, -4 * scale)
+    else:
+        grid = TableGrid.nf4(8 * scale, 32)
+    held = WeightState("w", grid, weight, None, state=state, optimizer="sgd", kept="state")  # type: ignore[arg-type]
+    found = held.teacher_weight(torch.float32)
+    assert held.frac_ref is not None and found is not None and held.outlier_index is not None
+    assert float((found - weight).abs().max()) < 0.01
+    level = (scale == 0).repeat_interleave(32, 1)
+    assert torch.equal(found[level], weight[level])
+    assert not bool(held.live()[level].any())
+    # Nothing is kept beside a state whose groups all have a step.
+    other = WeightState(
+        "w", place_grid(weight, GridConfig(3, 32)), weight, None, state="fp32", optimizer="sgd", kept="state"
+    )
+    assert other.outlier_index is None and other.weight is None
 
 
 def test_many_outliers_keep_the_whole_weight() -> None:
