@@ -109,6 +109,13 @@ class _Forward:
         return grads, tree.total()
 
 
+def _counted(gap: Tensor, batch: Prepared, has_head: bool) -> Tensor:
+    """Return a difference of hidden states, zero at positions that do not count."""
+    if batch.mask is None or not has_head:
+        return gap
+    return gap.masked_fill(~batch.mask.unsqueeze(-1), 0.0)
+
+
 def _wide(leaf: Tensor, grad: Tensor | None) -> Tensor:
     """Return a gradient in float32 or wider, zeros where the weight was not used."""
     if grad is None:
@@ -174,7 +181,7 @@ def block_gradients(
         batch.teacher if known and batch.teacher is not None else batch.hidden for batch in batches
     ]
     student_hidden = [batch.hidden for batch in batches]
-    parts: list[float] = []  # of the loss, in the order of micro-batches
+    squares: list[Tensor | float] = [0.0 for _ in batches]  # mse only: each micro-batch's share of the loss
     for index in range(depth):
         student_hidden = forward.run(index, student_hidden)
         if loss == "ce" or known:
@@ -187,19 +194,25 @@ def block_gradients(
                     for h, batch in zip(teacher_hidden, batches, strict=True)
                 ]
             if loss == "mse":
-                gaps = [s - t for s, t in zip(student_hidden, teacher_hidden, strict=True)]
-                count = sum(ranks.gather([float(sum(gap.numel() for gap in gaps))])) * depth
-                parts += [float(gap.double().square().sum()) / count for gap in gaps]
-                pulls.append([gap * (2 / count) for gap in gaps])
+                gaps = [
+                    _counted(s - t, batch, chain.head is not None)
+                    for s, t, batch in zip(student_hidden, teacher_hidden, batches, strict=True)
+                ]
+                # Entries of a position that counts; without a head that is a whole item.
+                counts = [total * depth * gap.shape[1 if chain.head is None else 2 :].numel() for gap in gaps]
+                squares = [
+                    square + gap.double().square().sum() / count
+                    for square, gap, count in zip(squares, gaps, counts, strict=True)
+                ]
+                pulls.append([gap * (2 / count) for gap, count in zip(gaps, counts, strict=True)])
     grads: list[Tensor] = []
     losses: list[Tensor] = []
-    for batch, s, t in zip(batches, student_hidden, teacher_hidden, strict=True):
+    for batch, s, t, square in zip(batches, student_hidden, teacher_hidden, squares, strict=True):
         part = head_loss(chain, batch, s, t, loss=loss, normalizer=total, chunk_size=chunk_size)
-        losses.append(part.loss)
+        losses.append(part.loss + square)
         grads.append(part.grad)
-    if losses:
-        parts += torch.stack(losses).tolist()  # the only wait for the device in a step before its end
-    value = sum(ranks.gather(parts))
+    # The only wait for the device in a step before its end; summed in the order of micro-batches, whatever the ranks.
+    value = sum(ranks.gather(torch.stack(losses).tolist() if losses else []))
     if not math.isfinite(value):
         raise ValueError(f"block_gradients: the loss must be finite, got {value}")
     del student_hidden, teacher_hidden

@@ -147,9 +147,14 @@ def test_last_bit_with_one_micro_batch(make_model: Callable[..., Any], token_ids
             assert torch.equal(block[name], leaf.grad), name
 
 
-def test_mse_equals_autograd(make_model: Callable[..., Any], token_ids: Tensor) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_mse_equals_autograd(padded: bool, make_model: Callable[..., Any], token_ids: Tensor) -> None:
+    """The mean over counted tokens of all micro-batches, however many of them lie in each; padding changes nothing."""
     chain = DecoderChain(make_model("llama"))
     student = _student(chain)
+    mask = torch.ones_like(token_ids, dtype=torch.bool)
+    if padded:
+        mask[0, 5:] = mask[3, 9:] = False
     batch = chain.prepare(token_ids)
     leaves = [{k: v.clone().requires_grad_() for k, v in block.items()} for block in student]
     s = t = batch.hidden
@@ -157,14 +162,21 @@ def test_mse_equals_autograd(make_model: Callable[..., Any], token_ids: Tensor) 
     for index, weights in enumerate(leaves):
         s = chain.run_block(index, s, batch.calls[index], weights)
         t = chain.run_block(index, t, batch.calls[index])
-        value = value + (s - t).square().mean() / len(chain.blocks)
+        value = value + (s - t)[mask].square().mean() / len(chain.blocks)
     value.backward()
-    found: list[dict[str, Tensor]] = [{} for _ in chain.blocks]
-    got = block_gradients(chain, lambda b: student[b], [batch], found.__setitem__, loss="mse")
-    assert got == pytest.approx(value.item(), rel=1e-12)
-    for block, reference in zip(found, leaves, strict=True):
-        for name, leaf in reference.items():
-            assert (block[name] - leaf.grad).abs().max() <= 1e-12 * leaf.grad.abs().max()
+    for content in (3, 4):
+        ids = torch.where(mask, token_ids, content)
+        given = None if not padded else mask
+        batches = [
+            chain.prepare(ids[rows], None if given is None else given[rows])
+            for rows in (slice(0, 1), slice(1, 4))
+        ]
+        found: list[dict[str, Tensor]] = [{} for _ in chain.blocks]
+        got = block_gradients(chain, lambda b: student[b], batches, found.__setitem__, loss="mse")
+        assert got == pytest.approx(value.item(), rel=1e-12)
+        for block, reference in zip(found, leaves, strict=True):
+            for name, leaf in reference.items():
+                assert (block[name] - leaf.grad).abs().max() <= 1e-12 * leaf.grad.abs().max()
 
 
 def test_keeping_the_graph_changes_no_bit(make_model: Callable[..., Any], token_ids: Tensor) -> None:
