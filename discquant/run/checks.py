@@ -135,7 +135,7 @@ def check_text(source: Source, dataset: str) -> None:
 
 # Raised whenever a run would come out in other bytes than before: a run that an earlier state of the code began is then
 # refused, not finished half in each way.
-ARITHMETIC = 2
+ARITHMETIC = 3
 
 
 def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.solver.chain import DecoderChain, ModuleChain
-from discquant.solver.curvature import Factors, kronecker_factors
+from discquant.solver.curvature import Factors, kronecker_factors, rows_at_once
 from discquant.solver.kronecker import curvature_gradient, factor_shape, gram, times
 from discquant.solver.measure import mean_kl
 from discquant.solver.solve import Solve, TokenRows, lay_grids
@@ -251,6 +251,26 @@ def test_a_module_of_token_ids_has_factors(token_ids: torch.Tensor) -> None:
         bool(state.curvature_out.any()) for state in run.solver.states[0] if state.curvature_out is not None
     )
     run.advance()
+
+
+def test_narrow_factors_of_many_windows(make_model: Callable[..., Any]) -> None:
+    """A bfloat16 sum of 512 parts would lose a tenth: steps of one window gather on more at once."""
+    ids = torch.randint(3, 61, (512, 4), generator=torch.Generator().manual_seed(1))
+    found = []
+    for state in ("fp32", "bf16"):
+        chain = DecoderChain(make_model("llama", torch.float32), ["*.layers.0.*", "*.layers.1.*"])
+        run = make_solve(
+            chain, ids, state=state, start="ref", batch_size=1, micro_batch=4, curvature_samples=512
+        )
+        found.append(run.solver.states[2])
+    for wide, narrow in zip(*found, strict=True):
+        for one, other in (
+            (wide.curvature_in, narrow.curvature_in),
+            (wide.curvature_out, narrow.curvature_out),
+        ):
+            assert one is not None and other is not None and other.dtype == torch.bfloat16
+            assert float((one - other).norm() / one.norm()) < 0.03
+    assert rows_at_once(256, 8) == 8 and rows_at_once(256, 1) == 2 and rows_at_once(4096, 8) == 32
 
 
 def test_same_seed_same_factors(make_model: Callable[..., Any], token_ids: torch.Tensor) -> None:
