@@ -38,7 +38,7 @@ class _HessianHook:
                     "layerwise: GPTQ of a grouped convolution is not supported; use rtn"
                 )
             unfolded = nn.functional.unfold(
-                x, self.module.kernel_size, self.module.dilation, _padding(self.module), self.module.stride
+                _padded(self.module, x), self.module.kernel_size, self.module.dilation, 0, self.module.stride
             )
             return unfolded.transpose(1, 2).flatten(0, 1)
         if not isinstance(self.module, nn.Linear):
@@ -67,14 +67,11 @@ class _HessianHook:
         self._handle.remove()
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int]:
-    if isinstance(conv.padding, str):
-        if conv.padding == "valid":
-            return 0, 0
-        raise NotImplementedError(
-            "layerwise: GPTQ of a convolution with padding='same' is not supported; use rtn"
-        )
-    return conv.padding[0], conv.padding[1]
+def _padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return what the kernel of a convolution really slides over: its input with its own kind of padding."""
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    # Of torch: last dimension first, both sides of each; "same" is resolved there.
+    return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
 
 
 def watch_inputs(
