@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from discquant import _extension
 from discquant.calibration import Windows, load_windows
-from discquant.config import QuantizeConfig
+from discquant.config import ComputeDtype, QuantizeConfig
 from discquant.environment import compute_device
 from discquant.errors import ConfigError, MissingModelError
 from discquant.formats.checkpoint import read_json, stated_quantization
@@ -76,6 +77,25 @@ class Quantized:
         return apply_layers(self.model, self.coded_layers(), self.served)
 
 
+def _in_dtype(config: QuantizeConfig, dtype: torch.dtype) -> QuantizeConfig:
+    """Return the configuration with a model's dtype as its compute dtype: the model stays as it was given.
+
+    Raises:
+        ConfigError: The solver does not compute in that dtype (layer-wise methods take any).
+    """
+    if config.method != "discquant":
+        return config
+    name = str(dtype).removeprefix("torch.")
+    if name not in get_args(ComputeDtype):
+        raise ConfigError(
+            f"quantize: DiscQuant computes in the model's dtype, one of {', '.join(get_args(ComputeDtype))}, got a "
+            f"model in {name} (and compute_dtype = {config.solver.compute_dtype}, which does not convert it); load the "
+            "model in one of them"
+        )
+    solver = dataclasses.replace(config.solver, compute_dtype=cast(ComputeDtype, name))
+    return dataclasses.replace(config, solver=solver)
+
+
 def _run(
     chain: Chain,
     rows: TokenRows,
@@ -112,8 +132,8 @@ def quantize(
     """Round the linear layers of a causal language model.
 
     Args:
-        model: A `transformers` decoder-only model. Its dtype is the compute dtype (load it in float32 for the CPU), and
-            it is computed where it is: move it to a GPU to solve there.
+        model: A `transformers` decoder-only model. Its dtype is the compute dtype, whatever the configuration says
+            (load it in float32 for the CPU), and it is computed where it is: move it to a GPU to solve there.
         tokenizer: Its tokenizer; may be None with token ids or `config.data.dataset = "self"`.
         config: Everything else; default: DiscQuant, 4 bits, group 64, text sampled from the model itself.
         calibration: Windows, or token ids int64 [rows, seqlen]; None loads `config.data`.
@@ -123,12 +143,12 @@ def quantize(
         Quantized; call `.apply()` to put the rounded weights into the model.
 
     Raises:
-        ValueError: Bad configuration, data, or a weight that is not finite.
+        ValueError: Bad configuration, data, a weight that is not finite, or a model in float16 with DiscQuant.
         NotImplementedError: The model is no chain of decoder blocks with a linear head.
     """
-    config = config or QuantizeConfig()
-    check_ignore(model, config.ignore)
     served = next(model.parameters()).dtype
+    config = _in_dtype(config or QuantizeConfig(), served)
+    check_ignore(model, config.ignore)
     chain = DecoderChain(model, config.ignore)
     check_groups(chain, config.grid)
     if calibration is None:
@@ -153,7 +173,8 @@ def quantize_module(
     """Round the linear and convolution layers of any module that maps one tensor to logits.
 
     Args:
-        module: A vision transformer or convolutional network, say; a chain of one block, computed where it is.
+        module: A vision transformer or convolutional network, say; a chain of one block, computed where it is and in
+            its dtype.
         inputs: Calibration inputs, [samples, ...].
         config: See `quantize`; `data` and `format` are not used.
         on_step: Called after every step.
@@ -162,13 +183,14 @@ def quantize_module(
         Quantized.
 
     Raises:
-        ValueError: Nothing to quantize, or a weight that is not finite.
+        ValueError: Nothing to quantize, a weight that is not finite, or a module in float16 with DiscQuant.
     """
-    config = config or QuantizeConfig(ignore=())
+    served = next(module.parameters()).dtype
+    config = _in_dtype(config or QuantizeConfig(ignore=()), served)
     check_ignore(module, config.ignore)
     chain = ModuleChain(module, config.ignore)
     rows = TokenRows(chain, inputs, None, config.solver.micro_batch)
-    return _run(chain, rows, config, next(module.parameters()).dtype, on_step)
+    return _run(chain, rows, config, served, on_step)
 
 
 def refine(

@@ -17,6 +17,7 @@ TeacherSource = Literal["auto", "weights", "state"]
 PresetName = Literal["default", "paper"]
 LossName = Literal["kl", "ce", "mse"]
 Start = Literal["random", "ref", "gptq"]
+ComputeDtype = Literal["float32", "bfloat16", "float64"]
 
 # (bits, group_size, sym) that each of the formats' own grids fixes.
 GRID_KINDS: dict[str, tuple[int, int, bool]] = {
@@ -129,7 +130,7 @@ class SolverConfig:
         curvature_samples: Token windows that the factors are gathered on.
         curvature_width: Channels per diagonal block of a factor; wider layers keep several blocks.
         state: Width of the per-weight state.
-        compute_dtype: Dtype of the forward and backward passes.
+        compute_dtype: Dtype of the forward and backward passes; a model given in memory brings its own.
         teacher: Where the original weights come from: `weights` as they are, `state` computed from the grid state,
             which needs no second copy of them; `auto` is `state` with u8 state, else `weights`.
     """
@@ -160,7 +161,7 @@ class SolverConfig:
     curvature_samples: int = 256
     curvature_width: int = 512
     state: StateFormat = "fp32"
-    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    compute_dtype: ComputeDtype = "float32"
     teacher: TeacherSource = "auto"
 
     def __post_init__(self) -> None:
@@ -194,6 +195,7 @@ class SolverConfig:
             ("state", StateFormat),
             ("preset", PresetName),
             ("teacher", TeacherSource),
+            ("compute_dtype", ComputeDtype),
         ):
             value = getattr(self, name)
             _check(name, f"one of {get_args(kind)}", value in get_args(kind), value)

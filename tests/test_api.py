@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 import discquant
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.errors import ConfigError
 
 
 class TinyViT(nn.Module):
@@ -74,16 +78,20 @@ def test_convolutional_net() -> None:
     _check_module(tiny_cnn)
 
 
-def test_language_model_in_memory() -> None:
+def tiny_llama(dtype: torch.dtype = torch.float32) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(2)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2,
         )
-    ).eval()  # fmt: skip
+    ).to(dtype).eval()  # fmt: skip
+
+
+def test_language_model_in_memory() -> None:
+    model = tiny_llama()
     ids = torch.randint(3, 61, (8, 16))
     config = QuantizeConfig(
         grid=GridConfig(4, 32), solver=SolverConfig(iters=6, batch_size=4, micro_batch=2, warmup=2)
@@ -98,6 +106,32 @@ def test_language_model_in_memory() -> None:
     applied = result.apply()
     for layer in layers:
         assert torch.equal(applied.get_submodule(layer.name).weight, layer.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_models_dtype_is_the_compute_dtype(dtype: torch.dtype) -> None:
+    """Also where the configuration, which says float32 by default, names another."""
+    config = QuantizeConfig(
+        grid=GridConfig(4, 32), solver=SolverConfig(iters=3, batch_size=4, micro_batch=2, warmup=1)
+    )
+    ids = torch.randint(3, 61, (8, 16), generator=torch.Generator().manual_seed(3))
+    result = discquant.quantize(tiny_llama(dtype), config=config, calibration=ids)
+    assert result.served == dtype and len(result.records) == 3
+    applied = result.apply()
+    assert all(parameter.dtype == dtype for parameter in applied.parameters())
+    module = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)).to(dtype)
+    inputs = torch.randn(16, 32, generator=torch.Generator().manual_seed(4)).to(dtype)
+    assert len(discquant.quantize_module(module, inputs, config).records) == 3
+
+
+def test_float16_is_refused_by_the_solver_alone() -> None:
+    ids = torch.randint(3, 61, (8, 16), generator=torch.Generator().manual_seed(3))
+    with pytest.raises(ConfigError, match=r"one of float32, bfloat16, float64, got a model in float16"):
+        discquant.quantize(tiny_llama(torch.float16), calibration=ids)
+    config = QuantizeConfig(grid=GridConfig(4, 32), method="gptq")
+    assert (
+        discquant.quantize(tiny_llama(torch.float16), config=config, calibration=ids).served == torch.float16
+    )
 
 
 def test_quantize_from_the_models_own_samples() -> None:

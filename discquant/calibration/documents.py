@@ -61,7 +61,11 @@ def _parquet(path: Path, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
                 rows = file.read_row_group(group).to_pylist()
                 for place in _order(len(rows), seed + 1 + group):
                     yield f"{path} row group {group} row {place}", rows[place]
-    except pyarrow.lib.ArrowInvalid as cause:
+    except (
+        pyarrow.lib.ArrowException,
+        OSError,
+        ValueError,
+    ) as cause:  # a page that is damaged gives any of them
         raise CalibrationError(f"calibration: {path} is not a readable parquet file: {cause}") from cause
 
 
@@ -81,20 +85,21 @@ def _hub(name: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         )
     config = parts[1] if len(parts) == 3 else None
     split = parts[-1] if len(parts) > 1 else "train"
+    read = 0
     try:
         stream = datasets.load_dataset(parts[0], config, split=split, streaming=True)
-        rows = iter(stream.shuffle(seed=seed, buffer_size=_HUB_BUFFER))
-        first = next(rows, None)
+        for row in stream.shuffle(seed=seed, buffer_size=_HUB_BUFFER):
+            yield f"{name} row {read}", row
+            read += 1
     except Exception as cause:  # whatever the network, the hub or a loader raises means the same to the user
+        line = str(cause).partition("\n")[0]
+        reason = f"{type(cause).__name__}: {line}" if line else type(cause).__name__
+        if read:
+            raise CalibrationError(f"calibration: {name} broke off after {read} rows ({reason})") from cause
         raise CalibrationError(
             f"calibration: {name!r} is neither a local .txt, .jsonl, .parquet or file.safetensors:key, nor self or "
-            f"arithmetic, nor a data set that can be reached ({type(cause).__name__}: {str(cause).splitlines()[0]})"
+            f"arithmetic, nor a data set that can be reached ({reason})"
         ) from cause
-    number = 0
-    while first is not None:
-        yield f"{name} row {number}", first
-        number += 1
-        first = next(rows, None)
 
 
 def rows(dataset: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -108,7 +113,7 @@ def rows(dataset: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         Where the row stands, for messages, and the row; a .txt is one row {"text": its content}.
 
     Raises:
-        CalibrationError: Missing, unreadable or empty file; a data set that cannot be reached.
+        CalibrationError: Missing, unreadable or empty file; a data set that cannot be reached, or breaks off.
     """
     path = Path(dataset)
     if path.suffix.lower() not in SUFFIXES:

@@ -151,6 +151,8 @@ def _from_token_file(
     if int(rows.min()) < 0:
         raise CalibrationError(f"calibration: {file}:{chosen} holds the negative token id {int(rows.min())}")
     mask = text_mask(rows, pad if pad is not None else eos, eos)
+    if not bool(mask.any()):
+        raise CalibrationError(f"calibration: {file}:{chosen} holds padding alone, {list(rows.shape)}")
     width = rows.shape[1]
     if width < seqlen:
         logger.warning("%s:%s has rows of %d tokens, fewer than seqlen = %d; the windows have %d",

@@ -102,8 +102,9 @@ def sample(model: Any, tokenizer: Any, *, nsamples: int, seqlen: int, seed: int 
             for place in range(1, seqlen):
                 output = model(input_ids=token.unsqueeze(1), past_key_values=cache, use_cache=True)
                 cache, logits = output.past_key_values, output.logits[:, -1].float()
-                # Infinite logits below (a masked vocabulary entry) are in order; NaN and +inf have no distribution.
-                if not bool((torch.nan_to_num(logits, neginf=0.0).isfinite() & ~logits.isnan()).all()):
+                # A logit of -inf (a masked vocabulary entry) is in order. With NaN, +inf, or nothing but -inf there is
+                # no distribution, and then the largest logit of the row is not finite.
+                if not bool(logits.amax(dim=-1).isfinite().all()):
                     raise CalibrationError(
                         f"calibration: the model's own logits are not finite at position {place}"
                     )

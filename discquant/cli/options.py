@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from discquant.solver.engine import Engine
 
 STOPPED = 143  # 128 + SIGTERM
-COMPUTE_DTYPES = ("float32", "bfloat16", "float64")
 
 ChatTemplate = Annotated[
     bool, typer.Option(help="Put plain text and question-answer pairs through the tokenizer's chat template.")
@@ -84,14 +83,10 @@ def solver_options(grid: GridConfig, preset_name: str, **given: Any) -> SolverCo
     """Return the preset with what the user gave on top; None is not given.
 
     Raises:
-        ConfigError: A word that is none of the choices.
+        ValueError: A value out of range, or a word that is none of the choices.
     """
     base = preset(preset_name, grid)  # type: ignore[arg-type]
     changed = {key: value for key, value in given.items() if value is not None}
-    if changed.get("compute_dtype", "float32") not in COMPUTE_DTYPES:
-        raise ConfigError(
-            f"--compute-dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {changed['compute_dtype']!r}"
-        )
     if "iters" in changed and "warmup" not in changed:
         changed["warmup"] = min(base.warmup, max(1, changed["iters"] // 8))
     return dataclasses.replace(base, **changed)

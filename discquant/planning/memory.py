@@ -121,6 +121,16 @@ class Setting:
         return min(solver.batch_size, max(solver.micro_batch, own)) * self.config.data.seqlen
 
     @property
+    def gathered_tokens(self) -> int:
+        """Tokens that the curvature's factors are gathered on at once; every rank gathers on all of them."""
+        from discquant.solver.curvature import rows_at_once
+
+        solver, data = self.config.solver, self.config.data
+        if not solver.curved:
+            return 0
+        return rows_at_once(min(solver.curvature_samples, data.nsamples), solver.batch_size) * data.seqlen
+
+    @property
     def micro_tokens(self) -> int:
         """Tokens per forward pass."""
         return min(self.config.solver.micro_batch, self.config.solver.batch_size) * self.config.data.seqlen
@@ -234,7 +244,7 @@ def state_bytes(shape: ModelShape, setting: Setting) -> float:
 
 def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Return what gathering the curvature's factors holds besides the state and the boundaries; empty without them."""
-    solver, element, tokens = setting.config.solver, setting.element, setting.tokens
+    solver, element, tokens = setting.config.solver, setting.element, setting.gathered_tokens
     if not solver.curved:
         return {}
     # Sums as they are gathered are wide, whatever the state's width, and exist once more when they are scaled.
@@ -330,7 +340,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     windows = config.data.nsamples * config.data.seqlen * 8.0
     block = max(b.weights * (layout.total + grid) + factor_bytes([b], config) for b in shape.blocks)
     slots = min(SLOTS, len(shape.blocks)) * block
-    boundaries = float((len(shape.blocks) + 1) * setting.tokens * shape.hidden * element)
+    boundary = float((len(shape.blocks) + 1) * shape.hidden * element)  # of one token
     teacher = (
         config.data.nsamples * config.data.seqlen * shape.hidden * 4.0
         if remembers_teacher(shape, setting)
@@ -389,16 +399,18 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     if discquant:
         stored["codes at the start"] = weights if started else 0.0
         work, gathering = _working(shape, setting), _gathering(shape, setting)
+        longest = max(setting.tokens, setting.gathered_tokens)
         where = {"resident": device, "host": held, "disk": stored}[setting.placement]
         where["state"] = state
         if setting.placement == "disk":  # which all ranks share, each with files of its own
             stored["state"] = state * setting.ranks
-            stored["boundary activations"] = boundaries * setting.ranks
+            stored["boundary activations"] = boundary * longest * setting.ranks
         if setting.placement == "resident" or not setting.accelerator:
-            work["boundary activations"] = boundaries if setting.placement != "disk" else 0.0
-            gathering["boundary activations"] = work["boundary activations"]
+            kept = boundary if setting.placement != "disk" else 0.0
+            work["boundary activations"] = kept * setting.tokens
+            gathering["boundary activations"] = kept * setting.gathered_tokens
         elif setting.placement == "host":
-            held["boundary activations"] = boundaries
+            held["boundary activations"] = boundary * longest
         if setting.placement != "resident":
             work["block slots"] = gathering["block slots"] = slots
         # Before the first step every block's state is made: unpacked beside its place, from one matrix after the other.

@@ -28,11 +28,18 @@ def _permute_into(work: Tensor, hessian: Tensor, order: Tensor) -> None:
         work[:, begin : begin + COPIED_COLUMNS] = hessian.index_select(1, part).index_select(0, order)
 
 
-def _inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp: float) -> Tensor:
+def live_diagonal(hessian: Tensor) -> Tensor:
+    """Return the diagonal of a Hessian in float64, the mean of the others (or 1) where it is 0: at a dead column."""
+    diagonal = hessian.diagonal().double()
+    live = diagonal[diagonal != 0]
+    return torch.where(diagonal == 0, live.mean() if live.numel() else 1.0, diagonal)
+
+
+def _inverse_factor(hessian: Tensor, order: Tensor, diagonal: Tensor, damp: float) -> Tensor:
     """Return the upper Cholesky factor of (H + damp * mean(diag H) * I)^-1; the damping grows until it exists.
 
-    H is `hessian` in the given order of columns, its `dead` diagonal entries (in that order) set to 1. Factor, inverse
-    and inverse factor overwrite one another: one [in_features, in_features] in float64 beside `hessian`.
+    H is `hessian` with this diagonal, in the given order of columns. Factor, inverse and inverse factor overwrite one
+    another: one [in_features, in_features] in float64 beside `hessian`.
     """
     size = len(order)
     # LAPACK works in place on columns.
@@ -40,9 +47,8 @@ def _inverse_factor(hessian: Tensor, order: Tensor, dead: Tensor, damp: float) -
     failed = torch.zeros((), dtype=torch.int32, device=order.device)
     for attempt in range(8):
         _permute_into(work, hessian, order)
-        diagonal = work.diagonal()
-        diagonal[dead] = 1.0
-        diagonal += damp * 10**attempt * float(diagonal.mean())
+        own = work.diagonal().copy_(diagonal[order])
+        own += damp * 10**attempt * float(own.mean())
         torch.linalg.cholesky_ex(work, out=(work, failed))
         if int(failed) == 0:
             torch.cholesky_inverse(work, out=work)
@@ -90,12 +96,10 @@ def gptq(
     rows, columns = weight.shape
     if hessian.shape != (columns, columns):
         raise ValueError(f"gptq: hessian must be [{columns}, {columns}], got {list(hessian.shape)}")
-    diagonal = hessian.diagonal().double()
-    dead = diagonal == 0
-    diagonal = torch.where(dead, 1.0, diagonal)
+    diagonal = live_diagonal(hessian)
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns)
     order = order.to(weight.device)
-    factor = _inverse_factor(hessian, order, dead[order], damp)
+    factor = _inverse_factor(hessian, order, diagonal, damp)
     levels = grid.columns(order)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     size = slice_rows(columns)

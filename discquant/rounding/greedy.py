@@ -8,6 +8,9 @@ from torch import Tensor
 
 from discquant.grids import Grid
 
+# A flip that lowers the loss by less than this share of its own d^2 H_jj is rounding of the sums, whatever the units.
+RELATIVE_GAIN = 1e-12
+
 
 def greedy(
     weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01, max_passes: float = 1.0
@@ -28,7 +31,7 @@ def greedy(
         Codes, uint8, [out_features, in_features], each one of the weight's two neighbours.
 
     Raises:
-        ValueError: Shapes disagree.
+        ValueError: Shapes disagree, or the Hessian is not finite.
 
     Source:
         Greedy coordinate descent as in CDQuant (arXiv 2406.17542), restricted to two neighbours.
@@ -37,6 +40,8 @@ def greedy(
     if hessian.shape != (columns, columns):
         raise ValueError(f"greedy: hessian must be [{columns}, {columns}], got {list(hessian.shape)}")
     h = hessian.double() / max(float(hessian.diagonal().mean()), 1e-300)
+    if not bool(h.isfinite().all()):
+        raise ValueError("greedy: hessian must be finite, got NaN or Inf")
     h.diagonal().add_(damp)
     q_down, frac_ref = grid.neighbours(weight)
     down = grid.dequantize(q_down, torch.float64)
@@ -54,7 +59,8 @@ def greedy(
         change = delta.square() * diagonal - 2 * delta * pull[active]
         change = torch.where(live[active], change, torch.full_like(change, torch.inf))
         best, column = change.min(dim=1)
-        improves = best < -1e-12
+        own = gap[active].gather(1, column.unsqueeze(1)).squeeze(1).square() * diagonal[column]
+        improves = best < -RELATIVE_GAIN * own
         if not bool(improves.any()):
             break
         active, column = active[improves], column[improves]

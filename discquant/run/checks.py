@@ -97,7 +97,7 @@ def check_formats(
         for warning in plan_export(source.path, target, schemes, name).warnings:
             say(f"note: {warning}")
     if config.formats:
-        first = chain.weights[0][0]
+        first = chain.weights[chain.first][0]
         check_grids(source, config.formats, {first.name: lay_grid(first, config.grid, PROBE_ROWS)})
 
 
@@ -135,7 +135,7 @@ def check_text(source: Source, dataset: str) -> None:
 
 # Raised whenever a run would come out in other bytes than before: a run that an earlier state of the code began is then
 # refused, not finished half in each way.
-ARITHMETIC = 2
+ARITHMETIC = 3
 
 
 def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -> dict[str, Any]:

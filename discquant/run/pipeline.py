@@ -205,6 +205,11 @@ class Pipeline:
         self._settle(source.model)
         chain = DecoderChain(source.model, self.config.ignore)
         check_groups(chain, self.config.grid)
+        if chain.routers:
+            few = ", ".join(chain.routers[:2])
+            self.events.say(
+                f"note: {len(chain.routers)} layers choose or weigh experts and stay in full precision: {few}, ..."
+            )
         return chain
 
     def _settle(self, model: torch.nn.Module) -> None:

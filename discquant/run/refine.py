@@ -104,7 +104,7 @@ class RefinePipeline(Pipeline):
 
     def _chain(self, source: Source) -> DecoderChain:
         """Check that the file derives from the original; quantize exactly what the file has quantized."""
-        every = DecoderChain(source.model, ("lm_head",))
+        every = DecoderChain(source.model, ("lm_head",), routers=True)
         tokens = torch.arange(16).unsqueeze(0) % int(source.model.get_input_embeddings().weight.shape[0])
         self.derivation = check_derivation(self.chosen, self.quantized, self.file_layers, source, tokens)
         more = beyond_weights(self.chosen, self.quantized)
@@ -122,7 +122,7 @@ class RefinePipeline(Pipeline):
         if names <= set(absent):
             raise CheckpointError("refine: the file quantizes no layer of the decoder blocks")
         self._settle(source.model)
-        return DecoderChain(source.model, ("lm_head", *absent))
+        return DecoderChain(source.model, ("lm_head", *absent), routers=True)
 
     def _lazy(self) -> bool:
         """Original weights are in memory: they are compared with the file, and scaled where its basis asks for it."""

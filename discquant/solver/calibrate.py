@@ -20,14 +20,15 @@ GAIN_SAMPLES, GAIN_POOLED = 1 << 16, 1_000_000  # entries of one gradient, and o
 def calibrate_gain(solver: Solver, batches: Sequence[Prepared]) -> float:
     """Return the gain at which `saturation` of the entries reach the clamp at the rounded-to-nearest model.
 
-    At the original weights the KL gradient is zero, so the first gradients cannot set it.
+    At the original weights the KL gradient is zero, so the first gradients cannot set it. Entries that are exactly zero
+    (of experts that no token of these batches chose) tell nothing about it and are not counted.
 
     Args:
         solver: With its states; not changed.
         batches: Micro-batches to measure on.
 
     Returns:
-        The gain on dKL/dfrac.
+        The gain on dKL/dfrac; 1 where every entry is zero, or none may move.
     """
     samples: list[Tensor] = []
 
@@ -52,6 +53,7 @@ def calibrate_gain(solver: Solver, batches: Sequence[Prepared]) -> float:
             grad = matrix.float()
             gap, group_size = state.gap()
             flat = (grad * expand_groups(gap.float(), group_size, grad.shape[1])).abs()[state.live()]
+            flat = flat[flat != 0]
             samples.append(flat[:: max(1, flat.numel() // GAIN_SAMPLES)].clone())
 
     block_gradients(
@@ -63,7 +65,9 @@ def calibrate_gain(solver: Solver, batches: Sequence[Prepared]) -> float:
         teacher=solver.teacher,
         boundaries=solver.boundaries,
     )
-    pooled = torch.cat(samples) if samples else torch.ones(1)
+    pooled = torch.cat(samples)
+    if not pooled.numel():
+        return 1.0
     thinned = pooled[:: max(1, pooled.numel() // GAIN_POOLED)]
     level = float(torch.quantile(thinned, 1 - solver.config.saturation))
-    return solver.config.grad_clamp / max(level, 1e-30)
+    return solver.config.grad_clamp / max(level, 1e-30)  # which float32 still holds, as the gain

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from discquant.ops.reference.linear_kl import cap_logits
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
+from discquant.solver.counted import counted_rows
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.kronecker import gram
-from discquant.solver.losses import counted_tokens, head_chunk
+from discquant.solver.losses import counted_tokens, head_chunk, positions_per_item
 from discquant.solver.weight_ref import WeightRef
 
 
@@ -34,7 +35,16 @@ class Factors(NamedTuple):
     outputs: Tensor
 
 
+# A factor is a sum of at most so many parts. In bfloat16, as a narrow state holds it, 128 of them lose about a percent,
+# less than the factors' own noise; from 256 on a part is half a unit in the last place of the sum, and more are lost.
+MOST_PARTS = 128
+
 FactorSink = Callable[[int, dict[str, Factors]], None]
+
+
+def rows_at_once(samples: int, batch_size: int) -> int:
+    """Return on how many windows factors are gathered at once: as many as a step takes, or what MOST_PARTS asks for."""
+    return max(batch_size, -(-samples // MOST_PARTS))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -42,7 +52,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the gradient, by the last block's output, of minus the log-likelihood of labels that the model draws."""
+    """Return the gradient, by the last block's output, of minus the log-likelihood of labels that the model draws.
+
+    Where an item of a module has several labels, of 1/sqrt(T) of it (see `kronecker_factors`).
+    """
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         features = chain.finish(leaf, batch)
@@ -54,9 +67,10 @@ def _sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: 
     mask = None if batch.mask is None else batch.mask.flatten()
     for begin in range(0, flat.shape[0], chunk):
         rows = _wide(flat[begin : begin + chunk])
-        slope: Tensor | float | None = None
         if head is None:
             logits = rows
+            # Of T labels, each with a share of 1/T in the loss: G, a sum of g g^T over them, gets this twice.
+            slope = positions_per_item(features) ** -0.5
         else:
             weight = head.weight.to(rows.dtype)
             bias = None if head.bias is None else head.bias.to(rows.dtype)
@@ -68,8 +82,8 @@ def _sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: 
         # Drawn on the CPU, so that the labels do not depend on the device's generator.
         label = torch.multinomial(pull.cpu(), 1, generator=generator).to(rows.device)
         pull.scatter_add_(1, label, torch.full_like(label, -1, dtype=pull.dtype))
-        if head is not None and slope is not None:
-            pull *= slope
+        pull *= slope
+        if head is not None:
             if mask is not None:
                 pull *= mask[begin : begin + chunk].unsqueeze(1)
             pull = pull @ weight
@@ -101,9 +115,7 @@ class _Watch:
             sums[place] = product if before is None else before + product
 
         def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x = args[0]
-            masked = self.mask is not None and x.shape[:-1] == self.mask.shape
-            rows = x[self.mask] if masked else x.flatten(0, -2)
+            rows = counted_rows(args[0], self.mask)
             self._rows[name] = self._rows.get(name, 0) + rows.shape[0]
             add(0, rows)
             output.register_hook(lambda grad: add(1, grad.flatten(0, -2)))
@@ -166,7 +178,8 @@ def kronecker_factors(
     """Gather the factors of every linear layer on some micro-batches, block by block from the last.
 
     H = mean of x x^T over the rows that a layer sees, G = mean of g g^T summed over the rows of a counted position,
-    g = d(-log p(sampled label)) / dy; over several calls both add up, each weighted by its share of `total`.
+    g = d(-log p(sampled label)) / dy; over several calls both add up, each weighted by its share of `total`. A module
+    with logits [items, T, classes], whose loss is the mean over an item's T labels, has 1/T of that G.
 
     Args:
         chain: The model.
@@ -196,7 +209,8 @@ def kronecker_factors(
         return chain.opened(index) if weights is None else contextlib.nullcontext()
 
     for index in range(len(chain.blocks)):
-        boundaries.push(hidden)
+        if index >= chain.first:
+            boundaries.push(hidden)
         weights = weights_of(index)
         with torch.no_grad(), opened(index, weights):
             hidden = [
@@ -206,7 +220,7 @@ def kronecker_factors(
     grads = [_sampled_gradient(chain, batch, h, generator) for batch, h in zip(batches, hidden, strict=True)]
     del hidden
     counted = sum(counted_tokens(batch, "kl", has_head) for batch in batches)
-    for index in reversed(range(len(chain.blocks))):
+    for index in reversed(range(chain.first, len(chain.blocks))):
         watch = _Watch(chain, chain.weights[index], width)
         inputs, weights = boundaries.pop(), weights_of(index)
         try:

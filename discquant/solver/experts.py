@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts blocks: fused [experts, rows, columns] parameters as matrices under their checkpoint names.
 
-`transformers` joins the per-expert matrices of a checkpoint when it loads it (`formats.stored` tells where each went);
-the router is no linear layer of a known kind and stays as it is.
+`transformers` joins the per-expert matrices of a checkpoint when it loads it (`formats.stored` tells where each went).
+What chooses and weighs experts is small, decides everything, and is served in full precision: it stays as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from discquant.formats.stored import checkpoint_parts, fused_parameters
+from discquant.solver.counted import counted_rows
 from discquant.solver.weight_ref import WeightRef
+
+
+def routes(name: str, layer: nn.Module) -> bool:
+    """Say by a layer's name below its block whether it chooses or weighs experts.
+
+    So it does in a router, as the gate of a shared expert, and where it or the module it lies in is a `gate` that gives
+    fewer numbers than it takes (one per expert); a `gate` that does not is half of a gated product.
+    """
+    parts = name.split(".")
+    if not isinstance(layer, nn.Linear):
+        return False
+    if any("router" in part or part == "shared_expert_gate" for part in parts):
+        return True
+    return "gate" in parts and layer.out_features < layer.in_features
 
 
 def settle_kernel(model: nn.Module) -> None:
@@ -119,12 +134,7 @@ class RoutedInputs:
 
     @torch.no_grad()
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = [*args, *kwargs.values()]
-        hidden, chosen, weights = values[0].flatten(0, -2), values[1], values[2]
-        counted = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-        if self.mask is not None and self.mask.numel() == hidden.shape[0]:
-            counted = self.mask.flatten().to(hidden.device)
-        chosen = torch.where(counted.unsqueeze(1), chosen, torch.full_like(chosen, -1))
+        hidden, chosen, weights = (counted_rows(value, self.mask) for value in [*args, *kwargs.values()][:3])
         for expert in chosen.unique().tolist():
             if expert < 0 or expert >= self.module.num_experts:
                 continue

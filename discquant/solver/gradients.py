@@ -39,6 +39,7 @@ class _Forward:
     ) -> None:
         self.chain, self.student, self.batches, self.keep_graph = chain, student, batches, keep_graph
         self.inputs = boundaries
+        self.first = chain.first
         self.outputs: list[list[Tensor]] = []
         self.leaves: list[dict[str, Tensor]] = []
 
@@ -55,8 +56,9 @@ class _Forward:
 
     def run(self, index: int, hidden: list[Tensor]) -> list[Tensor]:
         """Run block `index` on all micro-batches; return detached outputs."""
-        if not self.keep_graph:
-            self.inputs.push(hidden)
+        if not self.keep_graph or index < self.first:
+            if index >= self.first:
+                self.inputs.push(hidden)
             with torch.no_grad():
                 weights = self.student(index)
                 return [
@@ -64,7 +66,7 @@ class _Forward:
                     for h, batch in zip(hidden, self.batches, strict=True)
                 ]
         leaves = self._leaves(index)
-        hidden = [h.detach().requires_grad_(index > 0) for h in hidden]
+        hidden = [h.detach().requires_grad_(index > self.first) for h in hidden]
         with torch.enable_grad():
             outputs = [
                 self._call(index, h, batch, leaves) for h, batch in zip(hidden, self.batches, strict=True)
@@ -86,17 +88,17 @@ class _Forward:
         for position, batch in enumerate(self.batches):
             hidden = inputs[position]
             if outputs is None:
-                hidden = hidden.detach().requires_grad_(index > 0)
+                hidden = hidden.detach().requires_grad_(index > self.first)
                 with torch.enable_grad():
                     output = self._call(index, hidden, batch, leaves)
             else:
                 output = outputs[position]
             trigger = [leaves.trigger] if isinstance(leaves, SoftWeights) else []
-            targets = ([hidden] if index > 0 else []) + list(leaves.values())
+            targets = ([hidden] if index > self.first else []) + list(leaves.values())
             # A weight may be unused on this micro-batch (an expert that no token chose).
             found = list(torch.autograd.grad(output, targets + trigger, grads[position], allow_unused=True))
             del found[len(targets) :]
-            if index > 0:
+            if index > self.first:
                 grad_input = found.pop(0)
                 grads[position] = torch.zeros_like(hidden) if grad_input is None else grad_input
             sums = {name: _wide(leaf, grad) for (name, leaf), grad in zip(leaves.items(), found, strict=True)}
@@ -105,6 +107,13 @@ class _Forward:
             del found
             tree.add(sums)
         return grads, tree.total()
+
+
+def _counted(gap: Tensor, batch: Prepared, has_head: bool) -> Tensor:
+    """Return a difference of hidden states, zero at positions that do not count."""
+    if batch.mask is None or not has_head:
+        return gap
+    return gap.masked_fill(~batch.mask.unsqueeze(-1), 0.0)
 
 
 def _wide(leaf: Tensor, grad: Tensor | None) -> Tensor:
@@ -129,6 +138,8 @@ def block_gradients(
     tokens: int | None = None,
 ) -> float:
     """Compute the loss of a step and hand each block's weight gradient to `on_block`, last block first.
+
+    It ends at the first block with weights to quantize; what lies below it is only run forward.
 
     The gradient of block b is that of the whole step (all micro-batches summed) when `on_block(b, ...)` is
     called; the block is not visited again, so the callee may change the block's weights at once.
@@ -170,7 +181,7 @@ def block_gradients(
         batch.teacher if known and batch.teacher is not None else batch.hidden for batch in batches
     ]
     student_hidden = [batch.hidden for batch in batches]
-    parts: list[float] = []  # of the loss, in the order of micro-batches
+    squares: list[Tensor | float] = [0.0 for _ in batches]  # mse only: each micro-batch's share of the loss
     for index in range(depth):
         student_hidden = forward.run(index, student_hidden)
         if loss == "ce" or known:
@@ -183,24 +194,30 @@ def block_gradients(
                     for h, batch in zip(teacher_hidden, batches, strict=True)
                 ]
             if loss == "mse":
-                gaps = [s - t for s, t in zip(student_hidden, teacher_hidden, strict=True)]
-                count = sum(ranks.gather([float(sum(gap.numel() for gap in gaps))])) * depth
-                parts += [float(gap.double().square().sum()) / count for gap in gaps]
-                pulls.append([gap * (2 / count) for gap in gaps])
+                gaps = [
+                    _counted(s - t, batch, chain.head is not None)
+                    for s, t, batch in zip(student_hidden, teacher_hidden, batches, strict=True)
+                ]
+                # Entries of a position that counts; without a head that is a whole item.
+                counts = [total * depth * gap.shape[1 if chain.head is None else 2 :].numel() for gap in gaps]
+                squares = [
+                    square + gap.double().square().sum() / count
+                    for square, gap, count in zip(squares, gaps, counts, strict=True)
+                ]
+                pulls.append([gap * (2 / count) for gap, count in zip(gaps, counts, strict=True)])
     grads: list[Tensor] = []
     losses: list[Tensor] = []
-    for batch, s, t in zip(batches, student_hidden, teacher_hidden, strict=True):
+    for batch, s, t, square in zip(batches, student_hidden, teacher_hidden, squares, strict=True):
         part = head_loss(chain, batch, s, t, loss=loss, normalizer=total, chunk_size=chunk_size)
-        losses.append(part.loss)
+        losses.append(part.loss + square)
         grads.append(part.grad)
-    if losses:
-        parts += torch.stack(losses).tolist()  # the only wait for the device in a step before its end
-    value = sum(ranks.gather(parts))
+    # The only wait for the device in a step before its end; summed in the order of micro-batches, whatever the ranks.
+    value = sum(ranks.gather(torch.stack(losses).tolist() if losses else []))
     if not math.isfinite(value):
         raise ValueError(f"block_gradients: the loss must be finite, got {value}")
     del student_hidden, teacher_hidden
 
-    for index in reversed(range(depth)):
+    for index in reversed(range(chain.first, depth)):
         if loss == "mse":
             grads = [g + pull for g, pull in zip(grads, pulls.pop(), strict=True)]
         grads, sums = forward.backward(index, grads)

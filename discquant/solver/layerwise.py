@@ -14,6 +14,7 @@ from discquant.grids import Grid
 from discquant.rounding import gptq, greedy
 from discquant.solver.chain import Chain, Prepared, WeightRef
 from discquant.solver.codes import NearestCodes, PackedCodes
+from discquant.solver.counted import counted_rows
 from discquant.solver.experts import RoutedInputs
 from discquant.solver.measure import served_weights
 
@@ -37,16 +38,14 @@ class _HessianHook:
                     "layerwise: GPTQ of a grouped convolution is not supported; use rtn"
                 )
             unfolded = nn.functional.unfold(
-                x, self.module.kernel_size, self.module.dilation, _padding(self.module), self.module.stride
+                _padded(self.module, x), self.module.kernel_size, self.module.dilation, 0, self.module.stride
             )
             return unfolded.transpose(1, 2).flatten(0, 1)
         if not isinstance(self.module, nn.Linear):
             raise NotImplementedError(
                 f"layerwise: GPTQ of {type(self.module).__name__} is not supported; use rtn"
             )
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            return x[self.mask]
-        return x.flatten(0, -2)
+        return counted_rows(x, self.mask)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         try:
@@ -68,17 +67,16 @@ class _HessianHook:
         self._handle.remove()
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int]:
-    if isinstance(conv.padding, str):
-        if conv.padding == "valid":
-            return 0, 0
-        raise NotImplementedError(
-            "layerwise: GPTQ of a convolution with padding='same' is not supported; use rtn"
-        )
-    return conv.padding[0], conv.padding[1]
+def _padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return what the kernel of a convolution really slides over: its input with its own kind of padding."""
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    # Of torch: last dimension first, both sides of each; "same" is resolved there.
+    return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
 
 
-def _watch(chain: Chain, refs: Sequence[WeightRef], strict: bool) -> dict[str, _HessianHook | RoutedInputs]:
+def watch_inputs(
+    chain: Chain, refs: Sequence[WeightRef], strict: bool
+) -> dict[str, _HessianHook | RoutedInputs]:
     """Hook every layer of a block, by the name of its weight; the matrices of one experts module share a hook."""
     hooks: dict[str, _HessianHook | RoutedInputs] = {}
     routed: dict[str, RoutedInputs] = {}
@@ -131,7 +129,7 @@ def layerwise_codes(
     hidden = [batch.hidden for batch in batches]
     codes = PackedCodes()
     for index, refs in enumerate(chain.weights):
-        hooks = _watch(chain, refs, strict)
+        hooks = watch_inputs(chain, refs, strict)
         try:
             with chain.opened(index):
                 for h, batch in zip(hidden, batches, strict=True):

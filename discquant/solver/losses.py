@@ -53,12 +53,16 @@ def kl_of_logits(student: Tensor, teacher: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
+def positions_per_item(logits: Tensor) -> int:
+    """Return over how many positions the loss of one item of a module is a mean: T of logits [items, T, classes]."""
+    return max(1, logits.shape[1:-1].numel())
+
+
 def _module_kl(student: Tensor, teacher: Tensor, normalizer: float) -> HeadLoss:
     """KL of a module whose output is already logits."""
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
-        per_item = kl_of_logits(leaf, teacher)
-        loss = per_item.sum() / (normalizer * max(1, per_item.numel() // per_item.shape[0]))
+        loss = kl_of_logits(leaf, teacher).sum() / (normalizer * positions_per_item(leaf))
     (grad,) = torch.autograd.grad(loss, leaf)
     return HeadLoss(loss.detach().double(), grad)
 

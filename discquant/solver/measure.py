@@ -12,7 +12,7 @@ from discquant.grids import Grid
 from discquant.ops import linear_kl
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.gradients import StudentWeights, TeacherWeights
-from discquant.solver.losses import counted_tokens, kl_of_logits
+from discquant.solver.losses import counted_tokens, kl_of_logits, positions_per_item
 from discquant.solver.weight_ref import assemble
 
 
@@ -69,8 +69,7 @@ def mean_kl(
         known = batch.teacher if batch.teacher is not None else next(found)
         count += counted_tokens(batch, "kl", chain.head is not None)
         if chain.head is None:
-            per_item = kl_of_logits(h, known)
-            total += float(per_item.double().sum()) / max(1, per_item.numel() // per_item.shape[0])
+            total += float(kl_of_logits(h, known).double().sum()) / positions_per_item(h)
             continue
         features = chain.finish(h, batch).flatten(0, 1)
         result = linear_kl(

@@ -16,7 +16,7 @@ from discquant.grids.fused import FUSED
 from discquant.solver.calibrate import calibrate_gain
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.codes import NearestCodes, StateCodes
-from discquant.solver.curvature import Factors, kronecker_factors
+from discquant.solver.curvature import Factors, kronecker_factors, rows_at_once
 from discquant.solver.engine import Engine
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.layerwise import layerwise_codes
@@ -309,7 +309,7 @@ class Solve:
         return mean_kl(self.chain, served, self.rows.batches(range(min(START_KL_ROWS, len(self.rows)))))
 
     def _gather_curvature(self) -> None:
-        """Fill the factors of all states, on as many rows at once as a step takes."""
+        """Fill the factors of all states."""
         options, placement = self.config.solver, self.solver.placement
         count = min(options.curvature_samples, len(self.rows))
         generator = torch.Generator().manual_seed(self.config.seed + 29)
@@ -321,8 +321,9 @@ class Solve:
                     state.curvature_in += factors.inputs.to(state.curvature_in)
                     state.curvature_out += factors.outputs.to(state.curvature_out)
 
-        for begin in range(0, count, options.batch_size):
-            rows = range(begin, min(begin + options.batch_size, count))
+        size = rows_at_once(count, options.batch_size)
+        for begin in range(0, count, size):
+            rows = range(begin, min(begin + size, count))
             kronecker_factors(
                 self.chain,
                 self.rows.batches(rows),

@@ -23,7 +23,7 @@ from discquant.solver.kronecker import curvature_gradient, factor_shape
 FRAC_REF_LOW, FRAC_REF_HIGH = -0.5, 1.5
 # An anchored weight is drawn to the point half-way between its own position and the chosen neighbour.
 ANCHOR_SHARE = 0.5
-# Weights whose position the 8-bit code cannot hold are kept apart, 6 to 8 B each; above this share all are kept.
+# Weights that their position does not give back are kept apart, 6 to 8 B each; above this share all are kept.
 OUTLIER_SHARE = 0.125
 
 # What the state holds of the original weight: nothing, the weight, or what the weight can be computed from.
@@ -164,7 +164,7 @@ class WeightState:
         self.outlier_value: Tensor | None = None
         self.side: Tensor | None = None
         self._anchor: Tensor | None = None
-        self.frac_ref = self._reference(weight, own, stored(own)) if kept == "state" else None
+        self.frac_ref = self._reference(weight, q_down, own, stored(own)) if kept == "state" else None
         if self.frac_ref is None:
             self._anchor = stored(anchor)
         elif anchored or frozen:
@@ -193,16 +193,23 @@ class WeightState:
                 blocks = torch.zeros(factor_shape(size, curvature_width), dtype=dtype, device=weight.device)
                 setattr(self, key, blocks)
 
-    def _reference(self, weight: Tensor, own: Tensor, code: Tensor) -> Tensor | None:
-        """Return `frac_ref` to keep, beside it the weights that its code would move; None where those are many."""
+    def _reference(self, weight: Tensor, q_down: Tensor, own: Tensor, code: Tensor) -> Tensor | None:
+        """Return `frac_ref` to keep, beside it the weights that it would move; None where those are many.
+
+        It would move what counts as on the grid without lying there (in a group of one level), and what lies beyond
+        the range of an 8-bit code.
+        """
+        level = self.grid.dequantize(q_down + (own == 1).to(torch.uint8), torch.float32)
+        apart = ((own == 0) | (own == 1)) & (level != weight.float())
         if self.state == "u8":
-            beyond = ((own < FRAC_REF_LOW) | (own > FRAC_REF_HIGH)).flatten().nonzero().flatten()
-            if beyond.numel() > OUTLIER_SHARE * weight.numel():
-                self.weight = _smallest(weight)
-                return None
-            if beyond.numel():
-                self.outlier_index = beyond.to(torch.int32)
-                self.outlier_value = _smallest(weight.flatten()[beyond])
+            apart |= (own < FRAC_REF_LOW) | (own > FRAC_REF_HIGH)
+        index = apart.flatten().nonzero().flatten()
+        if index.numel() > OUTLIER_SHARE * weight.numel():
+            self.weight = _smallest(weight)
+            return None
+        if index.numel():
+            self.outlier_index = index.to(torch.int32)
+            self.outlier_value = _smallest(weight.flatten()[index])
         return code
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,9 @@ def test_left_over_tokens_are_told(tmp_path: Path, tokenizer: Any, caplog: pytes
 
 def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
     """What is wrong: (data set, words of the message)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     (folder / "empty.txt").write_text(" \n ")
     (folder / "short.txt").write_text("abc")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00\x9f")
@@ -218,6 +222,10 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
         folder / "t.safetensors",
     )
     save_file({"e": torch.zeros(0, 9, dtype=torch.int64)}, folder / "e.safetensors")
+    save_file({"p": torch.zeros(4, 9, dtype=torch.int64)}, folder / "padding.safetensors")
+    damaged = folder / "page.parquet"
+    pq.write_table(pa.table({"text": ["words "] * 400}), damaged, use_dictionary=False, compression="none")
+    damaged.write_bytes(b"PAR1" + b"\xff" * 64 + damaged.read_bytes()[68:])
     (folder / "cut.safetensors").write_bytes((folder / "t.safetensors").read_bytes()[:-20])
     return {
         "empty": ("empty.txt", "holds no text"),
@@ -230,6 +238,8 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
         "keys": ("keys.jsonl", "got content (str), id (int)"),
         "no rows": ("nothing.jsonl", "holds no text"),
         "parquet": ("broken.parquet", "not a readable parquet"),
+        "parquet page": ("page.parquet", "not a readable parquet"),
+        "padding alone": ("padding.safetensors:p", "holds padding alone, [4, 9]"),
         "vocabulary": ("t.safetensors:a", "token id 200, and the model's vocabulary has 104"),
         "float ids": ("t.safetensors:b", "must be integer token ids"),
         "negative": ("t.safetensors:c", "negative token id -4"),
@@ -246,6 +256,40 @@ def test_rejects_bad_data(tmp_path: Path, tokenizer: Any, model: Any) -> None:
         with pytest.raises(CalibrationError) as raised:
             load_windows(str(tmp_path / dataset), tokenizer, nsamples=2, seqlen=8, model=model)
         assert words in str(raised.value), f"{what}: {raised.value}"
+
+
+class Stream:
+    """A streamed data set that breaks off."""
+
+    def __init__(self, rows: int, error: Exception) -> None:
+        self.rows, self.error = rows, error
+
+    def shuffle(self, **options: Any) -> Stream:
+        return self
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        yield from [{"text": "words and words"}] * self.rows
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        (0, TimeoutError(), "can be reached (TimeoutError)"),
+        (0, ConnectionError("no\nway"), "can be reached (ConnectionError: no)"),
+        (1, ConnectionError("gone"), "some/name broke off after 1 rows (ConnectionError: gone)"),
+        (3, TimeoutError(), "some/name broke off after 3 rows (TimeoutError)"),
+    ],
+)
+def test_a_data_set_that_breaks_off(
+    rows: int, error: Exception, words: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: Stream(rows, error))
+    with pytest.raises(CalibrationError) as raised:
+        load_windows("some/name", tokenizer, nsamples=20, seqlen=16)
+    assert words in str(raised.value)
 
 
 def test_rejects_names_and_models(tokenizer: Any, model: Any, tmp_path: Path) -> None:

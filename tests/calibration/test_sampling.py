@@ -97,6 +97,14 @@ def test_rejects(model: Any) -> None:
         broken.lm_head.weight[5, 0] = float("nan")
     with pytest.raises(CalibrationError, match="not finite at position 1"):
         sampling.sample(broken, None, nsamples=2, seqlen=4)
+    for bias in ([0.0, float("inf"), float("-inf")], [float("-inf")] * 3):
+        head = torch.nn.Linear(32, 3)
+        head.bias.data = torch.tensor(bias)
+        broken.lm_head = head
+        with pytest.raises(CalibrationError, match="not finite at position 1"):
+            sampling.sample(broken, None, nsamples=2, seqlen=4)
+    head.bias.data = torch.tensor([0.0, 0.0, float("-inf")])
+    assert int(sampling.sample(broken, None, nsamples=2, seqlen=8).max()) < 2
     nameless = copy.deepcopy(model)
     nameless.config.bos_token_id = nameless.config.eos_token_id = None
     with pytest.raises(CalibrationError, match="names neither"):

@@ -301,7 +301,12 @@ def test_ranks_share_a_step_and_a_machine(shape_8b: ModelShape) -> None:
     assert four.exchanged == 2 * 4 * shape_8b.weights and alone.exchanged == 0
     state = [{peak.name: peak for peak in made.peaks}["solve"].disk for made in (alone, four)]
     assert state[1]["state"] == 4 * state[0]["state"]
-    assert state[1]["boundary activations"] == pytest.approx(state[0]["boundary activations"])
+    # Each gathers the curvature's factors on all windows of a step; without them it keeps its share of a step's.
+    assert state[1]["boundary activations"] == pytest.approx(4 * state[0]["boundary activations"])
+    plain = options(curvature=0.0)
+    for made in (roomy, dataclasses.replace(roomy, ranks=4)):
+        steps = {peak.name: peak for peak in make_plan(shape_8b, plain, made, placement="disk").peaks}
+        assert steps["solve"].disk["boundary activations"] == pytest.approx(state[0]["boundary activations"])
     host = max(peak.total("host") for peak in four.peaks)
     with pytest.raises(CapacityError):
         make_plan(shape_8b, config, Machine(DEVICES["4090"], 3.9 * host, ROOMY, ranks=4), placement="disk")

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from discquant.config import GridConfig
-from discquant.grids import Grid, place_grid
+from discquant.grids import Grid, UniformGrid, place_grid
 from discquant.rounding import gptq, greedy
 from discquant.rounding.gptq import slice_rows
 
@@ -166,11 +168,34 @@ def test_dead_columns_and_singular_hessians() -> None:
     assert int(q.max()) < 8
 
 
+@pytest.mark.parametrize("method", [gptq, greedy])
+def test_units_change_no_code(method: Any) -> None:
+    """Any positive multiple of the Hessian, with dead columns too, and of weight and grid; all exact here."""
+    weight, hessian = _problem(16, 64)
+    hessian = hessian.double()
+    dead = torch.arange(0, 64, 2)
+    hessian[dead] = hessian[:, dead] = 0
+    grid = place_grid(weight, GridConfig(3, 32))
+    assert isinstance(grid, UniformGrid)
+    codes = method(weight, hessian, grid, damp=0.1)
+    for power in (-40, -20, 20):
+        for unit in (1.0, 2.0**-16):
+            scaled = dataclasses.replace(grid, scale=grid.scale * unit)
+            assert torch.equal(method(weight * unit, hessian * 2.0**power, scaled, damp=0.1), codes)
+
+
+def test_every_column_dead() -> None:
+    weight, hessian = _problem(4, 32)
+    grid = place_grid(weight, GridConfig(3, 32))
+    assert torch.equal(gptq(weight, 0 * hessian, grid), grid.nearest(weight))
+
+
 def test_rejects_bad_input() -> None:
     weight, hessian = _problem(2, 16)
     grid = place_grid(weight, GridConfig())
     for method in (gptq, greedy):
         with pytest.raises(ValueError, match="hessian must be"):
             method(weight, hessian[:8, :8], grid)
-    with pytest.raises(ValueError, match="hessian must be finite"):
-        gptq(weight, hessian * torch.nan, grid)
+        for bad in (torch.nan, torch.inf):
+            with pytest.raises(ValueError, match="hessian must be finite"):
+                method(weight, hessian * bad, grid)

@@ -49,6 +49,18 @@ def test_state_and_activations_anywhere_give_the_same_bytes(
     assert len(found) == 1
 
 
+def test_the_first_block_may_stay_as_it_is(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    """From the format check to the report; in memory, and where its weights are read from the checkpoint."""
+    found = set()
+    for where in ("resident", "disk"):
+        out = tmp_path / where
+        config = dataclasses.replace(_config(dataset), ignore=("lm_head", "model.layers.0.*"))
+        summary = Pipeline(model_dir, out, config, engine=Engine(where, where)).execute()  # type: ignore[arg-type]
+        found.add(hashlib.sha256((out / "codes.safetensors").read_bytes()).hexdigest())
+        assert {row["name"].split(".")[2] for row in summary["layers"]} == {"1"}
+    assert len(found) == 1
+
+
 def test_what_was_moved_is_reported(
     model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

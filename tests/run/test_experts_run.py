@@ -16,9 +16,14 @@ from safetensors.torch import load_file, save_file
 from discquant.api import load
 from discquant.config import DataConfig, GridConfig, Method, QuantizeConfig, SolverConfig
 from discquant.errors import UnrepresentableError
+from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import CodedLayer
+from discquant.grids import place_grid
 from discquant.run.directory import RunDirectory
 from discquant.run.events import Events
 from discquant.run.pipeline import Pipeline
+from discquant.run.refine import RefinePipeline
 from discquant.run.served import apply_layers
 from discquant.solver.engine import Engine
 
@@ -31,6 +36,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
 }
+# Its shared expert has a gate that is a linear layer.
+GATED: dict[str, dict[str, Any]] = {
+    "Qwen2Moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "intermediate_size": 64,
+    },
+}
 
 
 def make_model(family: str, folder: Path) -> Any:
@@ -40,7 +54,7 @@ def make_model(family: str, folder: Path) -> Any:
     config = getattr(transformers, f"{family}Config")(
         vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         num_experts_per_tok=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        **FAMILIES[family],
+        **(FAMILIES | GATED)[family],
     )  # fmt: skip
     torch.manual_seed(5)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
@@ -158,3 +172,34 @@ def test_engines_get_full_names_of_what_is_ignored(family: str, tmp_path: Path) 
         assert not (tmp_path / "mlx").exists()
     else:
         Pipeline(tmp_path / "model", tmp_path / "mlx", mlx).execute()
+
+
+def test_gate_of_a_shared_expert(tmp_path: Path) -> None:
+    """It stays in full precision, which is said; a file of another tool that rounded it is refined with it."""
+    make_model("Qwen2Moe", tmp_path / "model")
+    ids = torch.randint(3, 61, (6, 8), generator=torch.Generator().manual_seed(3))
+    config = write_config(ids, tmp_path, ())
+    said: list[str] = []
+    summary = Pipeline(
+        tmp_path / "model", tmp_path / "run", config, events=Events(message=said.append)
+    ).execute()
+    gates = [f"model.layers.{index}.mlp.shared_expert_gate" for index in range(2)]
+    rows = [row["name"] for row in summary["layers"]]
+    assert not set(gates) & set(rows)
+    assert [line for line in said if "stay in full precision" in line and gates[0] in line]
+    exported = tmp_path / "run" / "compressed-tensors"
+    entry = json.loads((exported / "config.json").read_text())["quantization_config"]
+    assert set(gates) <= set(entry["ignore"])
+
+    source = Checkpoint(tmp_path / "model")
+    for rounded in (rows, [*rows, *gates]):
+        layers, file = [], tmp_path / f"file-{len(rounded)}"
+        for name in rounded:
+            weight = source.read(f"{name}.weight").float()
+            grid = place_grid(weight, config.grid)
+            layers.append(CodedLayer(name, grid.nearest(weight), grid))
+        registry.by_name("compressed-tensors").write(source, file, layers)
+        out = tmp_path / f"refined-{len(rounded)}"
+        summary = RefinePipeline(file, out, tmp_path / "model", config).execute()
+        assert {layer.name for layer in RunDirectory(out).coded_layers()} == set(rounded)
+        assert {row["name"] for row in summary["layers"]} == set(rounded)

@@ -57,6 +57,7 @@ def make(model_dir: Path, tmp_path: Path) -> Make:
         name: str = "gptq",
         grid: GridConfig | None = None,
         change: Callable[[nn.Module], None] | None = None,
+        dense: str = "nothing",
     ) -> Path:
         source = model_dir
         if change is not None:
@@ -68,7 +69,7 @@ def make(model_dir: Path, tmp_path: Path) -> Make:
         checkpoint = Checkpoint(source)
         layers = []
         for key in checkpoint.tensors:
-            if key.endswith("proj.weight"):
+            if key.endswith("proj.weight") and dense not in key:
                 weight = checkpoint.read(key).float()
                 laid = place_grid(weight, grid or GridConfig(3, 32, True, "absmax"))
                 layers.append(CodedLayer(key.removesuffix(".weight"), laid.nearest(weight), laid))
@@ -112,6 +113,12 @@ def test_a_better_file_of_the_same_bytes_elsewhere(
     assert RefinePipeline(file, out, model_dir, _config(dataset)).execute() == json.loads(json.dumps(summary))
     with pytest.raises(ResumeError, match="seed"):
         RefinePipeline(file, out, model_dir, replace(_config(dataset), seed=1)).execute()
+
+
+def test_a_file_whose_first_block_is_dense(make: Make, model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    file = make(dense=".layers.0.")
+    found = RefinePipeline(file, tmp_path / "out", model_dir, _config(dataset)).execute()["refine"]
+    assert found["improved"] and found["derivation"]["layers"] == 7
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from discquant.solver.chain import DecoderChain, ModuleChain
+from discquant.solver.norms import rms_norms
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,39 @@ def test_a_model_that_is_no_chain_is_refused(make_model: Callable[..., Any], tok
         chain.verify(token_ids)
     with pytest.raises(NotImplementedError, match="no linear output head"):
         DecoderChain(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_verify_in_every_dtype(dtype: torch.dtype, make_model: Callable[..., Any], token_ids: Tensor) -> None:
+    """Also in 16 bits it tells another head, and no logits that are NaN pass."""
+    for architecture in ("llama", "gemma2-softcap", "cohere-logit-scale"):
+        model = make_model(architecture, dtype)
+        chain = DecoderChain(model)
+        chain.verify(token_ids)
+        assert chain.head is not None
+        for wrong in (0.0, 0.9):
+            broken = DecoderChain(model)
+            broken.head = dataclasses.replace(chain.head, weight=chain.head.weight * wrong)
+            with pytest.raises(NotImplementedError, match="not a plain chain"):
+                broken.verify(token_ids)
+        model.model.norm.weight.data.fill_(torch.nan)
+        with pytest.raises(NotImplementedError, match="not finite"):
+            chain.verify(token_ids)
+
+
+def test_verify_runs_the_models_blocks_with_the_chains_norms(
+    make_model: Callable[..., Any], token_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: in bfloat16 norms of another kernel alone would move the logits by percents of the largest."""
+    model = make_model("llama-six-blocks", torch.bfloat16)
+    for norm in (module for name, module in model.named_modules() if name.endswith("norm")):
+        norm.weight.data.uniform_(0.5, 1.5)
+    chain = DecoderChain(model)
+    monkeypatch.setattr(chain, "_fast_norms", lambda index, where: rms_norms(chain.blocks[index]))
+    plain = model(input_ids=token_ids, use_cache=False).logits
+    assert not torch.equal(chain.logits(token_ids), plain)
+    monkeypatch.setattr("discquant.solver.chain.LOGIT_SHARE", 0.0)
+    chain.verify(token_ids)
 
 
 def test_module_chain_finds_convolutions() -> None:

@@ -12,8 +12,9 @@ import torch
 
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.solver.chain import DecoderChain, ModuleChain
-from discquant.solver.curvature import Factors, kronecker_factors
+from discquant.solver.curvature import Factors, kronecker_factors, rows_at_once
 from discquant.solver.kronecker import curvature_gradient, factor_shape, gram, times
+from discquant.solver.measure import mean_kl
 from discquant.solver.solve import Solve, TokenRows, lay_grids
 
 
@@ -222,6 +223,24 @@ def test_a_shared_layer_counts_its_rows_once() -> None:
     torch.testing.assert_close(found["layer"].outputs[0], rows_per_item * g.T @ g / 64)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3)])
+def test_the_quadratic_is_the_measured_kl(shape: tuple[int, ...]) -> None:
+    """1/2 <E, G E H> of one layer of a module against its mean KL, also where an item has several rows of logits."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 12, bias=False)).double()
+    chain = ModuleChain(model)
+    batch = chain.prepare(torch.randn(600, *shape, 16, dtype=torch.float64))
+    found: dict[str, Factors] = {}
+    kronecker_factors(
+        chain, [batch], lambda index, factors: found.update(factors), total=600, width=16,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    error = 1e-2 * torch.randn(12, 16, dtype=torch.float64)
+    quadratic = 0.5 * float((error * curvature_gradient(error, *found["0"])).sum())
+    kl = mean_kl(chain, lambda index: {"0.weight": model[0].weight.detach() + error}, [batch])
+    assert 0.85 < quadratic / kl < 1.15
+
+
 def test_a_module_of_token_ids_has_factors(token_ids: torch.Tensor) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -232,6 +251,26 @@ def test_a_module_of_token_ids_has_factors(token_ids: torch.Tensor) -> None:
         bool(state.curvature_out.any()) for state in run.solver.states[0] if state.curvature_out is not None
     )
     run.advance()
+
+
+def test_narrow_factors_of_many_windows(make_model: Callable[..., Any]) -> None:
+    """A bfloat16 sum of 512 parts would lose a tenth: steps of one window gather on more at once."""
+    ids = torch.randint(3, 61, (512, 4), generator=torch.Generator().manual_seed(1))
+    found = []
+    for state in ("fp32", "bf16"):
+        chain = DecoderChain(make_model("llama", torch.float32), ["*.layers.0.*", "*.layers.1.*"])
+        run = make_solve(
+            chain, ids, state=state, start="ref", batch_size=1, micro_batch=4, curvature_samples=512
+        )
+        found.append(run.solver.states[2])
+    for wide, narrow in zip(*found, strict=True):
+        for one, other in (
+            (wide.curvature_in, narrow.curvature_in),
+            (wide.curvature_out, narrow.curvature_out),
+        ):
+            assert one is not None and other is not None and other.dtype == torch.bfloat16
+            assert float((one - other).norm() / one.norm()) < 0.03
+    assert rows_at_once(256, 8) == 8 and rows_at_once(256, 1) == 2 and rows_at_once(4096, 8) == 32
 
 
 def test_same_seed_same_factors(make_model: Callable[..., Any], token_ids: torch.Tensor) -> None:

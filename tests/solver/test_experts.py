@@ -14,9 +14,10 @@ from torch.func import functional_call
 from discquant.api import quantize
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.solver.chain import DecoderChain
-from discquant.solver.experts import RoutedInputs
+from discquant.solver.curvature import Factors, kronecker_factors
+from discquant.solver.experts import RoutedInputs, routes
 from discquant.solver.gradients import block_gradients
-from discquant.solver.layerwise import layerwise_codes
+from discquant.solver.layerwise import layerwise_codes, watch_inputs
 from discquant.solver.solve import TokenRows, lay_grids
 from discquant.solver.weight_ref import assemble, take_matrices
 
@@ -48,13 +49,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"],
     },
 }
+# Models whose routers are linear layers, and what those are called below a block.
+ROUTERS = {
+    "Afmoe": ["mlp.router.gate"],
+    "JetMoe": ["mlp.router.layer", "self_attention.experts.router.layer"],
+    "Qwen2Moe": ["mlp.shared_expert_gate"],
+}
+ROUTED: dict[str, dict[str, Any]] = {
+    "Afmoe": {"num_dense_layers": 1, "num_experts": 4, "moe_intermediate_size": 16, "intermediate_size": 48},
+    "JetMoe": {"num_local_experts": 4, "kv_channels": 8, "intermediate_size": 24},
+    "Qwen2Moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "intermediate_size": 48,
+    },
+}
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Any:
     """Return a random model whose router decides sharply."""
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(**{**COMMON, **FAMILIES[family], **changed})
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **(FAMILIES | ROUTED)[family], **changed})
     torch.manual_seed(5)
     model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
     with torch.no_grad():
@@ -93,6 +110,43 @@ def test_matrices_cover_the_fused_parameters(family: str) -> None:
         if "router" in ref.name or ref.name.endswith(".gate")
     ]
     assert not routers
+
+
+@pytest.mark.parametrize("family", list(ROUTERS))
+def test_routers_that_are_linear_layers_stay_as_they_are(family: str) -> None:
+    """And are named; a gated product's `gate_proj` is none, and a file's own may be asked for."""
+    model = build(family)
+    chain = DecoderChain(model)
+    names = {ref.name for refs in chain.weights for ref in refs}
+    assert [name.removeprefix("model.layers.1.") for name in chain.routers if ".1." in name] == ROUTERS[
+        family
+    ]
+    assert not names & set(chain.routers)
+    assert family == "JetMoe" or any(name.endswith("gate_proj") for name in names)
+    every = {ref.name for refs in DecoderChain(model, routers=True).weights for ref in refs}
+    assert every == names | set(chain.routers)
+
+
+def test_what_a_router_is_called() -> None:
+    small, wide = torch.nn.Linear(32, 4), torch.nn.Linear(32, 64)
+    for name in (
+        "block_sparse_moe.gate",
+        "mlp.gate.wg",
+        "mlp.router.classifier",
+        "mlp.router_gate",
+        "ffn.router.layer",
+    ):
+        assert routes(name, small), name
+    assert routes("mlp.router.inner", wide)
+    for name in (
+        "mlp.gate_proj",
+        "self_attn.output_gate",
+        "mlp.experts.0.w1",
+        "per_layer_input_gate",
+        "mlp.gateway",
+    ):
+        assert not routes(name, small), name
+    assert not routes("mlp.gate", wide) and not routes("router", torch.nn.Conv2d(3, 4, 1))
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
@@ -201,6 +255,41 @@ def test_hessian_is_that_of_the_routed_tokens(family: str, ids: Tensor) -> None:
         assert found is not None
         limit = 64 * torch.finfo(torch.float32).eps * float(want.abs().max())
         assert float((found - want).abs().max()) <= limit, ref.name
+
+
+def test_padding_reaches_no_statistic_of_a_shared_expert(ids: Tensor) -> None:
+    """It is called on [windows * seqlen, channels]: what stands in the padding changes neither Hessians nor factors."""
+    chain = DecoderChain(build("Qwen2Moe", torch.float64))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 4:] = False
+    found: list[dict[str, Tensor]] = []
+    for padding in (5, 6):
+        batches = [chain.prepare(torch.where(mask, ids, padding), mask)]
+        statistics: dict[str, Tensor] = {}
+        hooks = watch_inputs(chain, chain.weights[1], strict=True)
+        for hook in hooks.values():
+            hook.mask = mask
+        chain.teacher_output(batches[0])
+        for name, hook in hooks.items():
+            hook.remove()
+            ref = next(ref for ref in chain.weights[1] if ref.name == name)
+            gathered = hook.gathered(ref)
+            if gathered is not None:
+                statistics[name] = gathered
+
+        def take(index: int, factors: dict[str, Factors], into: dict[str, Tensor] = statistics) -> None:
+            for name, (inputs, outputs) in factors.items():
+                into |= {f"{name} inputs": inputs, f"{name} outputs": outputs}
+
+        kronecker_factors(
+            chain, batches, take, total=16, width=64, generator=torch.Generator().manual_seed(0)
+        )
+        found.append(statistics)
+    assert found[0].keys() == found[1].keys() and any(
+        "shared_expert.up_proj inputs" in key for key in found[0]
+    )
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-5, atol=1e-7 * float(value.abs().max()))
 
 
 @pytest.mark.parametrize("method", ["rtn", "greedy", "gptq", "discquant"])

@@ -87,6 +87,45 @@ def test_equal_to_whole_model_autograd(
             assert (block[name] - grad).abs().max() <= 512 * eps * grad.abs().max(), name
 
 
+@pytest.mark.parametrize("keep_graph", [False, True])
+@pytest.mark.parametrize("loss", ["kl", "ce", "mse"])
+@pytest.mark.parametrize("dense", [(0,), (0, 1), (1,), (2,)])
+def test_blocks_without_weights(
+    dense: tuple[int, ...], loss: Any, keep_graph: bool, make_model: Callable[..., Any], token_ids: Tensor
+) -> None:
+    """Blocks that nobody quantizes change no gradient of the others; below all others they get no backward pass."""
+    model = make_model("llama")
+    whole, part = DecoderChain(model), DecoderChain(model, [f"model.layers.{index}.*" for index in dense])
+    student = _student(whole)
+    for index in dense:
+        student[index] = {ref.param_name: ref.parameter.detach() for ref in whole.weights[index]}
+    found: list[dict[int, dict[str, Tensor]]] = []
+    values = []
+    for chain in (whole, part):
+        sums: dict[int, dict[str, Tensor]] = {}
+        weights = [
+            {ref.param_name: block[ref.param_name] for ref in refs}
+            for refs, block in zip(chain.weights, student, strict=True)
+        ]
+        values.append(
+            block_gradients(
+                chain,
+                weights.__getitem__,
+                [chain.prepare(token_ids)],
+                sums.__setitem__,
+                loss=loss,
+                keep_graph=keep_graph,
+            )
+        )
+        found.append(sums)
+    assert values[0] == values[1]
+    assert min(found[1]) == part.first == (0 if 0 not in dense else len(dense))
+    for index, sums in found[1].items():
+        expected = {} if index in dense else found[0][index]
+        assert sums.keys() == expected.keys()
+        assert all(torch.equal(grad, expected[name]) for name, grad in sums.items())
+
+
 def test_last_bit_with_one_micro_batch(make_model: Callable[..., Any], token_ids: Tensor) -> None:
     """With one micro-batch and one chunk every block gradient equals autograd's through the chain, bit for bit."""
     chain = DecoderChain(make_model("llama"))
@@ -108,9 +147,14 @@ def test_last_bit_with_one_micro_batch(make_model: Callable[..., Any], token_ids
             assert torch.equal(block[name], leaf.grad), name
 
 
-def test_mse_equals_autograd(make_model: Callable[..., Any], token_ids: Tensor) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_mse_equals_autograd(padded: bool, make_model: Callable[..., Any], token_ids: Tensor) -> None:
+    """The mean over counted tokens of all micro-batches, however many of them lie in each; padding changes nothing."""
     chain = DecoderChain(make_model("llama"))
     student = _student(chain)
+    mask = torch.ones_like(token_ids, dtype=torch.bool)
+    if padded:
+        mask[0, 5:] = mask[3, 9:] = False
     batch = chain.prepare(token_ids)
     leaves = [{k: v.clone().requires_grad_() for k, v in block.items()} for block in student]
     s = t = batch.hidden
@@ -118,14 +162,21 @@ def test_mse_equals_autograd(make_model: Callable[..., Any], token_ids: Tensor) 
     for index, weights in enumerate(leaves):
         s = chain.run_block(index, s, batch.calls[index], weights)
         t = chain.run_block(index, t, batch.calls[index])
-        value = value + (s - t).square().mean() / len(chain.blocks)
+        value = value + (s - t)[mask].square().mean() / len(chain.blocks)
     value.backward()
-    found: list[dict[str, Tensor]] = [{} for _ in chain.blocks]
-    got = block_gradients(chain, lambda b: student[b], [batch], found.__setitem__, loss="mse")
-    assert got == pytest.approx(value.item(), rel=1e-12)
-    for block, reference in zip(found, leaves, strict=True):
-        for name, leaf in reference.items():
-            assert (block[name] - leaf.grad).abs().max() <= 1e-12 * leaf.grad.abs().max()
+    for content in (3, 4):
+        ids = torch.where(mask, token_ids, content)
+        given = None if not padded else mask
+        batches = [
+            chain.prepare(ids[rows], None if given is None else given[rows])
+            for rows in (slice(0, 1), slice(1, 4))
+        ]
+        found: list[dict[str, Tensor]] = [{} for _ in chain.blocks]
+        got = block_gradients(chain, lambda b: student[b], batches, found.__setitem__, loss="mse")
+        assert got == pytest.approx(value.item(), rel=1e-12)
+        for block, reference in zip(found, leaves, strict=True):
+            for name, leaf in reference.items():
+                assert (block[name] - leaf.grad).abs().max() <= 1e-12 * leaf.grad.abs().max()
 
 
 def test_keeping_the_graph_changes_no_bit(make_model: Callable[..., Any], token_ids: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import ConfigError, DiskSpaceError
-from discquant.grids import place_grid
+from discquant.grids import AffineGrid, Grid, TableGrid, UniformGrid, place_grid
 from discquant.solver.block import BlockState
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import DecoderChain
@@ -24,11 +24,13 @@ from discquant.solver.solve import Solve, TokenRows, lay_grids
 from discquant.solver.state import WeightState, pack_bits, unpack_bits
 
 
-def _solve(make_model: Callable[..., Any], engine: Engine, **changes: Any) -> tuple[Solve, list[float]]:
+def _solve(
+    make_model: Callable[..., Any], engine: Engine, ignore: tuple[str, ...] = (), **changes: Any
+) -> tuple[Solve, list[float]]:
     """Four steps on a chain of six blocks, twice as many as slots; also the loss of each."""
     options = {"iters": 4, "batch_size": 4, "micro_batch": 2, "warmup": 2, **changes}
     config = QuantizeConfig(grid=GridConfig(3, 32), solver=SolverConfig(**options), gptq_samples=4)
-    chain = DecoderChain(make_model("llama-six-blocks", torch.float32))
+    chain = DecoderChain(make_model("llama-six-blocks", torch.float32), ignore)
     ids = torch.randint(3, 61, (12, 12), generator=torch.Generator().manual_seed(1))
     run = Solve(chain, lay_grids(chain, config.grid), TokenRows(chain, ids, None, 2), config, engine=engine)
     losses = []
@@ -75,6 +77,27 @@ def test_same_bytes_everywhere(
         assert not list((tmp_path / where).rglob("*.act"))
 
 
+@pytest.mark.parametrize("dense", [(0,), (0, 1, 4), (5,)])
+def test_blocks_without_weights_everywhere(
+    dense: tuple[int, ...], make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Blocks that nobody quantizes have an empty state; also with layers that run on the state."""
+    ignore = tuple(f"model.layers.{index}.*" for index in dense)
+    options = {"state": "u8", "curvature": 16.0, "curvature_width": 16}
+    expected, losses = _solve(make_model, Engine(), ignore, **options)
+    for where in ("host", "disk"):
+        run, found = _solve(make_model, Engine(where, where, folder=tmp_path / where), ignore, **options)  # type: ignore[arg-type]
+        assert found == losses
+        assert all(torch.equal(tensor, _bytes(run)[key]) for key, tensor in _bytes(expected).items())
+        run.close()
+    chain = expected.chain
+    expected.solver.soft = True
+    before = _bytes(expected)
+    expected.solver.step(expected.rows.batches(range(4)))
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in _bytes(expected).items())
+    assert chain.first == (2 if 1 in dense else 1 if 0 in dense else 0)
+
+
 def test_teacher_from_the_state_is_the_original(make_model: Callable[..., Any]) -> None:
     """Also beyond [-0.5, 1.5], where a searched grid cuts: those weights are kept as they are."""
     chain = DecoderChain(make_model("llama", torch.float32))
@@ -93,6 +116,34 @@ def test_teacher_from_the_state_is_the_original(make_model: Callable[..., Any]) 
                 exact = held.outlier_index.long()
                 assert torch.equal(found.flatten()[exact], weight.flatten()[exact])
     assert outliers > 0, "no weight lay outside the range of the code: the test shows nothing"
+
+
+@pytest.mark.parametrize("state", ["u8", "fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["uniform", "affine", "table"])
+def test_teacher_of_a_group_of_one_level(kind: str, state: str) -> None:
+    """A scale of 0 leaves one level, on which every weight counts as lying: the teacher is the weight all the same."""
+    weight = torch.randn(16, 256).bfloat16().float() * 0.1
+    scale = torch.full((16, 8), 0.0625)
+    scale[3, 5] = scale[11, 0] = 0
+    grid: Grid
+    if kind == "uniform":
+        grid = UniformGrid(3, 32, True, scale.bfloat16())
+    elif kind == "affine":
+        grid = AffineGrid(3, 32, scale, -4 * scale)
+    else:
+        grid = TableGrid.nf4(8 * scale, 32)
+    held = WeightState("w", grid, weight, None, state=state, optimizer="sgd", kept="state")  # type: ignore[arg-type]
+    found = held.teacher_weight(torch.float32)
+    assert held.frac_ref is not None and found is not None and held.outlier_index is not None
+    assert float((found - weight).abs().max()) < 0.01
+    level = (scale == 0).repeat_interleave(32, 1)
+    assert torch.equal(found[level], weight[level])
+    assert not bool(held.live()[level].any())
+    # Nothing is kept beside a state whose groups all have a step.
+    other = WeightState(
+        "w", place_grid(weight, GridConfig(3, 32)), weight, None, state="fp32", optimizer="sgd", kept="state"
+    )
+    assert other.outlier_index is None and other.weight is None
 
 
 def test_many_outliers_keep_the_whole_weight() -> None:

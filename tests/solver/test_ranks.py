@@ -50,7 +50,7 @@ def _run(model: Any, ranks: Ranks, loss: str, out: Path, die_at: int | None) -> 
         for key, tensor in state.tensors()
     }
     torch.save(
-        (tensors, run.codes(), losses if loss != "mse" else [], run.solver.gain.gain),
+        (tensors, run.codes(), losses, run.solver.gain.gain),
         out / f"{ranks.rank}.pt",
     )
 

@@ -160,6 +160,32 @@ def test_on_grid_weights_never_move(make_model: Callable[..., Any]) -> None:
     assert bool((state.hard_weight(torch.float32)[:, ::3] == 0).all())
 
 
+def test_gain_of_gradients_that_are_mostly_zero(make_model: Callable[..., Any]) -> None:
+    """Rows of a layer that nothing below them uses: the gain is that of the others."""
+    model = make_model("llama", torch.float32)
+    config = _config(iters=2, start="ref", curvature=0.0, kl_weight=None)
+    gains = []
+    for used in (48, 3):
+        # The state is the same: grids and live coordinates of the dead rows stay as they are.
+        model.model.layers[2].mlp.down_proj.weight.data[:, used:] = 0
+        chain = DecoderChain(model, ["*.layers.0.*", "*.layers.1.*", "*self_attn*", "down_proj"])
+        run = Solve(chain, lay_grids(chain, config.grid), _rows(chain), config)
+        gains.append(run.solver.gain.gain)
+        assert run.advance().loss > 0
+    assert gains[0] / 100 < gains[1] < gains[0] * 100
+
+
+def test_nothing_that_may_move(make_model: Callable[..., Any]) -> None:
+    """Every weight lies on the grid (all are zero, say): nothing to solve, and no error."""
+    model = make_model("llama", torch.float32)
+    for parameter in model.model.layers.parameters():
+        parameter.data.zero_()
+    chain = DecoderChain(model)
+    run = solve(chain, lay_grids(chain, _config().grid), _rows(chain), _config(iters=2))
+    assert run.solver.gain.gain == 1.0
+    assert all(state.num_live == 0 for block in run.solver.states for state in block)
+
+
 def test_the_original_model_is_not_changed(make_model: Callable[..., Any]) -> None:
     model = make_model("llama", torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
