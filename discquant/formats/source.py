@@ -30,6 +30,8 @@ from discquant.formats.safetensors_format import SafetensorsFormat
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+# As transformers names them; what training leaves beside them holds more than weights.
+_HUB_PICKLES = "pytorch_model*.bin"
 # The same weights once more, in the layout of the model's makers.
 _HUB_DUPLICATES = ("consolidated*", "original/*")
 _CHUNK = 1 << 24
@@ -55,10 +57,11 @@ class Source:
     config: dict[str, Any]
 
 
-def resolve(path: str | Path, *, trust_remote_code: bool = False) -> Path:
+def resolve(path: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Path:
     """Folder of a model: a local path, or a hub name `owner/name` whose safetensors are fetched or cached.
 
-    Code that the model brings is fetched only where it is trusted.
+    Code that the model brings is fetched only where it is trusted, pickled weights only where they are allowed and
+    there are no safetensors.
 
     Raises:
         MissingModelError: Neither.
@@ -75,10 +78,12 @@ def resolve(path: str | Path, *, trust_remote_code: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
-        return Path(
-            snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=list(_HUB_DUPLICATES))
-        )
+        wanted, duplicates = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])], list(_HUB_DUPLICATES)
+        fetched = Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=duplicates))
+        if allow_pickle and not any(fetched.glob("*.safetensors")):
+            wanted.append(_HUB_PICKLES)
+            fetched = Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=duplicates))
+        return fetched
     except (
         Exception
     ) as cause:  # offline, unknown, private, no cache: to the user all mean that it is not to be had
@@ -253,7 +258,7 @@ def open_source(
         NonFiniteError: A weight is NaN or infinite.
         CalibrationError: The tokenizer has more tokens than the embedding has rows.
     """
-    folder = resolve(path, trust_remote_code=trust_remote_code)
+    folder = resolve(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     config = read_config(folder)
     own_code = config.get("auto_map")
     if (folder / "tokenizer_config.json").is_file():
@@ -266,6 +271,13 @@ def open_source(
     if stated_quantization(config) or isinstance(quantized(folder), SafetensorsFormat):
         raise CheckpointError(f"{folder} is quantized already; give the original model")
     pickles = pickled_files(folder)
+    if not pickles and not any(folder.glob("*.safetensors")) and not Path(path).expanduser().is_dir():
+        raise MissingModelError(
+            f"{path} has neither safetensors nor {_HUB_PICKLES} on the hub"
+            if allow_pickle
+            else f"{path} has no safetensors on the hub; pickled weights are fetched only where they are allowed "
+            "(--allow-pickle)"
+        )
     checkpoint = None if pickles and allow_pickle else Checkpoint(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     # Before the weights are read: the embedding's rows under their usual name. Afterwards the built model decides.

@@ -21,6 +21,7 @@ from discquant.formats.checkpoint import Checkpoint, check_unquantized
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer
 from discquant.formats.engines import engine_rows, problems
 from discquant.formats.layout import Layout
+from discquant.formats.older_names import add_older_names
 from discquant.formats.output import MANIFEST, PROOF, ShardWriter, atomic_directory
 from discquant.formats.proof import prove
 from discquant.formats.safetensors_file import TORCH_DTYPES, TensorInfo, read_bytes
@@ -107,6 +108,7 @@ def write_model(
     """
     check_unquantized(source)
     config = source.config()
+    add_older_names(config)
     recipe = dict(recipe or {})
     summary = recipe.pop("summary", None)
     with atomic_directory(out) as partial:

@@ -125,6 +125,31 @@ def test_only_full_names_of_what_could_be_linear(routed: Path) -> None:
     assert set(found) == linear | {"lm_head", f"{BLOCK}.mlp.gate"}
 
 
+def test_the_head_of_gpt_neox_is_left_alone(tmp_path: Path) -> None:
+    """`embed_out` is a linear layer whatever it is called, and engines would look for its codes; `embed_in` is none."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    made = GPTNeoXConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(made).bfloat16().save_pretrained(tmp_path / "model")
+    source, block = Checkpoint(tmp_path / "model"), "gpt_neox.layers.0"
+    assert {"embed_out.weight", "gpt_neox.embed_in.weight"} <= source.tensors.keys()
+    layers = []
+    for name in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"):
+        rows, columns = source.tensors[f"{block}.{name}.weight"].shape
+        grid = UniformGrid(4, 32, True, torch.ones(rows, columns // 32).bfloat16())
+        layers.append(CodedLayer(f"{block}.{name}", torch.ones(rows, columns, dtype=torch.uint8), grid))
+    assert set(unquantized(source, {layer.name: FOUR for layer in layers})) == {"embed_out", "lm_head"}
+    by_name("compressed-tensors").write(source, tmp_path / "out", layers, prove_from=lambda: layers)
+    said = Checkpoint(tmp_path / "out").config()["quantization_config"]
+    assert "embed_out" in said["ignore"] and not any("embed_in" in name for name in said["ignore"])
+    by_name("gptq").write(source, tmp_path / "gptq", layers, prove_from=lambda: layers)
+    dynamic = Checkpoint(tmp_path / "gptq").config()["quantization_config"]["dynamic"]
+    assert vllm_rule(dynamic, "embed_out") is None
+
+
 def test_autoround_states_a_quantized_head(llama_dir: Path, tmp_path: Path) -> None:
     """Its loader quantizes what lies in blocks, and besides only what has an entry of its own."""
     source = Checkpoint(llama_dir)

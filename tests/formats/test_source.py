@@ -335,5 +335,46 @@ def test_what_is_fetched_from_the_hub(
         return str(plain_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    open_source("owner/name", trust_remote_code=trusted)
+    # Where there are safetensors, pickles stay away even if they are allowed.
+    open_source("owner/name", trust_remote_code=trusted, allow_pickle=trusted)
     assert fetched == [[*there[:6], *(["modeling_own.py"] if trusted else [])]]
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_pickles_from_the_hub(
+    allowed: bool, pickled: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetched where they are allowed and there is nothing else; not what training left beside them."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    expected = open_source(folder).model.state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "training_args.bin").write_bytes(pickle.dumps({"a": Bomb(tmp_path / "ran")}, protocol=2))
+    if pickled:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    calls = 0
+
+    def fetch(name: str, **patterns: Any) -> str:
+        nonlocal calls
+        calls += 1
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for file in filter_repo_objects([file.name for file in folder.iterdir()], **patterns):
+            shutil.copy(folder / file, tmp_path / "cache" / file)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    if not allowed:
+        with pytest.raises(MissingModelError, match=r"owner/name has no safetensors .*\(--allow-pickle\)"):
+            open_source("owner/name")
+    elif not pickled:
+        with pytest.raises(
+            MissingModelError, match=r"neither safetensors nor pytorch_model\*\.bin on the hub"
+        ):
+            open_source("owner/name", allow_pickle=True)
+    else:
+        state = open_source("owner/name", allow_pickle=True).model.state_dict()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert calls == 1 + allowed and not (tmp_path / "cache" / "training_args.bin").exists()
