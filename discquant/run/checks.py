@@ -97,7 +97,9 @@ def check_formats(
         for warning in plan_export(source.path, target, schemes, name).warnings:
             say(f"note: {warning}")
     if config.formats:
-        first = chain.weights[0][0]
+        first = next(refs for refs in chain.weights if refs)[
+            0
+        ]  # blocks whose layers are all ignored have none
         check_grids(source, config.formats, {first.name: lay_grid(first, config.grid, PROBE_ROWS)})
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def test_one_run_in_two_formats(model_dir: Path, dataset: str, tmp_path: Path) -
         of_run = load_run_model(tmp_path / "out")(ids).logits
         of_gptq = discquant.load(tmp_path / "out" / "gptq")(ids).logits
     assert torch.equal(of_run, of_gptq)
+
+
+def test_a_first_block_left_alone(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    """What a format can hold is asked of the first block that has weights to quantize."""
+    config = dataclasses.replace(
+        _config(dataset, GridConfig(4, 32), "compressed-tensors"), ignore=("lm_head", "model.layers.0.*")
+    )
+    Pipeline(model_dir, tmp_path / "out", config).execute()
+    names = {layer.name for layer in RunDirectory(tmp_path / "out").coded_layers()}
+    assert len(names) == 7 and all(name.startswith("model.layers.1.") for name in names)
 
 
 def test_a_look_up_grid_through_a_run(model_dir: Path, dataset: str, tmp_path: Path) -> None:
