@@ -32,13 +32,14 @@ from discquant.run.checks import (
     check_text,
     run_identity,
 )
-from discquant.run.directory import RunDirectory
+from discquant.run.directory import REPORT, SUMMARY, RunDirectory
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.lock import locked
 from discquant.run.phases import Phases
 from discquant.run.planned import compare_run, plan_run, refuse_too_large
 from discquant.run.served import served_dtype
 from discquant.run.solving import Codes, Solving
+from discquant.run.stored import room_for
 from discquant.run.summary import coded_layers, summarize_run
 from discquant.run.windows import CALIBRATION, few_windows, keep_windows, run_windows, split_windows
 from discquant.solver.chain import Chain, DecoderChain
@@ -92,32 +93,33 @@ class Pipeline:
         if self.config.method == "discquant":
             options = self.config.solver
             self.engine.ranks.span(-(-options.batch_size // options.micro_batch))  # every rank needs a share
-        try:
-            with self._stop, contextlib.ExitStack() as held:
-                return self._execute(held) if self.engine.ranks.first else self._follow()
-        finally:
-            self._solving.close()
-            self._remove_files(self.engine.ranks.rank)
+        with room_for(self.directory.path), contextlib.ExitStack() as held, self._stop:
+            return self._execute(held) if self.engine.ranks.first else self._follow(held)
 
-    def _remove_files(self, rank: int | None) -> None:
-        """Remove what a placement on disk has left in the run directory: of one rank, or of all.
+    def _hold(self, held: contextlib.ExitStack) -> None:
+        """Keep every other process out of the run directory, and remove what a killed run has left of its placement.
 
-        A killed run leaves its files; nothing reads them again, for checkpoints hold what counts.
+        Nothing reads those files again, for checkpoints hold what counts.
         """
-        folder = self.directory.path / STATE
-        if rank is not None:
-            shutil.rmtree(folder / f"rank-{rank}", ignore_errors=True)
-            with contextlib.suppress(OSError):  # another rank is not done yet
-                folder.rmdir()
-            return
-        shutil.rmtree(folder, ignore_errors=True)
+        held.enter_context(locked(self.directory.path))
+        shutil.rmtree(self.directory.path / STATE, ignore_errors=True)
+        held.callback(self._close)
 
-    def _follow(self) -> dict[str, Any]:
+    def _close(self) -> None:
+        """Stop the solve; remove the files of this rank's placement on disk."""
+        self._solving.close()
+        folder = self.directory.path / STATE
+        shutil.rmtree(folder / f"rank-{self.engine.ranks.rank}", ignore_errors=True)
+        with contextlib.suppress(OSError):  # another rank is not done yet
+            folder.rmdir()
+
+    def _follow(self, held_open: contextlib.ExitStack) -> dict[str, Any]:
         """Take part in the solve of another rank; nothing is written."""
         source = open_source(self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust)
         chain = self._chain(source)
         if self.engine.ranks.share(None) == COMPLETE:
             return {}
+        held_open.callback(self._close)  # from here on the first rank holds the directory
         train, held = split_windows(run_windows(self.directory, self.config, source), self.config)
         if self.config.method == "discquant":
             rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
@@ -143,12 +145,10 @@ class Pipeline:
             identity = self._identity(source)
             continued = self.directory.check(identity, resume=self.resume)
             if continued:
-                held_open.enter_context(locked(self.directory.path))
+                self._hold(held_open)
         if continued and self.directory.complete and self._exported():
-            self.events.say(f"{self.directory.path} is complete already")
             self.engine.ranks.share(COMPLETE)
-            return dict(json.loads((self.directory.path / "summary.json").read_text(encoding="utf-8")))
-        self._remove_files(None)
+            return self._completed()
         plan = plan_run(source.model, self.config, self.engine, self.directory.path)
         for warning in plan.warnings:
             self.events.say(f"note: {warning}")
@@ -162,7 +162,7 @@ class Pipeline:
                 self.events.say(f"note: {few_windows(windows, self.config)}")
             chain.verify(train.input_ids[:1])
             if not continued:  # nothing has been written before all input is known to be good
-                held_open.enter_context(locked(self.directory.path))
+                self._hold(held_open)
                 self.directory.check(identity, resume=self.resume)  # nobody else was faster
                 self.directory.start(self._record(source), identity)
             keep_windows(self.directory, windows)
@@ -193,6 +193,21 @@ class Pipeline:
             summary["plan"]["moved_per_step"] = self._solving.moved()
         self.directory.write_summary(summary)
         self._report()
+        return summary
+
+    def _completed(self) -> dict[str, Any]:
+        """Return the summary of a run that has ended before; it may have been stopped while its report was drawn."""
+        path = self.directory.path
+        self.events.say(f"{path} is complete already")
+        summary = dict(json.loads((path / SUMMARY).read_text(encoding="utf-8")))
+        unmeasured = [name for name in self.config.baselines if name not in summary["methods"]]
+        if unmeasured:
+            self.events.say(
+                f"note: it was made without --baselines {','.join(unmeasured)}, and a complete run is not measured "
+                "again; give another OUT to compare with them"
+            )
+        if not (path / REPORT).exists():
+            self._report()
         return summary
 
     def _exported(self) -> bool:

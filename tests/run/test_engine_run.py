@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -14,9 +15,15 @@ from typing import Any
 import pytest
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
-from discquant.errors import CapacityError, ConfigError, OutputExistsError, UnrepresentableError
+from discquant.errors import (
+    CapacityError,
+    ConfigError,
+    DiskSpaceError,
+    OutputExistsError,
+    UnrepresentableError,
+)
 from discquant.planning import compare
-from discquant.run import pipeline
+from discquant.run import pipeline, stored
 from discquant.run.directory import RunDirectory
 from discquant.run.events import Events, RunStoppedError
 from discquant.run.pipeline import Pipeline
@@ -116,7 +123,7 @@ def test_refused_before_the_model_is_opened(
 
 
 def test_one_process_at_a_time(model_dir: Path, dataset: str, tmp_path: Path) -> None:
-    """A second run into a directory that is being written is refused, and disturbs nothing."""
+    """A second run into a directory that is being written is refused, and disturbs nothing: no file of its state."""
     out, refused = tmp_path / "out", []
 
     def second(record: StepRecord, iters: int) -> None:
@@ -124,9 +131,10 @@ def test_one_process_at_a_time(model_dir: Path, dataset: str, tmp_path: Path) ->
             with pytest.raises(OutputExistsError, match="another process is at work"):
                 Pipeline(model_dir, out, _config(dataset)).execute()
             refused.append(record.step)
+            assert list((out / "state" / "rank-0").glob("*.state"))
 
-    Pipeline(model_dir, out, _config(dataset), events=Events(step=second)).execute()
-    assert refused == [2]
+    Pipeline(model_dir, out, _config(dataset), events=Events(step=second), engine=Engine("disk")).execute()
+    assert refused == [2] and not (out / "state").exists()
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in steps if "kind" not in row] == [1, 2, 3]
 
@@ -139,6 +147,56 @@ def test_a_complete_run_writes_what_was_removed(model_dir: Path, dataset: str, t
     shutil.rmtree(out / "gptq")
     Pipeline(model_dir, out, config).execute()
     assert hashlib.sha256((out / "gptq" / "model.safetensors").read_bytes()).hexdigest() == before
+
+
+def test_stopped_while_the_report_is_drawn(
+    model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command draws it, and says what the run it finds does not compare with."""
+    out, said = tmp_path / "out", list[str]()
+    config = dataclasses.replace(_config(dataset), method="rtn")
+
+    def stopped(run: Path) -> None:
+        raise RunStoppedError("stopped by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("discquant.run.report.write_report", stopped)
+        with pytest.raises(RunStoppedError):
+            Pipeline(model_dir, out, config).execute()
+    assert (out / "summary.json").exists() and not (out / "report.md").exists()
+    more = dataclasses.replace(config, baselines=("rtn", "gptq"))
+    Pipeline(model_dir, out, more, events=Events(message=said.append)).execute()
+    assert (out / "report.md").read_text(encoding="utf-8").startswith("# Run out")
+    assert any("complete already" in line for line in said)
+    assert [line for line in said if "--baselines gptq" in line and "another OUT" in line]
+
+
+@pytest.mark.parametrize("name", ["config.json", "calibration.safetensors", "codes.safetensors", "report.md"])
+def test_a_full_disk_is_told_by_the_file(
+    name: str, model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it fills up: the file's name, what to do, and no part of the file; then the same command ends it."""
+    out, config = tmp_path / "out", dataclasses.replace(_config(dataset), method="rtn")
+    real = stored.sync_path
+
+    def full(path: Path) -> None:
+        if name in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "sync_path", full)
+        with pytest.raises(DiskSpaceError, match=rf"{name}: no room .* same command again") as caught:
+            Pipeline(model_dir, out, config).execute()
+    assert "checkpoint" not in str(caught.value) and not list(out.glob(".*"))
+    Pipeline(model_dir, out, config).execute()
+    assert (out / "report.md").exists() and (out / "compressed-tensors").is_dir()
+
+
+def test_a_full_disk_while_metrics_are_written(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(DiskSpaceError, match=r"metrics\.jsonl: no room"):
+        RunDirectory(tmp_path).append_metrics({"step": 1})
 
 
 def test_refused_before_the_text_is_read(
