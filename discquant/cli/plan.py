@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -75,7 +76,8 @@ def plan(
     from discquant.planning import hardware
     from discquant.planning.plan import Machine, make_plan
     from discquant.planning.rates import keep_rates, load_rates, machine_name, nearest_rates
-    from discquant.planning.shape import read_shape
+    from discquant.planning.shape import empty_model, open_config, shape_of
+    from discquant.run.checks import check_ignore
     from discquant.solver.ranks import Ranks
 
     if placement not in ("auto", "resident", "host", "disk"):
@@ -117,7 +119,9 @@ def plan(
         ignore=tuple(ignore or ["lm_head"]),
         baselines=names,  # type: ignore[arg-type]
     )
-    shape = read_shape(model, config.ignore, trust_remote_code=trust_remote_code)
+    empty = empty_model(open_config(model, trust_remote_code), trust_remote_code)
+    check_ignore(empty, config.ignore)
+    shape = shape_of(empty, config.ignore, name=Path(model).name)
     if measure:
         from discquant.planning.timing import measure as time_here
 
@@ -166,7 +170,8 @@ def _print(made: Plan) -> None:
     console.print(
         f"{made.shape.name}: {made.shape.weights / 1e9:.3f} G weights to quantize in {len(made.shape.blocks)} blocks, "
         f"{made.shape.untouched / 1e9:.3f} G others; {made.setting.layout.name} state, "
-        f"{made.state_bytes_per_weight:.4g} bytes per weight, {made.setting.placement}"
+        f"{made.state_bytes_per_weight:.4g} bytes per weight, {made.setting.placement}",
+        markup=False,  # a folder's name may hold brackets
     )
     solver = made.setting.config.solver
     console.print(
@@ -222,4 +227,4 @@ def _print(made: Plan) -> None:
             f"directions at once, {hide.serial:,.0f} one after the other."
         )
     for warning in made.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+        console.print(f"warning: {warning}", style="yellow", markup=False)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from discquant.calibration import Windows
 from discquant.config import Method, QuantizeConfig
+from discquant.environment import cpu_name
 from discquant.formats import registry
 from discquant.formats.bits import file_bits_per_weight
 from discquant.formats.checkpoint import Checkpoint
@@ -149,6 +150,8 @@ class Pipeline:
         if continued and self.directory.complete and self._exported():
             self.engine.ranks.share(COMPLETE)
             return self._completed()
+        if continued:
+            self._say_processor()
         plan = plan_run(source.model, self.config, self.engine, self.directory.path)
         for warning in plan.warnings:
             self.events.say(f"note: {warning}")
@@ -237,7 +240,16 @@ class Pipeline:
 
     def _record(self, source: Source) -> dict[str, Any]:
         """Return what config.json holds besides the identity."""
-        return {"source": str(source.path.resolve()), **self.trust}
+        return {"source": str(source.path.resolve()), **self.trust, "cpu": cpu_name()}
+
+    def _say_processor(self) -> None:
+        """Say that a run goes on on another processor than it was begun on."""
+        before, here = self.directory.config().get("cpu"), cpu_name()
+        if before not in (None, here):
+            self.events.say(
+                f"note: this run was begun on {before}, and this is {here}: sums may differ in their last bits, so "
+                "it may end in other bytes than it would have there"
+            )
 
     def _grids(self, chain: Chain, source: Source) -> dict[str, Grid]:
         """Lay the grids and ask every format whether it can hold them, before anything is rounded."""

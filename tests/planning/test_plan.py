@@ -416,6 +416,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.exit_code == 0 and "Transfers hide from" in shown.stdout
     refused = CliRunner().invoke(app, [*line, "--gpu-memory", "1", "--host-memory", "2"])
     assert isinstance(refused.exception, CapacityError)
+    nothing = CliRunner().invoke(app, [*line, "--ignore", "nothing_here"])
+    assert isinstance(nothing.exception, ConfigError) and "down_proj" in str(nothing.exception)
 
 
 def test_windows_fit_the_positions(shape_8b: ModelShape) -> None:

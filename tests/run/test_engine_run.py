@@ -20,6 +20,7 @@ from discquant.errors import (
     ConfigError,
     DiskSpaceError,
     OutputExistsError,
+    ResumeError,
     UnrepresentableError,
 )
 from discquant.planning import compare
@@ -81,7 +82,7 @@ def test_what_was_moved_is_reported(
         assert moved["boundary_bytes"] > 0 and moved["waited_seconds"] >= 0
 
 
-def test_a_killed_run_s_files_go_when_it_continues(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+def test_a_killed_run_continues_without_its_files(model_dir: Path, dataset: str, tmp_path: Path) -> None:
     def stop(record: StepRecord, iters: int) -> None:
         if record.step == 2:
             raise RunStoppedError("stopped by the test")
@@ -92,7 +93,17 @@ def test_a_killed_run_s_files_go_when_it_continues(model_dir: Path, dataset: str
     # As a killed rank of a placement on disk leaves them.
     (out / "state" / "rank-1").mkdir(parents=True)
     (out / "state" / "rank-1" / "block-0000.state").write_bytes(bytes(64))
-    Pipeline(model_dir, out, _config(dataset)).execute()
+    # Begun on another machine: its versions are part of the run, its processor is told.
+    record = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    for key, value in (("transformers", "5.0"), ("triton", "2.0")):
+        other = {**record, "identity": {**record["identity"], key: value}}
+        (out / "config.json").write_text(json.dumps(other), encoding="utf-8")
+        with pytest.raises(ResumeError, match=f"{key} was '{value}', is "):
+            Pipeline(model_dir, out, _config(dataset)).execute()
+    said: list[str] = []
+    (out / "config.json").write_text(json.dumps({**record, "cpu": "Abacus, BEADS"}), encoding="utf-8")
+    Pipeline(model_dir, out, _config(dataset), events=Events(message=said.append)).execute()
+    assert len([line for line in said if "begun on Abacus, BEADS" in line and record["cpu"] in line]) == 1
     assert (out / "summary.json").exists() and not (out / "state").exists()
     assert (
         RunDirectory(out).recorded_threads()

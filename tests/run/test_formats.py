@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 
 import discquant
 from discquant.config import DataConfig, GridConfig, QuantizeConfig
-from discquant.errors import ConfigError, UnrepresentableError
+from discquant.errors import ConfigError, DiskSpaceError, UnrepresentableError
 from discquant.evaluation.candidates import bits_per_weight
 from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
 from discquant.grids import AffineGrid, TableGrid, UniformGrid
 from discquant.grids.storage import restore, store
 from discquant.run.directory import RunDirectory
@@ -138,6 +140,24 @@ def test_refused_before_any_work(model_dir: Path, dataset: str, tmp_path: Path) 
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="format"):
         QuantizeConfig(format=" , ")
+
+
+@pytest.mark.parametrize(
+    ("formats", "share"), [("compressed-tensors,gptq", 1.0), ("compressed-tensors,gguf", 2.1)]
+)
+def test_room_for_all_formats(
+    formats: str, share: float, wide_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that has room for either is not enough for both; `share`: of the original's bytes that are free."""
+    size = sum(info.num_bytes for info in Checkpoint(wide_dir).tensors.values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(share * size)))
+    monkeypatch.setattr("discquant.run.planned.free_disk", lambda out: 1e12)
+    with pytest.raises(DiskSpaceError, match="GB free"):
+        Pipeline(wide_dir, tmp_path / "out", _config(dataset, GridConfig(4, 32), formats)).execute()
+    assert not (tmp_path / "out").exists()
+    for name in formats.split(","):
+        Pipeline(wide_dir, tmp_path / name, _config(dataset, GridConfig(4, 32), name)).execute()
 
 
 @pytest.mark.parametrize("grid", [GridConfig.of_kind("q4_1"), GridConfig(3, 32, False)])
