@@ -7,6 +7,7 @@ Every stage leaves its result in the run directory; the same command again conti
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.lazy import is_lazy, settle
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
+from discquant.planning.shape import ModelShape
 from discquant.run.checks import (
     check_formats,
     check_grids,
@@ -37,7 +39,7 @@ from discquant.run.directory import REPORT, SUMMARY, RunDirectory
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.lock import locked
 from discquant.run.phases import Phases
-from discquant.run.planned import compare_run, plan_run, refuse_too_large
+from discquant.run.planned import compare_run, place_run, plan_run
 from discquant.run.served import served_dtype
 from discquant.run.solving import Codes, Solving
 from discquant.run.stored import room_for
@@ -55,7 +57,13 @@ STATE = "state"  # files of a placement on disk, within the run directory
 
 
 class Pipeline:
-    """One run from a model folder; `execute` does everything that is left to do."""
+    """One run from a model folder; `execute` does everything that is left to do.
+
+    Attributes:
+        blockwise: Whether the original's weights may stay on disk and be read block by block.
+    """
+
+    blockwise = True
 
     def __init__(
         self,
@@ -75,10 +83,11 @@ class Pipeline:
         self.trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         self.events = events or Events()
         self._stop = StopSignal()
-        self.engine = engine or Engine()
+        self.engine = dataclasses.replace(engine or Engine())  # a run settles what its caller left open
         self.phases = Phases(self.engine.device)
         if self.engine.folder is None:
             self.engine.folder = self.directory.path / STATE
+        self._shape: ModelShape | None = None
         self._solving = Solving(self.directory, self.config, self.engine, self.events, self._stop)
 
     def execute(self) -> dict[str, Any]:
@@ -116,7 +125,7 @@ class Pipeline:
 
     def _follow(self, held_open: contextlib.ExitStack) -> dict[str, Any]:
         """Take part in the solve of another rank; nothing is written."""
-        source = open_source(self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust)
+        source = self._open()
         chain = self._chain(source)
         if self.engine.ranks.share(None) == COMPLETE:
             return {}
@@ -131,11 +140,8 @@ class Pipeline:
         check_output_dir(self.directory.path, self.resume)
         for name in self.config.formats:
             registry.by_name(name)
-        refuse_too_large(self.model_path, self.config, self.engine, self.directory.path, self.trust)
         with self._phase("open"):
-            source = open_source(
-                self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust
-            )
+            source = self._open()
             if self._lazy() and not is_lazy(source.model):
                 self.events.say(
                     "note: the original cannot be read block by block; it stays in memory as a whole"
@@ -152,7 +158,7 @@ class Pipeline:
             return self._completed()
         if continued:
             self._say_processor()
-        plan = plan_run(source.model, self.config, self.engine, self.directory.path)
+        plan = plan_run(source.model, self._shape, self.config, self.engine, self.directory.path)
         for warning in plan.warnings:
             self.events.say(f"note: {warning}")
         # Before the text, which may be long work: a format that cannot hold a grid is found here.
@@ -192,7 +198,6 @@ class Pipeline:
         summary["checkpoints"] = self._solving.checkpoints
         summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)
         if solve is not None:
-            summary["plan"]["placement"] = solve.solver.placement.where  # `auto` looks at what is free
             summary["plan"]["moved_per_step"] = self._solving.moved()
         self.directory.write_summary(summary)
         self._report()
@@ -227,8 +232,8 @@ class Pipeline:
 
     def _settle(self, model: torch.nn.Module) -> None:
         """Bring the model to the compute device: whole, or its blocks one by one where the engine says so."""
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        settle(model, self.engine.device, stream=self.engine.offloads(size))
+        apart = self.engine.device.type == "cuda"
+        settle(model, self.engine.device, stream=apart and self.engine.streamed)
 
     def _check_formats(self, source: Source, chain: Chain) -> None:
         """Refuse what an output format cannot hold before anything is computed."""
@@ -288,10 +293,24 @@ class Pipeline:
             self.events.phase(name)
         return self.phases.phase(name)
 
+    def _open(self) -> Source:
+        """Plan the run, so that the engine knows where the state lives, and open the original accordingly."""
+        plan = place_run(
+            self.model_path,
+            self.config,
+            self.engine,
+            self.directory.path,
+            blockwise=self.blockwise,
+            trust_remote_code=self.trust["trust_remote_code"],
+        )
+        if plan is not None:
+            self.engine.where, self._shape = plan.setting.placement, plan.shape
+        return open_source(self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust)
+
     def _lazy(self) -> bool:
         """Whether original weights stay on disk: not where the calibration text is yet to be sampled from the model."""
         sampled = self.config.data.dataset == "self" and not (self.directory.path / CALIBRATION).exists()
-        return self.engine.streams(Path(self.model_path)) and not sampled
+        return self.blockwise and self.engine.streamed and not sampled
 
     def _compute_dtype(self) -> torch.dtype:
         dtype = getattr(torch, self.config.solver.compute_dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import (
@@ -24,12 +25,15 @@ from discquant.errors import (
     UnrepresentableError,
 )
 from discquant.planning import compare
+from discquant.planning.memory import needed
+from discquant.planning.shape import read_shape
 from discquant.run import pipeline, stored
 from discquant.run.directory import RunDirectory
 from discquant.run.events import Events, RunStoppedError
 from discquant.run.pipeline import Pipeline
 from discquant.solver.engine import Engine
 from discquant.solver.memory import HostArena
+from discquant.solver.placement import Where
 from discquant.solver.ranks import Ranks
 from discquant.solver.solver import StepRecord
 
@@ -131,6 +135,69 @@ def test_refused_before_the_model_is_opened(
     with pytest.raises(CapacityError, match="of disk"):
         Pipeline(model_dir, out, _config(dataset)).execute()
     assert not out.exists()
+
+
+def test_auto_is_the_plan_s(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is admitted because it fits the disk goes to the disk, and its original is read block by block."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model_dir = tmp_path / "model"
+    options = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(options).to(torch.bfloat16).save_pretrained(model_dir)
+    monkeypatch.setattr("discquant.run.planned.resident_bytes", lambda: 0)
+    shape, config = read_shape(model_dir), _config(dataset, iters=1)
+
+    def need(placement: Where) -> float:
+        plan = compare.plan_of_run(shape, config, process=0.0, placement=placement)
+        return needed(list(plan.peaks), "host")
+
+    resident, disk = need("resident"), need("disk")
+    assert disk < 0.9 * resident
+    opened: list[bool] = []
+    real = pipeline.open_source
+
+    def watched(*given: Any, **options: Any) -> Any:
+        opened.append(options["lazy"])
+        if name != "small":
+            raise ConfigError("seen enough")
+        return real(*given, **options)
+
+    monkeypatch.setattr(pipeline, "open_source", watched)
+    engine = Engine("auto")
+    for name, free, whole, expected in (
+        ("roomy", 1e12, 1e12, "resident"),
+        ("small", 1e12, disk / 1.09, "disk"),
+        ("busy", disk / 1.09, 1e12, "disk"),  # what others hold now
+        ("full", 1.0, 1e12, "resident"),  # they may leave
+    ):
+        monkeypatch.setattr(compare, "host_memory", lambda whole=whole: whole)
+        monkeypatch.setattr(compare, "free_host_memory", lambda free=free: free)
+        run = Pipeline(model_dir, tmp_path / name, config, engine=engine)
+        if name == "small":
+            assert run.execute()["plan"]["placement"] == expected
+        else:
+            with pytest.raises(ConfigError, match="seen enough"):
+                run.execute()
+        assert run.engine.where == expected and opened.pop() == (expected == "disk")
+    assert engine.where == "auto" and engine.folder is None, "the caller's engine was changed"
+
+
+def test_activations_are_planned(
+    model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = compare.make_plan
+
+    def watched(*given: Any, **options: Any) -> Any:
+        seen.append(options["activations"])
+        return real(*given, **options)
+
+    monkeypatch.setattr(compare, "make_plan", watched)
+    Pipeline(model_dir, tmp_path / "out", _config(dataset), engine=Engine("host", "disk")).execute()
+    assert seen == ["disk", "disk"]
 
 
 def test_one_process_at_a_time(model_dir: Path, dataset: str, tmp_path: Path) -> None:
