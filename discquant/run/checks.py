@@ -15,7 +15,7 @@ import discquant
 from discquant.calibration.load import token_file
 from discquant.config import GridConfig, QuantizeConfig
 from discquant.environment import device_name, versions
-from discquant.errors import CalibrationError, CheckpointError, ConfigError
+from discquant.errors import CalibrationError, CheckpointError, ConfigError, UnrepresentableError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
@@ -25,6 +25,7 @@ from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import Source, pickled_files
+from discquant.formats.stored import stored_name
 from discquant.grids import Grid
 from discquant.solver.chain import Chain
 from discquant.solver.solve import lay_grid
@@ -79,7 +80,8 @@ def check_formats(
         say: Takes each note.
 
     Raises:
-        UnrepresentableError, OutputExistsError, DiskSpaceError: See `plan_formats`.
+        UnrepresentableError: A format cannot hold a grid or shape, or the checkpoint has other names than the model.
+        OutputExistsError, DiskSpaceError: See `plan_formats`.
         CheckpointError: Weights are pickled: formats are written beside the original's safetensors.
         ValueError: The first weight is not finite; the message names it.
     """
@@ -92,6 +94,7 @@ def check_formats(
             "--allow-pickle), or convert the original with save_pretrained() on a machine you trust"
         )
     original = Checkpoint(source.path)
+    _check_names(source, original, chain)
     targets: dict[str, Path] = {}
     shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
     for name in config.formats:
@@ -108,6 +111,21 @@ def check_formats(
     # Blocks whose layers are all ignored have no weights here.
     first = next(refs for refs in chain.weights if refs)[0]
     check_grids(source, config.formats, {first.name: lay_grid(first, config.grid, PROBE_ROWS)})
+
+
+def _check_names(source: Source, original: Checkpoint, chain: Chain) -> None:
+    """Refuse a model that its library renames while it loads it: codes bear the names of the model in memory."""
+    for ref in (ref for refs in chain.weights for ref in refs if ref.part is None):
+        key = f"{ref.name}.weight"
+        if key in original.tensors:
+            continue
+        stored = stored_name(source.model, key, ref.parameter.shape)
+        if stored in original.tensors:
+            raise UnrepresentableError(
+                f"export: {key} of {type(source.model).__name__} is {stored} in {source.path}, and formats are written "
+                "under the checkpoint's names, which a run does not keep: take --format none (the codes stay in the "
+                "run directory, which generate and evaluate open), or a checkpoint of the language model alone"
+            )
 
 
 def plan_formats(

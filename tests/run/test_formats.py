@@ -60,6 +60,29 @@ def test_a_first_block_left_alone(model_dir: Path, dataset: str, tmp_path: Path)
     assert len(names) == 7 and all(name.startswith("model.layers.1.") for name in names)
 
 
+def test_a_composite_model(dataset: str, tmp_path: Path) -> None:
+    """Gemma 3 from 4B on: renamed while it is loaded. Formats are refused with that reason; its codes are a run's."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = {**sizes, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "pad_token_id": 0}
+    vision = {**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=127, boi_token_index=126,
+        eoi_token_index=125,
+    )  # fmt: skip
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(model)
+    stored = "is language_model.model.layers.0.self_attn.q_proj.weight in .*--format none"
+    for name in ("compressed-tensors", "gguf"):
+        with pytest.raises(UnrepresentableError, match=stored):
+            Pipeline(model, tmp_path / "refused", _config(dataset, GridConfig(4, 32), name)).execute()
+    assert not (tmp_path / "refused").exists()
+    summary = Pipeline(model, tmp_path / "out", _config(dataset, GridConfig(4, 32), "none")).execute()
+    assert 0 < summary["methods"]["rtn"]["kl_mean"] < 1
+    assert load_run_model(tmp_path / "out").config.model_type == "gemma3"
+
+
 def test_a_look_up_grid_through_a_run(model_dir: Path, dataset: str, tmp_path: Path) -> None:
     config = _config(dataset, GridConfig.of_kind("nvfp4"), "compressed-tensors")
     summary = Pipeline(model_dir, tmp_path / "out", config).execute()
