@@ -112,6 +112,13 @@ def _cpu() -> dict[str, Any]:
     return {"model": model, "machine": platform.machine(), "cores": cores, "memory_bytes": memory}
 
 
+def cpu_name() -> str:
+    """Return what of the processor decides the last bits of a sum: its model, and the instruction set torch takes."""
+    import torch
+
+    return f"{_cpu()['model']}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _gpus() -> list[dict[str, Any]]:
     import torch
 

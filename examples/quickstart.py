@@ -26,14 +26,30 @@ from discquant.planning.plan import Machine, make_plan
 from discquant.planning.shape import read_shape
 from discquant.planning.timing import measure
 from discquant.progress import ProgressBar
+from discquant.run.directory import RunDirectory
 from discquant.run.pipeline import Events, Pipeline
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "tiny_llama"
+OUT, RESULT = HERE.parent / "build" / "quickstart", "quickstart.json"
 METHODS = ("rtn", "gptq", "discquant")
 GRID = GridConfig(bits=3, group_size=64, sym=True, grid="search")
 STEPS = (1024, 512, 256)  # DiscQuant takes the first that fits the time
 SEQLEN = 256
+
+
+def _clear(out: Path) -> None:
+    """Remove the runs of an earlier quickstart from its own folder; anybody else's must be empty.
+
+    Raises:
+        SystemExit: It is not.
+    """
+    if out.resolve() != OUT and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SystemExit(f"quickstart: --out {out} is not empty; give another folder")
+    for folder in (out / method for method in METHODS):
+        if RunDirectory.is_run(folder):
+            shutil.rmtree(folder)
+    (out / RESULT).unlink(missing_ok=True)
 
 
 def _config(method: str, iters: int) -> QuantizeConfig:
@@ -97,7 +113,7 @@ def _print(rows: list[dict[str, Any]], console: Console) -> None:
 def main() -> None:
     """Run everything and write quickstart.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "quickstart")
+    parser.add_argument("--out", type=Path, default=OUT, help="an empty folder, or the default")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems to answer")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows to measure on")
     parser.add_argument(
@@ -107,7 +123,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="also write benchmarks/results/quickstart.json")
     arguments = parser.parse_args()
     console = Console()
-    shutil.rmtree(arguments.out, ignore_errors=True)
+    _clear(arguments.out)
     iters = arguments.steps or _steps(arguments.minutes, console)
     seconds = {}
     for method in METHODS:
@@ -138,9 +154,9 @@ def main() -> None:
             Path(row["path"]).name if row["method"] == "original" else f"{row['method']}/compressed-tensors"
         )
     text = json.dumps(rows, indent=2) + "\n"
-    (arguments.out / "quickstart.json").write_text(text, encoding="utf-8")
+    (arguments.out / RESULT).write_text(text, encoding="utf-8")
     if arguments.record:
-        target = HERE.parent / "benchmarks" / "results" / "quickstart.json"
+        target = HERE.parent / "benchmarks" / "results" / RESULT
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
     _print(rows, console)

@@ -212,6 +212,46 @@ def test_bad_calibration(run: Run, model: Path, tokens: str, tmp_path: Path) -> 
     )
 
 
+def test_token_ids_need_no_key_and_no_tokenizer(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
+    """A file with one tensor needs no key; brackets in a path are no markup."""
+    out = tmp_path / "z[" / "x]"
+    (tmp_path / "z[").mkdir()
+    status, shown, error = run(
+        "quantize", str(model), str(out), "--method", "rtn", "--dataset", tokens.removesuffix(":ids"), "--seqlen", "32",
+        "--baselines", "none",
+    )  # fmt: skip
+    assert status == 0, error
+    assert str(out / "report.md") in shown.replace("\n", "")
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["identity"]["data_digest"]
+
+
+def test_pickled_weights(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
+    """Refused with the option that allows them; with it, formats are refused with what remains."""
+    _pickle(model)
+    out = tmp_path / "out"
+    line = ["quantize", str(model), str(out), "--method", "rtn", "--baselines", "none", "--seqlen", "32"]
+    line += ["--dataset", tokens]
+    _refused(run(*line), out, "pytorch_model.bin", "--allow-pickle")
+    for formats in ("gptq", "gguf"):
+        _refused(run(*line, "--allow-pickle", "--format", formats), out, "--format none", "save_pretrained")
+    status, _, error = run(*line, "--allow-pickle", "--format", "none")
+    assert status == 0, error
+    status, _, error = run("generate", str(out), "hello")
+    assert status == 2 and "--allow-pickle" in error
+    status, _, error = run("generate", str(out), "hello", "--allow-pickle")
+    assert status == 2 and "no tokenizer" in error, "the run itself opens"
+
+
+def test_ranks_without_torchrun(
+    run: Run, model: Path, tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "out"
+    _refused(run("quantize", str(model), str(out), "--dataset", tokens), out, "RANK", "torchrun")
+
+
 def test_occupied_output(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,12 +29,37 @@ def test_plan(model: str, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert any(heading in line for line in done.stdout.splitlines() if line.startswith("┃"))
 
 
-def test_quickstart(repo_root: Path) -> None:
+@pytest.fixture(scope="module")
+def quickstart(repo_root: Path) -> ModuleType:
+    """The script of `make quickstart` as a module."""
     place = repo_root / "examples" / "quickstart.py"
     spec = importlib.util.spec_from_file_location("quickstart", place)
     assert spec is not None and spec.loader is not None
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_quickstart_removes_its_own_runs_only(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [tmp_path / method for method in quickstart.METHODS]
+    for folder in (*runs, tmp_path / "mine"):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"discquant_run": 1}', encoding="utf-8")
+    (runs[0] / "config.json").write_text("{}", encoding="utf-8")  # no run
+    (tmp_path / "quickstart.json").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="not empty"):
+        quickstart._clear(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr(quickstart, "OUT", tmp_path)
+    quickstart._clear(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "mine", runs[0]]
+    quickstart._clear(tmp_path / "new")
+
+
+def test_quickstart(quickstart: ModuleType) -> None:
     row: dict[str, Any] = {
         "method": "discquant", "kl_mean": 0.0284, "kl_stderr": 0.0012, "top1": 0.912, "exact_match": 0.9648,
         "bits_per_weight": 3.25, "file_bytes": 2_180_000, "seconds": 456.0,

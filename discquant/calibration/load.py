@@ -111,7 +111,7 @@ def _from_text(
     return cut(torch.tensor(stream, dtype=torch.int64), seqlen, pad_id)
 
 
-def _token_file(dataset: str) -> tuple[Path, str] | None:
+def token_file(dataset: str) -> tuple[Path, str] | None:
     """(file, key) if the data set is a safetensors file of token ids; the key may be empty."""
     if dataset.endswith(".safetensors"):
         return Path(dataset), ""
@@ -245,12 +245,12 @@ def load_windows(
     if note is not None:
         logger.warning("%s", note)
     pad, eos = (sampling.special_id(name, tokenizer, model) for name in ("pad", "eos"))
-    token_file = _token_file(dataset)
+    of_tokens = token_file(dataset)
     if dataset == "self":
         ids = sampling.sample(model, tokenizer, nsamples=nsamples, seqlen=seqlen, seed=seed)
         mask = torch.ones_like(ids, dtype=torch.bool)
-    elif token_file is not None:
-        ids, mask = _from_token_file(*token_file, seqlen=seqlen, pad=pad, eos=eos)
+    elif of_tokens is not None:
+        ids, mask = _from_token_file(*of_tokens, seqlen=seqlen, pad=pad, eos=eos)
     else:
         ids, mask = _from_text(
             dataset,
@@ -272,7 +272,7 @@ def load_windows(
             nsamples,
         )
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-    if token_file is None:
+    if of_tokens is None:
         # The padded tail of joined text is used where it is needed, not in place of a full window. Rows of a token
         # file are texts of their own: preferring full ones would prefer long texts.
         order = torch.cat([order[mask[order].all(dim=1)], order[~mask[order].all(dim=1)]])

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from discquant.cli import options
 from discquant.cli.app import app
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ def plan(
     placement: Annotated[
         str, typer.Option(help="resident, host, disk, or auto: the first of them that fits.")
     ] = "auto",
+    activations: options.Activations = None,
     state: Annotated[
         str | None, typer.Option(help="fp32 or u8; default fp32 on the CPU, u8 on an accelerator.")
     ] = None,
@@ -45,6 +48,9 @@ def plan(
     start: Annotated[str | None, typer.Option(help="gptq, ref or random.")] = None,
     dataset: Annotated[str, typer.Option(help="As in quantize; self samples from the model.")] = "self",
     baselines: Annotated[str, typer.Option(help="As in quantize, or none.")] = "rtn,gptq",
+    format_name: Annotated[
+        str, typer.Option("--format", help="Formats to write, comma separated, or none.")
+    ] = "compressed-tensors",
     ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave alone; repeatable.")] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(help="Device memory in GB instead of the table's.")
@@ -75,11 +81,12 @@ def plan(
     from discquant.planning import hardware
     from discquant.planning.plan import Machine, make_plan
     from discquant.planning.rates import keep_rates, load_rates, machine_name, nearest_rates
-    from discquant.planning.shape import read_shape
+    from discquant.planning.shape import empty_model, open_config, shape_of
+    from discquant.run.checks import check_ignore
+    from discquant.solver.engine import Engine
     from discquant.solver.ranks import Ranks
 
-    if placement not in ("auto", "resident", "host", "disk"):
-        raise ConfigError(f"plan: --placement must be auto, resident, host or disk, got {placement!r}")
+    Engine(placement, activations)  # type: ignore[arg-type]  # refuses what is none of its words
     if ranks < 1 or ranks & (ranks - 1):
         raise ConfigError(f"plan: --ranks must be a power of two, got {ranks}")
     device = hardware.this_device() if gpu == "auto" else hardware.find_device(gpu)
@@ -107,17 +114,17 @@ def plan(
     solver = dataclasses.replace(
         SolverConfig(), **{key: value for key, value in given.items() if value is not None}
     )
-    names = (
-        () if baselines == "none" else tuple(part.strip() for part in baselines.split(",") if part.strip())
-    )
     config = QuantizeConfig(
         grid=GridConfig(bits, group_size, sym),
         solver=solver,
         data=DataConfig(dataset, nsamples, seqlen),
+        format=format_name,
         ignore=tuple(ignore or ["lm_head"]),
-        baselines=names,  # type: ignore[arg-type]
+        baselines=options.method_names(baselines),
     )
-    shape = read_shape(model, config.ignore, trust_remote_code=trust_remote_code)
+    empty = empty_model(open_config(model, trust_remote_code), trust_remote_code)
+    check_ignore(empty, config.ignore)
+    shape = shape_of(empty, config.ignore, name=Path(model).name)
     if measure:
         from discquant.planning.timing import measure as time_here
 
@@ -149,6 +156,7 @@ def plan(
         placement=placement,  # type: ignore[arg-type]
         rates=rates,
         process=PROCESS_BYTES,
+        activations=activations,  # type: ignore[arg-type]
     )
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=2))
@@ -166,7 +174,8 @@ def _print(made: Plan) -> None:
     console.print(
         f"{made.shape.name}: {made.shape.weights / 1e9:.3f} G weights to quantize in {len(made.shape.blocks)} blocks, "
         f"{made.shape.untouched / 1e9:.3f} G others; {made.setting.layout.name} state, "
-        f"{made.state_bytes_per_weight:.4g} bytes per weight, {made.setting.placement}"
+        f"{made.state_bytes_per_weight:.4g} bytes per weight, {made.setting.placement}",
+        markup=False,  # a folder's name may hold brackets
     )
     solver = made.setting.config.solver
     console.print(
@@ -190,21 +199,21 @@ def _print(made: Plan) -> None:
     title = "Against the alternatives, GB (in and out: moved per step)" + (
         ", of all ranks" if ranks > 1 else ""
     )
-    options = Table(title=title, collapse_padding=True)
+    alternatives = Table(title=title, collapse_padding=True)
     for column in ("placement", "state", *columns, "in", "out", "s/step", "fits"):
         left = column in ("placement", "state")
-        options.add_column(column, justify="left" if left else "right", overflow="fold")
+        alternatives.add_column(column, justify="left" if left else "right", overflow="fold")
     for option in made.options:
         sizes = [option.gpu] if device.memory is not None else []
         sizes += [option.host, option.disk, option.moved_in, option.moved_out]
-        options.add_row(
+        alternatives.add_row(
             option.placement,
             option.state,
             *(f"{size / gigabyte:,.{2 if size < 100 * gigabyte else 0}f}" for size in sizes),
             f"{option.seconds:,.3g}",
             "yes" if option.fits else "no",
         )
-    console.print(options)
+    console.print(alternatives)
     hide = made.hide
     console.print(
         f"{made.work.total / 1e9:,.1f} GFLOP per token, {facts['flop_per_step'] / 1e12:,.2f} TFLOP per step of "
@@ -222,4 +231,4 @@ def _print(made: Plan) -> None:
             f"directions at once, {hide.serial:,.0f} one after the other."
         )
     for warning in made.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+        console.print(f"warning: {warning}", style="yellow", markup=False)

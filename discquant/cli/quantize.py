@@ -139,4 +139,8 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     console = Console()
     console.print(table)
     sizes = summary["sizes"]
-    console.print(f"{sizes['bits_per_weight']:.3f} bits per quantized weight; report: {out / 'report.md'}")
+    console.print(
+        f"{sizes['bits_per_weight']:.3f} bits per quantized weight; report: {out / 'report.md'}",
+        highlight=False,
+        markup=False,  # paths may hold brackets
+    )

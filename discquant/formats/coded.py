@@ -180,6 +180,10 @@ class Format(Protocol):
         """
         ...
 
+    def space(self, source: Checkpoint) -> int:
+        """Bytes of disk that `write` takes at most, what it joins the result from included."""
+        ...
+
     def write(
         self,
         source: Checkpoint,

@@ -22,7 +22,7 @@ from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description
 from discquant.formats.gguf_blocks import TYPES, BlockType, fit_grid, grid_of, replace_codes, unpack_blocks
 from discquant.formats.gguf_file import MAGIC, PLAIN, GgufFile, GgufTensor, byte_diff
 from discquant.formats.gguf_model import Heads, from_gguf, heads_of_file
-from discquant.formats.gguf_write import check_source, write_gguf
+from discquant.formats.gguf_write import check_source, space, write_gguf
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import Finish, close_rewritten, file_facts, span_row
 from discquant.grids import Grid
@@ -134,6 +134,10 @@ class Gguf:
     def check_source(self, source: Checkpoint) -> list[str]:
         """See `coded.Format`."""
         return check_source(source)
+
+    def space(self, source: Checkpoint) -> int:
+        """See `coded.Format`."""
+        return space(source)
 
     def write(
         self,

@@ -75,6 +75,11 @@ def check_source(source: Checkpoint) -> list[str]:
     return read_vocabulary(source.path, int(metadata["vocab_size"])).warnings
 
 
+def space(source: Checkpoint) -> int:
+    """Bytes of a file and of the spool that it is joined from: neither is larger than the original."""
+    return 2 * sum(info.num_bytes for info in source.tensors.values())
+
+
 def write_gguf(
     source: Checkpoint,
     out: Path,
@@ -91,7 +96,7 @@ def write_gguf(
     heads = Heads(int(metadata["attention.head_count"]), int(metadata["attention.head_count_kv"]), permuted)
     recipe = dict(recipe or {})
     summary, grid = recipe.pop("summary", None), recipe.get("grid") or {}
-    check_space(out, 2 * sum(info.num_bytes for info in source.tensors.values()))
+    check_space(out, space(source))
     with atomic_directory(out) as partial:
         spool = partial / "spool"
         table, schemes, tensors = _spool(source, layers, heads, spool, grid.get("kind"))

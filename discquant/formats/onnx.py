@@ -40,7 +40,7 @@ from discquant.formats.onnx_file import (
     require_onnx,
 )
 from discquant.formats.onnx_graph import check_architecture
-from discquant.formats.onnx_write import write_onnx
+from discquant.formats.onnx_write import space, write_onnx
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import Finish, close_rewritten, file_facts, span_row
 from discquant.grids import Grid, UniformGrid
@@ -114,6 +114,10 @@ class Onnx:
         require_onnx()
         check_architecture(source.config())
         return []
+
+    def space(self, source: Checkpoint) -> int:
+        """See `coded.Format`."""
+        return space(source)
 
     def write(
         self,

@@ -73,6 +73,11 @@ class _Data:
         self.add(name, dtype, tuple(tensor.shape), [tensor_bytes(tensor)])
 
 
+def space(source: Checkpoint) -> int:
+    """Bytes of the external data, which is written in its place: no larger than the original."""
+    return sum(info.num_bytes for info in source.tensors.values())
+
+
 def write_onnx(
     source: Checkpoint,
     out: Path,
@@ -88,7 +93,7 @@ def write_onnx(
     config = source.config()
     recipe = dict(recipe or {})
     summary = recipe.pop("summary", None)
-    check_space(out, sum(info.num_bytes for info in source.tensors.values()))
+    check_space(out, space(source))
     with atomic_directory(out) as partial:
         left = {name: info for name, info in source.tensors.items() if not name.endswith(".inv_freq")}
         nodes: dict[str, tuple[NBits, tuple[int, int]]] = {}

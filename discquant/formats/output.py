@@ -28,6 +28,8 @@ from discquant.formats.safetensors_file import DTYPE_BITS, DTYPE_NAMES, encode_h
 
 MANIFEST, PROOF = "discquant_manifest.json", "discquant_proof.json"
 _COPY = 16 << 20
+# What a system says where there is no room: on the disk, within a quota, within the limit on a file's size.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(out_dir: Path) -> None:
@@ -78,7 +80,7 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
         sync_path(out_dir.parent)
     except BaseException as cause:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in FULL:
             raise DiskSpaceError(f"{out_dir}: the file system filled up while writing") from cause
         raise
     finally:

@@ -123,6 +123,11 @@ class SafetensorsFormat(Layout):
         """See `coded.Format`: any model has a place here."""
         return []
 
+    def space(self, source: Checkpoint) -> int:
+        """See `coded.Format`: the original and one shard's spool; `export.plan_export` is exact."""
+        total = sum(info.num_bytes for info in source.tensors.values())
+        return total + min(total, DEFAULT_SHARD_BYTES)
+
     def write(
         self,
         source: Checkpoint,

@@ -278,7 +278,12 @@ def open_source(
             else f"{path} has no safetensors on the hub; pickled weights are fetched only where they are allowed "
             "(--allow-pickle)"
         )
-    checkpoint = None if pickles and allow_pickle else Checkpoint(folder)
+    if pickles and not allow_pickle:
+        raise CheckpointError(
+            f"{folder}: {pickles[0].name} is a pickle, which can run code when read; allow torch's restricted loader, "
+            "which runs none (--allow-pickle), or convert it on a machine you trust with save_pretrained()"
+        )
+    checkpoint = None if pickles else Checkpoint(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     # Before the weights are read: the embedding's rows under their usual name. Afterwards the built model decides.
     for name, info in checkpoint.tensors.items() if checkpoint else ():

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,10 +13,11 @@ from typing import Any, Literal
 import torch
 
 from discquant.config import QuantizeConfig
-from discquant.planning.hardware import DEVICES, host_memory, this_device
-from discquant.planning.memory import Placement
+from discquant.errors import CapacityError
+from discquant.planning.hardware import DEVICES, free_host_memory, host_memory, this_device
 from discquant.planning.plan import Machine, Plan, make_plan
 from discquant.planning.rates import load_rates, machine_name, nearest_rates
+from discquant.planning.setting import Placement
 from discquant.planning.shape import ModelShape
 
 # Python, torch and transformers before a model is opened; a run takes its own reading instead.
@@ -32,8 +36,12 @@ def plan_of_run(
     disk: float = 1e18,
     device: torch.device | None = None,
     ranks: int = 1,
+    activations: Placement | None = None,
 ) -> Plan:
     """Plan a run of a model in memory on this machine, with its rates where they were measured.
+
+    `auto` takes the first placement that fits what is free now; where none does, others may still leave: then, as where
+    one is named, the machine's whole memory counts.
 
     Args:
         shape: The model's sizes.
@@ -43,6 +51,7 @@ def plan_of_run(
         disk: Bytes of disk that the run may fill.
         device: Where it computes; None is the CPU.
         ranks: Processes that share this machine, each with a device of its own where there are any.
+        activations: Where activations between blocks are kept; None follows the placement.
 
     Returns:
         The plan.
@@ -64,7 +73,22 @@ def plan_of_run(
     where = this_device(device.index or 0) if device is not None and on_gpu else DEVICES["cpu"]
     spare = 1 + MEMORY_TOLERANCE
     machine = Machine(where, host_memory() * spare, disk * spare, ranks)
-    return make_plan(shape, config, machine, placement=placement, rates=rates, process=process)
+    planned = functools.partial(
+        make_plan,
+        shape,
+        config,
+        placement=placement,
+        rates=rates,
+        process=process,
+        activations=activations,
+    )
+    if placement == "auto":
+        if where.memory is not None:
+            where = dataclasses.replace(where, memory=float(torch.cuda.mem_get_info(device)[0]))
+        free = min(machine.host, (free_host_memory() + process) * spare)
+        with contextlib.suppress(CapacityError):
+            return planned(dataclasses.replace(machine, device=where, host=free))
+    return planned(machine)
 
 
 def against_plan(

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from discquant.errors import ConfigError
 
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 GB = 1e9
 GIB = float(1 << 30)
 
@@ -97,12 +100,27 @@ def this_device(index: int = 0) -> Device:
     )
 
 
+def free_host_memory() -> float:
+    """Return the memory to be had without swapping or leaving the container's limit; infinite where none tells."""
+    found = [math.inf]
+    with contextlib.suppress(OSError):
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(float(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is the word "max"
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        rows = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = sum(int(value) for key, value in rows if key == "inactive_file")
+        found.append(float(max(0, limit - used + cached)))
+    return min(found)
+
+
 def host_memory() -> float:
     """Return the memory of this machine, within its container's limit, in bytes."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for file in (CGROUP / "memory.max", CGROUP / "memory" / "memory.limit_in_bytes"):
         try:
-            total = min(total, float(Path(file).read_text().strip()))
+            total = min(total, float(file.read_text().strip()))
         except (OSError, ValueError):  # no such limit: absent, or the word "max"
             continue
     return total

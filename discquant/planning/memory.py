@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
-from discquant.config import QuantizeConfig
+from discquant.calibration.load import token_file
+from discquant.formats.coded import DEFAULT_SHARD_BYTES
+from discquant.planning.setting import Setting, grid_share, keeps_graph, remembers_teacher, rows_sampled
 from discquant.planning.shape import Block, ModelShape
-from discquant.planning.traffic import StateLayout, factor_bytes, grid_bytes_per_weight, state_layout
+from discquant.planning.traffic import factor_bytes
 
-Placement = Literal["resident", "host", "disk"]
-PLACEMENTS: tuple[Placement, ...] = ("resident", "host", "disk")
 SLOTS = 3  # one block arriving, one at work, one leaving
 CHUNK = 1024  # tokens whose logits exist at once
 # Of evaluation.divergence, a layer above: windows and logits at once, logits compared at once in float64.
@@ -54,114 +53,6 @@ class PhasePeak:
         """Return the sum of "gpu", "host" or "disk"."""
         items: Mapping[str, float] = getattr(self, where)
         return float(sum(items.values()))
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What decides the footprint.
-
-    Attributes:
-        config: Options of the run.
-        placement: Where the state lives: on the device, in host memory, on disk.
-        accelerator: Whether there is a device besides the host.
-        element: Bytes per element of computing, 2 or 4 (8 in float64).
-        process: What the process holds before it opens a model.
-        stored: Bytes per weight in the checkpoint, or of the smallest dtype that holds the weights exactly.
-        blockwise: The original's blocks can be read one by one.
-        ranks: Processes that share a step's windows; all else here is of one of them.
-    """
-
-    config: QuantizeConfig
-    placement: Placement = "resident"
-    accelerator: bool = False
-    element: int = 4
-    process: float = 0.0
-    stored: int = 2
-    blockwise: bool = True
-    ranks: int = 1
-
-    @property
-    def streamed(self) -> bool:
-        """Whether states live elsewhere than on the compute device."""
-        return self.placement != "resident"
-
-    @property
-    def teacher_in_state(self) -> bool:
-        """Whether the teacher is computed from the state (the solver's own rule)."""
-        return self.config.solver.teacher_source == "state"
-
-    @property
-    def whole_model(self) -> bool:
-        """Whether the original weights stay in memory; streamed, they are read block by block, after any sampling."""
-        return not self.streamed or not self.blockwise or self.config.data.dataset == "self"
-
-    @property
-    def layout(self) -> StateLayout:
-        """Bytes per weight of the state."""
-        solver = self.config.solver
-        return state_layout(
-            solver.state,
-            solver.optimizer,
-            self.config.grid.bits,
-            both=self.teacher_in_state and solver.start == "gptq",
-            weight=float(self.stored) if self.streamed and not self.teacher_in_state else 0.0,
-        )
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens per step of all ranks."""
-        return self.config.solver.batch_size * self.config.data.seqlen
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per step of one rank, of the one with most: an aligned subtree of the micro-batches (`Ranks.span`)."""
-        solver = self.config.solver
-        passes = -(-solver.batch_size // solver.micro_batch)
-        own = (1 << (passes - 1).bit_length()) // self.ranks * solver.micro_batch
-        return min(solver.batch_size, max(solver.micro_batch, own)) * self.config.data.seqlen
-
-    @property
-    def gathered_tokens(self) -> int:
-        """Tokens that the curvature's factors are gathered on at once; every rank gathers on all of them."""
-        from discquant.solver.curvature import rows_at_once
-
-        solver, data = self.config.solver, self.config.data
-        if not solver.curved:
-            return 0
-        return rows_at_once(min(solver.curvature_samples, data.nsamples), solver.batch_size) * data.seqlen
-
-    @property
-    def micro_tokens(self) -> int:
-        """Tokens per forward pass."""
-        return min(self.config.solver.micro_batch, self.config.solver.batch_size) * self.config.data.seqlen
-
-
-def grid_share(shape: ModelShape, config: QuantizeConfig) -> float:
-    """Return bytes of scales and zero points per weight, on average over the model."""
-    grid = config.grid
-    total = sum(
-        matrix.weights * grid_bytes_per_weight(grid.group_size, matrix.columns, grid.sym)
-        for block in shape.blocks
-        for matrix in block.matrices
-    )
-    return total / max(1, shape.weights)
-
-
-def keeps_graph(shape: ModelShape, setting: Setting) -> bool:
-    """Return whether the engine keeps the activations of all blocks instead of recomputing each (its own rule)."""
-    from discquant.solver.solve import KEEP_GRAPH_BYTES
-
-    outputs = sum(m.rows * m.count for block in shape.blocks for m in block.matrices)
-    return setting.placement == "resident" and outputs * setting.step_tokens * 4 * 3 <= KEEP_GRAPH_BYTES
-
-
-def remembers_teacher(shape: ModelShape, setting: Setting) -> bool:
-    """Return whether the engine keeps the teacher's last hidden state of every row (its own rule)."""
-    from discquant.solver.solve import KEEP_TEACHER_BYTES
-
-    options, data = setting.config.solver, setting.config.data
-    repeats = options.iters * options.batch_size > data.nsamples and options.loss == "kl"
-    return repeats and data.nsamples * data.seqlen * shape.hidden * 4 <= KEEP_TEACHER_BYTES
 
 
 def gptq_bytes(block: Block) -> float:
@@ -325,6 +216,19 @@ def _heap(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> di
     return {HEAP: HEAP_SHARE * served}
 
 
+def _sampling(shape: ModelShape, setting: Setting) -> dict[str, float]:
+    """Return what sampling text from the model holds besides it: keys and values of the rows at once, and a step's own.
+
+    A step copies one layer's keys to a tensor that is one token longer. Afterwards a token is drawn: logits in float32,
+    and two tensors of as many float64.
+    """
+    rows, element = rows_sampled(shape, setting), setting.element
+    cache = float(rows * setting.config.data.seqlen * shape.cache * element)
+    passing = shape.largest.passing_elements * rows * element
+    step = max(cache / (2 * len(shape.blocks)) + passing, rows * shape.vocab * (4.0 + 2 * 8.0))
+    return {"keys and values": cache, "sampling a token": step}
+
+
 def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     """Return the peak of each phase: open, grid, calibrate, start, teacher, solve, export, evaluate, in that order.
 
@@ -371,16 +275,14 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     peaks = [peak("open", reading, {"checkpoint as mapped": mapped})]
     if setting.accelerator:
         held["GPU libraries"], device["cuBLAS workspace"] = LIBRARIES_FIRST, CUBLAS_WORKSPACE
-    sampled = config.data.dataset == "self"
-    # Rows are sampled side by side within a cache of this size (calibration.sampling.CACHE_BYTES).
-    cache = largest.saved_bytes(2) * setting.micro_tokens + 256.0 * shape.vocab * 12 if sampled else 0.0
-    text = not config.data.dataset.rpartition(":")[0].endswith(".safetensors")
+    dataset = config.data.dataset
+    text = dataset != "self" and token_file(dataset) is None
     tokens = config.data.nsamples * config.data.seqlen
     held["tokenizer and text"] = TEXT if text else 0.0
     lists = {"token lists": TOKEN_LISTS * tokens if text else 0.0}
     peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix, "scales": grids}, {}))
     (held if setting.accelerator and setting.placement != "resident" else device)["scales"] = grids
-    peaks.append(peak("calibrate", {"sampling": cache}, {"windows": windows} | lists))
+    peaks.append(peak("calibrate", _sampling(shape, setting), {"windows": windows} | lists))
     held["windows"] = windows
     if setting.accelerator:
         held["GPU libraries"] = LIBRARIES
@@ -404,13 +306,13 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         where["state"] = state
         if setting.placement == "disk":  # which all ranks share, each with files of its own
             stored["state"] = state * setting.ranks
+        if setting.boundaries == "disk":
             stored["boundary activations"] = boundary * longest * setting.ranks
-        if setting.placement == "resident" or not setting.accelerator:
-            kept = boundary if setting.placement != "disk" else 0.0
-            work["boundary activations"] = kept * setting.tokens
-            gathering["boundary activations"] = kept * setting.gathered_tokens
-        elif setting.placement == "host":
+        elif setting.boundaries == "host" and setting.accelerator:
             held["boundary activations"] = boundary * longest
+        else:
+            work["boundary activations"] = boundary * setting.tokens
+            gathering["boundary activations"] = boundary * setting.gathered_tokens
         if setting.placement != "resident":
             work["block slots"] = gathering["block slots"] = slots
         # Before the first step every block's state is made: unpacked beside its place, from one matrix after the other.
@@ -431,7 +333,10 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held["codes"] = 0.0 if config.method in ("discquant", "rtn") else packed
     stored["codes"] = weights * (1 + grid)
     bits = config.grid.bits / 8.0
-    stored["exported model"] = weights * (bits + grid) + shape.untouched * float(shape.file_bytes)
+    exported = weights * (bits + grid) + shape.untouched * float(shape.file_bytes)
+    # One after the other, each joined shard by shard from what is spooled before.
+    stored["exported models"] = exported * len(config.formats)
+    stored["a shard's spool"] = min(exported, DEFAULT_SHARD_BYTES) if config.formats else 0.0
     peaks.append(peak("export", {}, {"one layer packed": matrix * (2 + bits)}))
     known = {config.method, "gptq" if started else config.method}
     unknown = [name for name in config.baselines if name not in known]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from discquant.calibration.positions import Positions, positions_of
+from discquant.calibration.sampling import cache_elements
 from discquant.errors import CheckpointError, MissingModelError
 
 
@@ -92,6 +93,7 @@ class ModelShape:
         file_bytes: Bytes per weight in the checkpoint.
         blockwise: Its blocks can be read one by one (`formats.lazy`).
         positions: How long windows may be; None where the configuration does not say.
+        cache: Keys and values that a token leaves in all layers while text is sampled.
     """
 
     name: str
@@ -103,6 +105,7 @@ class ModelShape:
     file_bytes: int = 2
     blockwise: bool = True
     positions: Positions | None = None
+    cache: int = 1
 
     @property
     def weights(self) -> int:
@@ -232,8 +235,17 @@ def shape_of(model: Any, ignore: Sequence[str] = ("lm_head",), *, name: str = "m
     stored = getattr(config, "dtype", None) or torch.bfloat16
     size = stored.itemsize if isinstance(stored, torch.dtype) else 2
     vocab = int(chain.head.weight.shape[0])
-    positions = positions_of(model.config)
-    return ModelShape(name, tuple(blocks), hidden, vocab, width, frozen, size, positions=positions)
+    return ModelShape(
+        name,
+        tuple(blocks),
+        hidden,
+        vocab,
+        width,
+        frozen,
+        size,
+        positions=positions_of(model.config),
+        cache=cache_elements(model.config),
+    )
 
 
 def repeated(shape: ModelShape, depth: int) -> ModelShape:

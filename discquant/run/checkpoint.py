@@ -8,7 +8,6 @@ only where it catches up: no second copy of the state is needed. The last two ch
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -61,14 +60,6 @@ def _facts(run: Solve) -> dict[str, Any]:
         "initial": solver.gain.initial.hex(),
         "target": solver.gain.target,
     }
-
-
-def _full(error: BaseException) -> bool:
-    """Return whether an error means that the disk is full (safetensors tells it in words only)."""
-    number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-        text in str(error) for text in ("os error 28", "os error 122", "os error 27", "No space left")
-    )
 
 
 class Checkpointer:
@@ -128,14 +119,10 @@ class Checkpointer:
             DiskSpaceError: The disk is full.
         """
         error, self._error = self._error, None
-        if error is None:
-            return
-        if _full(error):
-            raise DiskSpaceError(
-                f"checkpoint: no room in {self.folder} ({error}); the last checkpoint is intact: "
-                "make room and give the same command again"
-            ) from error
-        raise error
+        if isinstance(error, DiskSpaceError) and has_checkpoint(self.folder):
+            raise DiskSpaceError(f"{error} from the last checkpoint") from error
+        if error is not None:
+            raise error
 
     def summary(self, run_seconds: float) -> dict[str, Any]:
         """Return the cost, as plain data; `share` is the part of the run that waited for checkpoints."""

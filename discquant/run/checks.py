@@ -12,16 +12,20 @@ from typing import Any
 import torch
 
 import discquant
+from discquant.calibration.load import token_file
 from discquant.config import GridConfig, QuantizeConfig
-from discquant.environment import device_name
-from discquant.errors import CalibrationError, ConfigError
+from discquant.environment import device_name, versions
+from discquant.errors import CalibrationError, CheckpointError, ConfigError, UnrepresentableError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.formats.export import plan_export
+from discquant.formats.output import check_space
 from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
-from discquant.formats.source import Source
+from discquant.formats.source import Source, pickled_files
+from discquant.formats.stored import stored_name
 from discquant.grids import Grid
 from discquant.solver.chain import Chain
 from discquant.solver.solve import lay_grid
@@ -43,9 +47,7 @@ def check_ignore(chain_model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
             known = sorted(
                 {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
             )
-            raise ConfigError(
-                f"quantize: no module matches --ignore {pattern!r}; last names here: {', '.join(known)}"
-            )
+            raise ConfigError(f"no module matches --ignore {pattern!r}; last names here: {', '.join(known)}")
 
 
 def check_groups(chain: Chain, grid: GridConfig) -> None:
@@ -78,9 +80,22 @@ def check_formats(
         say: Takes each note.
 
     Raises:
-        UnrepresentableError, OutputExistsError, DiskSpaceError: See `formats.export.plan_export`.
+        UnrepresentableError: A format cannot hold a grid or shape, or the checkpoint has other names than the model.
+        OutputExistsError, DiskSpaceError: See `plan_formats`.
+        CheckpointError: Weights are pickled: formats are written beside the original's safetensors.
         ValueError: The first weight is not finite; the message names it.
     """
+    if not config.formats:
+        return
+    if pickled_files(source.path):
+        raise CheckpointError(
+            f"quantize: {source.path} holds pickled weights, and --format {config.format} copies from safetensors: "
+            "take --format none (the codes stay in the run directory, which generate and evaluate open with "
+            "--allow-pickle), or convert the original with save_pretrained() on a machine you trust"
+        )
+    original = Checkpoint(source.path)
+    _check_names(source, original, chain)
+    targets: dict[str, Path] = {}
     shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
     for name in config.formats:
         chosen, target = registry.by_name(name), out / name
@@ -88,17 +103,58 @@ def check_formats(
             chosen.check(shape, config.grid, layer)
         if target.exists():
             continue  # a resumed run that had already exported
-        if not isinstance(chosen, SafetensorsFormat):
-            # Formats that rebuild the model (GGUF, ONNX) ask for an architecture and tokenizer they know.
-            for warning in chosen.check_source(Checkpoint(source.path)):
-                say(f"note: {warning}")
+        targets[name] = target
+        for warning in chosen.check_source(original):
+            say(f"note: {name}: {warning}")
+    schemes = {layer: Scheme.planned(shape, config.grid) for layer, shape in shapes.items()}
+    plan_formats(original, targets, schemes, say)
+    first = chain.weights[chain.first][0]
+    check_grids(source, config.formats, {first.name: lay_grid(first, config.grid, PROBE_ROWS)})
+
+
+def _check_names(source: Source, original: Checkpoint, chain: Chain) -> None:
+    """Refuse a model that its library renames while it loads it: codes bear the names of the model in memory."""
+    for ref in (ref for refs in chain.weights for ref in refs if ref.part is None):
+        key = f"{ref.name}.weight"
+        if key in original.tensors:
             continue
-        schemes = {layer: Scheme.planned(shape, config.grid) for layer, shape in shapes.items()}
-        for warning in plan_export(source.path, target, schemes, name).warnings:
-            say(f"note: {warning}")
-    if config.formats:
-        first = chain.weights[chain.first][0]
-        check_grids(source, config.formats, {first.name: lay_grid(first, config.grid, PROBE_ROWS)})
+        stored = stored_name(source.model, key, ref.parameter.shape)
+        if stored in original.tensors:
+            raise UnrepresentableError(
+                f"export: {key} of {type(source.model).__name__} is {stored} in {source.path}, and formats are written "
+                "under the checkpoint's names, which a run does not keep: take --format none (the codes stay in the "
+                "run directory, which generate and evaluate open), or a checkpoint of the language model alone"
+            )
+
+
+def plan_formats(
+    source: Checkpoint, targets: Mapping[str, Path], schemes: Mapping[str, Scheme], say: Callable[[str], None]
+) -> None:
+    """Refuse before any work what cannot be written after it, one format beside the other; say what engines refuse.
+
+    Args:
+        source: The original.
+        targets: Where each format goes.
+        schemes: Of every module that will be quantized.
+        say: Takes each note.
+
+    Raises:
+        MissingModelError, CheckpointError, UnrepresentableError, OutputExistsError: See `formats.export.plan_export`.
+        DiskSpaceError: There is no room for all of them.
+    """
+    written = spool = 0
+    for name, target in targets.items():
+        chosen = registry.by_name(name)
+        if not isinstance(chosen, SafetensorsFormat):
+            written += chosen.space(source)
+            continue
+        plan = plan_export(source.path, target, schemes, name)
+        written += plan.weight_bytes
+        spool = max(spool, min(plan.weight_bytes, DEFAULT_SHARD_BYTES))
+        for warning in plan.warnings:
+            say(f"note: {name}: {warning}")
+    if targets:
+        check_space(next(iter(targets.values())).parent, written + spool)
 
 
 def check_grids(source: Source, formats: Iterable[str], grids: Mapping[str, Grid]) -> None:
@@ -129,7 +185,7 @@ def check_text(source: Source, dataset: str) -> None:
     Raises:
         CalibrationError: So it is.
     """
-    if source.tokenizer is None and dataset != "self" and ".safetensors:" not in dataset:
+    if source.tokenizer is None and dataset != "self" and token_file(dataset) is None:
         raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
 
 
@@ -139,7 +195,12 @@ ARITHMETIC = 3
 
 
 def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -> dict[str, Any]:
-    """Return everything that determines the bytes of the result; the baselines are only measured."""
+    """Return everything that determines the bytes of the result; the baselines are only measured.
+
+    The processor does too, in the last bits of sums; as machines are often exchanged between two parts of a run,
+    another one is told (`Pipeline`) and not refused.
+    """
+    installed = versions()
     return {
         "config": {key: value for key, value in config.to_dict().items() if key != "baselines"},
         "source_digest": source.digest,
@@ -147,6 +208,8 @@ def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -
         "discquant": discquant.__version__,
         "arithmetic": ARITHMETIC,
         "torch": torch.__version__,
+        "transformers": installed["transformers"],
+        "triton": installed["triton"] if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "device": device_name(device),
     }
@@ -154,9 +217,8 @@ def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -
 
 def file_digest(dataset: str) -> str | None:
     """Hash a local calibration file, so that a changed one is noticed on resuming."""
-    path = Path(
-        dataset.partition(".safetensors:")[0] + ".safetensors" if ".safetensors:" in dataset else dataset
-    )
+    of_tokens = token_file(dataset)
+    path = Path(dataset) if of_tokens is None else of_tokens[0]
     if not path.is_file():
         return None
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,24 @@ from torch import Tensor
 from discquant.errors import MissingModelError, OutputExistsError, ResumeError
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.output import sync_path
 from discquant.formats.safetensors_file import read_header, read_tensor
 from discquant.grids import Grid
 from discquant.grids.storage import restore, store
-from discquant.run.stored import Given, save_tensors_atomic
+from discquant.run.stored import Given, replacing, room_for, save_tensors_atomic
 
-CONFIG, METRICS, CODES, SUMMARY = "config.json", "metrics.jsonl", "codes.safetensors", "summary.json"
+CONFIG, METRICS, CODES = "config.json", "metrics.jsonl", "codes.safetensors"
+SUMMARY, REPORT = "summary.json", "report.md"
 MARKER = "discquant_run"
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write text so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-    sync_path(path.parent)
+    """Write text so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        DiskSpaceError: There is no room; the file that was there stays.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 class RunDirectory:
@@ -133,8 +131,13 @@ class RunDirectory:
         write_atomic(path, "".join(line + "\n" for line in kept))
 
     def append_metrics(self, entry: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as handle:
+        """Append one line to metrics.jsonl.
+
+        Raises:
+            DiskSpaceError: There is no room; a part of the line is dropped when the run continues.
+        """
+        path = self.path / METRICS
+        with room_for(path), path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

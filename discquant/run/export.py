@@ -16,14 +16,14 @@ from discquant.errors import CheckpointError, ConfigError, MissingModelError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
-from discquant.formats.export import plan_export
-from discquant.formats.output import check_space, check_target
+from discquant.formats.output import check_target
 from discquant.formats.rewrite import file_facts, weight_files
 from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import model_digest, resolve
 from discquant.formats.write import weight_shape
+from discquant.run.checks import plan_formats
 from discquant.run.derive import check_unscaled
 from discquant.run.directory import SUMMARY, RunDirectory
 
@@ -169,12 +169,4 @@ def _preflight(solved: Solved, targets: dict[str, Path], say: Callable[[str], No
                 found.check_grid(layer.name, layer.grid, served)
             else:
                 found.check_grid(layer.name, layer.grid)
-    needed = 0
-    for name, target in targets.items():
-        if isinstance(chosen[name], SafetensorsFormat):
-            plan = plan_export(solved.source.path, target, schemes, name)
-            needed += plan.weight_bytes
-            for warning in plan.warnings:
-                say(f"note: {name}: {warning}")
-    # Each fits by itself; all of them must.
-    check_space(next(iter(targets.values())), needed)
+    plan_formats(solved.source, targets, schemes, say)

@@ -7,6 +7,7 @@ Every stage leaves its result in the run directory; the same command again conti
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from discquant.calibration import Windows
 from discquant.config import Method, QuantizeConfig
+from discquant.environment import cpu_name
 from discquant.formats import registry
 from discquant.formats.bits import file_bits_per_weight
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.lazy import is_lazy, settle
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
+from discquant.planning.shape import ModelShape
 from discquant.run.checks import (
     check_formats,
     check_grids,
@@ -32,13 +35,14 @@ from discquant.run.checks import (
     check_text,
     run_identity,
 )
-from discquant.run.directory import RunDirectory
+from discquant.run.directory import REPORT, SUMMARY, RunDirectory
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.lock import locked
 from discquant.run.phases import Phases
-from discquant.run.planned import compare_run, plan_run, refuse_too_large
+from discquant.run.planned import compare_run, place_run, plan_run
 from discquant.run.served import served_dtype
 from discquant.run.solving import Codes, Solving
+from discquant.run.stored import room_for
 from discquant.run.summary import coded_layers, summarize_run
 from discquant.run.windows import CALIBRATION, few_windows, keep_windows, run_windows, split_windows
 from discquant.solver.chain import Chain, DecoderChain
@@ -53,7 +57,13 @@ STATE = "state"  # files of a placement on disk, within the run directory
 
 
 class Pipeline:
-    """One run from a model folder; `execute` does everything that is left to do."""
+    """One run from a model folder; `execute` does everything that is left to do.
+
+    Attributes:
+        blockwise: Whether the original's weights may stay on disk and be read block by block.
+    """
+
+    blockwise = True
 
     def __init__(
         self,
@@ -73,10 +83,11 @@ class Pipeline:
         self.trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         self.events = events or Events()
         self._stop = StopSignal()
-        self.engine = engine or Engine()
+        self.engine = dataclasses.replace(engine or Engine())  # a run settles what its caller left open
         self.phases = Phases(self.engine.device)
         if self.engine.folder is None:
             self.engine.folder = self.directory.path / STATE
+        self._shape: ModelShape | None = None
         self._solving = Solving(self.directory, self.config, self.engine, self.events, self._stop)
 
     def execute(self) -> dict[str, Any]:
@@ -92,32 +103,33 @@ class Pipeline:
         if self.config.method == "discquant":
             options = self.config.solver
             self.engine.ranks.span(-(-options.batch_size // options.micro_batch))  # every rank needs a share
-        try:
-            with self._stop, contextlib.ExitStack() as held:
-                return self._execute(held) if self.engine.ranks.first else self._follow()
-        finally:
-            self._solving.close()
-            self._remove_files(self.engine.ranks.rank)
+        with room_for(self.directory.path), contextlib.ExitStack() as held, self._stop:
+            return self._execute(held) if self.engine.ranks.first else self._follow(held)
 
-    def _remove_files(self, rank: int | None) -> None:
-        """Remove what a placement on disk has left in the run directory: of one rank, or of all.
+    def _hold(self, held: contextlib.ExitStack) -> None:
+        """Keep every other process out of the run directory, and remove what a killed run has left of its placement.
 
-        A killed run leaves its files; nothing reads them again, for checkpoints hold what counts.
+        Nothing reads those files again, for checkpoints hold what counts.
         """
-        folder = self.directory.path / STATE
-        if rank is not None:
-            shutil.rmtree(folder / f"rank-{rank}", ignore_errors=True)
-            with contextlib.suppress(OSError):  # another rank is not done yet
-                folder.rmdir()
-            return
-        shutil.rmtree(folder, ignore_errors=True)
+        held.enter_context(locked(self.directory.path))
+        shutil.rmtree(self.directory.path / STATE, ignore_errors=True)
+        held.callback(self._close)
 
-    def _follow(self) -> dict[str, Any]:
+    def _close(self) -> None:
+        """Stop the solve; remove the files of this rank's placement on disk."""
+        self._solving.close()
+        folder = self.directory.path / STATE
+        shutil.rmtree(folder / f"rank-{self.engine.ranks.rank}", ignore_errors=True)
+        with contextlib.suppress(OSError):  # another rank is not done yet
+            folder.rmdir()
+
+    def _follow(self, held_open: contextlib.ExitStack) -> dict[str, Any]:
         """Take part in the solve of another rank; nothing is written."""
-        source = open_source(self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust)
+        source = self._open()
         chain = self._chain(source)
         if self.engine.ranks.share(None) == COMPLETE:
             return {}
+        held_open.callback(self._close)  # from here on the first rank holds the directory
         train, held = split_windows(run_windows(self.directory, self.config, source), self.config)
         if self.config.method == "discquant":
             rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
@@ -128,11 +140,8 @@ class Pipeline:
         check_output_dir(self.directory.path, self.resume)
         for name in self.config.formats:
             registry.by_name(name)
-        refuse_too_large(self.model_path, self.config, self.engine, self.directory.path, self.trust)
         with self._phase("open"):
-            source = open_source(
-                self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust
-            )
+            source = self._open()
             if self._lazy() and not is_lazy(source.model):
                 self.events.say(
                     "note: the original cannot be read block by block; it stays in memory as a whole"
@@ -143,13 +152,13 @@ class Pipeline:
             identity = self._identity(source)
             continued = self.directory.check(identity, resume=self.resume)
             if continued:
-                held_open.enter_context(locked(self.directory.path))
+                self._hold(held_open)
         if continued and self.directory.complete and self._exported():
-            self.events.say(f"{self.directory.path} is complete already")
             self.engine.ranks.share(COMPLETE)
-            return dict(json.loads((self.directory.path / "summary.json").read_text(encoding="utf-8")))
-        self._remove_files(None)
-        plan = plan_run(source.model, self.config, self.engine, self.directory.path)
+            return self._completed()
+        if continued:
+            self._say_processor()
+        plan = plan_run(source.model, self._shape, self.config, self.engine, self.directory.path)
         for warning in plan.warnings:
             self.events.say(f"note: {warning}")
         # Before the text, which may be long work: a format that cannot hold a grid is found here.
@@ -162,7 +171,7 @@ class Pipeline:
                 self.events.say(f"note: {few_windows(windows, self.config)}")
             chain.verify(train.input_ids[:1])
             if not continued:  # nothing has been written before all input is known to be good
-                held_open.enter_context(locked(self.directory.path))
+                self._hold(held_open)
                 self.directory.check(identity, resume=self.resume)  # nobody else was faster
                 self.directory.start(self._record(source), identity)
             keep_windows(self.directory, windows)
@@ -189,10 +198,24 @@ class Pipeline:
         summary["checkpoints"] = self._solving.checkpoints
         summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)
         if solve is not None:
-            summary["plan"]["placement"] = solve.solver.placement.where  # `auto` looks at what is free
             summary["plan"]["moved_per_step"] = self._solving.moved()
         self.directory.write_summary(summary)
         self._report()
+        return summary
+
+    def _completed(self) -> dict[str, Any]:
+        """Return the summary of a run that has ended before; it may have been stopped while its report was drawn."""
+        path = self.directory.path
+        self.events.say(f"{path} is complete already")
+        summary = dict(json.loads((path / SUMMARY).read_text(encoding="utf-8")))
+        unmeasured = [name for name in self.config.baselines if name not in summary["methods"]]
+        if unmeasured:
+            self.events.say(
+                f"note: it was made without --baselines {','.join(unmeasured)}, and a complete run is not measured "
+                "again; give another OUT to compare with them"
+            )
+        if not (path / REPORT).exists():
+            self._report()
         return summary
 
     def _exported(self) -> bool:
@@ -214,8 +237,8 @@ class Pipeline:
 
     def _settle(self, model: torch.nn.Module) -> None:
         """Bring the model to the compute device: whole, or its blocks one by one where the engine says so."""
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        settle(model, self.engine.device, stream=self.engine.offloads(size))
+        apart = self.engine.device.type == "cuda"
+        settle(model, self.engine.device, stream=apart and self.engine.streamed)
 
     def _check_formats(self, source: Source, chain: Chain) -> None:
         """Refuse what an output format cannot hold before anything is computed."""
@@ -227,7 +250,16 @@ class Pipeline:
 
     def _record(self, source: Source) -> dict[str, Any]:
         """Return what config.json holds besides the identity."""
-        return {"source": str(source.path.resolve()), **self.trust}
+        return {"source": str(source.path.resolve()), **self.trust, "cpu": cpu_name()}
+
+    def _say_processor(self) -> None:
+        """Say that a run goes on on another processor than it was begun on."""
+        before, here = self.directory.config().get("cpu"), cpu_name()
+        if before not in (None, here):
+            self.events.say(
+                f"note: this run was begun on {before}, and this is {here}: sums may differ in their last bits, so "
+                "it may end in other bytes than it would have there"
+            )
 
     def _grids(self, chain: Chain, source: Source) -> dict[str, Grid]:
         """Lay the grids and ask every format whether it can hold them, before anything is rounded."""
@@ -266,10 +298,24 @@ class Pipeline:
             self.events.phase(name)
         return self.phases.phase(name)
 
+    def _open(self) -> Source:
+        """Plan the run, so that the engine knows where the state lives, and open the original accordingly."""
+        plan = place_run(
+            self.model_path,
+            self.config,
+            self.engine,
+            self.directory.path,
+            blockwise=self.blockwise,
+            trust_remote_code=self.trust["trust_remote_code"],
+        )
+        if plan is not None:
+            self.engine.where, self._shape = plan.setting.placement, plan.shape
+        return open_source(self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust)
+
     def _lazy(self) -> bool:
         """Whether original weights stay on disk: not where the calibration text is yet to be sampled from the model."""
         sampled = self.config.data.dataset == "self" and not (self.directory.path / CALIBRATION).exists()
-        return self.engine.streams(Path(self.model_path)) and not sampled
+        return self.blockwise and self.engine.streamed and not sampled
 
     def _compute_dtype(self) -> torch.dtype:
         dtype = getattr(torch, self.config.solver.compute_dtype)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from discquant.errors import UserError
 from discquant.formats.lazy import is_lazy
 from discquant.planning.compare import against_plan, plan_of_run
 from discquant.planning.plan import Plan
-from discquant.planning.shape import read_shape, shape_of
+from discquant.planning.shape import ModelShape, read_shape, shape_of
 from discquant.run.directory import METRICS, RunDirectory
 from discquant.run.phases import resident_bytes
 from discquant.solver.engine import Engine
@@ -36,35 +36,46 @@ def local_ranks() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def refuse_too_large(
-    model: str, config: QuantizeConfig, engine: Engine, out: Path, trust: Mapping[str, bool]
-) -> None:
-    """Refuse a run that cannot fit from the model's config.json, before a weight is opened.
+def place_run(
+    model: str,
+    config: QuantizeConfig,
+    engine: Engine,
+    out: Path,
+    *,
+    blockwise: bool = True,
+    trust_remote_code: bool = False,
+) -> Plan | None:
+    """Plan a run from the model's config.json, before a weight is opened: refuse what cannot fit, and settle `auto`.
+
+    Args:
+        model: The original.
+        config: The run's options.
+        engine: Where the state is asked to live, and what computes.
+        out: The run directory, for the disk it is on.
+        blockwise: Whether the original's blocks may be read one by one.
+        trust_remote_code: As for `open_source`.
+
+    Returns:
+        The plan, whose setting says where the state lives; None where config.json cannot be read.
 
     Raises:
         ConfigError: Its windows are longer than the model's positions.
         CapacityError: It cannot fit; the message has the numbers and what would.
     """
     try:
-        shape = read_shape(model, config.ignore, trust_remote_code=trust["trust_remote_code"])
-    except UserError:
-        return  # opening the model says what is wrong with it
-    plan_of_run(
-        shape,
-        config,
-        process=float(resident_bytes()),
-        placement=engine.where,
-        disk=free_disk(out),
-        device=engine.device,
-        ranks=local_ranks(),
-    )
+        shape = read_shape(model, config.ignore, trust_remote_code=trust_remote_code)
+    except UserError:  # opening the model says what is wrong with it
+        return None
+    shape = dataclasses.replace(shape, blockwise=blockwise)
+    return _planned(shape, config, engine, out, process=float(resident_bytes()))
 
 
-def plan_run(model: Any, config: QuantizeConfig, engine: Engine, out: Path) -> Plan:
+def plan_run(model: Any, shape: ModelShape | None, config: QuantizeConfig, engine: Engine, out: Path) -> Plan:
     """Plan a run whose model is open.
 
     Args:
         model: Opened, and where it runs.
+        shape: Its sizes by config.json, which also says how wide its weights are stored; None takes the model's.
         config: The run's options.
         engine: Where the solver's state will live, and what computes.
         out: The run directory, for the disk it is on.
@@ -81,15 +92,21 @@ def plan_run(model: Any, config: QuantizeConfig, engine: Engine, out: Path) -> P
         if p.device.type == "cpu"
     )
     process = max(0.0, float(resident_bytes() - held))
-    shape = shape_of(model, config.ignore, name=type(model).__name__)
+    shape = shape or shape_of(model, config.ignore, name=type(model).__name__)
+    shape = dataclasses.replace(shape, blockwise=is_lazy(model))
+    return _planned(shape, config, engine, out, process=process)
+
+
+def _planned(shape: ModelShape, config: QuantizeConfig, engine: Engine, out: Path, *, process: float) -> Plan:
     return plan_of_run(
-        dataclasses.replace(shape, blockwise=is_lazy(model)),
+        shape,
         config,
         process=process,
         placement=engine.where,
         disk=free_disk(out),
         device=engine.device,
         ranks=local_ranks(),
+        activations=engine.activations,
     )
 
 

@@ -47,6 +47,9 @@ _CHUNK = 16 << 20
 class RefinePipeline(Pipeline):
     """One run from a quantized file and its original; `execute` does everything that is left to do."""
 
+    # Original weights are in memory: they are compared with the file, and scaled where its basis asks for it.
+    blockwise = False
+
     def __init__(
         self,
         quantized: str | Path,
@@ -123,10 +126,6 @@ class RefinePipeline(Pipeline):
             raise CheckpointError("refine: the file quantizes no layer of the decoder blocks")
         self._settle(source.model)
         return DecoderChain(source.model, ("lm_head", *absent), routers=True)
-
-    def _lazy(self) -> bool:
-        """Original weights are in memory: they are compared with the file, and scaled where its basis asks for it."""
-        return False
 
     def _check_formats(self, source: Source, chain: Chain) -> None:
         """Nothing to refuse: the file exists in its format already."""

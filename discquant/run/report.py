@@ -11,6 +11,7 @@ from typing import Any
 
 from discquant.errors import MissingModelError
 from discquant.run import plots
+from discquant.run.directory import REPORT, write_atomic
 from discquant.run.planned import report_lines
 
 PLOTS = "plots"
@@ -304,7 +305,7 @@ def write_report(run_dir: Path) -> None:
         if facts
         else []
     )
-    (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_atomic(folder / REPORT, "\n".join(lines).rstrip() + "\n")
 
 
 def _refined(summary: dict[str, Any]) -> list[str]:

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from discquant.formats.output import sync_path
+from discquant.errors import DiskSpaceError
+from discquant.formats.output import FULL, sync_path
 from discquant.formats.safetensors_file import (
     DTYPE_BITS,
     DTYPE_NAMES,
@@ -27,6 +28,43 @@ def _made(given: Given) -> Tensor:
     return given if isinstance(given, Tensor) else given()
 
 
+@contextlib.contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Tell a full disk as what it is, and what there was no room for.
+
+    Raises:
+        DiskSpaceError: The disk is full, a quota used up, or a file larger than the system lets it be.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DiskSpaceError(
+            f"{error.filename or path}: no room to write it ({error.strerror}); make room and give the same command "
+            "again, which continues"
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write beside `path`: it takes that place when the block ends, and vanishes when it raises.
+
+    Raises:
+        DiskSpaceError: See `room_for`; the file that was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with room_for(path):
+            yield temporary
+            sync_path(temporary)
+            temporary.replace(path)
+            sync_path(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def save_tensors_atomic(path: Path, tensors: Mapping[str, Given], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically; the same content gives the same bytes, those of the library.
 
@@ -36,7 +74,7 @@ def save_tensors_atomic(path: Path, tensors: Mapping[str, Given], metadata: Mapp
         metadata: Strings of the header.
 
     Raises:
-        OSError: The disk is full, say; the file that was there stays.
+        DiskSpaceError: There is no room; the file that was there stays.
     """
     facts: dict[str, tuple[torch.dtype, list[int]]] = {}
     for name, given in tensors.items():
@@ -53,15 +91,10 @@ def save_tensors_atomic(path: Path, tensors: Mapping[str, Given], metadata: Mapp
         begin, kind = end, DTYPE_NAMES[dtype]
         end += torch.Size(shape).numel() * DTYPE_BITS[kind] // 8
         entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as handle:
+    with replacing(path) as temporary, temporary.open("wb") as handle:
         handle.write(encode_header(entries))
         for name in names:
             handle.write(tensor_bytes(_made(tensors[name])))
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-    sync_path(path.parent)
 
 
 class StoredCodes(Mapping[str, Tensor]):

@@ -86,11 +86,17 @@ class Ranks:
             device: Where this process computes; None is the CPU.
 
         Raises:
-            ConfigError: Several processes were given one GPU.
+            ConfigError: Several processes were given one GPU, or no torchrun says which of them this is.
         """
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
             return cls()
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"ranks: WORLD_SIZE is {world} without {', '.join(missing)}; start the processes with torchrun "
+                "--nproc-per-node, or unset WORLD_SIZE to run alone"
+            )
         ranks = cls(int(os.environ["RANK"]), world)
         device = device or torch.device("cpu")
         on_gpu = device.type == "cuda"

@@ -236,7 +236,7 @@ class Solve:
         if None in (options.lr, options.lr_floor, options.curvature, options.linear_until):
             options = self.engine.ranks.share(resolve(options, self._start_kl(grids)))
         wide = torch.float64 if options.compute_dtype == "float64" else torch.float32
-        placement = self.engine.placement(chain, options)
+        placement = self.engine.placement()
         kept: Kept = "state" if options.teacher_source == "state" else "none"
         if kept == "none" and (placement.where != "resident" or chain.lazy):
             kept = "weights"

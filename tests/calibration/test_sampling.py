@@ -42,7 +42,7 @@ def test_matches_sampling_without_cache(model: Any) -> None:
 def test_rows_at_once_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     together = sampling.sample(model, None, nsamples=5, seqlen=16, seed=1)
     monkeypatch.setattr(sampling, "CACHE_BYTES", 1)
-    assert sampling._rows_at_once(model, 16) == 1
+    assert sampling.rows_at_once(sampling.cache_elements(model.config), 16, 4) == 1
     assert torch.equal(sampling.sample(model, None, nsamples=5, seqlen=16, seed=1), together)
 
 

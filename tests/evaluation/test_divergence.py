@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from discquant.calibration import Windows
-from discquant.evaluation import compare_models
+from discquant.evaluation import compare_models, divergence
 from discquant.evaluation.divergence import Divergence, token_measures
 
 
@@ -109,6 +109,19 @@ def test_original_runs_once_per_batch(model: Any, noisy: Any, windows: Windows) 
 
     compare_models(Counting(), {"a": noisy, "b": noisy, "c": noisy}, windows, batch_size=2)
     assert Counting.calls == 2  # three batches, the last of nothing but padding
+
+
+def test_windows_at_once_by_the_head(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a composite model too, whose own configuration names no vocabulary."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 512}
+    with torch.device("meta"):
+        composite = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text))
+    assert getattr(composite.config, "vocab_size", None) is None
+    monkeypatch.setattr(divergence, "LOGITS", 3 * windows.seqlen * 512)
+    assert divergence.rows_at_once(composite, windows, 8) == 3
+    assert divergence.rows_at_once(torch.nn.Identity(), windows, 2) == 2
 
 
 def test_padding_content_is_ignored(model: Any, noisy: Any, windows: Windows) -> None:

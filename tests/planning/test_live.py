@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from discquant.calibration import Windows
+from discquant.calibration.sampling import sample
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.evaluation.divergence import compare_models
 from discquant.planning.compare import MEMORY_TOLERANCE
 from discquant.planning.hardware import DEVICES
-from discquant.planning.memory import HEAP, grid_share, phase_peaks, state_bytes
+from discquant.planning.memory import HEAP, phase_peaks, state_bytes
 from discquant.planning.plan import Machine, setting_for
+from discquant.planning.setting import grid_share
 from discquant.planning.shape import shape_of
 from discquant.run.served import apply_layers
 from discquant.run.summary import coded_layers
@@ -136,6 +138,20 @@ def test_state(state: str, optimizer: str, curvature: float | None, width: int, 
     assert placement.nbytes == state_bytes(shape, setting) + scales
     largest = max(placement.home(index).nbytes for index in range(len(placement)))
     assert largest * len(placement) == placement.nbytes
+
+
+def test_sampling(model: Any) -> None:
+    """As many rows side by side as the run takes: with the held-out ones, as far as their cache allows."""
+    config = dataclasses.replace(_config(), data=DataConfig("self", ROWS, SEQLEN))
+    with Live(model) as live:
+        sample(model, None, nsamples=ROWS + config.validation_windows, seqlen=SEQLEN)
+    planned = _planned(model, config, "calibrate", lambda item: item not in HELD_BEFORE)
+    assert _within(live.peak, planned)
+    many = dataclasses.replace(config, data=DataConfig("self", 2048, SEQLEN))
+    assert (
+        _planned(model, many, "calibrate", lambda item: item == "keys and values")
+        == 2 * 3 * 64 * SEQLEN * 4 * 256
+    )
 
 
 def test_comparing(model: Any) -> None:

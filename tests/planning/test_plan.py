@@ -16,8 +16,9 @@ from discquant.cli import app
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import CapacityError, CheckpointError, ConfigError, MissingModelError
 from discquant.planning.hardware import DEVICES, GB, GIB, find_device
-from discquant.planning.memory import HEAP, HEAP_SHARE, PLACEMENTS, gptq_bytes, needed, phase_peaks
+from discquant.planning.memory import HEAP, HEAP_SHARE, gptq_bytes, needed, phase_peaks
 from discquant.planning.plan import Machine, make_plan, setting_for
+from discquant.planning.setting import PLACEMENTS
 from discquant.planning.shape import ModelShape, read_shape
 from discquant.planning.traffic import (
     factor_bytes,
@@ -224,7 +225,7 @@ def test_issue_targets(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
             assert all(peak.total("host") <= 270 * GIB for peak in made.peaks)
             assert made.setting.placement == "host" and not made.warnings
             files = {item for peak in made.peaks for item, size in peak.disk.items() if size}
-            expected = {"checkpoints (three)", "exported model", "codes"}
+            expected = {"checkpoints (three)", "exported models", "a shard's spool", "codes"}
             assert files == expected | ({"codes at the start"} if start == "gptq" else set())
 
 
@@ -232,6 +233,66 @@ def test_gptq_of_a_70b_block(shape_70b: ModelShape) -> None:
     """The 28672-wide layer: two [28672, 28672] in float64 and little else."""
     two = 2 * 8 * 28672**2
     assert two < gptq_bytes(shape_70b.largest) < 1.15 * two
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_activations_are_where_they_are_asked_for(gpu: bool, placement: str, shape_8b: ModelShape) -> None:
+    """Apart from the state: in the memory that holds them, in what moves, and in what fits."""
+    config = options(batch_size=64, micro_batch=1, compute_dtype="bfloat16" if gpu else "float32")
+    machine = Machine(DEVICES["h200" if gpu else "cpu"], ROOMY, ROOMY)
+    found = {}
+    for activations in (None, *PLACEMENTS):
+        made = make_plan(shape_8b, config, machine, placement=placement, activations=activations)  # type: ignore[arg-type]
+        solve = next(peak for peak in made.peaks if peak.name == "solve")
+        found[activations] = {
+            where: getattr(solve, where).get("boundary activations", 0.0) for where in ("gpu", "host", "disk")
+        }
+        assert made.to_dict()["activations"] == (activations or placement)
+    size = 33 * 64 * SEQLEN * 4096 * (2.0 if gpu else 4.0)
+    places = {"resident": "gpu" if gpu else "host", "host": "host", "disk": "disk"}
+    for activations in PLACEMENTS:
+        assert found[activations] == {
+            where: size if where == places[activations] else 0.0 for where in ("gpu", "host", "disk")
+        }
+    assert found[None] == found[placement]
+
+
+def test_activations_decide_what_fits(shape_8b: ModelShape) -> None:
+    config = options(batch_size=64, micro_batch=1, compute_dtype="float32")
+    least = needed(
+        phase_peaks(
+            shape_8b,
+            setting_for(shape_8b, config, "host", Machine(DEVICES["cpu"], ROOMY, ROOMY), activations="disk"),
+        ),
+        "host",
+    )
+    tight = Machine(DEVICES["cpu"], 1.01 * least, ROOMY)
+    assert (
+        make_plan(shape_8b, config, tight, placement="host", activations="disk").setting.boundaries == "disk"
+    )
+    for activations in (None, "host", "resident"):
+        with pytest.raises(CapacityError):
+            make_plan(shape_8b, config, tight, placement="host", activations=activations)  # type: ignore[arg-type]
+    with pytest.raises(CapacityError):
+        make_plan(
+            shape_8b, config, dataclasses.replace(tight, disk=1e11), placement="host", activations="disk"
+        )
+
+
+def test_every_format_is_on_the_disk(shape_8b: ModelShape) -> None:
+    """The models, of one shard's spool beside the last; none where the codes stay in the run directory."""
+    machine = Machine(DEVICES["cpu"], ROOMY, ROOMY)
+
+    def written(formats: str) -> dict[str, float]:
+        config = dataclasses.replace(options(), format=formats)
+        peaks = phase_peaks(shape_8b, setting_for(shape_8b, config, "resident", machine))
+        return next(peak.disk for peak in peaks if peak.name == "export")
+
+    one, three, none = written("gptq"), written("gptq,awq,mlx"), written("none")
+    assert three["exported models"] == 3 * one["exported models"] > 3e9
+    assert three["a shard's spool"] == one["a shard's spool"] > 3e9
+    assert none["exported models"] == none["a shard's spool"] == 0.0
 
 
 def test_placement_is_the_first_that_fits(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
@@ -421,6 +482,12 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.exit_code == 0 and "Transfers hide from" in shown.stdout
     refused = CliRunner().invoke(app, [*line, "--gpu-memory", "1", "--host-memory", "2"])
     assert isinstance(refused.exception, CapacityError)
+    apart = CliRunner().invoke(app, [*line, "--activations", "disk", "--format", "none", "--json"])
+    disk = json.loads(apart.stdout)["phases"][-1]["items"]["disk"]
+    assert json.loads(apart.stdout)["activations"] == "disk" and disk["exported models"] == 0
+    assert isinstance(CliRunner().invoke(app, [*line, "--activations", "moon"]).exception, ConfigError)
+    nothing = CliRunner().invoke(app, [*line, "--ignore", "nothing_here"])
+    assert isinstance(nothing.exception, ConfigError) and "down_proj" in str(nothing.exception)
 
 
 def test_windows_fit_the_positions(shape_8b: ModelShape) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -12,16 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
-from discquant.errors import CapacityError, ConfigError, OutputExistsError, UnrepresentableError
+from discquant.errors import (
+    CapacityError,
+    ConfigError,
+    DiskSpaceError,
+    OutputExistsError,
+    ResumeError,
+    UnrepresentableError,
+)
 from discquant.planning import compare
-from discquant.run import pipeline
+from discquant.planning.memory import needed
+from discquant.planning.shape import read_shape
+from discquant.run import pipeline, stored
 from discquant.run.directory import RunDirectory
 from discquant.run.events import Events, RunStoppedError
 from discquant.run.pipeline import Pipeline
 from discquant.solver.engine import Engine
 from discquant.solver.memory import HostArena
+from discquant.solver.placement import Where
 from discquant.solver.ranks import Ranks
 from discquant.solver.solver import StepRecord
 
@@ -86,7 +98,7 @@ def test_what_was_moved_is_reported(
         assert moved["boundary_bytes"] > 0 and moved["waited_seconds"] >= 0
 
 
-def test_a_killed_run_s_files_go_when_it_continues(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+def test_a_killed_run_continues_without_its_files(model_dir: Path, dataset: str, tmp_path: Path) -> None:
     def stop(record: StepRecord, iters: int) -> None:
         if record.step == 2:
             raise RunStoppedError("stopped by the test")
@@ -97,7 +109,17 @@ def test_a_killed_run_s_files_go_when_it_continues(model_dir: Path, dataset: str
     # As a killed rank of a placement on disk leaves them.
     (out / "state" / "rank-1").mkdir(parents=True)
     (out / "state" / "rank-1" / "block-0000.state").write_bytes(bytes(64))
-    Pipeline(model_dir, out, _config(dataset)).execute()
+    # Begun on another machine: its versions are part of the run, its processor is told.
+    record = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    for key, value in (("transformers", "5.0"), ("triton", "2.0")):
+        other = {**record, "identity": {**record["identity"], key: value}}
+        (out / "config.json").write_text(json.dumps(other), encoding="utf-8")
+        with pytest.raises(ResumeError, match=f"{key} was '{value}', is "):
+            Pipeline(model_dir, out, _config(dataset)).execute()
+    said: list[str] = []
+    (out / "config.json").write_text(json.dumps({**record, "cpu": "Abacus, BEADS"}), encoding="utf-8")
+    Pipeline(model_dir, out, _config(dataset), events=Events(message=said.append)).execute()
+    assert len([line for line in said if "begun on Abacus, BEADS" in line and record["cpu"] in line]) == 1
     assert (out / "summary.json").exists() and not (out / "state").exists()
     assert (
         RunDirectory(out).recorded_threads()
@@ -127,8 +149,71 @@ def test_refused_before_the_model_is_opened(
     assert not out.exists()
 
 
+def test_auto_is_the_plan_s(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is admitted because it fits the disk goes to the disk, and its original is read block by block."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model_dir = tmp_path / "model"
+    options = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(options).to(torch.bfloat16).save_pretrained(model_dir)
+    monkeypatch.setattr("discquant.run.planned.resident_bytes", lambda: 0)
+    shape, config = read_shape(model_dir), _config(dataset, iters=1)
+
+    def need(placement: Where) -> float:
+        plan = compare.plan_of_run(shape, config, process=0.0, placement=placement)
+        return needed(list(plan.peaks), "host")
+
+    resident, disk = need("resident"), need("disk")
+    assert disk < 0.9 * resident
+    opened: list[bool] = []
+    real = pipeline.open_source
+
+    def watched(*given: Any, **options: Any) -> Any:
+        opened.append(options["lazy"])
+        if name != "small":
+            raise ConfigError("seen enough")
+        return real(*given, **options)
+
+    monkeypatch.setattr(pipeline, "open_source", watched)
+    engine = Engine("auto")
+    for name, free, whole, expected in (
+        ("roomy", 1e12, 1e12, "resident"),
+        ("small", 1e12, disk / 1.09, "disk"),
+        ("busy", disk / 1.09, 1e12, "disk"),  # what others hold now
+        ("full", 1.0, 1e12, "resident"),  # they may leave
+    ):
+        monkeypatch.setattr(compare, "host_memory", lambda whole=whole: whole)
+        monkeypatch.setattr(compare, "free_host_memory", lambda free=free: free)
+        run = Pipeline(model_dir, tmp_path / name, config, engine=engine)
+        if name == "small":
+            assert run.execute()["plan"]["placement"] == expected
+        else:
+            with pytest.raises(ConfigError, match="seen enough"):
+                run.execute()
+        assert run.engine.where == expected and opened.pop() == (expected == "disk")
+    assert engine.where == "auto" and engine.folder is None, "the caller's engine was changed"
+
+
+def test_activations_are_planned(
+    model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = compare.make_plan
+
+    def watched(*given: Any, **options: Any) -> Any:
+        seen.append(options["activations"])
+        return real(*given, **options)
+
+    monkeypatch.setattr(compare, "make_plan", watched)
+    Pipeline(model_dir, tmp_path / "out", _config(dataset), engine=Engine("host", "disk")).execute()
+    assert seen == ["disk", "disk"]
+
+
 def test_one_process_at_a_time(model_dir: Path, dataset: str, tmp_path: Path) -> None:
-    """A second run into a directory that is being written is refused, and disturbs nothing."""
+    """A second run into a directory that is being written is refused, and disturbs nothing: no file of its state."""
     out, refused = tmp_path / "out", []
 
     def second(record: StepRecord, iters: int) -> None:
@@ -136,9 +221,10 @@ def test_one_process_at_a_time(model_dir: Path, dataset: str, tmp_path: Path) ->
             with pytest.raises(OutputExistsError, match="another process is at work"):
                 Pipeline(model_dir, out, _config(dataset)).execute()
             refused.append(record.step)
+            assert list((out / "state" / "rank-0").glob("*.state"))
 
-    Pipeline(model_dir, out, _config(dataset), events=Events(step=second)).execute()
-    assert refused == [2]
+    Pipeline(model_dir, out, _config(dataset), events=Events(step=second), engine=Engine("disk")).execute()
+    assert refused == [2] and not (out / "state").exists()
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in steps if "kind" not in row] == [1, 2, 3]
 
@@ -151,6 +237,56 @@ def test_a_complete_run_writes_what_was_removed(model_dir: Path, dataset: str, t
     shutil.rmtree(out / "gptq")
     Pipeline(model_dir, out, config).execute()
     assert hashlib.sha256((out / "gptq" / "model.safetensors").read_bytes()).hexdigest() == before
+
+
+def test_stopped_while_the_report_is_drawn(
+    model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command draws it, and says what the run it finds does not compare with."""
+    out, said = tmp_path / "out", list[str]()
+    config = dataclasses.replace(_config(dataset), method="rtn")
+
+    def stopped(run: Path) -> None:
+        raise RunStoppedError("stopped by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("discquant.run.report.write_report", stopped)
+        with pytest.raises(RunStoppedError):
+            Pipeline(model_dir, out, config).execute()
+    assert (out / "summary.json").exists() and not (out / "report.md").exists()
+    more = dataclasses.replace(config, baselines=("rtn", "gptq"))
+    Pipeline(model_dir, out, more, events=Events(message=said.append)).execute()
+    assert (out / "report.md").read_text(encoding="utf-8").startswith("# Run out")
+    assert any("complete already" in line for line in said)
+    assert [line for line in said if "--baselines gptq" in line and "another OUT" in line]
+
+
+@pytest.mark.parametrize("name", ["config.json", "calibration.safetensors", "codes.safetensors", "report.md"])
+def test_a_full_disk_is_told_by_the_file(
+    name: str, model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it fills up: the file's name, what to do, and no part of the file; then the same command ends it."""
+    out, config = tmp_path / "out", dataclasses.replace(_config(dataset), method="rtn")
+    real = stored.sync_path
+
+    def full(path: Path) -> None:
+        if name in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "sync_path", full)
+        with pytest.raises(DiskSpaceError, match=rf"{name}: no room .* same command again") as caught:
+            Pipeline(model_dir, out, config).execute()
+    assert "checkpoint" not in str(caught.value) and not list(out.glob(".*"))
+    Pipeline(model_dir, out, config).execute()
+    assert (out / "report.md").exists() and (out / "compressed-tensors").is_dir()
+
+
+def test_a_full_disk_while_metrics_are_written(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(DiskSpaceError, match=r"metrics\.jsonl: no room"):
+        RunDirectory(tmp_path).append_metrics({"step": 1})
 
 
 def test_refused_before_the_text_is_read(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 
 import discquant
 from discquant.config import DataConfig, GridConfig, QuantizeConfig
-from discquant.errors import ConfigError, UnrepresentableError
+from discquant.errors import ConfigError, DiskSpaceError, UnrepresentableError
 from discquant.evaluation.candidates import bits_per_weight
 from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
 from discquant.grids import AffineGrid, TableGrid, UniformGrid
 from discquant.grids.storage import restore, store
 from discquant.run.directory import RunDirectory
@@ -45,6 +48,39 @@ def test_one_run_in_two_formats(model_dir: Path, dataset: str, tmp_path: Path) -
         of_run = load_run_model(tmp_path / "out")(ids).logits
         of_gptq = discquant.load(tmp_path / "out" / "gptq")(ids).logits
     assert torch.equal(of_run, of_gptq)
+
+
+def test_a_first_block_left_alone(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    """What a format can hold is asked of the first block that has weights to quantize."""
+    config = dataclasses.replace(
+        _config(dataset, GridConfig(4, 32), "compressed-tensors"), ignore=("lm_head", "model.layers.0.*")
+    )
+    Pipeline(model_dir, tmp_path / "out", config).execute()
+    names = {layer.name for layer in RunDirectory(tmp_path / "out").coded_layers()}
+    assert len(names) == 7 and all(name.startswith("model.layers.1.") for name in names)
+
+
+def test_a_composite_model(dataset: str, tmp_path: Path) -> None:
+    """Gemma 3 from 4B on: renamed while it is loaded. Formats are refused with that reason; its codes are a run's."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = {**sizes, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "pad_token_id": 0}
+    vision = {**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=127, boi_token_index=126,
+        eoi_token_index=125,
+    )  # fmt: skip
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(model)
+    stored = "is language_model.model.layers.0.self_attn.q_proj.weight in .*--format none"
+    for name in ("compressed-tensors", "gguf"):
+        with pytest.raises(UnrepresentableError, match=stored):
+            Pipeline(model, tmp_path / "refused", _config(dataset, GridConfig(4, 32), name)).execute()
+    assert not (tmp_path / "refused").exists()
+    summary = Pipeline(model, tmp_path / "out", _config(dataset, GridConfig(4, 32), "none")).execute()
+    assert 0 < summary["methods"]["rtn"]["kl_mean"] < 1
+    assert load_run_model(tmp_path / "out").config.model_type == "gemma3"
 
 
 def test_a_look_up_grid_through_a_run(model_dir: Path, dataset: str, tmp_path: Path) -> None:
@@ -129,6 +165,24 @@ def test_refused_before_any_work(model_dir: Path, dataset: str, tmp_path: Path) 
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="format"):
         QuantizeConfig(format=" , ")
+
+
+@pytest.mark.parametrize(
+    ("formats", "share"), [("compressed-tensors,gptq", 1.0), ("compressed-tensors,gguf", 2.1)]
+)
+def test_room_for_all_formats(
+    formats: str, share: float, wide_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that has room for either is not enough for both; `share`: of the original's bytes that are free."""
+    size = sum(info.num_bytes for info in Checkpoint(wide_dir).tensors.values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(share * size)))
+    monkeypatch.setattr("discquant.run.planned.free_disk", lambda out: 1e12)
+    with pytest.raises(DiskSpaceError, match="GB free"):
+        Pipeline(wide_dir, tmp_path / "out", _config(dataset, GridConfig(4, 32), formats)).execute()
+    assert not (tmp_path / "out").exists()
+    for name in formats.split(","):
+        Pipeline(wide_dir, tmp_path / name, _config(dataset, GridConfig(4, 32), name)).execute()
 
 
 @pytest.mark.parametrize("grid", [GridConfig.of_kind("q4_1"), GridConfig(3, 32, False)])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from discquant.errors import DiskSpaceError
 from discquant.run import stored
 from discquant.run.stored import StoredCodes, save_tensors_atomic
 
@@ -69,6 +70,7 @@ def test_a_failed_write_leaves_the_file_that_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(stored, "tensor_bytes", broken)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskSpaceError, match=f"{path}: no room"):
         save_tensors_atomic(path, {"a": torch.arange(9)}, {})
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path], "a part was left"

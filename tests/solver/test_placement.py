@@ -14,10 +14,11 @@ from torch import Tensor
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import ConfigError, DiskSpaceError
 from discquant.grids import AffineGrid, Grid, TableGrid, UniformGrid, place_grid
+from discquant.planning.traffic import state_layout
 from discquant.solver.block import BlockState
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import DecoderChain
-from discquant.solver.engine import Engine, bytes_per_weight
+from discquant.solver.engine import Engine
 from discquant.solver.memory import HostArena, MappedFile
 from discquant.solver.placement import Placement
 from discquant.solver.solve import Solve, TokenRows, lay_grids
@@ -224,7 +225,8 @@ def test_bytes_per_weight_of_the_recommended_layout() -> None:
         params = sum(t.numel() * t.element_size() for key, t in held.held() if key.startswith("grid."))
         assert held.outlier_index is None
         assert held.nbytes - params == weight.numel() * expected
-        assert bytes_per_weight(options) == expected
+        layout = state_layout("u8", optimizer, 3, both=start == "gptq")  # the plan's
+        assert layout.total == expected
 
 
 def test_a_failed_step_is_taken_back_in_streamed_state(
@@ -308,12 +310,9 @@ def test_unknown_places_are_refused(tmp_path: Path) -> None:
         Placement("disk")
 
 
-def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from discquant.solver import engine
-
-    monkeypatch.setattr(engine, "free_host_bytes", lambda: 1000)
-    assert Engine("auto").chosen(700) == "resident"
-    assert Engine("auto").chosen(900) == "disk"
+def test_auto_is_settled_by_a_plan() -> None:
+    with pytest.raises(ConfigError, match="settled by a run's plan"):
+        Engine("auto").placement()
 
 
 def test_arena_is_registered_whole_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

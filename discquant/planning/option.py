@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One way to carry out a run on a machine: what it needs, what a step takes, whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from discquant.planning.hardware import Device
+from discquant.planning.memory import PhasePeak, needed, phase_peaks
+from discquant.planning.rates import Rates, measured_step
+from discquant.planning.setting import Placement, Setting, grid_share, keeps_graph, remembers_teacher
+from discquant.planning.shape import ModelShape
+from discquant.planning.traffic import (
+    Moved,
+    StepTime,
+    curvature_work,
+    factor_bytes,
+    moved_per_step,
+    step_time,
+    work_per_token,
+)
+
+# The engine fetches a block's whole state for either pass.
+FORWARD_PREFIX = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the plan is for: one rank's device, and bytes of host memory and of free disk that all ranks share."""
+
+    device: Device
+    host: float
+    disk: float
+    ranks: int = 1
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether there is a device with memory of its own."""
+        return self.device.memory is not None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the comparison: a placement and a state format; bytes of a rank's device and of the whole machine."""
+
+    placement: Placement
+    state: str
+    gpu: float
+    host: float
+    disk: float
+    moved_in: float
+    moved_out: float
+    seconds: float
+    fits: bool
+
+
+def fits(peaks: Sequence[PhasePeak], machine: Machine) -> bool:
+    """Return whether a machine has room for the peaks of all its ranks."""
+    memory = machine.device.memory
+    return (
+        (memory is None or needed(list(peaks), "gpu") <= memory)
+        and needed(list(peaks), "host") * machine.ranks <= machine.host
+        and needed(list(peaks), "disk") <= machine.disk
+    )
+
+
+def seconds_of(
+    shape: ModelShape, setting: Setting, machine: Machine, rates: Rates | None
+) -> tuple[Moved | None, StepTime, float]:
+    """Return traffic, the model's step time, and the step's seconds: measured rates count where there are any."""
+    work = work_per_token(shape, setting.config.data.seqlen, step=curvature_work(shape, setting.config))
+    moved = None
+    if setting.placement != "resident":
+        grid = grid_share(shape, setting.config)
+        moved = moved_per_step(
+            shape,
+            setting.layout,
+            setting.tokens,
+            grid=grid,
+            factors=factor_bytes(shape.blocks, setting.config),
+            offload=setting.boundaries != "resident",
+            prefix=FORWARD_PREFIX,
+        )
+    modelled = step_time(work, moved, setting.tokens, machine.device)
+    if rates is None:
+        return moved, modelled, modelled.total
+    seconds = measured_step(
+        rates,
+        shape,
+        tokens=setting.tokens,
+        seqlen=setting.config.data.seqlen,
+        teacher_known=remembers_teacher(shape, setting),
+        keep_graph=keeps_graph(shape, setting),
+    )
+    seconds += work.step / rates.matmul
+    # Gradients of micro-batches are added in float32, two in and one out; the bytes that a step changes are kept.
+    added = 1.5 * 4 * (-(-setting.tokens // setting.micro_tokens) - 1)
+    seconds += shape.weights * (added + setting.layout.written) / rates.copy
+    if moved is not None:  # a copy on this machine competes with the work for the same memory: not hidden
+        seconds += (moved.total_in + moved.out) / rates.copy
+    return moved, modelled, seconds
+
+
+def option_of(shape: ModelShape, setting: Setting, machine: Machine, rates: Rates | None = None) -> Option:
+    """Return a setting as a row of the comparison."""
+    peaks = phase_peaks(shape, setting)
+    moved, _, seconds = seconds_of(shape, setting, machine, rates)
+    return Option(
+        setting.placement,
+        setting.layout.name,
+        needed(peaks, "gpu"),
+        needed(peaks, "host") * machine.ranks,
+        needed(peaks, "disk"),
+        moved.total_in + moved.boundaries if moved else 0.0,
+        moved.out + moved.boundaries if moved else 0.0,
+        seconds,
+        fits(peaks, machine),
+    )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said where a run fits with no placement: the numbers, and the nearest configuration that would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from discquant.config import QuantizeConfig
+from discquant.errors import CapacityError
+from discquant.planning.hardware import GB
+from discquant.planning.option import Machine, Option, option_of
+from discquant.planning.setting import PLACEMENTS, Placement, Setting
+from discquant.planning.shape import ModelShape
+
+# Stands for calibration text of the user's own.
+TEXT_FILE = "TEXT.jsonl"
+
+
+def with_state(config: QuantizeConfig, state: str, optimizer: str) -> QuantizeConfig:
+    """Return a configuration with another state format and optimizer."""
+    solver = dataclasses.replace(config.solver, state=state, optimizer=optimizer)  # type: ignore[arg-type]
+    return dataclasses.replace(config, solver=solver)
+
+
+def _smaller(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
+    """Return changes that need less memory, mildest first, each with the options that make it."""
+    found = []
+    current, said = config, ""
+    if config.data.dataset == "self":  # sampling needs the whole model in memory
+        current = dataclasses.replace(current, data=dataclasses.replace(current.data, dataset=TEXT_FILE))
+        said = f"--dataset {TEXT_FILE}"
+        found.append((said, current))
+    if config.solver.curved:
+        current = dataclasses.replace(current, solver=dataclasses.replace(current.solver, curvature=0.0))
+        said = f"{said} --curvature 0".strip()
+        found.append((said, current))
+    if config.solver.start == "gptq":
+        current = dataclasses.replace(current, solver=dataclasses.replace(current.solver, start="ref"))
+        said = f"{said} --start ref --baselines none".strip()
+        current = dataclasses.replace(current, baselines=())
+        found.append((said, current))
+    if (config.solver.state, config.solver.optimizer) != ("u8", "momentum"):
+        current = with_state(current, "u8", "momentum")
+        said = f"{said} --state u8 --optimizer momentum".strip()
+        found.append((said, current))
+    micro = current.solver.micro_batch
+    while micro > 1:
+        micro //= 2
+        solver = dataclasses.replace(current.solver, micro_batch=micro)
+        current = dataclasses.replace(current, solver=solver)
+        found.append((f"{said} --micro-batch {micro}".strip(), current))
+    batch, micro_said = current.solver.batch_size, f"{said} --micro-batch {micro}".strip()
+    while batch > 1:
+        batch //= 2
+        solver = dataclasses.replace(current.solver, batch_size=batch)
+        current = dataclasses.replace(current, solver=solver)
+        found.append((f"{micro_said} --batch-size {batch}", current))
+    return found
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GB:,.1f} GB" if num_bytes >= 0.1 * GB else f"{1e3 * num_bytes / GB:,.2f} MB"
+
+
+def _gigabytes(option: Option, machine: Machine) -> str:
+    parts = []
+    if machine.device.memory is not None:
+        parts.append(f"{_size(option.gpu)} of device memory (there are {_size(machine.device.memory)})")
+    parts.append(f"{_size(option.host)} of host memory (there are {_size(machine.host)})")
+    parts.append(f"{_size(option.disk)} of disk ({_size(machine.disk)} are free)")
+    return ", ".join(parts)
+
+
+def refusal(
+    shape: ModelShape,
+    config: QuantizeConfig,
+    wanted: Sequence[Placement],
+    machine: Machine,
+    setting_of: Callable[[QuantizeConfig, Placement], Setting],
+) -> CapacityError:
+    """Return the refusal: what the least demanding placement needs, and the nearest configuration that would fit.
+
+    Args:
+        shape: The model's sizes.
+        config: The options that do not fit.
+        wanted: Placements that were asked for.
+        machine: What they do not fit on.
+        setting_of: Makes the setting of a configuration and a placement.
+    """
+
+    def excess(option: Option) -> float:
+        memory = machine.device.memory
+        ratios = [option.host / machine.host, option.disk / max(1.0, machine.disk)]
+        return max([*ratios, option.gpu / memory] if memory else ratios)
+
+    tried = [option_of(shape, setting_of(config, placement), machine) for placement in wanted]
+    best = min(tried, key=excess)
+    message = (
+        f"plan: {shape.name} with {shape.weights / 1e9:.2f} G weights to quantize fits {machine.device.name} with no "
+        f"placement asked for; {best.placement}, the nearest, needs {_gigabytes(best, machine)}"
+    )
+    least = best
+    for said, smaller in [("", config), *_smaller(config)]:
+        for placement in PLACEMENTS:
+            option = option_of(shape, setting_of(smaller, placement), machine)
+            if option.fits:
+                change = f"--placement {placement} {said}".strip()
+                return CapacityError(f"{message}. It would fit with {change}")
+            least = min(least, option, key=excess)
+    return CapacityError(
+        f"{message}. No configuration fits; the least demanding ({least.placement}, {least.state}) needs "
+        f"{_gigabytes(least, machine)}"
+    )
