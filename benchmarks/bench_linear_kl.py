@@ -20,8 +20,8 @@ SHAPES = (
     else [(64, 64, 1000)]
 )
 PROVIDERS = [
-    "reference", "compiled", "full-softmax", "full-softmax-compiled", "triton", "triton-8192", "liger-jsd", "liger-kl",
-    "cut-cross-entropy",
+    "triton", "triton-8192", "full-softmax", "liger-jsd", "liger-kl", "cut-cross-entropy", "reference", "compiled",
+    "full-softmax-compiled",
 ]  # fmt: skip
 DTYPE = torch.bfloat16 if GPU else torch.float32
 

@@ -55,13 +55,31 @@ def test_cpu(benchmark: Any, bits: int) -> None:
     benchmark(provider.calls[0], x)
 
 
-@pytest.mark.skipif(not GPU, reason="no GPU: packed_linear is not measured on one")
+ON_GPU = pytest.mark.skipif(not GPU, reason="no GPU: packed_linear is not measured on one")
+# What the targets ask for comes first.
+GPU_SHAPES = ["70B gate_up-57344", "8B gate_up", "8B qkv", "8B o", "8B down", "odd"]
+
+
+@ON_GPU
 @pytest.mark.parametrize("bits", [4, 3])
-@pytest.mark.parametrize("shape", ["8B qkv", "8B o", "8B gate_up", "8B down", "70B gate_up-57344", "odd"])
-def test_gpu(benchmark: Any, shape: str, bits: int) -> None:
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_decode(benchmark: Any, shape: str, bits: int) -> None:
     import packed_gpu
 
-    tokens = packed_gpu.TOKENS if not benchmark.disabled else (1,)
+    tokens = (1,) if benchmark.disabled else packed_gpu.DECODE
+    benchmark.pedantic(
+        packed_gpu.measure, (shape.partition("-")[0], bits, tokens, torch.bfloat16), rounds=1, iterations=1
+    )
+
+
+@ON_GPU
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_prefill(benchmark: Any, shape: str, bits: int) -> None:
+    """In a process of its own (run_gpu.py): should its kernel spoil the device, decode is measured already."""
+    import packed_gpu
+
+    tokens = (64,) if benchmark.disabled else packed_gpu.PREFILL
     benchmark.pedantic(
         packed_gpu.measure, (shape.partition("-")[0], bits, tokens, torch.bfloat16), rounds=1, iterations=1
     )

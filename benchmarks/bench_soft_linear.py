@@ -15,7 +15,7 @@ SHAPES = [(28672, 4096), (4096, 14336)] if GPU else [(96, 128)]
 TOKENS = [512, 4096, 16384] if GPU else [32]
 DTYPE = torch.bfloat16 if GPU else torch.float32
 STAGES = ("forward", "dx", "dfrac")
-PROVIDERS = ["cublas", "paper", "reference", "compiled", "triton-auto", "triton-materialise"]
+PROVIDERS = ["triton-auto", "triton-materialise", "cublas", "paper", "reference", "compiled"]
 PROVIDERS += [f"triton-fused-{tile}" for tile in ("compact", "square", "deep", "wide")]
 
 

@@ -12,7 +12,7 @@ from discquant.ops import soft_weight
 from discquant.ops.reference import soft_weight as reference
 
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (57344, 8192)] if GPU else [(256, 512)]
-PROVIDERS = ["reference", "compiled", "paper", "triton"] + ([] if GPU else ["cpp"])
+PROVIDERS = ["triton", "reference", "compiled", "paper"] + ([] if GPU else ["cpp"])
 
 
 def _paper(low: Tensor, high: Tensor, frac: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ TOKENS = [4096, 16384] if GPU else [32]
 DTYPE = torch.bfloat16 if GPU else torch.float32
 # The traffic of docs/kernels.md: 23.6 bytes per weight; gives the speed of a copy to benchmarks/targets.py.
 BYTES_PER_WEIGHT = 23.6
-PROVIDERS = ["paper", "triton", "triton-epilogue"] if GPU else ["paper", "cpp", "reference"]
+PROVIDERS = ["triton", "triton-epilogue", "paper"] if GPU else ["paper", "cpp", "reference"]
 
 
 def _weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

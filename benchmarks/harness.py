@@ -73,8 +73,9 @@ def result_file() -> Path:
 
 @functools.cache
 def _flush() -> Tensor:
-    # Four times the L2 of any present GPU; writing it makes the next launch start cold.
-    return torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
+    # Four times the L2 of any present GPU; reading it makes the next launch start cold. Written, it would lie there
+    # unsaved, and the launch would pay for its way to memory.
+    return torch.zeros(64 * 2**20, dtype=torch.int32, device=DEVICE)
 
 
 def _time(body: Callable[[], Any]) -> float:
@@ -83,7 +84,7 @@ def _time(body: Callable[[], Any]) -> float:
         body()
         return (time.perf_counter() - start) * 1e3
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    _flush().zero_()
+    _flush().sum()
     # The device waits while the host enqueues: a launch costs the host more than a small kernel costs the device.
     torch.cuda._sleep(WAIT_CYCLES)
     begin.record()

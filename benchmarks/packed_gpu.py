@@ -27,7 +27,8 @@ SHAPES = {
     "odd": (4097, 10944),
 }  # fmt: skip
 PEERS = 64  # tokens beyond which kernels for few tokens are not timed: tens of milliseconds a launch
-TOKENS = (1, 4, 16, 64, 128, 256, 1024, 2048)
+DECODE = (1, 4, 16)
+PREFILL = (64, 128, 256, 1024, 2048)
 Call = Callable[[], Any]
 
 
@@ -197,8 +198,12 @@ def check(name: str, layer: Layer, x: Tensor, call: Call) -> None:
 
 
 def measure(shape: str, bits: int, tokens: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Check, time and record every provider of one weight."""
-    layer = Layer(*SHAPES[shape], bits, dtype)
+    """Check, time and record every provider of one weight.
+
+    Raises:
+        AssertionError: A provider computes something else; the others are recorded.
+    """
+    layer, wrong = Layer(*SHAPES[shape], bits, dtype), []
     path = result_file()
     path.parent.mkdir(exist_ok=True)
     fresh = not path.exists()
@@ -210,7 +215,11 @@ def measure(shape: str, bits: int, tokens: tuple[int, ...], dtype: torch.dtype) 
             x = torch.randn(m, layer.k, device="cuda").to(dtype)
             bare = None
             for name, num_bytes, calls in providers(layer, x):
-                check(name, layer, x, calls[0])
+                try:
+                    check(name, layer, x, calls[0])
+                except AssertionError as cause:
+                    wrong.append(f"{m} tokens, {cause}")
+                    continue
                 found = times(calls)
                 p50 = found[len(found) // 2]
                 bare = p50 if name == "cuBLAS" else bare
@@ -224,3 +233,4 @@ def measure(shape: str, bits: int, tokens: tuple[int, ...], dtype: torch.dtype) 
                     "times_bare_matmul": f"{p50 / bare:.3f}" if bare else "", **machine(),
                 })  # fmt: skip
                 file.flush()
+    assert not wrong, "; ".join(wrong)

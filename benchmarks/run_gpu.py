@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make gpu` runs: build, tests, tuning, benchmarks, sanitizers, targets, plots; each step and all under limits.
+"""What `make gpu` runs: build, tests, decode, tuning, benchmarks, sanitizers, targets, plots; all under limits.
 
 `python benchmarks/run_gpu.py [--set quick|default|all] [--steps build,tests,...] [--seconds 500] [--tune] [--dry-run]`.
 Needs no network and no package beyond torch, Triton, pytest and pytest-benchmark; what else is missing is named and its
@@ -32,17 +32,23 @@ TESTS = ("tests/ops", "tests/packed", "tests/solver/test_soft_block.py", "tests/
 ELSEWHERE = ("tests/ops/test_aot.py", "tests/ops/test_compiled_kernels.py", "tests/packed/test_native.py")
 SANITIZERS = "tests/packed/test_gpu.py::test_compute_sanitizer"
 OPTIONAL = ("liger_kernel", "cut_cross_entropy", "bitsandbytes", "torchao", "matplotlib", "hypothesis")
-# The most telling first: a cut loses the least. Limits in seconds, from the rows of the default set (6, 26, 20, 100,
-# 12, 10) at about 1.2 s a row (0.6 s of samples, data, gate) and 10 s for each graph that torch.compile builds.
+# The most telling first: a cut loses the least. Limits in seconds, from the rows of the default set at about 1.2 s a
+# row (0.6 s of samples, data, gate) and 10 s for each graph that torch.compile builds; in every file ours come first.
 BENCHES = {
-    "solver_step": 50, "packed_linear": 120, "projected_step": 60, "linear_kl": 60, "soft_linear": 130,
+    "solver_step": 50, "projected_step": 60, "linear_kl": 60, "soft_linear": 130, "packed_linear": 110,
     "soft_weight": 40, "hadamard": 30, "pack": 30,
 }  # fmt: skip
-# Rows of a set, as pytest's -k; `default` leaves out the 70B shapes, few tokens and what compiles for long.
+# packed_linear goes before all else with few tokens: its other kernels have processes of their own, after the tuning.
+DECODE = 100
+# Rows of a set, as pytest's -k. `default` leaves out the solver's 70B shapes, few tokens and what compiles for long;
+# `targets` is what the target tables ask for and nothing beside it.
+_PACKED = "(test_decode or test_prefill)"
 SETS = {
     "quick": "(triton and not fused and not compiled and not 57344 and not 512 and not 3584 and not 11008) "
-    "or (test_gpu and gate_up and not 57344)",
-    "default": "not 57344 and not 11008 and not (soft_linear and (512 or wide or lion)) "
+    f"or ({_PACKED} and gate_up and not 57344)",
+    "targets": "(triton and not fused and not epilogue and not compiled and not 57344 and not 512 and not 3584 "
+    f"and not 11008) or ({_PACKED} and not odd and not down)",
+    "default": f"not (57344 and not {_PACKED}) and not 11008 and not (soft_linear and (512 or wide or lion)) "
     "and not (compiled and linear_kl) and not (compiled and hadamard and (14336 or 28672))",
     "all": "",
 }
@@ -182,7 +188,11 @@ def steps(
     chosen = SMALL if options.dry_run else SETS[options.set]
     common = ["-o", "addopts=--import-mode=importlib", "-q", "-rs", *(["-k", chosen] if chosen else [])]
     if "tests" in wanted:
-        parts = shards(_collected(options.dry_run), 1 if options.dry_run else workers)
+        tests = _collected(options.dry_run)
+        # The newest kernel by itself: should it spoil the device for its process, the others' tests still tell.
+        newest = [test for test in tests if "prefill" in test]
+        others = [test for test in tests if test not in newest]
+        parts = [*shards(others, 1 if options.dry_run else workers), *([newest] if newest else [])]
         # Together they use every core; each on its own would take all of them.
         threads = (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))),)
         commands = [
@@ -196,22 +206,37 @@ def steps(
                 Command(f"warm_{i}", _pytest(*paths[i::2], *common, "--benchmark-disable")) for i in (0, 1)
             ]
         yield Step("tests", 190, commands, True)
+    once = ["--benchmark-disable"] if options.dry_run else ["--benchmark-only", "--benchmark-min-rounds=1"]
+    packed = "benchmarks/bench_packed_linear.py"
+    apart = "decode" in wanted and "packed_linear" in files
+    if apart:
+        # Before anything that has a newer kernel in its process.
+        few = [*common[:-2], "-k", f"test_decode and ({chosen})" if chosen else "test_decode"]
+        limit = options.seconds if options.dry_run else DECODE
+        yield Step("decode", limit, [Command("bench_decode", _pytest(packed, *few, *once))])
     if "tune" in wanted:
         yield from _tune(options)
     if "benchmarks" in wanted:
-        once = (
-            ["--benchmark-disable"] if options.dry_run else ["--benchmark-only", "--benchmark-min-rounds=1"]
-        )
         yield Step("benchmarks", options.seconds, [
-            Command(f"bench_{stem}", _pytest(f"benchmarks/bench_{stem}.py", *common, *once),
-                    seconds=None if options.dry_run else BENCHES[stem]) for stem in files
+            Command(f"bench_{stem}", _pytest(
+                f"benchmarks/bench_{stem}.py", *common, *once,
+                *(["--deselect", f"{packed}::test_decode"] if apart and stem == "packed_linear" else []),
+            ), seconds=None if options.dry_run else BENCHES[stem])
+            for stem in files
         ])  # fmt: skip
     if "sanitizers" in wanted and not options.dry_run and left() < 180:
         print("run_gpu: sanitizers: left out for time; they run alone with --steps sanitizers", flush=True)
     elif "sanitizers" in wanted and not options.dry_run:
         yield Step("sanitizers", 400, [Command("sanitizers", _pytest(SANITIZERS, "-v", "-rs"))])
     if "targets" in wanted:
-        yield Step("targets", 30, [Command("targets", [sys.executable, str(HERE / "targets.py")])])
+        sys.path.insert(0, str(HERE))
+        from harness import result_file
+
+        yield Step("targets", 30, [
+            Command("targets", [sys.executable, str(HERE / "targets.py")]),
+            *([Command("targets_packed", [sys.executable, str(HERE / "packed_targets.py"), str(result_file())])]
+              if result_file().exists() else []),
+        ])  # fmt: skip
     if "plots" in wanted:
         if importlib.util.find_spec("matplotlib") is None:
             print("run_gpu: plots: skipped, matplotlib is not installed")
@@ -253,7 +278,7 @@ def _report(step: Step, found: list[tuple[str, int]], spent: float) -> list[str]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 if every step succeeded."""
-    every = ("build", "tests", "tune", "benchmarks", "sanitizers", "targets", "plots")
+    every = ("build", "tests", "decode", "tune", "benchmarks", "sanitizers", "targets", "plots")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

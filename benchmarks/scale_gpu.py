@@ -318,15 +318,16 @@ def measure_shape(given: argparse.Namespace, recorder: Recorder, name: str) -> N
     recorder.part(f"{name} link", lambda: parts.link(given.device), keep("link"))
     for depth in given.blocks:
         for where in given.placements:
-            weights = depth * block.weights
+            weights, before = depth * block.weights, len(found["runs"])
             took = recorder.part(
                 f"{name} {depth} blocks {where}",
                 lambda d=depth, w=where: solve(given, found, w, d),
                 keep_run,
                 recorder.rate * weights,
             )
-            # The first part also compiles kernels and is no measure of those that follow.
-            recorder.rate = min(recorder.rate or 1.0, took / weights)
+            # The first part also compiles kernels and is no measure of those that follow; nor is one that failed.
+            if len(found["runs"]) > before:
+                recorder.rate = min(recorder.rate or 1.0, took / weights)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -203,9 +203,14 @@ def gpu() -> str:
             body.append([verdict.what, value, f"{'≤' if verdict.at_most else '≥'} {verdict.limit:g}"])
         versions = f"driver {last['driver']}, torch {last['torch']}, Triton {last['triton']}"
         head = f"{last['device']}, {versions}, {last['date']}"
-        found.append(
-            f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', 'measured', 'target'], body)}"
-        )
+        table = f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', 'measured', 'target'], body)}"
+        older = targets.older_rows(rows)
+        if older:
+            told = ", ".join(f"{op} {date}" for op, date in older.items())
+            table += (
+                f"\n\nRows that the last run did not measure again are of the day when they were: {told}."
+            )
+        found.append(table)
     counted = _load(RESULTS / "step_traffic.json")
     if counted is not None:
         found.append(
@@ -234,19 +239,25 @@ def gpu_scale() -> str:
                     (r for r in found["runs"] if r["placement"] == where), key=lambda r: r["blocks"]
                 )
                 whole, share = found["extrapolated"][where], deepest["overlap"].get("share")
+                plan = deepest["planned"]
+                streamed = {row["blocks"]: row["host_over_resident"] for row in found["compared"]}
                 body.append([
                     f"{name}, {where}, {result['machine']['device']}",
                     f"{1e3 * fitted['per_block']:.1f}",
                     f"{fitted['times_bare_matmul']:.2f}" if "times_bare_matmul" in fitted else "",
                     f"{fitted['tflop_s']:.0f}" if "tflop_s" in fitted else "",
                     "" if share is None else f"{share:.0%}",
-                    f"{deepest['peak_device_bytes'] / 1e9:.1f} / {deepest['planned']['device_bytes'] / 1e9:.1f}",
+                    f"{streamed[deepest['blocks']]:.2f}" if where == "host" and deepest["blocks"] in streamed else "",
+                    f"{deepest['peak_device_bytes'] / 1e9:.1f} / {plan['device_bytes'] / 1e9:.1f}",
+                    f"{deepest['peak_host_bytes'] / 1e9:.1f} / {plan['host_bytes'] / 1e9:.1f}",
+                    f"{deepest['seconds_per_step'] / plan['step_seconds_at_measured_rates']:.2f}",
                     f"{whole['seconds_per_step']:.1f} ({whole['blocks']} blocks)",
                     identical if found["compared"] else "",
                 ])  # fmt: skip
     header = [
         "shape, state", "ms per block and step", "× bare matmul", "TFLOP/s", "copies under kernels",
-        "device GB at deepest run, measured / planned", "seconds per step, extrapolated", "same bytes",
+        "of deepest run: × resident", "device GB / planned", "host GB / planned", "seconds / planned",
+        "seconds per step, extrapolated", "same bytes",
     ]  # fmt: skip
     return _table(header, body) if body else "_Not measured on a GPU._"
 

@@ -43,6 +43,15 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(kept.values())
 
 
+def older_rows(rows: list[Row]) -> dict[str, str]:
+    """Ops whose newest row of ours is of an earlier day than the file's last row, with that day."""
+    newest: dict[str, str] = {}
+    for row in rows:
+        if row["provider"].startswith(("triton", "discquant")):
+            newest[row["op"]] = max(row["date"], newest.get(row["op"], ""))
+    return {op: date for op, date in newest.items() if date < rows[-1]["date"]}
+
+
 def _number(row: Row, field: str) -> float | None:
     return float(row[field]) if row.get(field) else None
 
@@ -152,6 +161,8 @@ def main() -> int:
         print(f"{rows[-1]['device']}, {rows[-1]['date']}, commit {rows[-1]['commit']}")
     for verdict in verdicts(rows):
         print(verdict.text())
+    for op, date in older_rows(rows).items() if rows else ():
+        print(f"rows of {op} are of {date}")
     return 0
 
 

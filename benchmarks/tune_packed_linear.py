@@ -58,6 +58,7 @@ def measure(bits: int, deadline: float) -> tuple[Times, Times, Times]:
 
     Raises:
         SystemExit: Out of time.
+        AssertionError: A way computes something else: nothing is written then.
     """
     import packed_gpu
 
@@ -77,7 +78,9 @@ def measure(bits: int, deadline: float) -> tuple[Times, Times, Times]:
                 if found is kernel and m > 1024:  # 64 launches and more: hopeless, and slow to measure
                     found[m] = float("inf")
                     continue
-                values = packed_gpu.times(make(layer, x), replays=20)
+                calls = make(layer, x)
+                packed_gpu.check(make.__name__, layer, x, calls[0])
+                values = packed_gpu.times(calls, replays=20)
                 found[m] += values[len(values) // 2]
                 print(
                     f"{bits} bits, {shape}, {m} tokens, {make.__name__}: {values[len(values) // 2]:.4f} ms",

@@ -93,6 +93,30 @@ def test_unknown_devices_are_tuned_before_the_package_can_be_imported(
         assert bool(list(run_gpu._tune(options))) == (len(bits) == 1)
 
 
+@pytest.mark.parametrize("chosen", ["quick", "targets", "default", "all"])
+def test_decode_has_a_process_before_all_others(run_gpu: ModuleType, chosen: str) -> None:
+    """A kernel that never ran on a device must not take the rows of one that did with it."""
+    options = argparse.Namespace(
+        dry_run=False, tune=False, benches=["packed_linear", "linear_kl"], set=chosen, seconds=500
+    )
+    decode, benchmarks = run_gpu.steps(options, ["decode", "benchmarks"])
+    (first,) = decode.commands
+    assert decode.name == "decode" and "test_decode" in first.arguments[first.arguments.index("-k") + 1]
+    assert [command.log for command in benchmarks.commands] == ["bench_linear_kl", "bench_packed_linear"]
+    deselected = [command for command in benchmarks.commands if "--deselect" in command.arguments]
+    assert deselected == benchmarks.commands[1:]
+    (alone,) = run_gpu.steps(options, ["benchmarks"])
+    assert not any("--deselect" in command.arguments for command in alone.commands)
+
+
+def test_rows_of_an_earlier_day_are_told(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = _load(repo_root, "targets", monkeypatch)
+    days = {"a": "2026-11-27", "b": "2026-11-28", "c": "2026-11-29"}
+    rows = [{"op": op, "provider": "triton", "date": day} for op, day in days.items()]
+    rows.append({"op": "b", "provider": "reference", "date": "2026-11-29"})
+    assert targets.older_rows(rows) == {"a": "2026-11-27", "b": "2026-11-28"}
+
+
 def test_sanitizers_give_way(run_gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     options = argparse.Namespace(dry_run=False, tune=False, benches=[], set="default")
     assert [step.name for step in run_gpu.steps(options, ["sanitizers"])] == ["sanitizers"]
