@@ -206,11 +206,14 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 def rows_at_once(model: Any, windows: Windows, most: int) -> int:
     """Return how many windows' logits may exist at once: at most LOGITS entries, at least one window.
 
-    The vocabulary is the rows of the model's head (the configuration of a composite model does not say); a model
-    without one counts as having a single entry.
+    The vocabulary is what the model's head gives (the configuration of a composite model does not say), else what the
+    configuration says, else a single entry.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    vocabulary = 1 if head is None else int(head.weight.shape[0])
+    vocabulary = getattr(head, "out_features", None) or getattr(
+        getattr(model, "config", None), "vocab_size", None
+    )
+    vocabulary = int(vocabulary or 1)
     return min(most, max(1, LOGITS // (windows.seqlen * vocabulary)))
 
 

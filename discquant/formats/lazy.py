@@ -186,6 +186,19 @@ def _real_buffers(model: Any) -> None:
         model._init_weights(module)
 
 
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Models are built without memory for their weights (on the meta device), as `transformers` itself builds them.
+
+    That is with the patches under which code of a model's own may look at values that it computes while it is built.
+    """
+    from transformers import initialization
+
+    safe = getattr(initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
+    with torch.device("meta"), safe():
+        yield
+
+
 def build_lazy(
     folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> Any | None:
@@ -203,7 +216,7 @@ def build_lazy(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
+    with without_memory():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     parameters = dict(model.named_parameters())
     if parameters.keys() <= checkpoint.tensors.keys():

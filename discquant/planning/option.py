@@ -14,6 +14,7 @@ from discquant.planning.shape import ModelShape
 from discquant.planning.traffic import (
     Moved,
     StepTime,
+    boundary_bytes,
     curvature_work,
     factor_bytes,
     moved_per_step,
@@ -71,7 +72,11 @@ def seconds_of(
     """Return traffic, the model's step time, and the step's seconds: measured rates count where there are any."""
     work = work_per_token(shape, setting.config.data.seqlen, step=curvature_work(shape, setting.config))
     moved = None
-    if setting.placement != "resident":
+    if setting.placement == "resident" and (
+        setting.boundaries == "disk" or (setting.boundaries == "host" and setting.accelerator)
+    ):
+        moved = Moved(0.0, 0.0, 0.0, boundary_bytes(shape, setting.tokens))
+    elif setting.placement != "resident":
         grid = grid_share(shape, setting.config)
         moved = moved_per_step(
             shape,

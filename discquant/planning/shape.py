@@ -14,6 +14,7 @@ import torch
 from discquant.calibration.positions import Positions, positions_of
 from discquant.calibration.sampling import cache_elements
 from discquant.errors import CheckpointError, MissingModelError
+from discquant.formats.lazy import without_memory
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with without_memory():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as cause:  # as above
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__

@@ -201,8 +201,13 @@ def moved_per_step(
         weights * (layout.forward + grid) if prefix else weights * (layout.total + grid) + factors,
         weights * (layout.total + grid) + factors,
         weights * layout.written,
-        (len(shape.blocks) + 1) * tokens * shape.hidden * 2.0 if offload else 0.0,
+        boundary_bytes(shape, tokens) if offload else 0.0,
     )
+
+
+def boundary_bytes(shape: ModelShape, tokens: int) -> float:
+    """Return the bytes of the block inputs (bfloat16) of a step: they go out, and come back."""
+    return (len(shape.blocks) + 1) * tokens * shape.hidden * 2.0
 
 
 @dataclass(frozen=True)

@@ -299,17 +299,25 @@ class Pipeline:
         return self.phases.phase(name)
 
     def _open(self) -> Source:
-        """Plan the run, so that the engine knows where the state lives, and open the original accordingly."""
-        plan = place_run(
-            self.model_path,
-            self.config,
-            self.engine,
-            self.directory.path,
-            blockwise=self.blockwise,
-            trust_remote_code=self.trust["trust_remote_code"],
-        )
-        if plan is not None:
-            self.engine.where, self._shape = plan.setting.placement, plan.shape
+        """Plan the run, so that the engine knows where the state lives, and open the original accordingly.
+
+        The first rank plans for all, before any has opened a model: each by itself would count the others' memory.
+        """
+        where = self.engine.where
+        if self.engine.ranks.first:
+            plan = place_run(
+                self.model_path,
+                self.config,
+                self.engine,
+                self.directory.path,
+                blockwise=self.blockwise,
+                trust_remote_code=self.trust["trust_remote_code"],
+            )
+            if plan is not None:
+                where, self._shape = plan.setting.placement, plan.shape
+            elif where == "auto":
+                where = "resident"  # what config.json alone does not build, no block of it can be read alone
+        self.engine.where = self.engine.ranks.share(where)
         return open_source(self.model_path, dtype=self._compute_dtype(), lazy=self._lazy(), **self.trust)
 
     def _lazy(self) -> bool:

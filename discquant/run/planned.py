@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's own plan: made once the model is open, held against what the run took when it has finished."""
+"""A run's own plan: made from config.json, which settles where the state lives; again once the model is open; and held
+against what the run took.
+"""
 
 from __future__ import annotations
 

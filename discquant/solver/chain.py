@@ -392,7 +392,7 @@ class ModuleChain(Chain):
             parameter.requires_grad_(False)
         self.blocks, self.block_names = [model], [""]
         self.head = None
-        self._collect(ignore)
+        self._collect(ignore, routers=True)  # names mean nothing here: a gate may be any layer
 
     def prepare(self, inputs: Tensor, mask: Tensor | None = None) -> Prepared:
         """Return the inputs as the block's input."""

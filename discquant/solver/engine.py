@@ -91,7 +91,7 @@ class Engine:
     @property
     def streamed(self) -> bool:
         """Whether blocks, the original's as well as the state's, come to the compute device only when they run."""
-        return self.where != "resident"
+        return self.where in ("host", "disk")
 
     def placement(self) -> Placement:
         """Return an empty placement.

@@ -199,10 +199,13 @@ class WeightState:
         It would move what counts as on the grid without lying there (in a group of one level), and what lies beyond
         the range of an 8-bit code.
         """
-        level = self.grid.dequantize(q_down + (own == 1).to(torch.uint8), torch.float32)
-        apart = ((own == 0) | (own == 1)) & (level != weight.float())
+        apart = torch.zeros(0, dtype=torch.bool)
+        if bool((self.grid.scale == 0).any()):
+            level = self.grid.dequantize(q_down + (own == 1).to(torch.uint8), torch.float32)
+            apart = ((own == 0) | (own == 1)) & (level != weight.float())
         if self.state == "u8":
-            apart |= (own < FRAC_REF_LOW) | (own > FRAC_REF_HIGH)
+            beyond = (own < FRAC_REF_LOW) | (own > FRAC_REF_HIGH)
+            apart = beyond | apart if apart.numel() else beyond
         index = apart.flatten().nonzero().flatten()
         if index.numel() > OUTLIER_SHARE * weight.numel():
             self.weight = _smallest(weight)

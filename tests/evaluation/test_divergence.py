@@ -16,6 +16,7 @@ from torch import nn
 from discquant.calibration import Windows
 from discquant.evaluation import compare_models, divergence
 from discquant.evaluation.divergence import Divergence, token_measures
+from discquant.modules import PackedLinear
 
 
 class Table(nn.Module):
@@ -122,6 +123,9 @@ def test_windows_at_once_by_the_head(windows: Windows, monkeypatch: pytest.Monke
     monkeypatch.setattr(divergence, "LOGITS", 3 * windows.seqlen * 512)
     assert divergence.rows_at_once(composite, windows, 8) == 3
     assert divergence.rows_at_once(torch.nn.Identity(), windows, 2) == 2
+    codes, step = torch.zeros(512, 32, dtype=torch.uint8), torch.ones(512, 1)
+    composite.lm_head = PackedLinear.from_codes(codes, step, num_bits=4, group_size=32)
+    assert divergence.rows_at_once(composite, windows, 8) == 3  # a packed head has no weight
 
 
 def test_padding_content_is_ignored(model: Any, noisy: Any, windows: Windows) -> None:

@@ -249,6 +249,11 @@ def test_activations_are_where_they_are_asked_for(gpu: bool, placement: str, sha
             where: getattr(solve, where).get("boundary activations", 0.0) for where in ("gpu", "host", "disk")
         }
         assert made.to_dict()["activations"] == (activations or placement)
+        leaves = activations == "disk" or (activations == "host" and gpu)
+        if placement == "resident":
+            assert (made.moved is not None) == leaves
+        if leaves:
+            assert made.moved is not None and made.moved.boundaries == 33 * 64 * SEQLEN * 4096 * 2.0
     size = 33 * 64 * SEQLEN * 4096 * (2.0 if gpu else 4.0)
     places = {"resident": "gpu" if gpu else "host", "host": "host", "disk": "disk"}
     for activations in PLACEMENTS:

@@ -334,3 +334,46 @@ def test_chat_template_and_key_reach_the_text(tmp_path: Path) -> None:
     shown = AutoTokenizer.from_pretrained(examples).decode(windows.input_ids.flatten())
     assert "[one and two" in shown
     assert config.to_dict()["data"]["text_key"] == "body"
+
+
+OWN_CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "ownllama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rates = [x.item() for x in torch.linspace(0, 0.1, 2)]
+"""
+
+
+def test_code_of_a_model_s_own_looks_at_values(
+    model_dir: Path, tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is built: without memory for the weights that works where the library's own loading does it, too."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "model_type": "ownllama", "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }  # fmt: skip
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text(OWN_CODE)
+    options = QuantizeConfig(
+        grid=GridConfig(3, 32), data=DataConfig(dataset, 8, 32), method="rtn", format="none", baselines=()
+    )
+    engine = Engine("auto")
+    run = Pipeline(model, tmp_path / "out", options, trust_remote_code=True, engine=engine)
+    run.execute()
+    assert run._shape is not None
+    assert run.engine.where == "resident"
+    assert RunDirectory(tmp_path / "out").complete

@@ -134,3 +134,18 @@ def test_module_chain_finds_convolutions() -> None:
 
 def _names(chain: DecoderChain) -> list[str]:
     return [ref.name for refs in chain.weights for ref in refs]
+
+
+def test_a_module_s_gate_is_any_layer() -> None:
+    """What decides in a language model's experts by that name is an ordinary layer elsewhere."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.gate = nn.Linear(32, 32), nn.Linear(32, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gate(torch.relu(self.proj(x)))
+
+    chain = ModuleChain(Net())
+    assert [ref.name for refs in chain.weights for ref in refs] == ["proj", "gate"] and not chain.routers
