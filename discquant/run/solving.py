@@ -105,7 +105,8 @@ class Solving:
         fresh = bool(ranks.share(not has_checkpoint(self._folder)))
         start = kept_start(self.directory)
         if start is None:
-            start = choose_start()
+            with self.engine.reproducible():  # as the steps that go on from there
+                start = choose_start()
             if start is not None and ranks.first:
                 keep_start(self.directory, start)
                 start = kept_start(self.directory)  # from now on in the file only
