@@ -18,6 +18,7 @@ SLOTS = 3  # one block arriving, one at work, one leaving
 CHUNK = 1024  # tokens whose logits exist at once
 # Of evaluation.divergence, a layer above: windows and logits at once, logits compared at once in float64.
 EVALUATION_ROWS, EVALUATION_LOGITS, EVALUATION_CHUNK = 8, 1 << 28, 1 << 24
+VALIDATION_ROWS = 8  # of run.solving, a layer above: windows that a solve is watched on
 # What CUDA's libraries and kernels take of the host, at the first matmul and once all sorts have run, and cuBLAS of the
 # device: as an H200 with torch 2.11 showed (benchmarks/results/nvidia-h200-quantize.json).
 LIBRARIES_FIRST, LIBRARIES, CUBLAS_WORKSPACE = 0.45e9, 0.9e9, float(1 << 25)
@@ -326,6 +327,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         # The next one is complete before the oldest goes.
         stored["checkpoints (three)"] = 3 * weights * layout.written
         moment = max(work, building, gathering, gain, key=lambda items: sum(items.values()))
+        watched = float(min(VALIDATION_ROWS, config.validation_windows) * config.data.seqlen * shape.hidden)
+        moment = {**moment, "teacher of the validation windows": watched * element}
         peaks.append(peak("solve", moment | _heap(shape, setting, moment), {}))
         held.pop("boundary activations", None)
         stored.pop("boundary activations", None)

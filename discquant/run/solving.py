@@ -105,7 +105,8 @@ class Solving:
         fresh = bool(ranks.share(not has_checkpoint(self._folder)))
         start = kept_start(self.directory)
         if start is None:
-            start = choose_start()
+            with self.engine.reproducible():  # as the steps that go on from there
+                start = choose_start()
             if start is not None and ranks.first:
                 keep_start(self.directory, start)
                 start = kept_start(self.directory)  # from now on in the file only
@@ -169,11 +170,12 @@ class Solving:
         sample = TokenRows(
             solve.chain, held.input_ids[:VALIDATION_ROWS], held.mask[:VALIDATION_ROWS], VALIDATION_ROWS
         )
-        watched = sample.batches(range(len(sample)))
+        if not solve.done:
+            sample.remember_teacher()  # windows and original stay: once, not at every validation
         if fresh:
             histogram = json.dumps({"histogram": frac_histogram(solve)})  # for the report
             write_atomic(self.directory.path / START, histogram + "\n")
-            self._validate(solve, watched)
+            self._validate(solve, sample)
             writer.save()
         iters = self.config.solver.iters
         interval = max(1, iters // VALIDATIONS)
@@ -189,7 +191,7 @@ class Solving:
                     {**asdict(record), "seconds": seconds, "rss_bytes": resident_bytes()}
                 )
                 if record.step % interval == 0 or solve.done:
-                    self._validate(solve, watched)
+                    self._validate(solve, sample)
                 if self.events.step is not None:
                     self.events.step(record, iters)
                 if record.step % self.config.checkpoint_every == 0 or solve.done or stopping:
@@ -219,7 +221,8 @@ class Solving:
             f"stopped by {by} after step {step} of {self.config.solver.iters}; the same command continues"
         )
 
-    def _validate(self, solve: Solve, batches: list[Any]) -> None:
+    def _validate(self, solve: Solve, sample: TokenRows) -> None:
+        batches = sample.batches(range(len(sample)))
         self.directory.append_metrics(
             {
                 "kind": "validation",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -135,12 +134,9 @@ class Boundaries:
         self._coming[index] = (tensors, self._engines()[0].submit(copy, [now(self.device)]))
 
     def clear(self) -> None:
-        """Drop what is kept (a step that failed half-way leaves some)."""
-        with contextlib.suppress(Exception):  # whatever failed was raised where its result was awaited
-            for index in range(len(self._kept)):
-                self._let_go(index)
-            for _, arrived in self._coming.values():
-                arrived.result()
+        """Drop what is kept (a step that failed half-way leaves some), once no copy reads or writes it."""
+        for lane in self._lanes or ():
+            lane.wait()
         self._kept.clear()
         self._coming.clear()
         self._sent = [None] * len(self._homes)

@@ -1,20 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gain on the KL gradient, set from the gradients themselves before the first step."""
+"""The gain on the KL gradient: set from the first gradients, or as the official code does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from discquant.grids import Grid
 from discquant.ops.reference.soft_weight import expand_groups
-from discquant.solver.chain import Prepared
+from discquant.solver.chain import Chain, Prepared
 from discquant.solver.gradients import block_gradients
 from discquant.solver.solver import Solver
 from discquant.solver.weight_ref import assemble, take_matrices
 
 GAIN_SAMPLES, GAIN_POOLED = 1 << 16, 1_000_000  # entries of one gradient, and of all, that set the gain
+
+
+def published_gain(chain: Chain, grids: Mapping[str, Grid], rho: float) -> float:
+    """Return rho / delta2, delta2 = mean over layers of 12 mean((RTN(W) - W)^2): the official code's scaling."""
+    errors = []
+    for refs in chain.weights:
+        for ref in refs:
+            grid, weight = grids[ref.name].to(chain.device), ref.matrix().float()
+            errors.append(
+                12 * float((grid.dequantize(grid.nearest(weight), torch.float32) - weight).square().mean())
+            )
+    delta2 = sum(errors) / len(errors)
+    return rho / max(delta2, 1e-30)
 
 
 def calibrate_gain(solver: Solver, batches: Sequence[Prepared]) -> float:

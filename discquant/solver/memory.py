@@ -7,6 +7,7 @@ registered with CUDA as it is, in one call: a copy over the seam of two registra
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -49,6 +50,23 @@ def _advise(area: mmap.mmap, advice: str) -> None:
         area.madvise(option)
 
 
+def _launch() -> None:
+    """Have the current GPU run a kernel."""
+    torch.ones(1, device="cuda").neg_()
+
+
+def _forget_error() -> None:
+    """Discard the error of a call to CUDA that was allowed to fail.
+
+    The runtime keeps it as the thread's last one, and torch, which reads (and so clears) that after every launch, would
+    raise it from whatever operator comes next. What is wrong with the device itself stays when it is read: waiting for
+    the device raises it here.
+    """
+    with contextlib.suppress(RuntimeError):
+        _launch()
+    torch.cuda.synchronize()
+
+
 def _unregister(address: int) -> None:
     torch.cuda.cudart().cudaHostUnregister(address)
 
@@ -68,6 +86,7 @@ class HostArena:
         base = self.tensor.data_ptr()
         code = int(torch.cuda.cudart().cudaHostRegister(base, num_bytes, 0))
         if code != 0:
+            _forget_error()
             return f"cudaHostRegister of {num_bytes} bytes failed with error {code}"
         # Also where nobody closes: CUDA refuses an address that it still knows from a map that is gone.
         self._unregister = weakref.finalize(self, _unregister, base)

@@ -61,8 +61,16 @@ class Lane:
 
         return self._pool.submit(run)
 
+    def wait(self) -> None:
+        """Wait until no copy is under way; whatever failed was raised where its result was awaited."""
+        with contextlib.suppress(Exception):
+            self._pool.submit(lambda: None).result()  # tasks run in order
+            if self._stream is not None:  # a task ends when its copies are given to the stream
+                self._stream.synchronize()
+
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for what is under way, and stop the thread."""
+        self.wait()
         self._pool.shutdown(wait=True)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from discquant.config import GridConfig, LossName, QuantizeConfig, SolverConfig
 from discquant.grids import Grid, place_grid
 from discquant.grids.fused import FUSED
-from discquant.solver.calibrate import calibrate_gain
+from discquant.solver.calibrate import calibrate_gain, published_gain
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.codes import NearestCodes, StateCodes
-from discquant.solver.curvature import Factors, kronecker_factors, rows_at_once
+from discquant.solver.curvature import Factors, kronecker_factors, label_generator, rows_at_once
 from discquant.solver.engine import Engine
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.layerwise import layerwise_codes
@@ -136,19 +136,6 @@ def lay_grid(
         raise ValueError(f"{ref.name}.weight: {error}") from error
 
 
-def published_gain(chain: Chain, grids: Mapping[str, Grid], rho: float) -> float:
-    """Return rho / delta2, delta2 = mean over layers of 12 mean((RTN(W) - W)^2): the official code's scaling."""
-    errors = []
-    for refs in chain.weights:
-        for ref in refs:
-            grid, weight = grids[ref.name].to(chain.device), ref.matrix().float()
-            errors.append(
-                12 * float((grid.dequantize(grid.nearest(weight), torch.float32) - weight).square().mean())
-            )
-    delta2 = sum(errors) / len(errors)
-    return rho / max(delta2, 1e-30)
-
-
 def start_positions(
     chain: Chain,
     grids: Mapping[str, Grid],
@@ -226,15 +213,17 @@ class Solve:
         hidden = chain.head.weight.shape[1] if chain.head is not None else 0
         remember = options.iters * options.batch_size > len(rows) and options.loss == "kl"
         remember = remember and 0 < len(rows) * rows.input_ids.shape[1] * hidden * 4 <= KEEP_TEACHER_BYTES
-        if remember and options.teacher_source == "weights":
-            rows.remember_teacher()
-        self.unseen = unseen_experts(chain, rows.stream())
         # Where the solve started from; also the GPTQ baseline. A resumed run brings those of its beginning.
         self.start_codes = start_codes
-        if options.start == "gptq" and start_codes is None:
-            self.start_codes = self.gptq_codes(grids)
-        if None in (options.lr, options.lr_floor, options.curvature, options.linear_until):
-            options = self.engine.ranks.share(resolve(options, self._start_kl(grids)))
+        # As the steps run: with other kernels for attention the teacher would differ from the student by them alone.
+        with self.engine.reproducible():
+            if remember and options.teacher_source == "weights":
+                rows.remember_teacher()
+            self.unseen = unseen_experts(chain, rows.stream())
+            if options.start == "gptq" and start_codes is None:
+                self.start_codes = self.gptq_codes(grids)
+            if None in (options.lr, options.lr_floor, options.curvature, options.linear_until):
+                options = self.engine.ranks.share(resolve(options, self._start_kl(grids)))
         wide = torch.float64 if options.compute_dtype == "float64" else torch.float32
         placement = self.engine.placement()
         kept: Kept = "state" if options.teacher_source == "state" else "none"
@@ -278,12 +267,12 @@ class Solve:
             boundaries=boundaries,
             ranks=self.engine.ranks,
         )
-        if remember and options.teacher_source == "state":
-            rows.remember_teacher(self.solver.teacher)
         self._order = row_order(len(rows), config.seed)
         self._rows: list[int] = []  # of a step that has begun; a step that fails does not use them up
-        if options.curved:
-            with self.engine.reproducible():
+        with self.engine.reproducible():
+            if remember and options.teacher_source == "state":
+                rows.remember_teacher(self.solver.teacher)
+            if options.curved:
                 self._gather_curvature()
         if fresh:
             self._set_gain(grids)
@@ -312,7 +301,7 @@ class Solve:
         """Fill the factors of all states."""
         options, placement = self.config.solver, self.solver.placement
         count = min(options.curvature_samples, len(self.rows))
-        generator = torch.Generator().manual_seed(self.config.seed + 29)
+        generator = label_generator(self.chain.device, self.config.seed + 29)
 
         def add(index: int, found: Mapping[str, Factors]) -> None:
             for state in placement.home(index).states:

@@ -100,7 +100,8 @@ def _rows(chain: DecoderChain) -> TokenRows:
 
 
 HELD_BEFORE = (
-    "process", "tokenizer and text", "windows", "original weights", "frozen parameters", "scales", "embedding", HEAP
+    "process", "tokenizer and text", "windows", "original weights", "frozen parameters", "scales", "embedding", HEAP,
+    "teacher of the validation windows",
 )  # fmt: skip
 
 

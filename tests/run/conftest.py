@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from discquant.ops import _registry
 from discquant.run import plots
+from discquant.solver import solve
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +110,7 @@ ATEN = torch.ops.aten
 # What a run spends its time on: none of it may be left on the CPU.
 HEAVY = {
     ATEN.mm.default, ATEN.bmm.default, ATEN.addmm.default, ATEN.linalg_cholesky_ex.default,
-    ATEN._scaled_dot_product_flash_attention_for_cpu.default, ATEN._softmax.default,
+    ATEN._scaled_dot_product_flash_attention_for_cpu.default, ATEN._softmax.default, ATEN.multinomial.default,
 }  # fmt: skip
 # Torch takes index tensors from the CPU.
 INDEXED = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN.index_put.default, ATEN._index_put_impl_.default}
@@ -261,6 +262,8 @@ def simulation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
                 patch.setattr(torch.cuda, name, value)
             # Else the whole backward pass counts as one operation, inside which no device is seen.
             patch.setattr(torch.autograd, "has_torch_function", lambda *_: False)
+            # The random numbers of a device are made by the device.
+            patch.setattr(solve, "label_generator", lambda device, seed: torch.Generator().manual_seed(seed))
             if not kernels:  # the interpreter is slow; the references compute the same
                 patch.setattr(_registry, "triton_problem", lambda device: "simulated")
             with Operations(TAGS) as watch, Device(TAGS, watch):

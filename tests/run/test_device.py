@@ -28,6 +28,7 @@ from discquant.run.pipeline import Pipeline
 from discquant.run.refine import RefinePipeline
 from discquant.run.served import apply_layers
 from discquant.run.summary import coded_layers
+from discquant.solver import solve as solving
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.layerwise import layerwise_codes
@@ -156,6 +157,49 @@ def test_steps_through_the_kernels_that_a_gpu_takes(simulate: Callable[..., Any]
     bound = 2**12 * torch.finfo(torch.float32).eps
     for one, other in zip(actual, expected, strict=True):
         assert abs(one - other) <= bound * abs(other)
+
+
+@pytest.mark.parametrize("teacher", ["weights", "state"])
+def test_a_solve_begins_with_the_kernels_of_its_steps(teacher: str, simulate: Callable[..., Any]) -> None:
+    """Teacher, GPTQ's codes and the first KL come from where the same bits are asked for; labels are drawn there, too.
+
+    Attention takes other kernels otherwise, and the student would differ from the teacher by them alone.
+    """
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    options = SolverConfig(
+        iters=4, batch_size=2, micro_batch=2, warmup=1, start="gptq", teacher=teacher,  # type: ignore[arg-type]
+    )  # fmt: skip
+    attention, drawn, asked = [], [], []
+
+    def observe(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            # Every test is in the mode that warns.
+            attention.append(not torch.is_deterministic_algorithms_warn_only_enabled())
+        elif func is torch.ops.aten.multinomial.default:
+            drawn.append(watch.tags.of(args[0]))
+
+    with simulate() as watch:
+        settle(model, GPU, stream=False)
+        chain = DecoderChain(model)
+        grids = lay_grids(chain, GridConfig(4, 32, grid="absmax"))
+        rows = TokenRows(chain, torch.randint(3, 61, (4, 8)), None, 2)
+        watch.observe = observe
+        honest = solving.label_generator
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                solving,
+                "label_generator",
+                lambda device, seed: (asked.append(device), honest(device, seed))[1],
+            )
+            Solve(chain, grids, rows, QuantizeConfig(solver=options, gptq_samples=4))
+    assert attention and all(attention)
+    assert drawn and set(drawn) == {GPU} == set(asked)
+    assert not watch.left_on_cpu
 
 
 def test_fused_experts_come_to_the_device_block_by_block(simulate: Callable[..., Any]) -> None:

@@ -24,17 +24,19 @@ from discquant.errors import (
     ResumeError,
     UnrepresentableError,
 )
-from discquant.planning import compare
+from discquant.planning import compare, memory
 from discquant.planning.memory import needed
 from discquant.planning.shape import read_shape
-from discquant.run import pipeline, stored
+from discquant.run import pipeline, solving, stored
 from discquant.run.directory import RunDirectory
 from discquant.run.events import Events, RunStoppedError
 from discquant.run.pipeline import Pipeline
+from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.memory import HostArena
 from discquant.solver.placement import Where
 from discquant.solver.ranks import Ranks
+from discquant.solver.solve import TokenRows
 from discquant.solver.solver import StepRecord
 
 
@@ -96,6 +98,37 @@ def test_what_was_moved_is_reported(
         # Of fp32 AdamW a step sends home the positions and both moments.
         assert moved["bytes_out"] >= 12 * weights and moved["bytes_in"] > moved["bytes_out"]
         assert moved["boundary_bytes"] > 0 and moved["waited_seconds"] >= 0
+
+
+def test_validation_knows_the_teacher(
+    model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original runs once on windows that never change; the lines are those of a teacher computed each time."""
+    remember, outputs = TokenRows.remember_teacher, DecoderChain.teacher_outputs
+    held, passes = 2, []  # a fifth of 12 windows
+
+    def forgetful(rows: TokenRows, teacher: Any = None) -> None:
+        if len(rows) != held:
+            remember(rows, teacher)
+
+    def counted(chain: DecoderChain, batches: Any, teacher: Any = None) -> Any:
+        passes.append(sum(len(batch.hidden) for batch in batches))
+        return outputs(chain, batches, teacher)
+
+    found = []
+    for name in ("known", "anew"):
+        with monkeypatch.context() as patch:
+            patch.setattr(DecoderChain, "teacher_outputs", counted)
+            if name == "anew":
+                patch.setattr(TokenRows, "remember_teacher", forgetful)
+            passes.clear()
+            Pipeline(model_dir, tmp_path / name, _config(dataset), engine=Engine("disk")).execute()
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([line for line in lines if line.get("kind") == "validation"])
+        # One more where the result is measured.
+        assert passes.count(held) - 1 == (1 if name == "known" else 2 * len(found[0]))
+    assert found[0] == found[1] and [line["step"] for line in found[0]] == [0, 1, 2, 3]
+    assert memory.VALIDATION_ROWS == solving.VALIDATION_ROWS
 
 
 def test_a_killed_run_continues_without_its_files(model_dir: Path, dataset: str, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from torch.func import functional_call
 
 from discquant.api import quantize
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.formats.lazy import LazyBlock, settle
+from discquant.solver import usage
 from discquant.solver.chain import DecoderChain
 from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.experts import RoutedInputs, routes
@@ -339,6 +341,47 @@ def test_unseen_experts_stay_at_nearest(start: str, ids: Tensor) -> None:
     assert set(done.unseen) == unseen
     for name in unseen:
         assert torch.equal(done.codes[name], done.grids[name].nearest(experts[name].matrix())), name
+
+
+def test_blocks_are_read_once_for_a_group_to_find_unseen_experts(
+    ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that are in memory while they run only; the same experts however large a group is."""
+    read = []
+    enter = LazyBlock._enter
+
+    def counted(block: LazyBlock, *args: Any) -> None:
+        if block._depth == 0 and not block.paused:
+            read.append(block)
+        enter(block, *args)
+
+    monkeypatch.setattr(LazyBlock, "_enter", counted)
+
+    def streamed(**changed: int) -> DecoderChain:
+        model = build("Mixtral", **changed)
+        settle(model, torch.device("cpu"), stream=True)
+        return DecoderChain(model)
+
+    chain = streamed(num_local_experts=16, num_experts_per_tok=1)
+    mask = torch.ones((6, 4), dtype=torch.bool)
+    mask[2:4, 2:] = False
+    rows = TokenRows(chain, ids[:1, :4].repeat(6, 1), mask, 2)
+    known = usage.unseen_experts(chain, rows.stream())
+    assert len(read) == 2 and known, "what so few tokens keep is less than a block's weights"
+    one = usage._held_bytes(rows.batches([0, 1])[0])
+    for most, groups in ((0, 3), (2 * one, 2), (3 * one, 1)):
+        read.clear()
+        monkeypatch.setattr(usage, "group_bytes", lambda chain, most=most: most)
+        assert usage.unseen_experts(chain, rows.stream()) == known
+        assert len(read) == 2 * groups
+
+    # Once every expert was seen there is nothing left to find.
+    chain = streamed()
+    rows = TokenRows(chain, ids, None, 2)
+    monkeypatch.setattr(usage, "group_bytes", lambda chain: 0)
+    read.clear()
+    assert not usage.unseen_experts(chain, rows.stream())
+    assert len(read) == 2
 
 
 def test_layerwise_leaves_unseen_experts_at_nearest(ids: Tensor) -> None:

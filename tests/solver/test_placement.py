@@ -15,12 +15,13 @@ from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import ConfigError, DiskSpaceError
 from discquant.grids import AffineGrid, Grid, TableGrid, UniformGrid, place_grid
 from discquant.planning.traffic import state_layout
+from discquant.solver import memory
 from discquant.solver.block import BlockState
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.memory import HostArena, MappedFile
-from discquant.solver.placement import Placement
+from discquant.solver.placement import Lane, Placement
 from discquant.solver.solve import Solve, TokenRows, lay_grids
 from discquant.solver.state import WeightState, pack_bits, unpack_bits
 
@@ -340,6 +341,100 @@ def test_arena_is_registered_whole_and_given_back(monkeypatch: pytest.MonkeyPatc
     assert len(known) == 1
     del dropped
     assert not known
-    monkeypatch.setattr(Runtime, "cudaHostRegister", lambda *call: 2)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_refused_registration_leaves_no_error_behind(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime keeps the error of a failed call for the thread's next launch; that of a broken device stays."""
+    kept: list[str] = []
+
+    class Runtime:
+        def cudaHostRegister(self, base: int, size: int, flags: int) -> int:
+            kept.append("illegal address" if broken else "out of memory")
+            return 2
+
+    def launch() -> None:
+        if kept:
+            raise RuntimeError(kept[0] if broken else kept.pop())
+
+    def synchronize() -> None:
+        if broken:
+            raise RuntimeError(kept[0])
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(memory, "_launch", launch, raising=False)
+    if broken:
+        with pytest.raises(RuntimeError, match="illegal address"):
+            HostArena(4096, pin=True)
+        return
     refused = HostArena(4096, pin=True)
-    assert refused.problem == "cudaHostRegister of 4096 bytes failed with error 2" and not known
+    assert refused.problem == "cudaHostRegister of 4096 bytes failed with error 2"
+    refused.close()
+    launch()
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stand-ins for CUDA's streams; what runs in one is under way until somebody waits for the stream or an event."""
+    made: list[Any] = []
+
+    class Stream:
+        def __init__(self, *device: Any) -> None:
+            self.under_way = 0
+            made.append(self)
+
+        def __enter__(self) -> None:
+            self.under_way += 1
+
+        def __exit__(self, *error: Any) -> None:
+            pass
+
+        def wait_event(self, event: Any) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            self.under_way = 0
+
+    class Event:
+        def record(self, stream: Stream) -> None:
+            self.synchronize = stream.synchronize
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return made
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_let_go_under_a_copy(
+    fails: bool, streams: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed step and at the end the copies under way have ended, those after a failed one, too."""
+    store = Boundaries("host")
+    store._lanes = (Lane(torch.device("cuda")), Lane(torch.device("cuda")))
+    for _ in range(3):
+        store.push([torch.randn(4, 4)])
+    store.pop()
+    assert any(stream.under_way for stream in streams)
+    if fails:
+        store._bring(0)
+
+        def refuse() -> None:
+            raise RuntimeError("a copy that fails")
+
+        store._lanes[1].submit(refuse)
+    store.clear()
+    assert not any(stream.under_way for stream in streams)
+    store.close()
+
+    weight = torch.randn(8, 32)
+    grid = place_grid(weight, GridConfig(3, 32))
+    placement = Placement("host")
+    placement._lanes = (Lane(torch.device("cuda")), Lane(torch.device("cuda")))
+    for index in range(2):
+        placement.add([WeightState(f"w{index}", grid, weight, None, state="u8", optimizer="sgd")])
+    placement.fetch(0)  # begins to load the next one
+    placement.close()
+    assert not any(stream.under_way for stream in streams)
