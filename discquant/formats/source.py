@@ -23,7 +23,6 @@ import torch
 from discquant.errors import CalibrationError, CheckpointError, MissingModelError, OutputExistsError
 from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json, stated_quantization
 from discquant.formats.lazy import build_lazy
-from discquant.formats.output import check_space
 from discquant.formats.registry import quantized
 from discquant.formats.safetensors_file import TORCH_DTYPES, read_bytes, read_tensor, tensor_bytes
 from discquant.formats.safetensors_format import SafetensorsFormat
@@ -348,16 +347,3 @@ def check_output_dir(out: str | Path, resume: bool) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written: no permission in {parent}")
     return folder
-
-
-def check_disk_space(out: str | Path, needed: int) -> None:
-    """See that a file system has room.
-
-    Args:
-        out: Folder to be written; it need not exist.
-        needed: Bytes.
-
-    Raises:
-        DiskSpaceError: Less is free.
-    """
-    check_space(Path(out).expanduser(), needed)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import functools
 import mmap
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from discquant.errors import DiskSpaceError
+from discquant.formats.output import FULL
 
 PAGE = mmap.PAGESIZE
 
@@ -131,7 +131,7 @@ class MappedFile:
             self._map = mmap.mmap(handle, length)
         except OSError as error:
             path.unlink(missing_ok=True)
-            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             raise DiskSpaceError(f"placement: {path.parent} has no room for {length} bytes more") from error
         finally:

@@ -25,7 +25,8 @@ from discquant.errors import (
 )
 from discquant.formats import source
 from discquant.formats.checkpoint import Checkpoint
-from discquant.formats.source import check_disk_space, check_output_dir, digest_and_check, open_source
+from discquant.formats.output import check_space
+from discquant.formats.source import check_output_dir, digest_and_check, open_source
 
 
 @pytest.fixture(scope="module")
@@ -308,9 +309,9 @@ def test_output_dir_below_a_file_or_without_permission(
 
 
 def test_disk_space(tmp_path: Path) -> None:
-    check_disk_space(tmp_path / "new" / "folder", 1)
+    check_space(tmp_path / "new" / "folder", 1)
     with pytest.raises(DiskSpaceError, match="GB free"):
-        check_disk_space(tmp_path / "new" / "folder", 10**18)
+        check_space(tmp_path / "new" / "folder", 10**18)
     assert not (tmp_path / "new").exists()
 
 
