@@ -315,6 +315,30 @@ def test_placement_is_the_first_that_fits(shape_8b: ModelShape, shape_70b: Model
         assert {option.placement for option in made.options} == set(PLACEMENTS)
 
 
+def test_auto_leaves_a_tenth_of_the_device(shape_8b: ModelShape) -> None:
+    """Only where nothing else fits, or a placement is named, the device is filled to the last byte."""
+    device, config = DEVICES["h100"], options()
+    made = {
+        p: make_plan(shape_8b, config, Machine(device, ROOMY, ROOMY), placement=p).peaks for p in PLACEMENTS
+    }
+    peak = needed(list(made["resident"]), "gpu")
+    little = 0.99 * needed(list(made["host"]), "host")
+    least = 0.99 * needed(list(made["disk"]), "disk")
+    for room, host, disk, expected in (
+        (1.11, ROOMY, ROOMY, "resident"),
+        (1.09, ROOMY, ROOMY, "host"),
+        (1.01, little, ROOMY, "disk"),
+        (1.01, little, least, "resident"),
+    ):
+        machine = Machine(dataclasses.replace(device, memory=room * peak), host, disk)
+        chosen = make_plan(shape_8b, config, machine)
+        assert chosen.setting.placement == expected, (room, host)
+        assert any("--placement resident takes it" in text for text in chosen.warnings) == (
+            expected != "resident"
+        )
+        assert make_plan(shape_8b, config, machine, placement="resident").setting.placement == "resident"
+
+
 def test_refusal_names_numbers_and_what_would_fit(shape_70b: ModelShape) -> None:
     """What cannot fit is refused: what it needs, what is there, and the nearest options that would do."""
     machine = Machine(DEVICES["4090"], 400 * GB, ROOMY)

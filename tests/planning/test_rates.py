@@ -165,6 +165,39 @@ def test_a_run_that_cannot_fit_is_refused(
         compare.plan_of_run(shape, CONFIG, process=1e9)
 
 
+def test_auto_beside_a_gpu_counts_no_spare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is free of the device has to hold a tenth more than the plan; pinned host memory cannot be swapped."""
+    monkeypatch.setenv("DISCQUANT_CACHE", str(tmp_path))
+    shape, free = read_shape(Path(__file__).parent / "configs" / "llama-3.1-8b"), [1e12]
+    gpu = torch.device("cuda", 0)
+    solver = dataclasses.replace(CONFIG.solver, state="u8", optimizer="momentum", compute_dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, solver=solver)
+    monkeypatch.setattr(
+        compare, "this_device", lambda index: dataclasses.replace(DEVICES["h100"], memory=80e9)
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[0]), 80 << 30))
+    monkeypatch.setattr(compare, "host_memory", lambda: 1e12)
+
+    def placed(placement: Any = "auto") -> str:
+        return compare.plan_of_run(
+            shape, config, process=1e9, placement=placement, device=gpu
+        ).setting.placement
+
+    def need(placement: Any, where: str) -> float:
+        made = compare.plan_of_run(shape, config, process=1e9, placement=placement, device=gpu)
+        return needed(list(made.peaks), where)
+
+    resident, host = need("resident", "gpu"), need("host", "host")
+    monkeypatch.setattr(compare, "free_host_memory", lambda: 1e12)
+    free[0] = 1.11 * resident
+    assert placed() == "resident"
+    free[0] = 1.08 * resident
+    assert placed() == "host"
+    monkeypatch.setattr(compare, "free_host_memory", lambda: host / 1.05 - 1e9)
+    assert placed() == "disk"  # on a CPU alone, 1.05 times what is free is not refused
+    assert placed("host") == "host" and placed("resident") == "resident"
+
+
 def test_measuring_asks_for_memory_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from discquant.planning import timing
 
