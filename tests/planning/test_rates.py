@@ -62,6 +62,21 @@ def test_measure_times_a_real_block(state: str, folder: Path) -> None:
     assert rates.copy == 1 << 28
 
 
+@pytest.mark.parametrize(
+    ("ignore", "share"),
+    [
+        ("model.layers.0.*", 1.0), ("model.layers.2.*", 1.0), ("model.layers.[12].*", 1.0),
+        ("model.layers.1.mlp.*", 1.0), ("*.mlp.*", 1 / 3), ("down_proj", 7 / 9),
+    ],
+)  # fmt: skip
+def test_measure_times_a_usual_block_of_what_is_left(ignore: str, share: float, folder: Path) -> None:
+    """Patterns mean what they mean in a run, whichever blocks they leave alone (q to o: 3, gate to down: 6 of 9)."""
+    config = dataclasses.replace(CONFIG, ignore=("lm_head", ignore))
+    whole = read_shape(folder).largest.weights
+    rates = measure(folder, read_shape(folder, config.ignore), config)
+    assert rates.weights == pytest.approx(share * whole)
+
+
 def test_rates_are_kept_and_found(tmp_path: Path) -> None:
     """Another measurement of the same kind replaces the first; a damaged file is as good as none."""
     file = tmp_path / "deep" / "calibration.json"
