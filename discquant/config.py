@@ -291,7 +291,8 @@ class DataConfig:
 class QuantizeConfig:
     """A whole run: grid, method, solver, data, output.
 
-    `format` names one or more formats of `formats.registry`, comma separated, or is `none`.
+    `format` names one or more formats of `formats.registry`, comma separated, or is `none`. `checkpoint_every` None
+    paces checkpoints by what they cost (`run.checkpoint`).
     """
 
     grid: GridConfig = dataclasses.field(default_factory=GridConfig)
@@ -305,7 +306,7 @@ class QuantizeConfig:
     baselines: tuple[Method, ...] = ("rtn", "gptq")
     validation_windows: int = 32
     seed: int = 0
-    checkpoint_every: int = 16
+    checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -322,8 +323,10 @@ class QuantizeConfig:
         )
         known = all(name in get_args(Method) and name != "discquant" for name in self.baselines)
         _check("baselines", "a list of rtn, greedy, gptq", known, self.baselines)
-        for name in ("validation_windows", "gptq_samples", "checkpoint_every"):
+        for name in ("validation_windows", "gptq_samples"):
             _whole(name, 1, getattr(self, name))
+        if self.checkpoint_every is not None:
+            _whole("checkpoint_every", 1, self.checkpoint_every)
         _check("gptq_damp", "above 0", 0 < self.gptq_damp < math.inf, self.gptq_damp)
         _check("seed", "in [0, 2^31)", type(self.seed) is int and 0 <= self.seed < 2**31, self.seed)
 

@@ -76,7 +76,7 @@ def quantize(
     ] = "compressed-tensors",
     baselines: options.Baselines = "rtn,gptq",
     gptq_samples: Annotated[int, typer.Option(help="Windows for GPTQ and greedy.")] = 256,
-    checkpoint_every: options.CheckpointEvery = 16,
+    checkpoint_every: options.CheckpointEvery = None,
     device: options.Device = "auto",
     placement: options.Placed = "auto",
     activations: options.Activations = None,

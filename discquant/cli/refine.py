@@ -43,7 +43,7 @@ def refine(
     compute_dtype: options.ComputeDtype = None,
     seed: options.Seed = 0,
     baselines: options.Baselines = "none",
-    checkpoint_every: options.CheckpointEvery = 16,
+    checkpoint_every: options.CheckpointEvery = None,
     device: options.Device = "auto",
     placement: options.Placed = "auto",
     activations: options.Activations = None,

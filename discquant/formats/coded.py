@@ -180,8 +180,13 @@ class Format(Protocol):
         """
         ...
 
-    def space(self, source: Checkpoint) -> int:
-        """Bytes of disk that `write` takes at most, what it joins the result from included."""
+    def space(self, source: Checkpoint, schemes: Mapping[str, Any]) -> int:
+        """Bytes of disk that `write` takes at most, what it joins the result from included.
+
+        Args:
+            source: The original.
+            schemes: `formats.scheme.Scheme` of every module that will be quantized.
+        """
         ...
 
     def write(

@@ -25,6 +25,7 @@ from discquant.formats.gguf_model import Heads, from_gguf, heads_of_file
 from discquant.formats.gguf_write import check_source, space, write_gguf
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import Finish, close_rewritten, file_facts, span_row
+from discquant.formats.scheme import Scheme
 from discquant.grids import Grid
 from discquant.grids.gguf import gguf_kind
 
@@ -135,9 +136,9 @@ class Gguf:
         """See `coded.Format`."""
         return check_source(source)
 
-    def space(self, source: Checkpoint) -> int:
+    def space(self, source: Checkpoint, schemes: Mapping[str, Scheme]) -> int:
         """See `coded.Format`."""
-        return space(source)
+        return space(source, schemes)
 
     def write(
         self,

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from discquant.errors import UnrepresentableError
+from discquant.formats.scheme import Scheme
 from discquant.grids import AffineGrid, Grid, UniformGrid
+from discquant.grids.gguf import SUPER, SUPER_KINDS, gguf_kind
 
 Parts = dict[str, Tensor]
 
@@ -225,6 +227,17 @@ def fit_grid(grid: Grid, columns: int, name: str = "layer") -> tuple[BlockType, 
         f"{name}: neither Q4_1 (float16 scale and minimum) nor Q4_K (6-bit multiples of a float16) holds this grid "
         "exactly; lay it with kind q4_1 or q4_k"
     )
+
+
+def planned_type(scheme: Scheme, columns: int) -> BlockType:
+    """The block type that `fit_grid` will choose for a scheme, or where the values decide between two, the larger."""
+    if scheme.kind in SUPER_KINDS:
+        return TYPES[gguf_kind(scheme.kind, columns).upper()]
+    if scheme.kind != "int" or not scheme.symmetric:
+        return TYPES["Q4_1"]
+    if scheme.num_bits == 3 and scheme.group_size == 16 and columns % SUPER == 0:
+        return TYPES["Q3_K"]
+    return TYPES["Q4_0" if scheme.num_bits <= 4 else "Q8_0"]
 
 
 def _as_affine(grid: Grid, columns: int) -> tuple[Tensor, Tensor] | None:

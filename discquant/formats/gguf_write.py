@@ -27,7 +27,7 @@ from discquant.formats.card import hub_name, origin_of, write_card
 from discquant.formats.checkpoint import Checkpoint, check_unquantized
 from discquant.formats.coded import CodedLayer
 from discquant.formats.engines import engine_rows
-from discquant.formats.gguf_blocks import TYPES, fit_grid, pack_blocks
+from discquant.formats.gguf_blocks import TYPES, fit_grid, pack_blocks, planned_type
 from discquant.formats.gguf_file import NUMBERS
 from discquant.formats.gguf_model import (
     ROPE_FACTORS,
@@ -49,6 +49,8 @@ FILE = "model.gguf"
 # llama.cpp's number for "mostly this type".
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q3_K": 11, "Q4_K": 14, "BF16": 32}
 _PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Bytes of a string's length, type and score in a header; of a tensor's entry there and its row in the manifest.
+_STRING, _FACTS, ALIGNMENT = 16, 1024, 32
 _SKIPPED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
@@ -75,9 +77,24 @@ def check_source(source: Checkpoint) -> list[str]:
     return read_vocabulary(source.path, int(metadata["vocab_size"])).warnings
 
 
-def space(source: Checkpoint) -> int:
-    """Bytes of a file and of the spool that it is joined from: neither is larger than the original."""
-    return 2 * sum(info.num_bytes for info in source.tensors.values())
+def space(source: Checkpoint, schemes: Mapping[str, Scheme]) -> int:
+    """Bytes of a file at most, and of the spool of its tensors that it is joined from."""
+    data = 0
+    for key in _wanted(source):
+        info, scheme = source.tensors[key], schemes.get(key.removesuffix(".weight"))
+        if scheme is not None and key.endswith(".weight"):
+            size = planned_type(scheme, info.shape[1]).row_bytes(info.shape[1]) * info.shape[0]
+        else:  # vectors are widened to float32
+            size = 4 * info.shape[0] if len(info.shape) == 1 else info.num_bytes
+        data += size + ALIGNMENT
+    found = read_vocabulary(source.path, int(model_metadata(source.config())["vocab_size"]))
+    texts = sum(len(text.encode("utf-8")) + _STRING for text in (*found.tokens, *found.merges))
+    return 2 * data + texts + _FACTS * len(source.tensors) + _beside(source)
+
+
+def _beside(source: Checkpoint) -> int:
+    """Bytes of what the header takes from the original's small files: the configuration, a chat template."""
+    return sum(file.stat().st_size for file in source.path.glob("*") if file.suffix in (".json", ".jinja"))
 
 
 def write_gguf(
@@ -96,7 +113,6 @@ def write_gguf(
     heads = Heads(int(metadata["attention.head_count"]), int(metadata["attention.head_count_kv"]), permuted)
     recipe = dict(recipe or {})
     summary, grid = recipe.pop("summary", None), recipe.get("grid") or {}
-    check_space(out, space(source))
     with atomic_directory(out) as partial:
         spool = partial / "spool"
         table, schemes, tensors = _spool(source, layers, heads, spool, grid.get("kind"))
@@ -104,6 +120,7 @@ def write_gguf(
         if factors is not None:
             with spool.open("ab") as stream:
                 tensors[ROPE_FACTORS] = _put(stream, "F32", tuple(factors.shape), factors)
+        check_space(out, spool.stat().st_size)  # as much again
         types = [row["type"] for row in table.values()]
         mostly = max(sorted(set(types)), key=types.count) if types else "F16"
         _write_file(source, partial, spool, tensors, metadata, architecture, _FILE_TYPES[mostly])

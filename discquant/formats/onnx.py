@@ -43,6 +43,7 @@ from discquant.formats.onnx_graph import check_architecture
 from discquant.formats.onnx_write import space, write_onnx
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import Finish, close_rewritten, file_facts, span_row
+from discquant.formats.scheme import Scheme
 from discquant.grids import Grid, UniformGrid
 
 
@@ -115,7 +116,7 @@ class Onnx:
         check_architecture(source.config())
         return []
 
-    def space(self, source: Checkpoint) -> int:
+    def space(self, source: Checkpoint, schemes: Mapping[str, Scheme]) -> int:
         """See `coded.Format`."""
         return space(source)
 

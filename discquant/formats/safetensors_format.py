@@ -123,7 +123,7 @@ class SafetensorsFormat(Layout):
         """See `coded.Format`: any model has a place here."""
         return []
 
-    def space(self, source: Checkpoint) -> int:
+    def space(self, source: Checkpoint, schemes: Mapping[str, Scheme]) -> int:
         """See `coded.Format`: the original and one shard's spool; `export.plan_export` is exact."""
         total = sum(info.num_bytes for info in source.tensors.values())
         return total + min(total, DEFAULT_SHARD_BYTES)

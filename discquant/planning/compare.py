@@ -15,6 +15,7 @@ import torch
 from discquant.config import QuantizeConfig
 from discquant.errors import CapacityError
 from discquant.planning.hardware import DEVICES, free_host_memory, host_memory, this_device
+from discquant.planning.option import MEMORY_TOLERANCE
 from discquant.planning.plan import Machine, Plan, make_plan
 from discquant.planning.rates import load_rates, machine_name, nearest_rates
 from discquant.planning.setting import Placement
@@ -22,7 +23,7 @@ from discquant.planning.shape import ModelShape
 
 # Python, torch and transformers before a model is opened; a run takes its own reading instead.
 PROCESS_BYTES = 0.45e9
-MEMORY_TOLERANCE, TIME_TOLERANCE = 0.10, 0.25
+TIME_TOLERANCE = 0.25
 # Plan phases that one phase of a run spans.
 SPANS = {"round": ("teacher", "start", "solve")}
 
@@ -41,7 +42,8 @@ def plan_of_run(
     """Plan a run of a model in memory on this machine, with its rates where they were measured.
 
     `auto` takes the first placement that fits what is free now; where none does, others may still leave: then, as where
-    one is named, the machine's whole memory counts.
+    one is named, the machine's whole memory counts. Beside an accelerator what `auto` puts on the host is pinned and
+    cannot be swapped: no byte beyond that memory counts then.
 
     Args:
         shape: The model's sizes.
@@ -85,6 +87,8 @@ def plan_of_run(
     if placement == "auto":
         if where.memory is not None:
             where = dataclasses.replace(where, memory=float(torch.cuda.mem_get_info(device)[0]))
+            machine = dataclasses.replace(machine, host=host_memory())
+            spare = 1.0
         free = min(machine.host, (free_host_memory() + process) * spare)
         with contextlib.suppress(CapacityError):
             return planned(dataclasses.replace(machine, device=where, host=free))

@@ -175,10 +175,15 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     # The teacher's weights are made beside the student's, unless the loaded model is the teacher.
     sides = 2 if setting.teacher_in_state or setting.streamed else 1
     students = depth if keep else 1
-    # Micro-batches are summed in float32 (the GPU kernels accumulate in place).
-    summed = setting.step_tokens > setting.micro_tokens or element < wide
     curved = 5.0 if setting.config.solver.curved else 0.0
-    gradient = float(wide + (element if summed and not setting.accelerator else 0))
+    # Micro-batches are summed in a tree, in float32: a partial sum per level, and the gradient that is being made. Kept
+    # graphs go meanwhile. Of narrower elements one gradient exists in both widths, but for the GPU's own layers.
+    narrow = element if element < wide and not setting.accelerator else 0
+    kept = float(saved * tokens) if keep else 0.0
+    sums = max(
+        float(wide * largest.weights * (1 + done.bit_count())) - kept * done / setting.passes
+        for done in range(setting.passes)
+    )
     logits = _logit_tensors(shape, setting) * wide
     graphs = float(saved * tokens * depth)
     undo = float(min(shape.weights * setting.layout.written, JOURNAL_BYTES))
@@ -189,7 +194,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     backward = 3.0 * largest.inner_elements * element * setting.micro_tokens
     return {
         "student and teacher weights": float(sides + students - 1) * largest.weights * element,
-        "weight gradient": gradient * largest.weights,
+        "weight gradient": sums + narrow * largest.weights,
         "another rank's gradient of a matrix": float(wide) * matrix if setting.ranks > 1 else 0.0,
         "gradients of activations": max(0.0, backward - logits),
         "curvature of a matrix": max(0.0, term - max(logits, backward)),

@@ -22,6 +22,8 @@ from discquant.planning.traffic import (
     work_per_token,
 )
 
+# What a run may take beyond its plan.
+MEMORY_TOLERANCE = 0.10
 # The engine fetches a block's whole state for either pass.
 FORWARD_PREFIX = False
 
@@ -56,11 +58,11 @@ class Option:
     fits: bool
 
 
-def fits(peaks: Sequence[PhasePeak], machine: Machine) -> bool:
-    """Return whether a machine has room for the peaks of all its ranks."""
+def fits(peaks: Sequence[PhasePeak], machine: Machine, *, spare: float = 0.0) -> bool:
+    """Return whether a machine has room for the peaks of all its ranks, and on a device for that share of them more."""
     memory = machine.device.memory
     return (
-        (memory is None or needed(list(peaks), "gpu") <= memory)
+        (memory is None or needed(list(peaks), "gpu") * (1 + spare) <= memory)
         and needed(list(peaks), "host") * machine.ranks <= machine.host
         and needed(list(peaks), "disk") <= machine.disk
     )

@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 from discquant.config import QuantizeConfig
 from discquant.planning.memory import PhasePeak, phase_peaks
-from discquant.planning.option import FORWARD_PREFIX, Machine, Option, fits, option_of, seconds_of
+from discquant.planning.option import (
+    FORWARD_PREFIX,
+    MEMORY_TOLERANCE,
+    Machine,
+    Option,
+    fits,
+    option_of,
+    seconds_of,
+)
 from discquant.planning.rates import Rates
 from discquant.planning.refusal import refusal, with_state
 from discquant.planning.setting import PLACEMENTS, Placement, Setting
@@ -158,7 +166,8 @@ def make_plan(
         shape: The model's sizes.
         config: The run's options.
         machine: Device, host memory, free disk.
-        placement: A policy, or "auto": the first of resident, host, disk that fits.
+        placement: A policy, or "auto": the first of resident, host, disk that fits, if one does with a tenth of the
+            device's peak to spare, for that cannot be swapped; else the first that fits at all.
         rates: Measured rates of this machine; None assumes the device's.
         process: What the process holds before it opens a model, bytes.
         activations: Where activations between blocks are kept; None follows the placement.
@@ -177,10 +186,12 @@ def make_plan(
     def setting_of(config: QuantizeConfig, placement: Placement) -> Setting:
         return setting_for(shape, config, placement, machine, process=process, activations=activations)
 
-    settings = (setting_of(config, candidate) for candidate in wanted)
-    chosen = next((setting for setting in settings if fits(phase_peaks(shape, setting), machine)), None)
-    if chosen is None:
+    settings = [setting_of(config, candidate) for candidate in wanted]
+    fitting = [setting for setting in settings if fits(phase_peaks(shape, setting), machine)]
+    if not fitting:
         raise refusal(shape, config, wanted, machine, setting_of)
+    roomy = (s for s in fitting if fits(phase_peaks(shape, s), machine, spare=MEMORY_TOLERANCE))
+    chosen = next(roomy, fitting[0])
     moved, modelled, seconds = seconds_of(shape, chosen, machine, rates)
     factors = factor_bytes(shape.blocks, config)
     hide = tokens_to_hide(shape, chosen.layout, machine.device, factors=factors, prefix=FORWARD_PREFIX)
@@ -192,6 +203,11 @@ def make_plan(
         for other in states
     )
     warnings = [] if long is None else [long]
+    if chosen is not fitting[0]:
+        warnings.append(
+            f"{fitting[0].placement} fits the device with less than {MEMORY_TOLERANCE:.0%} of its peak to spare, which "
+            f"a run may exceed; --placement {fitting[0].placement} takes it all the same"
+        )
     enough = max(hide.serial, hide.forward)
     if chosen.placement != "resident" and machine.accelerated and chosen.tokens < enough:
         slowed = modelled.total / max(1e-30, modelled.forward + modelled.backward + modelled.head)

@@ -87,6 +87,11 @@ class Setting:
         return min(solver.batch_size, max(solver.micro_batch, own)) * self.config.data.seqlen
 
     @property
+    def passes(self) -> int:
+        """Forward passes per step of the rank with most."""
+        return -(-self.tokens // self.micro_tokens)
+
+    @property
     def gathered_tokens(self) -> int:
         """Tokens that the curvature's factors are gathered on at once; every rank gathers on all of them."""
         from discquant.solver.curvature import rows_at_once as windows_at_once

@@ -47,15 +47,35 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def one_block_model(model: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """Return a model of this configuration with one real block, random weights, and a head of at most 8192 rows."""
+def usual_block(shape: ModelShape) -> int:
+    """Return the index of the last block with as many weights to quantize as most have, of those that have any.
+
+    Where some are unlike (dense before experts, or left alone), most are like the last.
+    """
+    counts = [block.weights for block in shape.blocks]
+    most = max((count for count in counts if count), key=lambda count: (counts.count(count), count))
+    return max(index for index, count in enumerate(counts) if count == most)
+
+
+def one_block_model(
+    model: str | Path, dtype: torch.dtype, index: int = -1, *, trust_remote_code: bool = False
+) -> Any:
+    """Return a model of this configuration with one real block, random weights, and a head of at most 8192 rows.
+
+    Args:
+        model: As for `read_shape`.
+        dtype: Of its weights.
+        index: Which block; it keeps its name, so that patterns mean in this model what they mean in the whole.
+        trust_remote_code: As for `read_shape`.
+    """
     config = copy.deepcopy(open_config(model, trust_remote_code))
     built = empty_model(config, trust_remote_code)
     decoder = built.get_decoder()
     lists = [(n, m) for n, m in decoder.named_children() if isinstance(m, nn.ModuleList) and len(m)]
     name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    # The last block: where some are unlike (dense before experts), most are like the last.
-    setattr(decoder, name, nn.ModuleList([blocks[-1]]))
+    kept = nn.ModuleList()
+    kept.add_module(str(range(len(blocks))[index]), blocks[index])
+    setattr(decoder, name, kept)
     rows = min(HEAD_ROWS, int(built.get_output_embeddings().weight.shape[0]))
     hidden = int(built.get_output_embeddings().weight.shape[1])
     built.set_input_embeddings(nn.Embedding(rows, hidden, device="meta"))
@@ -114,7 +134,10 @@ def measure(
             f"GB; there are {host_memory() / GB:.1f}"
         )
     dtype = getattr(torch, options.compute_dtype)
-    chain = DecoderChain(one_block_model(model, dtype, trust_remote_code=trust_remote_code), config.ignore)
+    index = usual_block(shape)
+    chain = DecoderChain(
+        one_block_model(model, dtype, index, trust_remote_code=trust_remote_code), config.ignore
+    )
     assert chain.head is not None
     refs = chain.weights[0]
     weights = sum(ref.matrix().numel() for ref in refs)
@@ -140,7 +163,7 @@ def measure(
     batch = chain.prepare(ids.to(chain.head.weight.device))
     tokens = ids.numel()
     scores = 1.0 * config.data.seqlen * shape.attention
-    active = shape.blocks[-1].active_weights
+    active = shape.blocks[index].active_weights
     student = solver.student(0)
     output = chain.teacher_output(batch)
     pull = torch.randn_like(output)

@@ -146,7 +146,7 @@ def plan_formats(
     for name, target in targets.items():
         chosen = registry.by_name(name)
         if not isinstance(chosen, SafetensorsFormat):
-            written += chosen.space(source)
+            written += chosen.space(source, schemes)
             continue
         plan = plan_export(source.path, target, schemes, name)
         written += plan.weight_bytes

@@ -11,6 +11,7 @@ from typing import Any
 
 from discquant.errors import MissingModelError
 from discquant.run import plots
+from discquant.run.checkpoint import SHARE, SPACING
 from discquant.run.directory import REPORT, write_atomic
 from discquant.run.planned import report_lines
 
@@ -155,7 +156,25 @@ def _phases(summary: dict[str, Any]) -> list[str]:
     total = sum(phase.get("seconds") or 0.0 for phase in phases)
     peak = max(phase.get("peak_rss_bytes") or 0 for phase in phases) / 1e6
     rows.append(["**all**", f"**{total:,.1f}**", f"**{peak:,.0f}**"])
-    return ["## Time and memory", "", *_table(["phase", "seconds", "peak resident MB"], rows)]
+    table = _table(["phase", "seconds", "peak resident MB"], rows)
+    return ["## Time and memory", "", *table, *_checkpoints(summary)]
+
+
+def _checkpoints(summary: dict[str, Any]) -> list[str]:
+    """What checkpoints cost and when they were written, in sentences; nothing where a run has none."""
+    found = summary.get("checkpoints")
+    if not found:
+        return []
+    every = found.get("every")
+    pace = f"paced: {SPACING} steps apart, or as many more as keep writing below {SHARE:.1%} of the time"
+    schedule = pace if every is None else f"every {every} steps, as asked for"
+    number = "1 checkpoint" if found["count"] == 1 else f"{found['count']:,} checkpoints"
+    return [
+        f"The solve wrote {number}, {found['bytes'] / 1e6:,.1f} MB ({schedule}; and one at the end), in "
+        f"{found['background_seconds']:.3g} s beside the steps, which waited {found['stalled_seconds']:.3g} s for it, "
+        f"{found['share']:.2%} of the time (since it was last continued).",
+        "",
+    ]
 
 
 def _layers(summary: dict[str, Any]) -> list[str]:

@@ -166,7 +166,7 @@ class Solving:
     def _lead(self, solve: Solve, held: Windows, fresh: bool) -> None:
         """Take the steps; write metrics, validations and checkpoints."""
         self.directory.truncate_metrics(solve.solver.step_number)
-        writer = Checkpointer(self._folder, solve)
+        writer = Checkpointer(self._folder, solve, self.config.checkpoint_every)
         sample = TokenRows(
             solve.chain, held.input_ids[:VALIDATION_ROWS], held.mask[:VALIDATION_ROWS], VALIDATION_ROWS
         )
@@ -176,7 +176,7 @@ class Solving:
             histogram = json.dumps({"histogram": frac_histogram(solve)})  # for the report
             write_atomic(self.directory.path / START, histogram + "\n")
             self._validate(solve, sample)
-            writer.save()
+        writer.begin(fresh=fresh)
         iters = self.config.solver.iters
         interval = max(1, iters // VALIDATIONS)
         started = time.perf_counter()
@@ -194,7 +194,7 @@ class Solving:
                     self._validate(solve, sample)
                 if self.events.step is not None:
                     self.events.step(record, iters)
-                if record.step % self.config.checkpoint_every == 0 or solve.done or stopping:
+                if writer.due(record.step) or solve.done or stopping:
                     writer.save()
                 if stopping and not solve.done:
                     writer.wait()

@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 
 from discquant.config import GridConfig
 from discquant.errors import CheckpointError, MissingModelError, UnrepresentableError, UserError
+from discquant.formats import gguf_write
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.gguf import FORMAT
 from discquant.formats.gguf_file import GgufFile
 from discquant.formats.gguf_model import Heads, from_gguf, rope_factors, to_gguf
 from discquant.formats.gguf_tokenizer import read_vocabulary
+from discquant.formats.scheme import Scheme
 from discquant.grids import place_grid
 
 gguf = pytest.importorskip("gguf")
@@ -168,6 +170,29 @@ def test_a_written_model_is_what_the_package_reads(
     row = manifest["layers"]["model.layers.0.mlp.down_proj"]
     assert row["type"] == {"q4_k": "Q4_1", "q3_k": "Q4_0", "q4_1": "Q4_1"}.get(kind, "Q4_0")
     assert row["fallback"] == (kind in ("q4_k", "q3_k"))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [*map(GridConfig.of_kind, ("q4_0", "q4_1", "q4_k", "q3_k")), GridConfig(3, 32), GridConfig(6, 64)],
+    ids=str,
+)
+def test_space_is_what_it_takes(grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for covers the file and its spool, exact but for the header; planned, and from the grids."""
+    source = make_model(tmp_path / "model")
+    layers = solve(source, grid)
+    asked: list[int] = []
+    monkeypatch.setattr(gguf_write, "check_space", lambda out, needed: asked.append(needed))
+    FORMAT.write(source, tmp_path / "out", layers)
+    (spooled,) = asked
+    file = (tmp_path / "out" / "model.gguf").stat().st_size
+    planned = {layer.name: Scheme.planned((layer.q.shape[0], layer.q.shape[1]), grid) for layer in layers}
+    for schemes in (planned, {layer.name: Scheme.of_grid(layer.grid) for layer in layers}):
+        needed = FORMAT.space(source, schemes)
+        # Where only values decide between Q4_1 and Q4_K, the larger counts.
+        share = 20 / 18 if grid.kind == "q4_k" else 1
+        assert file + spooled <= needed <= 2 * share * spooled + 1100 * len(source.tensors) + 16384
+    assert needed < 0.8 * 2 * sum(info.num_bytes for info in source.tensors.values())
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q4_k", "q3_k"])

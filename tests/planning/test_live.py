@@ -25,6 +25,7 @@ from discquant.planning.setting import grid_share
 from discquant.planning.shape import shape_of
 from discquant.run.served import apply_layers
 from discquant.run.summary import coded_layers
+from discquant.solver import solve
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.solve import Solve, TokenRows, lay_grids
@@ -123,6 +124,33 @@ def test_solve(state: str, optimizer: str, model: Any) -> None:
         run = Solve(chain, grids, rows, config)
         run.advance()
     assert _within(live.peak, _planned(model, config, "solve", lambda item: item not in HELD_BEFORE))
+
+
+@pytest.mark.parametrize("passes", [2, 3, 4, 7, 8, 16])
+def test_gradients_of_micro_batches(passes: int, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree of sums holds one per level, beside the one that is being made: log2 of the micro-batches more."""
+    monkeypatch.setattr(solve, "KEEP_GRAPH_BYTES", 0)
+    seqlen = 8  # a block's gradient is larger than all its activations
+    # So many steps that the teacher is remembered.
+    config = _config(
+        batch_size=passes,
+        micro_batch=1,
+        iters=32,
+        curvature=0.0,
+        kl_weight=1.0,
+        state="u8",
+        optimizer="momentum",
+    )
+    config = dataclasses.replace(config, data=DataConfig("text.txt", ROWS, seqlen))
+    chain = DecoderChain(model)
+    ids = torch.randint(3, 256, (ROWS, seqlen), generator=torch.Generator().manual_seed(1))
+    run = Solve(chain, lay_grids(chain, config.grid), TokenRows(chain, ids, None, 1), config)
+    run.advance()  # makes what later steps find
+    with Live(model) as live:
+        run.advance()
+    before = ("state", "teacher's last hidden states", *HELD_BEFORE)
+    planned = _planned(model, config, "solve", lambda item: item not in before)
+    assert _within(live.peak, planned)
 
 
 @pytest.mark.parametrize(("state", "optimizer"), [("u8", "momentum"), ("fp32", "adamw")])

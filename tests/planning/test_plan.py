@@ -200,13 +200,15 @@ def test_working_set(shape_8b: ModelShape, shape_70b: ModelShape) -> None:
         # The slots carry the scales as well, 2 bytes per 128 weights.
         assert rounded((solve.gpu["block slots"] - 3 * shape.largest.weights * 2 / 128) / GB, 1) == slots
         assert rounded(solve.gpu["student and teacher weights"] / GB, digits) == weights
-        assert rounded(solve.gpu["weight gradient"] / GB, digits) == gradient
+        # Of eight micro-batches up to four are in memory, which that section has in one.
+        partial = 3 * 4.0 * shape.largest.weights
+        assert rounded((solve.gpu["weight gradient"] - partial) / GB, digits) == gradient
         assert rounded(shape.head * 2 / GB, 2 if shape is shape_8b else 1) == head
         assert rounded(solve.gpu["logits"] / GB, 2) == 1.05
         # That section has no input embedding; here it is on the device, too. The engine keeps what a step replaces
         # as well, as far as that is small.
         embedding, undo = 2 * (shape.frozen - shape.head), solve.gpu["bytes to undo a step"]
-        assert (solve.total("gpu") - embedding - undo) / GB == pytest.approx(total, rel=0.15)
+        assert (solve.total("gpu") - embedding - undo - partial) / GB == pytest.approx(total, rel=0.15)
         assert rounded(solve.host["boundary activations"] / GB, 1) == (4.4 if shape is shape_8b else 21.7)
 
 
@@ -318,6 +320,30 @@ def test_placement_is_the_first_that_fits(shape_8b: ModelShape, shape_70b: Model
         assert {option.placement for option in made.options} == set(PLACEMENTS)
 
 
+def test_auto_leaves_a_tenth_of_the_device(shape_8b: ModelShape) -> None:
+    """Only where nothing else fits, or a placement is named, the device is filled to the last byte."""
+    device, config = DEVICES["h100"], options()
+    made = {
+        p: make_plan(shape_8b, config, Machine(device, ROOMY, ROOMY), placement=p).peaks for p in PLACEMENTS
+    }
+    peak = needed(list(made["resident"]), "gpu")
+    little = 0.99 * needed(list(made["host"]), "host")
+    least = 0.99 * needed(list(made["disk"]), "disk")
+    for room, host, disk, expected in (
+        (1.11, ROOMY, ROOMY, "resident"),
+        (1.09, ROOMY, ROOMY, "host"),
+        (1.01, little, ROOMY, "disk"),
+        (1.01, little, least, "resident"),
+    ):
+        machine = Machine(dataclasses.replace(device, memory=room * peak), host, disk)
+        chosen = make_plan(shape_8b, config, machine)
+        assert chosen.setting.placement == expected, (room, host)
+        assert any("--placement resident takes it" in text for text in chosen.warnings) == (
+            expected != "resident"
+        )
+        assert make_plan(shape_8b, config, machine, placement="resident").setting.placement == "resident"
+
+
 def test_refusal_names_numbers_and_what_would_fit(shape_70b: ModelShape) -> None:
     """What cannot fit is refused: what it needs, what is there, and the nearest options that would do."""
     machine = Machine(DEVICES["4090"], 400 * GB, ROOMY)
@@ -394,7 +420,7 @@ def test_more_of_anything_needs_no_less(shape_8b: ModelShape) -> None:
             peaks(shape_8b, options(optimizer="adamw")),
             peaks(shape_8b, options(state="fp32")),
             peaks(shape_8b, options(batch_size=32)),
-            peaks(shape_8b, options(micro_batch=4)),
+            peaks(shape_8b, options(batch_size=16, micro_batch=4)),  # fewer passes alone hold fewer sums
             peaks(deeper, options()),
         ):
             assert all(a >= b for a, b in zip(more, base, strict=True)) and more != base

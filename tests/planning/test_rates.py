@@ -62,6 +62,21 @@ def test_measure_times_a_real_block(state: str, folder: Path) -> None:
     assert rates.copy == 1 << 28
 
 
+@pytest.mark.parametrize(
+    ("ignore", "share"),
+    [
+        ("model.layers.0.*", 1.0), ("model.layers.2.*", 1.0), ("model.layers.[12].*", 1.0),
+        ("model.layers.1.mlp.*", 1.0), ("*.mlp.*", 1 / 3), ("down_proj", 7 / 9),
+    ],
+)  # fmt: skip
+def test_measure_times_a_usual_block_of_what_is_left(ignore: str, share: float, folder: Path) -> None:
+    """Patterns mean what they mean in a run, whichever blocks they leave alone (q to o: 3, gate to down: 6 of 9)."""
+    config = dataclasses.replace(CONFIG, ignore=("lm_head", ignore))
+    whole = read_shape(folder).largest.weights
+    rates = measure(folder, read_shape(folder, config.ignore), config)
+    assert rates.weights == pytest.approx(share * whole)
+
+
 def test_rates_are_kept_and_found(tmp_path: Path) -> None:
     """Another measurement of the same kind replaces the first; a damaged file is as good as none."""
     file = tmp_path / "deep" / "calibration.json"
@@ -163,6 +178,39 @@ def test_a_run_that_cannot_fit_is_refused(
     monkeypatch.setattr(compare, "host_memory", lambda: peak / 1.2)
     with pytest.raises(CapacityError, match="of host memory"):
         compare.plan_of_run(shape, CONFIG, process=1e9)
+
+
+def test_auto_beside_a_gpu_counts_no_spare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is free of the device has to hold a tenth more than the plan; pinned host memory cannot be swapped."""
+    monkeypatch.setenv("DISCQUANT_CACHE", str(tmp_path))
+    shape, free = read_shape(Path(__file__).parent / "configs" / "llama-3.1-8b"), [1e12]
+    gpu = torch.device("cuda", 0)
+    solver = dataclasses.replace(CONFIG.solver, state="u8", optimizer="momentum", compute_dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, solver=solver)
+    monkeypatch.setattr(
+        compare, "this_device", lambda index: dataclasses.replace(DEVICES["h100"], memory=80e9)
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[0]), 80 << 30))
+    monkeypatch.setattr(compare, "host_memory", lambda: 1e12)
+
+    def placed(placement: Any = "auto") -> str:
+        return compare.plan_of_run(
+            shape, config, process=1e9, placement=placement, device=gpu
+        ).setting.placement
+
+    def need(placement: Any, where: str) -> float:
+        made = compare.plan_of_run(shape, config, process=1e9, placement=placement, device=gpu)
+        return needed(list(made.peaks), where)
+
+    resident, host = need("resident", "gpu"), need("host", "host")
+    monkeypatch.setattr(compare, "free_host_memory", lambda: 1e12)
+    free[0] = 1.11 * resident
+    assert placed() == "resident"
+    free[0] = 1.08 * resident
+    assert placed() == "host"
+    monkeypatch.setattr(compare, "free_host_memory", lambda: host / 1.05 - 1e9)
+    assert placed() == "disk"  # on a CPU alone, 1.05 times what is free is not refused
+    assert placed("host") == "host" and placed("resident") == "resident"
 
 
 def test_measuring_asks_for_memory_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

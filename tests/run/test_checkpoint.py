@@ -310,3 +310,77 @@ def test_damage_falls_back_to_the_one_before(damage: str, model: Any, tmp_path: 
     assert load_checkpoint(tmp_path, again) == 1
     assert again.advance().step == 2
     assert _same(_bytes(again), _bytes(run))
+
+
+def test_paced_by_what_it_costs(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first as one block costs, later ones as the last one did; never sooner than the least spacing."""
+    now, real = [0.0], checkpoint.save_tensors_atomic
+
+    def slow(*given: Any) -> None:
+        now[0] += 1.5
+        real(*given)
+
+    monkeypatch.setattr(checkpoint, "save_tensors_atomic", slow)
+    run, folder, first = _solve(model), tmp_path / "checkpoints", checkpoint.SPACING
+    writer = Checkpointer(folder, run, clock=lambda: now[0])
+    writer.begin(fresh=True)
+    assert not list(folder.iterdir()) and (writer.count, writer.stalled) == (0, 1.5)
+    for step in (first, 2 * first):
+        assert writer.cost == 3.0  # two equal blocks
+        run.solver.step_number = step
+        for states in run.solver.states:
+            states[0].frac.mul_(0.5)  # an unchanged block would cost nothing
+        now[0] += 3.0 * (1 / checkpoint.SHARE - 1) - 0.1
+        assert not writer.due(step)
+        now[0] += 0.2
+        assert writer.due(step) and not writer.due(step - 1)
+        writer.save()
+        writer.wait()
+    assert writer.busy == 6.0 and writer.summary(240.0)["every"] is None
+    resumed = _solve(model)
+    assert load_checkpoint(folder, resumed) == 2 * first
+    again = Checkpointer(folder, resumed, clock=lambda: now[0])
+    again.begin(fresh=False)
+    now[0] += 1000
+    assert not again.due(3 * first - 1) and again.due(3 * first)
+
+
+def test_a_schedule_that_was_asked_for_is_exact(model: Any, tmp_path: Path) -> None:
+    writer = Checkpointer(tmp_path, _solve(model), 3)
+    writer.cost = 1e9
+    assert [step for step in range(1, 10) if writer.due(step)] == [3, 6, 9]
+    writer.begin(fresh=True)
+    writer.wait()
+    assert (tmp_path / "step-0000000.json").exists() and writer.summary(1.0)["every"] == 3
+    writer.begin(fresh=False)
+    assert writer.count == 1
+
+
+def test_another_version_is_told(model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = _solve(model)
+    writer = Checkpointer(tmp_path, run)
+    writer.save()
+    writer.wait()
+    manifest = tmp_path / "step-0000000.json"
+    facts = json.loads(manifest.read_text())
+    del facts["version"]
+    manifest.write_text(json.dumps(facts))
+    assert load_checkpoint(tmp_path, _solve(model)) is None
+    assert "version 1, this discquant reads 2" in caplog.text
+
+
+def test_digest_sees_every_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flipped bit of any piece, pieces that changed places, other shapes and names; threads change nothing."""
+    monkeypatch.setattr(checkpoint, "PIECE", 64)
+    tensors = {"a": torch.arange(100, dtype=torch.int32), "b": torch.arange(7.0), "empty": torch.zeros(0)}
+    first = checkpoint._digest(tensors)
+    others = [{**tensors, "a": tensors["a"].clone()} for _ in range(100)]
+    for place, other in enumerate(others):
+        other["a"][place] ^= 1 << 30
+    swapped = tensors["a"].clone()
+    swapped[:16], swapped[16:32] = tensors["a"][16:32], tensors["a"][:16]
+    others += [{**tensors, "a": swapped}, {**tensors, "a": tensors["a"].view(10, 10)}]
+    others += [{"c" if name == "a" else name: tensor for name, tensor in tensors.items()}]
+    assert len({first, *map(checkpoint._digest, others)}) == 1 + len(others)
+    monkeypatch.setattr(checkpoint, "HASHERS", 1)
+    assert checkpoint._digest(tensors) == first

@@ -63,6 +63,25 @@ def test_state_and_activations_anywhere_give_the_same_bytes(
     assert len(found) == 1
 
 
+def test_killed_before_the_first_paced_checkpoint(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    """By default a short run writes one checkpoint, its last; what was lost is made again, in the same bytes."""
+    config = dataclasses.replace(_config(dataset), checkpoint_every=None)
+    whole = Pipeline(model_dir, tmp_path / "whole", config).execute()
+    assert whole["checkpoints"]["count"] == 1 and whole["checkpoints"]["every"] is None
+    assert "1 checkpoint" in (tmp_path / "whole" / "report.md").read_text(encoding="utf-8")
+    out = tmp_path / "killed"
+
+    def killed(record: StepRecord, iters: int) -> None:
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(model_dir, out, config, events=Events(step=killed)).execute()
+    assert not list((out / "checkpoints").iterdir())
+    assert Pipeline(model_dir, out, config).execute()["checkpoints"]["count"] == 1
+    assert (out / "codes.safetensors").read_bytes() == (tmp_path / "whole" / "codes.safetensors").read_bytes()
+
+
 def test_the_first_block_may_stay_as_it_is(model_dir: Path, dataset: str, tmp_path: Path) -> None:
     """From the format check to the report; in memory, and where its weights are read from the checkpoint."""
     found = set()

@@ -168,7 +168,7 @@ def test_refused_before_any_work(model_dir: Path, dataset: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("formats", "share"), [("compressed-tensors,gptq", 1.0), ("compressed-tensors,gguf", 2.1)]
+    ("formats", "share"), [("compressed-tensors,gptq", 1.0), ("compressed-tensors,gguf", 1.3)]
 )
 def test_room_for_all_formats(
     formats: str, share: float, wide_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
