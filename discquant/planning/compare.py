@@ -18,7 +18,7 @@ from discquant.planning.hardware import DEVICES, free_host_memory, host_memory, 
 from discquant.planning.option import MEMORY_TOLERANCE
 from discquant.planning.plan import Machine, Plan, make_plan
 from discquant.planning.rates import load_rates, machine_name, nearest_rates
-from discquant.planning.setting import Placement
+from discquant.planning.setting import PLACEMENTS, Placement
 from discquant.planning.shape import ModelShape
 
 # Python, torch and transformers before a model is opened; a run takes its own reading instead.
@@ -41,9 +41,9 @@ def plan_of_run(
 ) -> Plan:
     """Plan a run of a model in memory on this machine, with its rates where they were measured.
 
-    `auto` takes the first placement that fits what is free now; where none does, others may still leave: then, as where
-    one is named, the machine's whole memory counts. Beside an accelerator what `auto` puts on the host is pinned and
-    cannot be swapped: no byte beyond that memory counts then.
+    `auto` takes the first placement that fits what is free now. Where none does, others may still leave: then the least
+    demanding one that fits the machine's whole memory, which is what counts, too, where a placement is named. Beside an
+    accelerator what `auto` puts on the host is pinned and cannot be swapped: no byte beyond that memory counts then.
 
     Args:
         shape: The model's sizes.
@@ -88,10 +88,12 @@ def plan_of_run(
         if where.memory is not None:
             where = dataclasses.replace(where, memory=float(torch.cuda.mem_get_info(device)[0]))
             machine = dataclasses.replace(machine, host=host_memory())
-            spare = 1.0
-        free = min(machine.host, (free_host_memory() + process) * spare)
+        free = min(machine.host, free_host_memory() + process)
         with contextlib.suppress(CapacityError):
             return planned(dataclasses.replace(machine, device=where, host=free))
+        for least in reversed(PLACEMENTS):
+            with contextlib.suppress(CapacityError):
+                return planned(machine, placement=least)
     return planned(machine)
 
 

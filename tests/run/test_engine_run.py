@@ -234,8 +234,9 @@ def test_auto_is_the_plan_s(dataset: str, tmp_path: Path, monkeypatch: pytest.Mo
     for name, free, whole, expected in (
         ("roomy", 1e12, 1e12, "resident"),
         ("small", 1e12, disk / 1.09, "disk"),
-        ("busy", disk / 1.09, 1e12, "disk"),  # what others hold now
-        ("full", 1.0, 1e12, "resident"),  # they may leave
+        ("busy", 1.01 * disk, 1e12, "disk"),  # what others hold now
+        ("tight", 0.99 * resident, 1e12, "disk"),  # what is free is not exceeded
+        ("full", 1.0, 1e12, "disk"),  # they may leave, and it needs the least
     ):
         monkeypatch.setattr(compare, "host_memory", lambda whole=whole: whole)
         monkeypatch.setattr(compare, "free_host_memory", lambda free=free: free)
@@ -245,7 +246,7 @@ def test_auto_is_the_plan_s(dataset: str, tmp_path: Path, monkeypatch: pytest.Mo
         else:
             with pytest.raises(ConfigError, match="seen enough"):
                 run.execute()
-        assert run.engine.where == expected and opened.pop() == (expected == "disk")
+        assert run.engine.where == expected and opened.pop() == (expected != "resident")
     assert engine.where == "auto" and engine.folder is None, "the caller's engine was changed"
 
 
