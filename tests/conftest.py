@@ -11,10 +11,12 @@ import gc
 import importlib.util
 import os
 import random
+import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -25,6 +27,8 @@ if _WORKERS > 1:
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_iter  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -107,6 +111,39 @@ def _frozen() -> None:
     """Take what is in memory, hundreds of imported modules, out of the collector's sight: every run collects often."""
     gc.collect()
     gc.freeze()
+
+
+class Live(TorchDispatchMode):
+    """Adds up the storages that operations make while it is active, until they are freed: no allocator's whims."""
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        """Start at zero; the tensors of `known` are not counted when an operation returns them."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and take its results into account."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if not isinstance(tensor, torch.Tensor) or not tensor.untyped_storage().nbytes():
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+@pytest.fixture(scope="session")
+def live_bytes() -> type[Live]:
+    """The mode that adds up what is alive: `with live_bytes(known) as live: ...; live.peak`."""
+    return Live
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from discquant.calibration import Windows
 from discquant.calibration.sampling import sample
@@ -31,33 +28,6 @@ from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.solve import Solve, TokenRows, lay_grids
 
 ROWS, SEQLEN = 16, 32
-
-
-class Live(TorchDispatchMode):
-    """Adds up the storages that operations make while it is active, until they are freed."""
-
-    def __init__(self, model: Any) -> None:
-        """Start at zero, with the tensors of `model` known."""
-        super().__init__()
-        self.now = self.peak = 0
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in model.state_dict().values()}
-
-    def _freed(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and take its results into account."""
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if not isinstance(tensor, torch.Tensor) or not tensor.untyped_storage().nbytes():
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._sizes:
-                self._sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return result
 
 
 @pytest.fixture(scope="module")
@@ -106,28 +76,30 @@ HELD_BEFORE = (
 )  # fmt: skip
 
 
-def test_gptq(model: Any) -> None:
+def test_gptq(model: Any, live_bytes: Any) -> None:
     config = dataclasses.replace(_config(), method="gptq")
     chain = DecoderChain(model)
     grids, rows = lay_grids(chain, config.grid), _rows(chain)
-    with Live(model) as live:
+    with live_bytes(model.state_dict().values()) as live:
         layerwise_codes(chain, grids, rows.batches(range(ROWS)), "gptq")
     assert _within(live.peak, _planned(model, config, "start", lambda item: item not in HELD_BEFORE))
 
 
 @pytest.mark.parametrize(("state", "optimizer"), [("u8", "momentum"), ("fp32", "adamw")])
-def test_solve(state: str, optimizer: str, model: Any) -> None:
+def test_solve(state: str, optimizer: str, model: Any, live_bytes: Any) -> None:
     config = _config(state=state, optimizer=optimizer)
     chain = DecoderChain(model)
     grids, rows = lay_grids(chain, config.grid), _rows(chain)
-    with Live(model) as live:
+    with live_bytes(model.state_dict().values()) as live:
         run = Solve(chain, grids, rows, config)
         run.advance()
     assert _within(live.peak, _planned(model, config, "solve", lambda item: item not in HELD_BEFORE))
 
 
 @pytest.mark.parametrize("passes", [2, 3, 4, 7, 8, 16])
-def test_gradients_of_micro_batches(passes: int, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_micro_batches(
+    passes: int, model: Any, live_bytes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A tree of sums holds one per level, beside the one that is being made: log2 of the micro-batches more."""
     monkeypatch.setattr(solve, "KEEP_GRAPH_BYTES", 0)
     seqlen = 8  # a block's gradient is larger than all its activations
@@ -146,7 +118,7 @@ def test_gradients_of_micro_batches(passes: int, model: Any, monkeypatch: pytest
     ids = torch.randint(3, 256, (ROWS, seqlen), generator=torch.Generator().manual_seed(1))
     run = Solve(chain, lay_grids(chain, config.grid), TokenRows(chain, ids, None, 1), config)
     run.advance()  # makes what later steps find
-    with Live(model) as live:
+    with live_bytes(model.state_dict().values()) as live:
         run.advance()
     before = ("state", "teacher's last hidden states", *HELD_BEFORE)
     planned = _planned(model, config, "solve", lambda item: item not in before)
@@ -169,10 +141,10 @@ def test_state(state: str, optimizer: str, curvature: float | None, width: int, 
     assert largest * len(placement) == placement.nbytes
 
 
-def test_sampling(model: Any) -> None:
+def test_sampling(model: Any, live_bytes: Any) -> None:
     """As many rows side by side as the run takes: with the held-out ones, as far as their cache allows."""
     config = dataclasses.replace(_config(), data=DataConfig("self", ROWS, SEQLEN))
-    with Live(model) as live:
+    with live_bytes(model.state_dict().values()) as live:
         sample(model, None, nsamples=ROWS + config.validation_windows, seqlen=SEQLEN)
     planned = _planned(model, config, "calibrate", lambda item: item not in HELD_BEFORE)
     assert _within(live.peak, planned)
@@ -183,7 +155,7 @@ def test_sampling(model: Any) -> None:
     )
 
 
-def test_comparing(model: Any) -> None:
+def test_comparing(model: Any, live_bytes: Any) -> None:
     import copy
 
     config = dataclasses.replace(_config(), method="rtn")
@@ -191,7 +163,7 @@ def test_comparing(model: Any) -> None:
     grids = lay_grids(chain, config.grid)
     codes = layerwise_codes(chain, grids, [], "rtn")
     ids = torch.randint(3, 256, (8, SEQLEN))
-    with Live(model) as live:
+    with live_bytes(model.state_dict().values()) as live:
         candidate = apply_layers(copy.deepcopy(model), coded_layers(codes, grids), torch.float32)
         compare_models(model, {"rtn": candidate}, Windows.make(ids, torch.ones_like(ids).bool(), "made up"))
     assert _within(live.peak, _planned(model, config, "evaluate", lambda item: item not in HELD_BEFORE))

@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,7 +11,6 @@ import torch
 from discquant.api import quantize
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.ops import linear_kl
-from discquant.run.phases import Phases
 from discquant.solver.losses import LOGIT_BYTES, head_chunk
 
 LLAMA3, QWEN3, GEMMA3 = 128256, 151936, 262144
@@ -34,35 +29,19 @@ def tiny(vocab: int, tied: bool) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def peak_of_head(tokens: int, vocab: int, chunk: int) -> int:
-    """Return by how much resident memory rises above what it was during one call, in bytes."""
+def test_memory_of_the_head_does_not_grow_with_tokens(live_bytes: Any) -> None:
+    """Sixteen times the tokens take less than two chunks of logits more, of the fifteen that they have more."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(vocab, 8, generator=generator)
-    student, teacher = torch.randn(2, tokens, 8, generator=generator)
-    phases = Phases()
-    with phases.phase("before"):
-        pass
-    with phases.phase("head"):
-        linear_kl(student, teacher, weight, chunk_size=chunk, impl="reference")
-    before, during = (record["peak_rss_bytes"] for record in phases.records)
-    return int(during - before)
-
-
-def test_memory_of_the_head_does_not_grow_with_tokens() -> None:
-    """Sixteen times the tokens take at most four chunks of logits more, of the fifteen that they have more.
-
-    In a process of its own, whose allocator returns every large tensor at once: by default it keeps up to as much
-    as is in use, depending on what this process has done before.
-    """
-    done = subprocess.run(
-        [sys.executable, __file__], env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    few, many = json.loads(done.stdout)
+    weight = torch.randn(LLAMA3, 8, generator=generator)
+    peaks = []
+    for tokens in (CHUNK, 16 * CHUNK):
+        student, teacher = torch.randn(2, tokens, 8, generator=generator)
+        with live_bytes((weight, student)) as live:
+            linear_kl(student, teacher, weight, chunk_size=CHUNK, impl="reference")
+        peaks.append(live.peak)
     logits = 4 * CHUNK * LLAMA3
-    assert few >= logits, "the measurement must see the logits"
-    assert many - few < 4 * logits
+    assert peaks[0] >= logits, "the measurement must see the logits"
+    assert peaks[1] - peaks[0] < 2 * logits
 
 
 @pytest.mark.parametrize("vocab", [LLAMA3, QWEN3, GEMMA3])
@@ -92,7 +71,3 @@ def test_solve(vocab: int, tied: bool) -> None:
     assert torch.equal(model.get_input_embeddings().weight, before)
     if tied:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-if __name__ == "__main__":
-    print(json.dumps([peak_of_head(tokens, LLAMA3, CHUNK) for tokens in (CHUNK, 16 * CHUNK)]))
