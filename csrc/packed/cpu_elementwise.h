@@ -29,9 +29,10 @@ __attribute__((always_inline)) inline float round_even(float v) {
 // kWide: the codes of eight k as four words of two, in the order in which words >> 4 h & 0x000f000f hold them.
 template <int kPlanes, bool kWide>
 __attribute__((always_inline)) inline void quantize_row(const float* x, int64_t blocks, int64_t block_size, int token,
-                                                        int tokens, int64_t quad_bytes, int64_t plane_bytes,
-                                                        int8_t* codes, float* step, int32_t* sum) {
+                                                        int tokens, const CodeStrides& strides, int8_t* codes,
+                                                        float* step, int32_t* sum) {
   const float levels = kPlanes == 2 ? 32639.0f : 127.0f;
+  const CodeStrides stride = strides;  // bytes that are written could be anything's, the compiler thinks
   for (int64_t block = 0; block < blocks; ++block) {
     const float* v = x + block * block_size;
     uint32_t top = 0;  // absolute floats compare like integers, and a NaN comes out largest
@@ -55,40 +56,40 @@ __attribute__((always_inline)) inline void quantize_row(const float* x, int64_t 
       total += code;
     }
     sum[block * tokens + token] = total;
-    int8_t* out = codes + (kWide ? 2 : 1) * block * block_size * tokens;
+    int8_t* out = codes + (kWide ? 2 : 1) * block * stride.block;
     if (kWide) {
       for (int64_t i = 0; i < block_size; i += 8)
-        for (int h = 0; h < 4; ++h, out += quad_bytes) {
+        for (int h = 0; h < 4; ++h, out += stride.quad) {
           const int first = (h & 1) * 4 + (h >> 1);
           const int16_t two[2] = {static_cast<int16_t>(whole[i + first]), static_cast<int16_t>(whole[i + first + 2])};
           std::memcpy(out, two, 4);
         }
       continue;
     }
-    for (int64_t i = 0; i < block_size; i += 4, out += quad_bytes) {
-      for (int j = 0; j < 4; ++j) {
-        const int32_t code = whole[i + j];
-        if (kPlanes == 2) {
-          const int32_t high = (code + 128) >> 8;
-          out[j] = static_cast<int8_t>(high);
-          out[plane_bytes + j] = static_cast<int8_t>(code - 256 * high);
-        } else {
-          out[j] = static_cast<int8_t>(code);
-        }
-      }
+    int8_t bytes[kPlanes][128];
+    for (int64_t i = 0; i < block_size; ++i) {
+      const int32_t high = kPlanes == 2 ? (whole[i] + 128) >> 8 : whole[i];
+      bytes[0][i] = static_cast<int8_t>(high);
+      if (kPlanes == 2) bytes[kPlanes - 1][i] = static_cast<int8_t>(whole[i] - 256 * high);
+    }
+    for (int p = 0; p < kPlanes; ++p, out += stride.plane) {
+      if (stride.quad == 4)
+        std::memcpy(out, bytes[p], static_cast<size_t>(block_size));
+      else
+        for (int64_t i = 0; i < block_size; i += 4) std::memcpy(out + i / 4 * stride.quad, bytes[p] + i, 4);
     }
   }
 }
 
 template <class V>
 void quantize(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
-              int64_t quad_bytes, int64_t plane_bytes, int8_t* codes, float* step, int32_t* sum) {
+              const CodeStrides& strides, int8_t* codes, float* step, int32_t* sum) {
   if (takes_pairs<V>(planes, tokens))
-    quantize_row<2, true>(x, blocks, block_size, token, tokens, quad_bytes, plane_bytes, codes, step, sum);
+    quantize_row<2, true>(x, blocks, block_size, token, tokens, strides, codes, step, sum);
   else if (planes == 2)
-    quantize_row<2, false>(x, blocks, block_size, token, tokens, quad_bytes, plane_bytes, codes, step, sum);
+    quantize_row<2, false>(x, blocks, block_size, token, tokens, strides, codes, step, sum);
   else
-    quantize_row<1, false>(x, blocks, block_size, token, tokens, quad_bytes, plane_bytes, codes, step, sum);
+    quantize_row<1, false>(x, blocks, block_size, token, tokens, strides, codes, step, sum);
 }
 
 template <class V>

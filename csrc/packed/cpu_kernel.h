@@ -27,8 +27,8 @@ struct CpuWeight {
 };
 
 // Up to CpuKernels::max_tokens activations, prepared once and shared by all row tiles.
-// a8/a15: x = step * (256 * plane0 + plane1), one plane for a8; a plane holds int8 x 4 words [K/4][tokens], or for
-// kernels with `by_token` int8 [blocks][tokens][block_size]. From four tokens on AVX2 takes both planes of a15 as
+// a8/a15: x = step * (256 * plane0 + plane1), one plane for a8; a plane holds int8 x 4 words [K/4][tokens]. For kernels
+// with `by_token` plane[0] holds all, int8 [blocks][planes][tokens][block_size]. From four tokens on AVX2 takes both planes of a15 as
 // one of int16 x 2 words [K/2][tokens] in plane[0].
 // fp32: `values` [K][tokens].
 struct CpuTokens {
@@ -48,30 +48,34 @@ constexpr int kMaxTokens = 32;  // of all kernels
 // On Zen 3 with AVX2, all in turn likewise, 4096 to 13312 were alike within 5 %, 512 slower by 10 to 30 %, none at all by 40.
 constexpr int kPrefetchBytes = 6656;
 
-// out: [2][tokens][16] float sums of a pair of row tiles (32 rows), before bias.
-using RowPairFn = void (*)(const CpuWeight&, const CpuTokens&, int64_t pair, float* out);
+// Neighbouring pairs of row tiles (32 rows each), at most kMaxAbreast. out: [pairs][2][tokens][16] float sums, before bias.
+using RowPairsFn = void (*)(const CpuWeight&, const CpuTokens&, int64_t pair, int pairs, float* out);
+constexpr int kMaxAbreast = 4;
 
 // Quantise one row of activations. x: [k] floats, readable and zero up to a multiple of block_size.
-// codes: this token's first four; the next four lie quad_bytes further, the next block block_size * tokens, the low
-// plane plane_bytes. In pairs of 16 bits: its first two, the next two quad_bytes further, the next block
-// 2 * block_size * tokens. step, sum: [blocks][tokens].
+// codes: this token's first four; how far the next four lie, the next block and the low plane, say the strides. In pairs
+// of 16 bits: its first two, the next two as far as four otherwise, the next block twice as far. step, sum: [blocks][tokens].
+struct CodeStrides {
+  int64_t quad, block, plane;  // bytes
+};
 using QuantizeFn = void (*)(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
-                            int64_t quad_bytes, int64_t plane_bytes, int8_t* codes, float* step, int32_t* sum);
+                            const CodeStrides& strides, int8_t* codes, float* step, int32_t* sum);
 
 // scale * (code - zero) in float32, then one rounding to `type`; count at most kTileK.
 using DequantizeFn = void (*)(const uint8_t* codes, int64_t count, float scale, float zero, DType type, void* out);
 
 struct CpuKernels {
-  RowPairFn row_pair(int bits, Mode mode, int tokens) const {
+  RowPairsFn row_pairs(int bits, Mode mode, int tokens) const {
     const int b = bits == 4 ? 0 : 1;
     const int t = tokens == 1 ? 0 : tokens < 8 ? tokens / 2 : 4;
     return table[b][static_cast<int>(mode)][t];
   }
-  RowPairFn table[2][3][5];  // [bits 4, 3][mode][tokens 1, 2, 4, 6, 8 and more]
+  RowPairsFn table[2][3][5];  // [bits 4, 3][mode][tokens 1, 2, 4, 6, 8 and more]
   QuantizeFn quantize;
   DequantizeFn dequantize;
   void (*read)(const void* p, int64_t bytes, bool prefetch, uint32_t* out);  // reads every byte once: the benchmark's roof
-  int max_tokens;  // of one call of row_pair
+  int max_tokens;  // of one call of row_pairs
+  int abreast;     // pairs that a call best reads side by side, 1 to kMaxAbreast
   bool by_token;   // how CpuTokens::plane lies
 };
 

@@ -2,6 +2,7 @@
 // Driver of the CPU kernels: chooses the instruction set, quantises activations once, shares row tiles among threads.
 #include "packed/cpu_linear.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -176,7 +177,8 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
     const int64_t live = call.tokens - first < most ? call.tokens - first : most;
     const int count = padded_tokens(*kernels, live);
     const int64_t token_bytes = kernels->by_token ? weight.block_size : 4;
-    const int64_t quad_bytes = kernels->by_token ? 4 : 4 * count;
+    CodeStrides strides{4 * count, weight.block_size * count, width * count};
+    if (kernels->by_token) strides = {4, planes * weight.block_size * count, weight.block_size * count};
     int8_t* group_codes = codes.get() + planes * width * first;
     float* group_values = values.get() + (integer ? 0 : width * first);
     float* group_step = step.get() + weight.blocks * first;
@@ -185,8 +187,8 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
     for (int64_t m = 0; m < live; ++m) {
       row_to_float(call.x, call.x_type, (first + m) * call.x_stride, k, row.get());
       if (integer) {
-        kernels->quantize(row.get(), weight.blocks, weight.block_size, planes, static_cast<int>(m), count, quad_bytes,
-                          width * count, group_codes + m * token_bytes, group_step, group_sum);
+        kernels->quantize(row.get(), weight.blocks, weight.block_size, planes, static_cast<int>(m), count, strides,
+                          group_codes + m * token_bytes, group_step, group_sum);
       } else {
         for (int64_t i = 0; i < width; ++i) group_values[i * count + m] = row[i];
       }
@@ -202,22 +204,25 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
   });
 
   // A thread takes neighbouring pairs of row tiles, about 64 KiB: long enough to stream, short enough to share evenly.
+  // Several abreast are more, so only where every thread gets many.
   const int64_t pairs = ceil_div(call.out_features, 2 * kTileRows);
   const int64_t pair_bytes = 2 * weight.k_tiles * tile_words(call.bits) * 4;
-  const int64_t chunk = pair_bytes < 65536 ? 65536 / pair_bytes : 1;
+  const int64_t abreast = pairs >= 8 * kernels->abreast * parallel.threads ? kernels->abreast : 1;
+  const int64_t chunk = ceil_div(std::max<int64_t>(1, 65536 / pair_bytes), abreast) * abreast;
   const bool small = call.out_features * k * call.tokens < 65536;
   for_each(ceil_div(pairs, chunk), small ? Parallel{} : parallel, [&](int64_t c) {
     const int64_t end = (c + 1) * chunk < pairs ? (c + 1) * chunk : pairs;
-    alignas(64) float out[2 * kMaxTokens * kTileRows];
-    for (int64_t pair = c * chunk; pair < end; ++pair) {
+    alignas(64) float out[kMaxAbreast * 2 * kMaxTokens * kTileRows];
+    for (int64_t pair = c * chunk; pair < end; pair += abreast) {
+      const int count = static_cast<int>(std::min(abreast, end - pair));
       for (int64_t g = 0; g < groups; ++g) {
         const CpuTokens& t = tokens[static_cast<size_t>(g)];
-        kernels->row_pair(call.bits, mode, t.tokens)(weight, t, pair, out);
-        for (int half = 0; half < 2; ++half) {
-          const int64_t first = (2 * pair + half) * kTileRows;
+        kernels->row_pairs(call.bits, mode, t.tokens)(weight, t, pair, count, out);
+        for (int tile = 0; tile < 2 * count; ++tile) {
+          const int64_t first = (2 * pair + tile) * kTileRows;
           const int64_t left = call.out_features - first;
           for (int m = 0; m < t.live; ++m)
-            store_row(out + (half * t.tokens + m) * kTileRows, call.bias, call.x_type, first,
+            store_row(out + (tile * t.tokens + m) * kTileRows, call.bias, call.x_type, first,
                       left < kTileRows ? left : kTileRows, call.y, (g * most + m) * call.out_features + first);
         }
       }
