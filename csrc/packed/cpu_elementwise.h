@@ -133,7 +133,9 @@ void read_all(const void* p, int64_t bytes, bool prefetch, uint32_t* out) {
   const uint32_t* words = static_cast<const uint32_t*>(p);
   typename V::I acc[4] = {V::set1(0), V::set1(0), V::set1(0), V::set1(0)};
   for (int64_t at = 0; at + 4 * V::kRows * 4 <= bytes; at += 4 * V::kRows * 4, words += 4 * V::kRows) {
-    if (prefetch) V::prefetch(words);
+    if (prefetch)
+      for (int line = 0; line < V::kRows / 4; ++line)
+        V::prefetch(reinterpret_cast<const char*>(words) + 64 * line, kPrefetchBytes);
     for (int c = 0; c < 4; ++c) acc[c] = V::add(acc[c], V::load(words + c * V::kRows));
   }
   const typename V::I sum = V::add(V::add(acc[0], acc[1]), V::add(acc[2], acc[3]));

@@ -47,6 +47,8 @@ constexpr int kMaxTokens = 32;  // of all kernels
 // and as much or more at 3 bits. The first-level cache was slower (0.70), so was every other line (0.70).
 // On Zen 3 with AVX2, all in turn likewise, 4096 to 13312 were alike within 5 %, 512 slower by 10 to 30 %, none at all by 40.
 constexpr int kPrefetchBytes = 6656;
+// In each of several streams. On Emerald Rapids 1024 to 6656 were alike within 3 %.
+constexpr int kPrefetchAbreast = 3072;
 
 // Neighbouring pairs of row tiles (32 rows each), at most kMaxAbreast. out: [pairs][2][tokens][16] float sums, before bias.
 using RowPairsFn = void (*)(const CpuWeight&, const CpuTokens&, int64_t pair, int pairs, float* out);

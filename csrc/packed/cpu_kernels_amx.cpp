@@ -16,13 +16,13 @@ namespace {
 
 using V = Vectors512;
 
-// One token, on processors that have AMX.
+// A few tokens, on processors that have AMX. Lines go to the second-level cache early and to the first shortly before: on
+// Emerald Rapids with four streams 3 to 5 % faster than either alone, all in turn on all buffers.
 struct VectorsFew : Vectors512 {
   static constexpr bool kPrefetchAlways = true;
-  __attribute__((always_inline)) static void prefetch(const uint32_t* p) {
-    const char* at = reinterpret_cast<const char*>(p);
-    for (int line = 0; line < 4; ++line) _mm_prefetch(at + 3072 + 64 * line, _MM_HINT_T1);
-    for (int line = 0; line < 4; ++line) _mm_prefetch(at + 1024 + 64 * line, _MM_HINT_T0);
+  __attribute__((always_inline)) static void prefetch(const char* p, int64_t ahead) {
+    _mm_prefetch(p + ahead, _MM_HINT_T1);
+    _mm_prefetch(p + 1024, _MM_HINT_T0);
   }
   static I part_begin(I acc) { return acc; }
   static I dot(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
@@ -61,9 +61,9 @@ TileConfig tile_config(int rows, int64_t block_size) {
 
 // One quad of 16 rows: eight rows of the tile operand, 64 bytes each.
 template <int kBits>
-__attribute__((always_inline)) inline void unpack(const uint32_t* words, uint8_t* codes) {
+__attribute__((always_inline)) inline void unpack(const uint32_t* words, int64_t ahead, uint8_t* codes) {
   const V::I mask = V::set1(kBits == 4 ? 0x0f0f0f0f : 0x07070707);
-  VectorsFew::prefetch(words);
+  prefetch_strip<VectorsFew, kBits>(words, ahead);
   V::I word[4];
   load_strip<V, kBits>(words, word);
   DISCQUANT_UNROLL
@@ -73,11 +73,11 @@ __attribute__((always_inline)) inline void unpack(const uint32_t* words, uint8_t
   }
 }
 
-// sums[planes][tokens][16 rows] of one block, from activations [planes][tokens][block_size]. `meanwhile(quad)` is called
-// for every quad, between the products.
-template <int kTiles, class Fn, class Fn2>
+// sums[planes][tokens][16 rows] of one block, from activations [planes][tokens][block_size]. `each(quad)` is called for
+// every quad, between the products; `last()` before the sums are stored, for what would else wait behind them.
+template <int kTiles, class Each, class Last>
 __attribute__((always_inline)) inline void multiply(const uint8_t* codes, const int8_t* x, int64_t block_size,
-                                                    int32_t* sums, const Fn& meanwhile, const Fn2& before_store) {
+                                                    int32_t* sums, const Each& each, const Last& last) {
   constexpr int kTile = kTileTokens * kTileRows;
   keep_stores(codes);
   _tile_zero(0);
@@ -86,7 +86,7 @@ __attribute__((always_inline)) inline void multiply(const uint8_t* codes, const 
   if (kTiles > 3) _tile_zero(3);
   const int64_t next = kTileTokens * block_size;
   for (int64_t at = 0; at < block_size; at += kTileColumns, x += kTileColumns) {
-    meanwhile(at / kQuadK);
+    each(at / kQuadK);
     _tile_loadd(4, codes + kTileRows * at, 64);
     if (kTiles > 1) {
       _tile_loadd(5, x, block_size);
@@ -105,9 +105,9 @@ __attribute__((always_inline)) inline void multiply(const uint8_t* codes, const 
     if (kTiles == 2) _tile_dpbsud(1, 6, 4);
     if (kTiles == 3) _tile_dpbsud(2, 6, 4);
     if (kTiles == 4) _tile_dpbsud(3, 6, 4);
-    if (at + kQuadK < block_size) meanwhile(at / kQuadK + 1);
+    if (at + kQuadK < block_size) each(at / kQuadK + 1);
   }
-  before_store();
+  last();
   _tile_stored(0, sums, 64);
   if (kTiles > 1) _tile_stored(1, sums + kTile, 64);
   if (kTiles > 2) _tile_stored(2, sums + 2 * kTile, 64);
@@ -151,32 +151,34 @@ void tiles(const CpuWeight& w, const CpuTokens& x, int64_t pair, int pairs, floa
   const int64_t block_words = quads * kStride;
   const int64_t sums_of_tile = x.tokens * kTileRows, per_group = w.group_size / w.block_size;
   const int row_tiles = 2 * pairs;
+  const int64_t ahead = pairs == 1 ? kPrefetchBytes : kPrefetchAbreast;
   const uint32_t* words[kMaxRowTiles];
   for (int s = 0; s < row_tiles; ++s) words[s] = w.words + tile_offset(kLayoutCpu, kBits, 2 * pair + s, 0, w.k_tiles);
-  const int8_t* codes_x = reinterpret_cast<const int8_t*>(x.plane[0]);
+  const int8_t* activations = reinterpret_cast<const int8_t*>(x.plane[0]);
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(row_tiles * sums_of_tile));
   const auto finish = [&](int64_t block, int s) {
     const int64_t at = scale_offset(kLayoutCpu, (2 * pair + s) * kTileRows, block / per_group, w.groups);
     accumulate<kBits, kPlanes>(w, x, sums[s & 1], block, at, out + s * sums_of_tile);
   };
   for (int64_t quad = 0; quad < quads; ++quad)
-    unpack<kBits>(words[0] + quad * kStride, codes[0] + quad * 8 * 64);
+    unpack<kBits>(words[0] + quad * kStride, ahead, codes[0] + quad * 8 * 64);
   for (int64_t block = 0; block < w.blocks; ++block) {
     for (int s = 0; s < row_tiles; ++s) {
       words[s] += block_words;
       const int next = s + 1 < row_tiles ? s + 1 : 0;
       const bool more = next > 0 || block + 1 < w.blocks;
-      uint8_t* const to = codes[next & 1];
-      multiply<kTiles>(codes[s & 1], codes_x, w.block_size, sums[s & 1], [&](int64_t quad) {
-        if (more) unpack<kBits>(words[next] + quad * kStride, to + quad * 8 * 64);
-      }, [&] {
-      if (s > 0)
-        finish(block, s - 1);
-      else if (block > 0)
-        finish(block - 1, row_tiles - 1);
-      });
+      const auto unpack_next = [&](int64_t quad) {
+        if (more) unpack<kBits>(words[next] + quad * kStride, ahead, codes[next & 1] + quad * 8 * 64);
+      };
+      const auto finish_last = [&] {
+        if (s > 0)
+          finish(block, s - 1);
+        else if (block > 0)
+          finish(block - 1, row_tiles - 1);
+      };
+      multiply<kTiles>(codes[s & 1], activations, w.block_size, sums[s & 1], unpack_next, finish_last);
     }
-    codes_x += kPlanes * w.block_size * x.tokens;
+    activations += kPlanes * w.block_size * x.tokens;
   }
   finish(w.blocks - 1, row_tiles - 1);
   _tile_release();

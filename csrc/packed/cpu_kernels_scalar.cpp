@@ -34,8 +34,7 @@ struct VectorsScalar {
   static I keep(I v) { return v; }
   static F keep_float(F v) { return v; }
   static void store(uint32_t* p, I a) { std::memcpy(p, &a, sizeof a); }
-  static void prefetch(const uint32_t*) {}
-  static void prefetch_far(const void*) {}
+  static void prefetch(const char*, int64_t) {}
   static void prefetch_line(const void*) {}
   static I set1(int32_t v) { return I{} + v; }
   static I bit_and(I a, I b) { return a & b; }

@@ -207,7 +207,7 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
   // Several abreast are more, so only where every thread gets many.
   const int64_t pairs = ceil_div(call.out_features, 2 * kTileRows);
   const int64_t pair_bytes = 2 * weight.k_tiles * tile_words(call.bits) * 4;
-  const int64_t abreast = pairs >= 8 * kernels->abreast * parallel.threads ? kernels->abreast : 1;
+  const int64_t abreast = pairs >= 4 * kernels->abreast * parallel.threads ? kernels->abreast : 1;
   const int64_t chunk = ceil_div(std::max<int64_t>(1, 65536 / pair_bytes), abreast) * abreast;
   const bool small = call.out_features * k * call.tokens < 65536;
   for_each(ceil_div(pairs, chunk), small ? Parallel{} : parallel, [&](int64_t c) {

@@ -63,13 +63,20 @@ __attribute__((always_inline)) inline void prefetch_scale(const CpuWeight& w, in
 template <class V>
 __attribute__((always_inline)) inline void prefetch_page(const uint32_t* p) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
-  V::prefetch_far(reinterpret_cast<const void*>((at & ~uintptr_t{4095}) + 8192 + (at >> 3 & 0x1c0)));
+  V::prefetch(reinterpret_cast<const char*>((at & ~uintptr_t{4095}) + 8192 + (at >> 3 & 0x1c0)), 0);
 }
 
 // Sums must live in registers, so loops over them are unrolled. The scalar file leaves it out: no registers to save.
 #ifndef DISCQUANT_UNROLL
 #define DISCQUANT_UNROLL _Pragma("GCC unroll 8")
 #endif
+
+// The lines of a strip of a whole row tile, some way ahead.
+template <class V, int kBits>
+__attribute__((always_inline)) inline void prefetch_strip(const uint32_t* p, int64_t bytes) {
+  DISCQUANT_UNROLL
+  for (int line = 0; line < (kBits == 4 ? 4 : 3); ++line) V::prefetch(reinterpret_cast<const char*>(p) + 64 * line, bytes);
+}
 
 // Where a walk along K is: the block, its group, and the codes of the group from this block on.
 struct Place {
@@ -225,7 +232,8 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
         if (kPages) prefetch_page<V>(from);
         DISCQUANT_UNROLL
         for (int s = 0; s < kStrips; ++s)
-          if (!kPages && s * V::kRows % kTileRows == 0 && first) V::prefetch(from + strip_words<V, kBits>(s));
+          if (!kPages && s * V::kRows % kTileRows == 0 && first)
+            prefetch_strip<V, kBits>(from + strip_words<V, kBits>(s), kAbreast == 1 ? kPrefetchBytes : kPrefetchAbreast);
         integer_quad<V, kBits, kSweeps, kTokens, kStrips, kChains, kWide>(from, plane, acc[a]);
       }
       words += kStride;
@@ -285,7 +293,7 @@ __attribute__((always_inline)) inline void float_block(const CpuWeight& w, const
   const uint32_t* p = words;
   const float* x = values;
   for (int64_t quad = 0; quad < w.block_size / kQuadK; ++quad) {
-    if (kClass == 0 && first) V::prefetch(p);
+    if (kClass == 0 && first) prefetch_strip<V, kBits>(p, kPrefetchBytes);
     I word[4];
     load_strip<V, kBits>(p, word);
     p += kStride;

@@ -37,12 +37,8 @@ struct Vectors512 {
   static F keep_float(F v) { return v; }
   static void store(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
   // always_inline: GCC takes a function that only prefetches for one without effect, and drops the call.
-  __attribute__((always_inline)) static void prefetch(const uint32_t* p) {
-    for (int line = 0; line < 4; ++line)
-      _mm_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + 64 * line, _MM_HINT_T1);
-  }
-  __attribute__((always_inline)) static void prefetch_far(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+  __attribute__((always_inline)) static void prefetch(const char* p, int64_t ahead) {
+    _mm_prefetch(p + ahead, _MM_HINT_T1);
   }
   __attribute__((always_inline)) static void prefetch_line(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);

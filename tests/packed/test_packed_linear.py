@@ -148,6 +148,23 @@ def test_instruction_sets_agree(bits: int, group: int, symmetric: bool, mode: st
 
 
 @CPP
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(3, 32, True), (4, 64, False), (3, 128, False), (4, -1, True)]
+)
+def test_many_rows_agree(bits: int, group: int, symmetric: bool, mode: str) -> None:
+    """So many rows that kernels take several pairs of row tiles abreast, and some are left over."""
+    case = make(2150, 290, bits, group, symmetric)
+    for tokens in (1, 2, 3, 5, 16, 17, 33):
+        x = torch.randn(tokens, 290)
+        first, *others = (
+            packed_linear(x, *case.tensors, **case.sizes, mode=mode, isa=isa, impl="cpp") for isa in isas()
+        )
+        for isa, other in zip(isas()[1:], others, strict=True):
+            assert torch.equal(first, other), (isa, tokens)
+
+
+@CPP
 def test_environment_knows_the_instruction_sets() -> None:
     """`discquant env` names the sets that the operator accepts, and no other."""
     case = make(16, 128, 4, 64, True)
