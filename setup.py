@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020a000000000000"
 # Longest suffix first: `_avx512vnni` must not be taken for `_avx512`.
 ISA_FLAGS = {
-    "_amx": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c -mamx-tile -mamx-int8",
+    "_amx": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c -mgfni -mamx-tile -mamx-int8",
     "_avx512vnni": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c",
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
     "_avx2": "-mavx2 -mfma -mf16c",

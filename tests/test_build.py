@@ -59,7 +59,7 @@ def test_cpu_features_agree_with_the_kernel() -> None:
     assert facts["cpu_features"] == {name: name in flags for name in facts["cpu_features"]}
     assert {"avx2", "avx512f", "avx512_vnni", "avx512_bf16"} <= facts["cpu_features"].keys()
     # The compiler must know it too, and Linux must let this process use it.
-    assert not amx or {"amx_tile", "amx_int8"} <= flags
+    assert not amx or {"amx_tile", "amx_int8", "gfni"} <= flags
 
 
 def test_triton_kernels_is_installed_under_our_name(repo_root: Path) -> None:

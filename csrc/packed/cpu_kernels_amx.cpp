@@ -4,7 +4,9 @@
 // shuffles. Sums are integers and the float operations those of cpu_row_tile.h, in the same order: the same bits.
 #include "packed/cpu_kernel.h"
 
-#ifdef __AMX_INT8__
+#if defined(__AMX_INT8__) && defined(__GFNI__)
+
+#include <cstring>
 
 #include "packed/vectors512.h"
 
@@ -23,6 +25,23 @@ struct VectorsFew : Vectors512 {
   __attribute__((always_inline)) static void prefetch(const char* p, int64_t ahead) {
     _mm_prefetch(p + ahead, _MM_HINT_T1);
     _mm_prefetch(p + 1024, _MM_HINT_T0);
+  }
+  // A byte times an 8 x 8 matrix of bits is any choice of its bits in any order, in one instruction.
+  static constexpr bool kBitMatrices = true;
+  // What word 3 steals, as bits 3, 2 and 1 of every half byte: `half_codes` puts them in order.
+  static I steal(I a, I b, I c) {
+    const I two = _mm512_ternarylogic_epi32(set1(0x88888888), a, shift_right<1>(b), 0xca);  // where set a, else b
+    return _mm512_ternarylogic_epi32(set1(0xcccccccc), two, shift_right<2>(c), 0xca);
+  }
+  template <int kBits>
+  static I half_codes(I word, int v, int h, I mask) {
+    const bool stolen = kBits == 3 && v == 3;
+    if (h == 0 && !stolen) return bit_and(word, mask);
+    // The highest byte chooses bit 0.
+    const uint64_t choice = stolen      ? h == 0 ? 0x0804020000000000 : 0x8040200000000000
+                            : kBits == 3 ? 0x1020400000000000
+                                         : 0x1020408000000000;
+    return _mm512_gf2p8affine_epi64_epi8(word, _mm512_set1_epi64(static_cast<int64_t>(choice)), 0);
   }
   static I part_begin(I acc) { return acc; }
   static I dot(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
@@ -65,11 +84,11 @@ __attribute__((always_inline)) inline void unpack(const uint32_t* words, int64_t
   const V::I mask = V::set1(kBits == 4 ? 0x0f0f0f0f : 0x07070707);
   prefetch_strip<VectorsFew, kBits>(words, ahead);
   V::I word[4];
-  load_strip<V, kBits>(words, word);
+  load_strip<VectorsFew, kBits>(words, word);
   DISCQUANT_UNROLL
   for (int v = 0; v < 4; ++v) {
-    _mm512_store_si512(codes + 128 * v, V::bit_and(word[v], mask));
-    _mm512_store_si512(codes + 128 * v + 64, V::bit_and(V::shift_right<4>(word[v]), mask));
+    for (int h = 0; h < 2; ++h)
+      _mm512_store_si512(codes + 128 * v + 64 * h, half_codes<VectorsFew, kBits, false>(word[v], v, h, mask));
   }
 }
 

@@ -16,6 +16,7 @@ struct Vectors256 {
   static constexpr bool kWordByWord = true;
   // Products of int16 need no second sum of 32 bits. On Zen 3, from the caches, both in turn, the best of 25 calls: a15
   // 10 to 14 % faster from four tokens on, as much slower with one.
+  static constexpr bool kBitMatrices = false;
   static constexpr bool kWide = true;
   // Zen 3, one token, all in turn on all buffers: pages alone take 1.6 of its time.
   static constexpr bool kPrefetchAlways = true;

@@ -20,6 +20,7 @@ struct VectorsScalar {
   static constexpr int kSums = 16;
   static constexpr bool kSlowSums = false;
   static constexpr bool kWordByWord = false;
+  static constexpr bool kBitMatrices = false;
   static constexpr bool kWide = false;
   static constexpr bool kPrefetchAlways = false;
   typedef int32_t I __attribute__((vector_size(64)));

@@ -98,9 +98,10 @@ bool may_use_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a, b, c, d;
   if (kernels_amx(4, Mode::kA8, 1) == nullptr || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25, kGaloisField = 1u << 8;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return (d & kAmxTile) && (d & kAmxInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return (d & kAmxTile) && (d & kAmxInt8) && (c & kGaloisField) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif

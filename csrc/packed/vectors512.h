@@ -22,6 +22,7 @@ struct Vectors512 {
   static constexpr int kSums = 16;
   static constexpr bool kSlowSums = true;
   static constexpr bool kWordByWord = false;
+  static constexpr bool kBitMatrices = false;
   static constexpr bool kWide = false;
   static constexpr bool kPrefetchAlways = false;
   using I = __m512i;
