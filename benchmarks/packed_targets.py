@@ -99,6 +99,23 @@ def cpu(rows: list[Row]) -> Iterator[Verdict]:
                 yield worst(f"{head}: M=1, 4 bit, times {rival}", faster, 1.0)
 
 
+def reading(rows: list[Row], tokens: int) -> dict[str, float]:
+    """How many times as fast as torch's int4 matmul the plain read of the same weight is, the least, per threads."""
+    found: dict[str, float] = {}
+    here = [
+        r for r in rows if r["op"] == "packed_linear" and r["tokens"] == str(tokens) and r["shape"] in SHAPES
+    ]
+    for rival in (r for r in here if r["provider"] == "torch int4"):
+        place = (rival["shape"], rival["threads"])
+        reads = [
+            r for r in here if (r["shape"], r["threads"]) == place and r["provider"].startswith("plain read")
+        ]
+        if reads:
+            best = max(times_as_fast(read, rival) for read in reads)
+            found[rival["threads"]] = min(best, found.get(rival["threads"], best))
+    return found
+
+
 def gpu(rows: list[Row]) -> Iterator[Verdict]:
     """The GPU targets; rows as benchmarks/packed_gpu.py writes them."""
     table = {(r["shape"], r["provider"], r["mode"]): r for r in rows if r["op"] == "packed_linear"}

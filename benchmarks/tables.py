@@ -176,7 +176,8 @@ def cpu() -> str:
 
 def _processor(path: Path) -> str:
     with path.open(newline="") as file:
-        last = list(csv.DictReader(file))[-1]
+        rows = list(csv.DictReader(file))
+    last = rows[-1]
     found: dict[str, dict[str, str]] = {}
     limits = {}
     for verdict in packed_targets.verdicts(path):
@@ -187,7 +188,16 @@ def _processor(path: Path) -> str:
     best = {"amx": "AMX", "vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
     isa = next((f" with {name}" for stem, name in best.items() if stem in path.stem), "")
     head = f"{last['device'].removeprefix('cpu ')}{isa}, torch {last['torch']}, {last['date']}"
-    return f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', *found, 'target'], body)}"
+    bound = " and ".join(
+        f"{times:.2f} ({threads} thread{'s' if threads != '1' else ''})"
+        for threads, times in packed_targets.reading(rows, 4).items()
+    )
+    note = (
+        f"\n\nAt M=4 the plain read of the weight is itself {bound} times as fast as torch int4."
+        if bound
+        else ""
+    )
+    return f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', *found, 'target'], body)}{note}"
 
 
 def gpu() -> str:

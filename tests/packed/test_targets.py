@@ -38,6 +38,18 @@ def cpu_row(provider: str, bits: int, ms: float, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_reading_bounds_four_tokens(targets: ModuleType) -> None:
+    """The faster of the two reads, on the shape where it gains least."""
+    rows = [
+        {**cpu_row(provider, 4, ms, tokens=4, shape=shape), "ms_turns": ""}
+        for shape, times in (("8B o", (1.0, 0.8, 2.4)), ("8B down", (2.0, 3.0, 5.0)))
+        for provider, ms in zip(("plain read", "plain read, prefetched", "torch int4"), times, strict=True)
+    ]
+    text = [{key: str(value) for key, value in row.items()} for row in rows]
+    assert targets.reading(text, 4) == {"1": 2.5}
+    assert targets.reading(text, 16) == {}
+
+
 def test_cpu_targets(targets: ModuleType, tmp_path: Path) -> None:
     rows = [
         cpu_row("discquant a8", 4, 1.0), cpu_row("discquant a8", 3, 0.8),
