@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("stories260k", "sweep"))
     parser.add_argument("--model", type=Path, help="folder of stories260k (shared test data)")
-    parser.add_argument("--iters", type=int, default=96, help="DiscQuant steps of the sweep")
+    parser.add_argument("--iters", type=int, default=256, help="DiscQuant steps of the sweep")
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
     if arguments.threads:
