@@ -29,10 +29,9 @@ __attribute__((always_inline)) inline float round_even(float v) {
 // kWide: the codes of eight k as four words of two, in the order in which words >> 4 h & 0x000f000f hold them.
 template <int kPlanes, bool kWide>
 __attribute__((always_inline)) inline void quantize_row(const float* x, int64_t blocks, int64_t block_size, int token,
-                                                        int tokens, const CodeStrides& strides, int8_t* codes,
+                                                        int tokens, CodeStrides stride, int8_t* codes,
                                                         float* step, int32_t* sum) {
   const float levels = kPlanes == 2 ? 32639.0f : 127.0f;
-  const CodeStrides stride = strides;  // bytes that are written could be anything's, the compiler thinks
   for (int64_t block = 0; block < blocks; ++block) {
     const float* v = x + block * block_size;
     uint32_t top = 0;  // absolute floats compare like integers, and a NaN comes out largest
@@ -83,13 +82,13 @@ __attribute__((always_inline)) inline void quantize_row(const float* x, int64_t 
 
 template <class V>
 void quantize(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
-              const CodeStrides& strides, int8_t* codes, float* step, int32_t* sum) {
+              CodeStrides stride, int8_t* codes, float* step, int32_t* sum) {
   if (takes_pairs<V>(planes, tokens))
-    quantize_row<2, true>(x, blocks, block_size, token, tokens, strides, codes, step, sum);
+    quantize_row<2, true>(x, blocks, block_size, token, tokens, stride, codes, step, sum);
   else if (planes == 2)
-    quantize_row<2, false>(x, blocks, block_size, token, tokens, strides, codes, step, sum);
+    quantize_row<2, false>(x, blocks, block_size, token, tokens, stride, codes, step, sum);
   else
-    quantize_row<1, false>(x, blocks, block_size, token, tokens, strides, codes, step, sum);
+    quantize_row<1, false>(x, blocks, block_size, token, tokens, stride, codes, step, sum);
 }
 
 template <class V>
@@ -135,7 +134,7 @@ void read_all(const void* p, int64_t bytes, bool prefetch, uint32_t* out) {
   for (int64_t at = 0; at + 4 * V::kRows * 4 <= bytes; at += 4 * V::kRows * 4, words += 4 * V::kRows) {
     if (prefetch)
       for (int line = 0; line < V::kRows / 4; ++line)
-        V::prefetch(reinterpret_cast<const char*>(words) + 64 * line, kPrefetchBytes);
+        V::prefetch_second(reinterpret_cast<const char*>(words) + kPrefetchBytes + 64 * line);
     for (int c = 0; c < 4; ++c) acc[c] = V::add(acc[c], V::load(words + c * V::kRows));
   }
   const typename V::I sum = V::add(V::add(acc[0], acc[1]), V::add(acc[2], acc[3]));

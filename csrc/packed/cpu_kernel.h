@@ -27,9 +27,9 @@ struct CpuWeight {
 };
 
 // Up to CpuKernels::max_tokens activations, prepared once and shared by all row tiles.
-// a8/a15: x = step * (256 * plane0 + plane1), one plane for a8; a plane holds int8 x 4 words [K/4][tokens]. For kernels
-// with `by_token` plane[0] holds all, int8 [blocks][planes][tokens][block_size]. From four tokens on AVX2 takes both planes of a15 as
-// one of int16 x 2 words [K/2][tokens] in plane[0].
+// a8/a15: x = step * (256 * plane0 + plane1), one plane for a8. A plane holds int8 x 4 words [K/4][tokens].
+// From four tokens on AVX2 takes both planes of a15 as one of int16 x 2 words [K/2][tokens] in plane[0].
+// Kernels with `by_token` take int8 [blocks][planes][tokens][block_size] in plane[0].
 // fp32: `values` [K][tokens].
 struct CpuTokens {
   int tokens;          // padded count: 1, 2, 4, 6 or 8; with `by_token` any
@@ -45,23 +45,29 @@ constexpr int kMaxTokens = 32;  // of all kernels
 // A page and a half ahead, into the second-level cache: the hardware stops at a page's end. Measured on Zen 4, all
 // distances in turn on all buffers: 0.84 of the roof with two planes at 4 bits, where 9216 gave 0.80 and 2112 gave 0.58,
 // and as much or more at 3 bits. The first-level cache was slower (0.70), so was every other line (0.70).
-// On Zen 3 with AVX2, all in turn likewise, 4096 to 13312 were alike within 5 %, 512 slower by 10 to 30 %, none at all by 40.
+// On Zen 3 with AVX2, all in turn likewise, 4096 to 13312 were alike within 5 %, 512 10 to 30 % slower, none at all 40 %.
 constexpr int kPrefetchBytes = 6656;
-// In each of several streams. On Emerald Rapids 1024 to 6656 were alike within 3 %.
+// In each of several streams. On Emerald Rapids 1536 to 6656 were alike within 3 %.
 constexpr int kPrefetchAbreast = 3072;
+// Into the first-level cache, besides. On Emerald Rapids with four streams 512 and 1024 were alike, 2 to 6 % faster than none.
+constexpr int kPrefetchNear = 1024;
 
 // Neighbouring pairs of row tiles (32 rows each), at most kMaxAbreast. out: [pairs][2][tokens][16] float sums, before bias.
 using RowPairsFn = void (*)(const CpuWeight&, const CpuTokens&, int64_t pair, int pairs, float* out);
 constexpr int kMaxAbreast = 4;
 
-// Quantise one row of activations. x: [k] floats, readable and zero up to a multiple of block_size.
-// codes: this token's first four; how far the next four lie, the next block and the low plane, say the strides. In pairs
-// of 16 bits: its first two, the next two as far as four otherwise, the next block twice as far. step, sum: [blocks][tokens].
+// Where a token's codes lie, in bytes from its first four. Codes in pairs of 16 bits: from its first two, quads being two
+// codes, and blocks twice as far apart.
 struct CodeStrides {
-  int64_t quad, block, plane;  // bytes
+  int64_t quad;   // to the next four
+  int64_t block;  // to the next block
+  int64_t plane;  // to the low plane
 };
+
+// Quantise one row of activations. x: [k] floats, readable and zero up to a multiple of block_size. step, sum:
+// [blocks][tokens].
 using QuantizeFn = void (*)(const float* x, int64_t blocks, int64_t block_size, int planes, int token, int tokens,
-                            const CodeStrides& strides, int8_t* codes, float* step, int32_t* sum);
+                            CodeStrides stride, int8_t* codes, float* step, int32_t* sum);
 
 // scale * (code - zero) in float32, then one rounding to `type`; count at most kTileK.
 using DequantizeFn = void (*)(const uint8_t* codes, int64_t count, float scale, float zero, DType type, void* out);
@@ -75,7 +81,7 @@ struct CpuKernels {
   RowPairsFn table[2][3][5];  // [bits 4, 3][mode][tokens 1, 2, 4, 6, 8 and more]
   QuantizeFn quantize;
   DequantizeFn dequantize;
-  void (*read)(const void* p, int64_t bytes, bool prefetch, uint32_t* out);  // reads every byte once: the benchmark's roof
+  void (*read)(const void* p, int64_t bytes, bool prefetch, uint32_t* out);  // every byte once: the benchmark's roof
   int max_tokens;  // of one call of row_pairs
   int abreast;     // pairs that a call best reads side by side, 1 to kMaxAbreast
   bool by_token;   // how CpuTokens::plane lies
@@ -85,7 +91,7 @@ const CpuKernels* kernels_scalar();
 const CpuKernels* kernels_avx2();
 const CpuKernels* kernels_avx512();
 const CpuKernels* kernels_avx512vnni();
-const CpuKernels* kernels_amx(int bits, Mode mode, int64_t tokens);  // null if the compiler did not know AMX
+const CpuKernels* kernels_amx(Mode mode, int64_t tokens);  // null if the compiler did not know AMX
 
 }  // namespace packed
 }  // namespace discquant

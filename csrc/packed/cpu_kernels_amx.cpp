@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels of the integer modes for AMX: 16 rows x 16 tokens x 64 columns of u8 x s8 products in one instruction.
-// Codes of one virtual word's nibbles, 16 rows x 4 columns, are just one row of the tile operand, so unpacking needs no
-// shuffles. Sums are integers and the float operations those of cpu_row_tile.h, in the same order: the same bits.
+// Kernels of the integer modes for AMX: 16 rows x 16 tokens (or planes of tokens) x 64 columns of u8 x s8 products in one
+// instruction. Codes of one virtual word's nibbles, 16 rows x 4 columns, are just one row of the tile operand, so unpacking
+// needs no shuffles. Sums are integers and the float operations those of cpu_row_integer.h, in the same order: the same bits.
 #include "packed/cpu_kernel.h"
 
-#if defined(__AMX_INT8__) && defined(__GFNI__)
+#ifdef __AMX_INT8__
+#ifndef __GFNI__
+#error "this file needs -mgfni too: csrc/packed/Makefile has the flags"
+#endif
 
 #include <cstring>
 
-#include "packed/vectors512.h"
-
 #include "packed/cpu_row_tile.h"
+#include "packed/vectors512.h"
 
 namespace discquant {
 namespace packed {
@@ -18,14 +20,9 @@ namespace {
 
 using V = Vectors512;
 
-// A few tokens, on processors that have AMX. Lines go to the second-level cache early and to the first shortly before: on
-// Emerald Rapids with four streams 3 to 5 % faster than either alone, all in turn on all buffers.
-struct VectorsFew : Vectors512 {
+struct VectorsAmx : Vectors512 {
   static constexpr bool kPrefetchAlways = true;
-  __attribute__((always_inline)) static void prefetch(const char* p, int64_t ahead) {
-    _mm_prefetch(p + ahead, _MM_HINT_T1);
-    _mm_prefetch(p + 1024, _MM_HINT_T0);
-  }
+  static constexpr bool kTwoLevels = true;
   // A byte times an 8 x 8 matrix of bits is any choice of its bits in any order, in one instruction.
   static constexpr bool kBitMatrices = true;
   // What word 3 steals, as bits 3, 2 and 1 of every half byte: `half_codes` puts them in order.
@@ -48,10 +45,11 @@ struct VectorsFew : Vectors512 {
   static I part_end(I, I part) { return part; }
 };
 
-constexpr int kTileTokens = 16;
+constexpr int kTileTokens = 16;   // rows of activations and sums: [planes][tokens]
 constexpr int kTileColumns = 64;  // of K, one byte each
+static_assert(2 * kMaxTokens <= 4 * kTileTokens, "four tile registers hold the sums of two planes");
 
-// Tile registers: 0..3 sums, 4 codes, 5 activations. A row of sums is a token and plane: [planes][tokens], in tiles of 16.
+// Tile registers: 0..3 sums, 4 codes, 5 activations of a whole tile, 6 those of the last.
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -62,6 +60,7 @@ struct alignas(64) TileConfig {
 
 // GCC's tile intrinsics do not say that they read memory: what was stored for them must be there before.
 __attribute__((always_inline)) inline void keep_stores(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
 TileConfig tile_config(int rows, int64_t block_size) {
   TileConfig config;
   const int columns = block_size < kTileColumns ? static_cast<int>(block_size) : kTileColumns;
@@ -82,14 +81,14 @@ TileConfig tile_config(int rows, int64_t block_size) {
 template <int kBits>
 __attribute__((always_inline)) inline void unpack(const uint32_t* words, int64_t ahead, uint8_t* codes) {
   const V::I mask = V::set1(kBits == 4 ? 0x0f0f0f0f : 0x07070707);
-  prefetch_strip<VectorsFew, kBits>(words, ahead);
+  prefetch_strip<VectorsAmx, kBits>(words, ahead);
   V::I word[4];
-  load_strip<VectorsFew, kBits>(words, word);
+  load_strip<VectorsAmx, kBits>(words, word);
   DISCQUANT_UNROLL
-  for (int v = 0; v < 4; ++v) {
+  for (int v = 0; v < 4; ++v)
+    DISCQUANT_UNROLL
     for (int h = 0; h < 2; ++h)
-      _mm512_store_si512(codes + 128 * v + 64 * h, half_codes<VectorsFew, kBits, false>(word[v], v, h, mask));
-  }
+      _mm512_store_si512(codes + 128 * v + 64 * h, half_codes<VectorsAmx, kBits, false>(word[v], v, h, mask));
 }
 
 // sums[planes][tokens][16 rows] of one block, from activations [planes][tokens][block_size]. `each(quad)` is called for
@@ -159,7 +158,6 @@ __attribute__((always_inline)) inline void accumulate(const CpuWeight& w, const 
 // tiles of all pairs take turns block by block.
 template <int kBits, int kPlanes, int kTiles>
 void tiles(const CpuWeight& w, const CpuTokens& x, int64_t pair, int pairs, float* out) {
-  constexpr int kMaxRowTiles = 2 * kMaxAbreast;
   alignas(64) uint8_t codes[2][kTileK * kTileRows];
   alignas(64) int32_t sums[2][4 * kTileTokens * kTileRows];
   const TileConfig config = tile_config(kPlanes * x.tokens, w.block_size);
@@ -171,7 +169,7 @@ void tiles(const CpuWeight& w, const CpuTokens& x, int64_t pair, int pairs, floa
   const int64_t sums_of_tile = x.tokens * kTileRows, per_group = w.group_size / w.block_size;
   const int row_tiles = 2 * pairs;
   const int64_t ahead = pairs == 1 ? kPrefetchBytes : kPrefetchAbreast;
-  const uint32_t* words[kMaxRowTiles];
+  const uint32_t* words[2 * kMaxAbreast];
   for (int s = 0; s < row_tiles; ++s) words[s] = w.words + tile_offset(kLayoutCpu, kBits, 2 * pair + s, 0, w.k_tiles);
   const int8_t* activations = reinterpret_cast<const int8_t*>(x.plane[0]);
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(row_tiles * sums_of_tile));
@@ -183,11 +181,11 @@ void tiles(const CpuWeight& w, const CpuTokens& x, int64_t pair, int pairs, floa
     unpack<kBits>(words[0] + quad * kStride, ahead, codes[0] + quad * 8 * 64);
   for (int64_t block = 0; block < w.blocks; ++block) {
     for (int s = 0; s < row_tiles; ++s) {
-      words[s] += block_words;
       const int next = s + 1 < row_tiles ? s + 1 : 0;
       const bool more = next > 0 || block + 1 < w.blocks;
+      const uint32_t* from = words[next] + (more ? block + (next == 0) : 0) * block_words;
       const auto unpack_next = [&](int64_t quad) {
-        if (more) unpack<kBits>(words[next] + quad * kStride, ahead, codes[next & 1] + quad * 8 * 64);
+        if (more) unpack<kBits>(from + quad * kStride, ahead, codes[next & 1] + quad * 8 * 64);
       };
       const auto finish_last = [&] {
         if (s > 0)
@@ -208,16 +206,18 @@ void tile_pairs(const CpuWeight& w, const CpuTokens& x, int64_t pair, int pairs,
   const int rows = kPlanes * x.tokens;
   if (rows <= kTileTokens) return tiles<kBits, kPlanes, 1>(w, x, pair, pairs, out);
   if (rows <= 2 * kTileTokens) return tiles<kBits, kPlanes, 2>(w, x, pair, pairs, out);
-  if (rows <= 3 * kTileTokens) return tiles<kBits, kPlanes, 3>(w, x, pair, pairs, out);
-  tiles<kBits, kPlanes, 4>(w, x, pair, pairs, out);
+  if constexpr (kPlanes == 2) {
+    if (rows <= 3 * kTileTokens) return tiles<kBits, kPlanes, 3>(w, x, pair, pairs, out);
+    return tiles<kBits, kPlanes, 4>(w, x, pair, pairs, out);
+  }
 }
 
 // A row of `table` in cpu_kernel.h for few tokens.
 template <int kBits, int kPlanes>
 void set_few(RowPairsFn row[5]) {
-  row[0] = integer_abreast<VectorsFew, kBits, kPlanes, 1, 4>;
-  row[1] = integer_abreast<VectorsFew, kBits, kPlanes, 2, 4 / kPlanes>;
-  row[2] = integer_abreast<VectorsFew, kBits, kPlanes, 4, 2 / kPlanes>;
+  row[0] = integer_abreast<VectorsAmx, kBits, kPlanes, 1, 4>;
+  row[1] = integer_abreast<VectorsAmx, kBits, kPlanes, 2, 4 / kPlanes>;
+  if constexpr (kPlanes == 1) row[2] = integer_abreast<VectorsAmx, kBits, kPlanes, 4, 2>;
 }
 
 template <int kBits, int kPlanes>
@@ -227,7 +227,7 @@ void set_tiles(RowPairsFn row[5]) {
 
 }  // namespace
 
-const CpuKernels* kernels_amx(int bits, Mode mode, int64_t tokens) {
+const CpuKernels* kernels_amx(Mode mode, int64_t tokens) {
   static const CpuKernels few = [] {
     CpuKernels k = *kernels_avx512vnni();
     k.abreast = kMaxAbreast;
@@ -239,7 +239,7 @@ const CpuKernels* kernels_amx(int bits, Mode mode, int64_t tokens) {
   }();
   static const CpuKernels kernels = [] {
     CpuKernels k = *kernels_avx512vnni();
-    k.max_tokens = 2 * kTileTokens;
+    k.max_tokens = kMaxTokens;
     k.abreast = kMaxAbreast;
     k.by_token = true;
     set_tiles<4, 1>(k.table[0][0]);
@@ -248,10 +248,10 @@ const CpuKernels* kernels_amx(int bits, Mode mode, int64_t tokens) {
     set_tiles<3, 2>(k.table[1][1]);
     return k;
   }();
-  // Measured on Emerald Rapids, all in turn: two tokens are 6 to 13 % faster without tiles, four of a8 up to 3 %, four of a15
-  // 16 % slower. Few products do not repay the way of the codes through memory; float32 sums have no tiles.
-  const int planes = mode == Mode::kA15 ? 2 : 1;
-  return mode == Mode::kFp32 || planes * tokens <= 4 ? &few : &kernels;
+  // Few products do not repay the way of the codes through memory. On Emerald Rapids, both in turn on all buffers, two tokens
+  // of 4 bits are 5 to 14 % faster without tiles, four of a8 up to 4 %; four of a15 take 1.15 of the tiles' time.
+  if (mode == Mode::kFp32) return kernels_avx512vnni();
+  return (mode == Mode::kA15 ? 2 : 1) * tokens <= 4 ? &few : &kernels;
 }
 
 }  // namespace packed
@@ -261,7 +261,7 @@ const CpuKernels* kernels_amx(int bits, Mode mode, int64_t tokens) {
 
 namespace discquant {
 namespace packed {
-const CpuKernels* kernels_amx(int, Mode, int64_t) { return nullptr; }
+const CpuKernels* kernels_amx(Mode, int64_t) { return nullptr; }
 }  // namespace packed
 }  // namespace discquant
 

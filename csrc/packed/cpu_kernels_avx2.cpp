@@ -14,12 +14,13 @@ struct Vectors256 {
   static constexpr bool kSlowSums = false;
   // Zen 3, both in turn: 2 to 7 % faster at 3 bits, from the caches and from memory; alike at 4.
   static constexpr bool kWordByWord = true;
+  static constexpr bool kBitMatrices = false;
   // Products of int16 need no second sum of 32 bits. On Zen 3, from the caches, both in turn, the best of 25 calls: a15
   // 10 to 14 % faster from four tokens on, as much slower with one.
-  static constexpr bool kBitMatrices = false;
   static constexpr bool kWide = true;
   // Zen 3, one token, all in turn on all buffers: pages alone take 1.6 of its time.
   static constexpr bool kPrefetchAlways = true;
+  static constexpr bool kTwoLevels = false;
   using I = __m256i;
   using F = __m256;
   using Table = int;
@@ -31,12 +32,8 @@ struct Vectors256 {
   }
   static void store(uint32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   // always_inline: GCC takes a function that only prefetches for one without effect, and drops the call.
-  __attribute__((always_inline)) static void prefetch(const char* p, int64_t ahead) {
-    _mm_prefetch(p + ahead, _MM_HINT_T1);
-  }
-  __attribute__((always_inline)) static void prefetch_line(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-  }
+  __attribute__((always_inline)) static void prefetch_first(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+  __attribute__((always_inline)) static void prefetch_second(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
   // As `keep`, for the order of sums.
   static F keep_float(F v) {
     asm("" : "+x"(v));

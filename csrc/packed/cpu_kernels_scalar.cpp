@@ -23,6 +23,7 @@ struct VectorsScalar {
   static constexpr bool kBitMatrices = false;
   static constexpr bool kWide = false;
   static constexpr bool kPrefetchAlways = false;
+  static constexpr bool kTwoLevels = false;
   typedef int32_t I __attribute__((vector_size(64)));
   typedef uint32_t U __attribute__((vector_size(64)));
   typedef float F __attribute__((vector_size(64)));
@@ -35,8 +36,8 @@ struct VectorsScalar {
   static I keep(I v) { return v; }
   static F keep_float(F v) { return v; }
   static void store(uint32_t* p, I a) { std::memcpy(p, &a, sizeof a); }
-  static void prefetch(const char*, int64_t) {}
-  static void prefetch_line(const void*) {}
+  static void prefetch_first(const char*) {}
+  static void prefetch_second(const char*) {}
   static I set1(int32_t v) { return I{} + v; }
   static I bit_and(I a, I b) { return a & b; }
   template <int n>

@@ -93,14 +93,15 @@ int padded_tokens(const CpuKernels& kernels, int64_t live) {
   return live <= 4 ? 4 : live <= 6 ? 6 : 8;
 }
 
-// Whether the processor has the int8 tiles of AMX and Linux lets this process use them; it asks before the first use.
+// Whether the processor has the int8 tiles of AMX, and the bit matrices (GFNI) that go with them, and Linux lets this process
+// use them; it asks before the first use.
 bool may_use_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   unsigned a, b, c, d;
-  if (kernels_amx(4, Mode::kA8, 1) == nullptr || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25, kGaloisField = 1u << 8;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return (d & kAmxTile) && (d & kAmxInt8) && (c & kGaloisField) &&
+  return (d & kAmxTile) && (d & kAmxInt8) && (c & kGaloisField) && kernels_amx(Mode::kA8, 1) != nullptr &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -135,9 +136,9 @@ Isa best_isa() {
   return best;
 }
 
-const CpuKernels* kernels_for(Isa isa, int bits, Mode mode, int64_t tokens) {
+const CpuKernels* kernels_for(Isa isa, Mode mode, int64_t tokens) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAmx) return kernels_amx(bits, mode, tokens);
+  if (isa == Isa::kAmx) return kernels_amx(mode, tokens);
   if (isa == Isa::kAvx2) return kernels_avx2();
   if (isa == Isa::kAvx512) return kernels_avx512();
   if (isa == Isa::kAvx512Vnni) return kernels_avx512vnni();
@@ -146,7 +147,7 @@ const CpuKernels* kernels_for(Isa isa, int bits, Mode mode, int64_t tokens) {
 }
 
 void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel& parallel) {
-  const CpuKernels* kernels = kernels_for(isa, call.bits, mode, call.tokens);
+  const CpuKernels* kernels = kernels_for(isa, mode, call.tokens);
   const int64_t k = call.in_features;
   const int64_t group_size = call.group_size > 0 ? call.group_size : padded_k(k);
   CpuWeight weight{};
@@ -178,8 +179,8 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
     const int64_t live = call.tokens - first < most ? call.tokens - first : most;
     const int count = padded_tokens(*kernels, live);
     const int64_t token_bytes = kernels->by_token ? weight.block_size : 4;
-    CodeStrides strides{4 * count, weight.block_size * count, width * count};
-    if (kernels->by_token) strides = {4, planes * weight.block_size * count, weight.block_size * count};
+    CodeStrides stride{4 * count, weight.block_size * count, width * count};
+    if (kernels->by_token) stride = {4, planes * weight.block_size * count, weight.block_size * count};
     int8_t* group_codes = codes.get() + planes * width * first;
     float* group_values = values.get() + (integer ? 0 : width * first);
     float* group_step = step.get() + weight.blocks * first;
@@ -188,7 +189,7 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
     for (int64_t m = 0; m < live; ++m) {
       row_to_float(call.x, call.x_type, (first + m) * call.x_stride, k, row.get());
       if (integer) {
-        kernels->quantize(row.get(), weight.blocks, weight.block_size, planes, static_cast<int>(m), count, strides,
+        kernels->quantize(row.get(), weight.blocks, weight.block_size, planes, static_cast<int>(m), count, stride,
                           group_codes + m * token_bytes, group_step, group_sum);
       } else {
         for (int64_t i = 0; i < width; ++i) group_values[i * count + m] = row[i];
@@ -198,7 +199,7 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
     t.tokens = count;
     t.live = static_cast<int>(live);
     t.plane[0] = reinterpret_cast<const int32_t*>(group_codes);
-    t.plane[1] = reinterpret_cast<const int32_t*>(group_codes + (planes == 2 ? width * count : 0));
+    t.plane[1] = kernels->by_token ? nullptr : t.plane[0] + (planes == 2 ? width * count / 4 : 0);
     t.values = group_values;
     t.step = group_step;
     t.sum = group_sum;
@@ -208,9 +209,10 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
   // Several abreast are more, so only where every thread gets many.
   const int64_t pairs = ceil_div(call.out_features, 2 * kTileRows);
   const int64_t pair_bytes = 2 * weight.k_tiles * tile_words(call.bits) * 4;
-  const int64_t abreast = pairs >= 4 * kernels->abreast * parallel.threads ? kernels->abreast : 1;
-  const int64_t chunk = ceil_div(std::max<int64_t>(1, 65536 / pair_bytes), abreast) * abreast;
   const bool small = call.out_features * k * call.tokens < 65536;
+  const int threads = small || parallel.run == nullptr ? 1 : parallel.threads;
+  const int64_t abreast = pairs >= 4 * kernels->abreast * threads ? kernels->abreast : 1;
+  const int64_t chunk = ceil_div(std::max<int64_t>(1, 65536 / pair_bytes), abreast) * abreast;
   for_each(ceil_div(pairs, chunk), small ? Parallel{} : parallel, [&](int64_t c) {
     const int64_t end = (c + 1) * chunk < pairs ? (c + 1) * chunk : pairs;
     alignas(64) float out[kMaxAbreast * 2 * kMaxTokens * kTileRows];
@@ -232,7 +234,7 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
 }
 
 uint32_t stream_read_cpu(const void* p, int64_t bytes, bool prefetch, const Parallel& parallel) {
-  const CpuKernels* kernels = kernels_for(best_isa(), 4, Mode::kFp32, 1);
+  const CpuKernels* kernels = kernels_for(best_isa(), Mode::kFp32, 1);
   const int64_t chunk = 65536;
   std::atomic<uint32_t> total{0};
   for_each(ceil_div(bytes, chunk), parallel, [&](int64_t c) {

@@ -11,7 +11,7 @@ namespace discquant {
 namespace packed {
 
 // How to run a function over [0, n) in parallel: the caller's own threads, so that two pools never fight for the cores.
-// `run` may split the range as it likes; null runs here.
+// `run` may split the range as it likes; null runs here. `threads` decides how the work is cut, never the result.
 struct Parallel {
   int threads = 1;
   void (*run)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context) = nullptr;
@@ -38,7 +38,7 @@ struct CpuLinear {
 // The best set of instructions of this processor, and whether it has a given one.
 Isa best_isa();
 bool has_isa(Isa isa);
-const CpuKernels* kernels_for(Isa isa, int bits, Mode mode, int64_t tokens);
+const CpuKernels* kernels_for(Isa isa, Mode mode, int64_t tokens);
 
 void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel& parallel);
 

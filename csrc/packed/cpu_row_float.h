@@ -12,6 +12,7 @@ namespace {
 template <class V, int kBits, int kTokens, int kClasses, int kClass = 0>
 __attribute__((always_inline)) inline void float_block(const CpuWeight& w, const uint32_t* words, const float* values,
                                                        typename V::F zero, bool first, typename V::F sums[kTokens][4]) {
+  static_assert(!V::kBitMatrices, "word 3 is taken as it is stored");
   using I = typename V::I;
   using F = typename V::F;
   constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;

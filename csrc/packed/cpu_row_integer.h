@@ -2,6 +2,7 @@
 // Row-tile kernels of the integer modes, a8 and a15.
 #pragma once
 
+#include "packed/cpu_elementwise.h"
 #include "packed/cpu_strips.h"
 
 namespace discquant {
@@ -12,6 +13,7 @@ namespace {
 template <class V, int kBits, int kSweeps, int kTokens, int kStrips, int kChains, bool kWide>
 __attribute__((always_inline)) inline void integer_quad(const uint32_t* words, const int32_t* const plane[kSweeps],
                                                         typename V::I (*acc)[kSweeps][kTokens][kChains]) {
+  static_assert(!V::kBitMatrices || (!kWide && !V::kWordByWord), "these take word 3 as it is stored");
   using I = typename V::I;
   constexpr int kSteps = kWide ? 4 : 2;
   constexpr uint32_t kMask = (kBits == 4 ? 0x0f0f0f0fu : 0x07070707u) & (kWide ? 0x00ff00ffu : ~0u);

@@ -1,10 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the row-tile kernels share, over a vector type V: words of a strip of rows, their codes, scales, prefetches, places.
+//
+// V has kRows lanes of 32 bits, one row each, and says of its instruction set:
+//   kSums            sums that registers hold beside words and activations
+//   kSlowSums        few sums would wait for their own products, so they are split
+//   kWordByWord      words of a quad are loaded one by one, for want of registers
+//   kBitMatrices     `steal` leaves the bits of word 3 where they lie for V::half_codes to order; integer modes only
+//   kWide            a15 of four tokens or more goes by products of 16 bits (takes_pairs)
+//   kPrefetchAlways  one token of 8 bits too asks for every line, not for pages alone
+//   kTwoLevels       lines are asked for twice, early into the second-level cache and shortly before into the first
 #pragma once
 
 #include <cstdint>
 
-#include "packed/cpu_elementwise.h"
 #include "packed/cpu_kernel.h"
 #include "packed/layout.h"
 
@@ -12,7 +20,7 @@ namespace discquant {
 namespace packed {
 namespace {
 
-// The four virtual words of a quad: 32 codes of each of V::kRows rows.
+// The four virtual words of a quad: 32 codes of each of V::kRows rows. With kBitMatrices the last is for `half_codes` only.
 template <class V, int kBits>
 __attribute__((always_inline)) inline void load_strip(const uint32_t* p, typename V::I w[4]) {
   w[0] = V::load(p);
@@ -58,15 +66,15 @@ template <class V>
 __attribute__((always_inline)) inline void prefetch_scale(const CpuWeight& w, int64_t at) {
   constexpr int64_t kAhead = 8 * kPairRows;
   const int64_t size = w.scale_type == DType::kFloat32 ? 4 : 2;
-  V::prefetch_line(static_cast<const char*>(w.scale) + (at + kAhead) * size);
-  if (w.zero_point != nullptr) V::prefetch_line(w.zero_point + at + kAhead);
+  V::prefetch_first(static_cast<const char*>(w.scale) + (at + kAhead) * size);
+  if (w.zero_point != nullptr) V::prefetch_first(reinterpret_cast<const char*>(w.zero_point + at + kAhead));
 }
 
 // Of the page after the next the line that lies there as `p` does in its own, in steps of 512 bytes: eight lines of a page.
 template <class V>
 __attribute__((always_inline)) inline void prefetch_page(const uint32_t* p) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
-  V::prefetch(reinterpret_cast<const char*>((at & ~uintptr_t{4095}) + 8192 + (at >> 3 & 0x1c0)), 0);
+  V::prefetch_second(reinterpret_cast<const char*>((at & ~uintptr_t{4095}) + 8192 + (at >> 3 & 0x1c0)));
 }
 
 // Sums must live in registers, so loops over them are unrolled. The scalar file leaves it out: no registers to save.
@@ -74,11 +82,15 @@ __attribute__((always_inline)) inline void prefetch_page(const uint32_t* p) {
 #define DISCQUANT_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-// The lines of a strip of a whole row tile, some way ahead.
+// The lines of a strip that begins a row tile, so many bytes ahead.
 template <class V, int kBits>
-__attribute__((always_inline)) inline void prefetch_strip(const uint32_t* p, int64_t bytes) {
+__attribute__((always_inline)) inline void prefetch_strip(const uint32_t* p, int64_t ahead) {
+  const char* line = reinterpret_cast<const char*>(p);
   DISCQUANT_UNROLL
-  for (int line = 0; line < (kBits == 4 ? 4 : 3); ++line) V::prefetch(reinterpret_cast<const char*>(p) + 64 * line, bytes);
+  for (int i = 0; i < (kBits == 4 ? 4 : 3); ++i, line += 64) {
+    V::prefetch_second(line + ahead);
+    if (V::kTwoLevels) V::prefetch_first(line + kPrefetchNear);
+  }
 }
 
 // Where a walk along K is: the block, its group, and the codes of the group from this block on.

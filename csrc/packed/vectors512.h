@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The 16-row vector type of the two AVX-512 files; they differ in the dot product alone.
+// The 16-row vector type of the AVX-512 files. Two differ in the dot product alone; that of AMX also in how it prefetches and
+// takes half bytes.
 #pragma once
 
 // GCC 12's own intrinsics start from an undefined register, which it then reports as ours (GCC bug 105593).
@@ -25,6 +26,7 @@ struct Vectors512 {
   static constexpr bool kBitMatrices = false;
   static constexpr bool kWide = false;
   static constexpr bool kPrefetchAlways = false;
+  static constexpr bool kTwoLevels = false;
   using I = __m512i;
   using F = __m512;
   using Table = __m512;
@@ -38,12 +40,8 @@ struct Vectors512 {
   static F keep_float(F v) { return v; }
   static void store(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
   // always_inline: GCC takes a function that only prefetches for one without effect, and drops the call.
-  __attribute__((always_inline)) static void prefetch(const char* p, int64_t ahead) {
-    _mm_prefetch(p + ahead, _MM_HINT_T1);
-  }
-  __attribute__((always_inline)) static void prefetch_line(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-  }
+  __attribute__((always_inline)) static void prefetch_first(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+  __attribute__((always_inline)) static void prefetch_second(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
   static I set1(int32_t v) { return _mm512_set1_epi32(v); }
   static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
   template <int n>

@@ -94,12 +94,13 @@ struct Exact {
 };
 
 static void cpu_kernels() {
-  // 1057 rows are enough for kernels that take several pairs of row tiles abreast, and leave some over.
-  for (int64_t n : {1, 16, 33, 65, 1057}) {
+  // 1100 rows are enough for kernels that take several pairs of row tiles abreast, and leave some over.
+  for (int64_t n : {1, 16, 33, 65, 1100}) {
     for (int64_t k : {1, 32, 127, 260}) {
-      if (n > 65 && k != 127) continue;
+      if (n > 65 && k < 127) continue;
       for (int bits : {3, 4}) {
         for (int64_t group : {32, 64, 128, 0}) {
+          if (n > 65 && k > 127 && group != 64) continue;
           const int64_t groups = group == 0 ? 1 : ceil_div(k, group);
           Exact<uint8_t> codes(n * k), zeros(n * groups), back(n * k);
           for (int64_t i = 0; i < codes.size; ++i) codes.data[i] = random_word() & ((1u << bits) - 1);
@@ -127,7 +128,7 @@ static void cpu_kernels() {
                                    group,      dense.data, DType::kFloat32};
           dequantize_cpu(dequantize, Parallel{});
           for (int64_t tokens : {1, 2, 3, 5, 8, 9, 17, 33}) {
-            if (n > 65 && tokens > 5) break;
+            if (n > 65 && tokens > (k == 127 ? 5 : 2)) break;
             Exact<float> x(tokens * k), y(tokens * n), bias(n), first(tokens * n);
             for (int64_t i = 0; i < x.size; ++i) x.data[i] = static_cast<float>(random_word() % 2001) / 1000.0f - 1.0f;
             for (int64_t i = 0; i < n; ++i) bias.data[i] = static_cast<float>(i);

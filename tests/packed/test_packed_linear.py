@@ -138,7 +138,7 @@ def test_matches_float64(bits: int, group: int, symmetric: bool, n: int, k: int,
 def test_instruction_sets_agree(bits: int, group: int, symmetric: bool, mode: str) -> None:
     """The same bits from every instruction set that the machine has."""
     case = make(70, 400, bits, group, symmetric)
-    for tokens in (1, 2, 4, 6, 8, 11):
+    for tokens in (1, 2, 4, 6, 7, 8, 11, 24, 25, 31, 32):
         x = torch.randn(tokens, 400) * torch.logspace(-3, 3, 400)
         first, *others = (
             packed_linear(x, *case.tensors, **case.sizes, mode=mode, isa=isa, impl="cpp") for isa in isas()
@@ -153,15 +153,26 @@ def test_instruction_sets_agree(bits: int, group: int, symmetric: bool, mode: st
     ("bits", "group", "symmetric"), [(3, 32, True), (4, 64, False), (3, 128, False), (4, -1, True)]
 )
 def test_many_rows_agree(bits: int, group: int, symmetric: bool, mode: str) -> None:
-    """So many rows that kernels take several pairs of row tiles abreast, and some are left over."""
-    case = make(2150, 290, bits, group, symmetric)
-    for tokens in (1, 2, 3, 5, 16, 17, 33):
-        x = torch.randn(tokens, 290)
-        first, *others = (
-            packed_linear(x, *case.tensors, **case.sizes, mode=mode, isa=isa, impl="cpp") for isa in isas()
-        )
-        for isa, other in zip(isas()[1:], others, strict=True):
-            assert torch.equal(first, other), (isa, tokens)
+    """So many rows that kernels take several pairs of row tiles abreast, and one to three are left over."""
+    case = make(2250, 290, bits, group, symmetric)
+    threads = torch.get_num_threads()
+    try:
+        for tokens in (1, 2, 3, 5, 16, 17, 33):
+            x = torch.randn(tokens, 290)
+            torch.set_num_threads(1)
+            first, *others = (
+                packed_linear(x, *case.tensors, **case.sizes, mode=mode, isa=isa, impl="cpp")
+                for isa in isas()
+            )
+            for isa, other in zip(isas()[1:], others, strict=True):
+                assert torch.equal(first, other), (isa, tokens)
+            for count in (2, 16):
+                torch.set_num_threads(count)
+                assert torch.equal(
+                    packed_linear(x, *case.tensors, **case.sizes, mode=mode, impl="cpp"), first
+                )
+    finally:
+        torch.set_num_threads(threads)
 
 
 @CPP
