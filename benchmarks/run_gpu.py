@@ -30,7 +30,7 @@ PACKED_TABLE = ROOT / "discquant" / "ops" / "packed_linear_table.json"
 # On a GPU these run the compiled kernels on it, unmarked tests included; what compiles or emulates needs none.
 TESTS = ("tests/ops", "tests/packed", "tests/solver/test_soft_block.py", "tests/solver/test_norms.py")
 ELSEWHERE = ("tests/ops/test_aot.py", "tests/ops/test_compiled_kernels.py", "tests/packed/test_native.py")
-SANITIZERS = "tests/packed/test_gpu.py::test_compute_sanitizer"
+SANITIZERS = "tests/packed/test_gpu_contract.py::test_compute_sanitizer"
 OPTIONAL = ("liger_kernel", "cut_cross_entropy", "bitsandbytes", "torchao", "matplotlib", "hypothesis")
 # The most telling first: a cut loses the least. Limits in seconds, from the rows of the default set at about 1.2 s a
 # row (0.6 s of samples, data, gate) and 10 s for each graph that torch.compile builds; in every file ours come first.

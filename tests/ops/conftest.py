@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the op tests: the device, the tolerance rule, and random grids."""
+"""Shared by the op tests: the device, the tolerance rule, random grids, and states of the projected step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+
+from discquant.ops import StepCounts, StepOptions, projected_step_
+from discquant.ops.reference.projected_step import decode_frac_ref
+
+# frac, frac_ref, gradient, first moment, second moment
+STORAGES = {
+    "8bit": (torch.uint8, torch.uint8, torch.float32, torch.int8, torch.uint8),
+    "16bit": (torch.uint16, torch.uint8, torch.bfloat16, torch.int8, torch.uint8),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "f32": (torch.float32, torch.float32, torch.float32, torch.float32, torch.float32),
+}
+OPTIONS = StepOptions(
+    lr=0.03, weight_decay=0.01, step=5, moment_bound=1.5, grad_clamp=0.5, hardening=0.1, seed=3, tensor_id=7,
+    first_index=2**31 - 500,
+)  # fmt: skip
 
 
 class GridTensors(NamedTuple):
@@ -102,3 +117,59 @@ def make_grid(device: torch.device) -> Callable[..., GridTensors]:
         return GridTensors(*(None if t is None else t.to(device) for t in made))
 
     return make
+
+
+@pytest.fixture
+def make_state(device: torch.device) -> Callable[..., dict[str, Tensor]]:
+    """Random state with frozen, clipped and ordinary coordinates."""
+
+    def make(shape: tuple[int, int], storage: str, group_size: int = 64) -> dict[str, Tensor]:
+        frac_type, ref_type, grad_type, first_type, second_type = STORAGES[storage]
+        rows, cols = shape
+        ref = torch.randint(0, 254, shape, dtype=torch.uint8)
+        ref[:, ::7] = 63  # on the grid: frozen
+        ref[:, 3::11] = 189
+        frac = torch.rand(shape)
+        top = {torch.uint8: 255, torch.uint16: 65535}.get(frac_type)
+        groups = 1 if group_size == -1 else max(1, -(-cols // group_size))
+        first = torch.randn(shape) * 0.3
+        second = torch.rand(shape)
+        state = {
+            "frac": frac.to(frac_type) if top is None else (frac * top).round().to(torch.int32).to(frac_type),
+            "frac_ref": ref if ref_type == torch.uint8 else decode_frac_ref(ref, torch.float32).to(ref_type),
+            "weight_grad": (torch.randn(shape) * 0.05).to(grad_type),
+            "scale": torch.rand(rows, groups) * 0.1,
+            "momentum": (first * 60).clamp(-127, 127).to(torch.int8)
+            if first_type == torch.int8
+            else first.to(first_type),
+            "second_moment": (second * 255).to(torch.uint8)
+            if second_type == torch.uint8
+            else second.to(second_type),
+        }
+        return {name: tensor.to(device) for name, tensor in state.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def take_step() -> Callable[..., tuple[dict[str, Tensor], StepCounts]]:
+    """Step on copies; moments that the optimizer does not have are left out."""
+
+    def take(
+        state: dict[str, Tensor], group_size: int, options: StepOptions, **kwargs: Any
+    ) -> tuple[dict[str, Tensor], StepCounts]:
+        copy = {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in state.items()}
+        unused = {"sgd": ("momentum", "second_moment"), "adamw": ()}.get(
+            options.optimizer, ("second_moment",)
+        )
+        passed = {name: None if name in unused else tensor for name, tensor in copy.items()}
+        counts = projected_step_(**passed, group_size=group_size, options=options, **kwargs)
+        return copy, counts
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def step_options() -> StepOptions:
+    """A step in which every term has a share."""
+    return OPTIONS

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""soft_linear_step_: the step in the matmul's epilogue against the matmul and a step of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from discquant.ops import StepOptions, projected_step_, soft_linear_step_
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "lion", "sgd"])
+@pytest.mark.parametrize(
+    "case",
+    [((40, 30, 100), 64, ""), ((33, 70, 130), 32, "packed"), ((9, 20, 40), 8, "plain"), ((3, 5, 7), -1, "")],
+)
+def test_step_in_the_epilogue(optimizer, case, make_grid, assert_equal, device):
+    """The same bytes and counts as the matmul followed by projected_step_, in the 8-bit layout, tables included.
+
+    x and dY hold small integers, so that the sum over tokens is exact in any order.
+    """
+    (tokens, rows, cols), group_size, table = case
+    grid = make_grid((rows, cols), group_size=group_size, table=bool(table), packed=table == "packed")
+    groups = 1 if group_size == -1 else -(-cols // group_size)
+    x = torch.randint(-8, 9, (tokens, cols), device=device).float()
+    grad_output = torch.randint(-8, 9, (tokens, rows), device=device).float()
+    frac, frac_ref = torch.randint(0, 256, (2, rows, cols), dtype=torch.uint8, device=device)
+    scale = torch.rand(rows, groups, device=device) * 1e-3
+    options = StepOptions(optimizer=optimizer, lr=0.05, step=3, seed=1, tensor_id=4, first_index=77)
+    results = []
+    for fused in (True, False):
+        state = {
+            "momentum": None if optimizer == "sgd" else torch.full_like(frac, 5, dtype=torch.int8),
+            "second_moment": torch.full_like(frac, 9) if optimizer == "adamw" else None,
+        }
+        codes = frac.clone()
+        common = {"group_size": group_size, "options": options, "impl": "triton", **state}
+        if table:
+            common |= {"q_down": grid.q_down, "table": grid.table}
+        if fused:
+            counts = soft_linear_step_(grad_output, x, codes, frac_ref, scale, **common)
+        else:
+            counts = projected_step_(codes, frac_ref, grad_output.t() @ x, scale, **common)
+        results.append((codes, state, counts))
+    assert results[0][2] == results[1][2]
+    assert_equal(results[0][0], results[1][0], "frac")
+    for name in ("momentum", "second_moment"):
+        if results[0][1][name] is not None:
+            assert_equal(results[0][1][name], results[1][1][name], name)
+
+
+@pytest.mark.gpu
+def test_step_on_gpu(assert_equal):
+    """Every step tile and optimizer at a Llama shape against matmul and separate step."""
+    rows, cols, tokens = 4096, 4096, 4096
+    x = torch.randint(-4, 5, (tokens, cols), device="cuda").to(torch.bfloat16)
+    dy = torch.randint(-4, 5, (tokens, rows), device="cuda").to(torch.bfloat16)
+    frac, ref = torch.randint(0, 256, (2, rows, cols), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(rows, cols // 64, device="cuda") * 1e-3
+    gradient = torch.mm(dy.t(), x, out_dtype=torch.float32)
+    for optimizer, lr in itertools.product(("momentum", "lion", "adamw"), (0.05,)):
+        options = dataclasses.replace(StepOptions(), optimizer=optimizer, lr=lr)
+        states = []
+        for fused in (True, False):
+            codes, first = frac.clone(), torch.zeros_like(frac, dtype=torch.int8)
+            second = torch.zeros_like(frac)
+            common = {"group_size": 64, "options": options, "momentum": first, "second_moment": second}
+            if fused:
+                soft_linear_step_(dy, x, codes, ref, scale, **common)
+            else:
+                projected_step_(codes, ref, gradient, scale, **common)
+            states.append((codes, first, second))
+        for left, right in zip(*states, strict=True):
+            assert_equal(left, right, optimizer)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan refuses, in words that tell what would do; and its command, which passes them on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from discquant.calibration.positions import Positions
+from discquant.cli import app
+from discquant.config import DataConfig, QuantizeConfig
+from discquant.errors import CapacityError, CheckpointError, ConfigError, MissingModelError
+from discquant.planning.hardware import DEVICES, GB, find_device
+from discquant.planning.plan import Machine, make_plan
+from discquant.planning.shape import ModelShape, read_shape
+
+ROOMY = 1e15
+Options = Callable[..., QuantizeConfig]
+
+
+def test_refusal_names_numbers_and_what_would_fit(shape_70b: ModelShape, options: Options) -> None:
+    """What cannot fit is refused: what it needs, what is there, and the nearest options that would do."""
+    machine = Machine(DEVICES["4090"], 400 * GB, ROOMY)
+    with pytest.raises(
+        CapacityError, match=r"G weights .* needs .* device memory \(there are 25.8 GB\)"
+    ) as refusal:
+        make_plan(shape_70b, options(start="gptq", state="fp32", optimizer="adamw"), machine)
+    said = str(refusal.value)
+    assert "It would fit with --placement" in said and "--start ref" in said
+    flags = said.rpartition("fit with ")[2].split()
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    solver = {
+        "start": given["--start"],
+        "state": given.get("--state", "fp32"),
+        "optimizer": given.get("--optimizer", "adamw"),
+        "micro_batch": int(given.get("--micro-batch", 2)),
+        "batch_size": int(given.get("--batch-size", 8)),
+    }
+    assert make_plan(shape_70b, options(**solver), machine, placement=given["--placement"])  # type: ignore[arg-type]
+
+    small = Machine(dataclasses.replace(DEVICES["4090"], memory=2 * GB), 4 * GB, 5 * GB)
+    with pytest.raises(CapacityError, match=r"No configuration fits; the least demanding .* needs"):
+        make_plan(shape_70b, options(), small)
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    """Each is one sentence that names what is wrong."""
+    with pytest.raises(MissingModelError, match=r"has no config\.json"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        read_shape(tmp_path)
+    with pytest.raises(ConfigError, match=r"--gpu must be one of .*h100.*, got 'abacus'"):
+        find_device("abacus")
+    assert find_device("RTX-4090") is DEVICES["4090"]
+
+
+def test_windows_fit_the_positions(shape_8b: ModelShape, options: Options, configs: Path) -> None:
+    """Plan and run refuse the same: a run asks its plan before it opens a weight."""
+    config = dataclasses.replace(options(), data=DataConfig("text.txt", 512, 131073))
+    machine = Machine(DEVICES["h100"], ROOMY, ROOMY)
+    with pytest.raises(ConfigError, match="at most the model's 131072 positions, got 131073"):
+        make_plan(shape_8b, config, machine)
+    stretched = dataclasses.replace(shape_8b, positions=Positions(1024, 4096))
+    found = make_plan(stretched, options(), machine).warnings
+    assert any("longer than the model's 1024 positions" in text for text in found)
+    line = ["plan", str(configs / "llama-3.1-8b"), "--gpu", "h100", "--seqlen", "200000"]
+    refused = CliRunner().invoke(app, line)
+    assert isinstance(refused.exception, ConfigError)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configs: Path) -> None:
+    """Both outputs of the command agree with each other; no weight file exists in the folder it reads."""
+    monkeypatch.setenv("DISCQUANT_CACHE", str(tmp_path))
+    line = ["plan", str(configs / "llama-3.1-8b"), "--bits", "3", "--gpu", "4090", "--seqlen", "2048"]
+    line += [
+        "--batch-size",
+        "8",
+        "--micro-batch",
+        "1",
+        "--host-memory",
+        "64",
+        "--disk",
+        "500",
+        "--dataset",
+        "text.txt",
+    ]
+    done = CliRunner().invoke(app, [*line, "--json"], catch_exceptions=False)
+    facts = json.loads(done.stdout)
+    assert facts["placement"] == "host" and facts["state"] == "u8 momentum"
+    assert facts["curvature_flop_per_step"] > 0
+    assert facts["flop_per_step"] == facts["flop_per_token"] * 16384 + facts["curvature_flop_per_step"]
+    assert [phase["name"] for phase in facts["phases"]] == [
+        "open", "grid", "calibrate", "start", "solve", "export", "evaluate",
+    ]  # fmt: skip
+    for phase in facts["phases"]:
+        assert phase["gpu_bytes"] == pytest.approx(sum(phase["items"]["gpu"].values()))
+    shown = CliRunner().invoke(app, line, catch_exceptions=False)
+    assert shown.exit_code == 0 and "Transfers hide from" in shown.stdout
+    refused = CliRunner().invoke(app, [*line, "--gpu-memory", "1", "--host-memory", "2"])
+    assert isinstance(refused.exception, CapacityError)
+    apart = CliRunner().invoke(app, [*line, "--activations", "disk", "--format", "none", "--json"])
+    disk = json.loads(apart.stdout)["phases"][-1]["items"]["disk"]
+    assert json.loads(apart.stdout)["activations"] == "disk" and disk["exported models"] == 0
+    assert isinstance(CliRunner().invoke(app, [*line, "--activations", "moon"]).exception, ConfigError)
+    nothing = CliRunner().invoke(app, [*line, "--ignore", "nothing_here"])
+    assert isinstance(nothing.exception, ConfigError) and "down_proj" in str(nothing.exception)
