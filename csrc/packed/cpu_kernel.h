@@ -87,10 +87,16 @@ struct CpuKernels {
   bool by_token;   // how CpuTokens::plane lies
 };
 
+// Whether tokens times planes are few enough for kernels in several streams.
+__attribute__((always_inline)) inline bool few_products(Mode mode, int64_t tokens) {
+  return mode != Mode::kFp32 && (mode == Mode::kA15 ? 2 : 1) * tokens <= 4;
+}
+
 const CpuKernels* kernels_scalar();
 const CpuKernels* kernels_avx2();
-const CpuKernels* kernels_avx512();
-const CpuKernels* kernels_avx512vnni();
+// `streams`: for few_products on processors that prefetch several streams better than one.
+const CpuKernels* kernels_avx512(bool streams);
+const CpuKernels* kernels_avx512vnni(bool streams);
 const CpuKernels* kernels_amx(Mode mode, int64_t tokens);  // null if the compiler did not know AMX
 
 }  // namespace packed

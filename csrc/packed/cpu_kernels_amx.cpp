@@ -20,9 +20,7 @@ namespace {
 
 using V = Vectors512;
 
-struct VectorsAmx : Vectors512 {
-  static constexpr bool kPrefetchAlways = true;
-  static constexpr bool kTwoLevels = true;
+struct VectorsAmx : InStreams<Vectors512> {
   // A byte times an 8 x 8 matrix of bits is any choice of its bits in any order, in one instruction.
   static constexpr bool kBitMatrices = true;
   // What word 3 steals, as bits 3, 2 and 1 of every half byte: `half_codes` puts them in order.
@@ -212,14 +210,6 @@ void tile_pairs(const CpuWeight& w, const CpuTokens& x, int64_t pair, int pairs,
   }
 }
 
-// A row of `table` in cpu_kernel.h for few tokens.
-template <int kBits, int kPlanes>
-void set_few(RowPairsFn row[5]) {
-  row[0] = integer_abreast<VectorsAmx, kBits, kPlanes, 1, 4>;
-  row[1] = integer_abreast<VectorsAmx, kBits, kPlanes, 2, 4 / kPlanes>;
-  if constexpr (kPlanes == 1) row[2] = integer_abreast<VectorsAmx, kBits, kPlanes, 4, 2>;
-}
-
 template <int kBits, int kPlanes>
 void set_tiles(RowPairsFn row[5]) {
   for (int t = 0; t < 5; ++t) row[t] = tile_pairs<kBits, kPlanes>;
@@ -228,17 +218,9 @@ void set_tiles(RowPairsFn row[5]) {
 }  // namespace
 
 const CpuKernels* kernels_amx(Mode mode, int64_t tokens) {
-  static const CpuKernels few = [] {
-    CpuKernels k = *kernels_avx512vnni();
-    k.abreast = kMaxAbreast;
-    set_few<4, 1>(k.table[0][0]);
-    set_few<4, 2>(k.table[0][1]);
-    set_few<3, 1>(k.table[1][0]);
-    set_few<3, 2>(k.table[1][1]);
-    return k;
-  }();
+  static const CpuKernels few = with_streams<VectorsAmx>(*kernels_avx512vnni(false));
   static const CpuKernels kernels = [] {
-    CpuKernels k = *kernels_avx512vnni();
+    CpuKernels k = *kernels_avx512vnni(false);
     k.max_tokens = kMaxTokens;
     k.abreast = kMaxAbreast;
     k.by_token = true;
@@ -250,8 +232,8 @@ const CpuKernels* kernels_amx(Mode mode, int64_t tokens) {
   }();
   // Few products do not repay the way of the codes through memory. On Emerald Rapids, both in turn on all buffers, two tokens
   // of 4 bits are 5 to 14 % faster without tiles, four of a8 up to 4 %; four of a15 take 1.15 of the tiles' time.
-  if (mode == Mode::kFp32) return kernels_avx512vnni();
-  return (mode == Mode::kA15 ? 2 : 1) * tokens <= 4 ? &few : &kernels;
+  if (mode == Mode::kFp32) return kernels_avx512vnni(false);
+  return few_products(mode, tokens) ? &few : &kernels;
 }
 
 }  // namespace packed

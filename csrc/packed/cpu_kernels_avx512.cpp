@@ -24,7 +24,7 @@ struct VectorsBw : Vectors512 {
 
 }  // namespace
 
-const CpuKernels* kernels_avx512() { return make_kernels<VectorsBw>(); }
+const CpuKernels* kernels_avx512(bool streams) { return make_kernels_512<VectorsBw>(streams); }
 
 }  // namespace packed
 }  // namespace discquant

@@ -16,7 +16,7 @@ struct VectorsVnni : Vectors512 {
 
 }  // namespace
 
-const CpuKernels* kernels_avx512vnni() { return make_kernels<VectorsVnni>(); }
+const CpuKernels* kernels_avx512vnni(bool streams) { return make_kernels_512<VectorsVnni>(streams); }
 
 }  // namespace packed
 }  // namespace discquant

@@ -108,6 +108,14 @@ bool may_use_amx() {
 #endif
 }
 
+#if defined(__x86_64__)
+// Whose prefetching gains from several streams; what AMD's does with them is not measured.
+bool is_intel() {
+  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return intel;
+}
+#endif
+
 }  // namespace
 
 bool has_isa(Isa isa) {
@@ -140,8 +148,9 @@ const CpuKernels* kernels_for(Isa isa, Mode mode, int64_t tokens) {
 #if defined(__x86_64__)
   if (isa == Isa::kAmx) return kernels_amx(mode, tokens);
   if (isa == Isa::kAvx2) return kernels_avx2();
-  if (isa == Isa::kAvx512) return kernels_avx512();
-  if (isa == Isa::kAvx512Vnni) return kernels_avx512vnni();
+  const bool streams = few_products(mode, tokens) && is_intel();
+  if (isa == Isa::kAvx512) return kernels_avx512(streams);
+  if (isa == Isa::kAvx512Vnni) return kernels_avx512vnni(streams);
 #endif
   return kernels_scalar();
 }

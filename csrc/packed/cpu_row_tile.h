@@ -29,6 +29,20 @@ const CpuKernels* make_kernels() {
   return &kernels;
 }
 
+// V where the processor prefetches streams: every line is asked for, at two distances.
+template <class V>
+struct InStreams : V {
+  static constexpr bool kPrefetchAlways = true;
+  static constexpr bool kTwoLevels = true;
+};
+
+// `streams`: those for few_products in several streams.
+template <class V>
+const CpuKernels* make_kernels_512(bool streams) {
+  static const CpuKernels several = with_streams<InStreams<V>>(*make_kernels<V>());
+  return streams ? &several : make_kernels<V>();
+}
+
 }  // namespace
 }  // namespace packed
 }  // namespace discquant
