@@ -29,6 +29,24 @@ const CpuKernels* make_kernels() {
   return &kernels;
 }
 
+// Kernels for few products in several streams: as many as their sums leave registers for.
+template <class V, int kBits, int kPlanes>
+void set_streams(RowPairsFn row[5]) {
+  row[0] = integer_abreast<V, kBits, kPlanes, 1, 4>;
+  row[1] = integer_abreast<V, kBits, kPlanes, 2, 4 / kPlanes>;
+  if constexpr (kPlanes == 1) row[2] = integer_abreast<V, kBits, kPlanes, 4, 2>;
+}
+
+template <class V>
+CpuKernels with_streams(CpuKernels kernels) {
+  kernels.abreast = kMaxAbreast;
+  set_streams<V, 4, 1>(kernels.table[0][0]);
+  set_streams<V, 4, 2>(kernels.table[0][1]);
+  set_streams<V, 3, 1>(kernels.table[1][0]);
+  set_streams<V, 3, 2>(kernels.table[1][1]);
+  return kernels;
+}
+
 // V where the processor prefetches streams: every line is asked for, at two distances.
 template <class V>
 struct InStreams : V {
