@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import packed_targets
 import torch
 from ggml_peer import Ggml
 from harness import package
@@ -195,12 +196,20 @@ def llama_cpp(weight: Weight, library: Ggml, kind: str, blocks: Tensor, threads:
     return found
 
 
-def plain_read(num_bytes: int, *, prefetch: bool) -> Provider:
-    """Every byte loaded once; the faster of the two ways is the roof."""
+def plain_reads(num_bytes: int) -> list[Provider]:
+    """Every byte loaded once: plainly, with prefetches, in four streams. The faster of the first two is the roof."""
     num_bytes = num_bytes // 4096 * 4096
-    buffers = [torch.ones(num_bytes // 4, dtype=torch.int32) for _ in range(copies(num_bytes))]
-    calls: list[Call] = [lambda _, b=b: torch.ops.discquant.stream_read(b, prefetch) for b in buffers]  # type: ignore[misc]
-    return Provider(f"plain read{', prefetched' if prefetch else ''}", 0, num_bytes, calls, torch.float32)
+    found = []
+    for name, streams, prefetch in (
+        ("plain read", 1, False), ("plain read, prefetched", 1, True), (packed_targets.IN_STREAMS, 4, False)
+    ):  # fmt: skip
+        buffers = [torch.ones(num_bytes // 4, dtype=torch.int32) for _ in range(copies(num_bytes))]
+        calls: list[Call] = [
+            lambda _, b=b, s=streams, p=prefetch: torch.ops.discquant.read_memory(b, s, p)  # type: ignore[misc]
+            for b in buffers
+        ]
+        found.append(Provider(name, 0, num_bytes, calls, torch.float32))
+    return found
 
 
 def check(provider: Provider, weight: Weight, x: Tensor) -> None:

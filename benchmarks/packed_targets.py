@@ -17,6 +17,7 @@ from typing import NamedTuple
 Row = dict[str, str]
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = ("8B qkv", "8B o", "8B gate_up", "8B down")
+IN_STREAMS = "read in four streams"
 FASTER_THAN = ("torch int4", "onnxruntime", "ggml")
 
 
@@ -113,6 +114,25 @@ def reading(rows: list[Row], tokens: int) -> dict[str, float]:
         if reads:
             best = max(times_as_fast(read, rival) for read in reads)
             found[rival["threads"]] = min(best, found.get(rival["threads"], best))
+    return found
+
+
+def streamed(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """What a read in four streams gains over the faster plain one, the most; and the least of it that one token reaches.
+
+    Per threads ``{"read": times as fast, "a8": share, "a15": share}``, at 4 bits; empty without such reads.
+    """
+    found: dict[str, dict[str, float]] = {}
+    here = [r for r in rows if r["op"] == "packed_linear" and r["tokens"] == "1" and r["shape"] in SHAPES]
+    for read in (r for r in here if r["provider"] == IN_STREAMS):
+        of_threads = found.setdefault(read["threads"], {})
+        place = [r for r in here if (r["shape"], r["threads"]) == (read["shape"], read["threads"])]
+        gain = min(times_as_fast(read, r) for r in place if r["provider"].startswith("plain read"))
+        of_threads["read"] = max(gain, of_threads.get("read", gain))
+        for mode in ("a8", "a15"):
+            for row in (r for r in place if (r["provider"], r["bits"]) == (f"discquant {mode}", "4")):
+                share = times_as_fast(row, read)  # of as many bytes, but for a page
+                of_threads[mode] = min(share, of_threads.get(mode, share))
     return found
 
 

@@ -128,14 +128,17 @@ void dequantize(const uint8_t* codes, int64_t count, float scale, float zero, DT
 }
 
 template <class V>
-void read_all(const void* p, int64_t bytes, bool prefetch, uint32_t* out) {
-  const uint32_t* words = static_cast<const uint32_t*>(p);
+void read_all(const void* p, int64_t bytes, int streams, bool prefetch, uint32_t* out) {
   typename V::I acc[4] = {V::set1(0), V::set1(0), V::set1(0), V::set1(0)};
-  for (int64_t at = 0; at + 4 * V::kRows * 4 <= bytes; at += 4 * V::kRows * 4, words += 4 * V::kRows) {
-    if (prefetch)
-      for (int line = 0; line < V::kRows / 4; ++line)
-        V::prefetch_second(reinterpret_cast<const char*>(words) + kPrefetchBytes + 64 * line);
-    for (int c = 0; c < 4; ++c) acc[c] = V::add(acc[c], V::load(words + c * V::kRows));
+  const int64_t part = bytes / streams / 4;
+  for (int64_t at = 0; at < part; at += 4 * V::kRows) {
+    const uint32_t* words = static_cast<const uint32_t*>(p) + at;
+    for (int stream = 0; stream < streams; ++stream, words += part) {
+      if (prefetch)
+        for (int line = 0; line < V::kRows / 4; ++line)
+          V::prefetch_second(reinterpret_cast<const char*>(words) + kPrefetchBytes + 64 * line);
+      for (int c = 0; c < 4; ++c) acc[c] = V::add(acc[c], V::load(words + c * V::kRows));
+    }
   }
   const typename V::I sum = V::add(V::add(acc[0], acc[1]), V::add(acc[2], acc[3]));
   V::store(out, sum);

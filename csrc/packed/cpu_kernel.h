@@ -81,7 +81,8 @@ struct CpuKernels {
   RowPairsFn table[2][3][5];  // [bits 4, 3][mode][tokens 1, 2, 4, 6, 8 and more]
   QuantizeFn quantize;
   DequantizeFn dequantize;
-  void (*read)(const void* p, int64_t bytes, bool prefetch, uint32_t* out);  // every byte once: the benchmark's roof
+  // Every byte once, in so many streams side by side, `bytes` a multiple of 1024: the benchmark's roof.
+  void (*read)(const void* p, int64_t bytes, int streams, bool prefetch, uint32_t* out);
   int max_tokens;  // of one call of row_pairs
   int abreast;     // pairs that a call best reads side by side, 1 to kMaxAbreast
   bool by_token;   // how CpuTokens::plane lies
@@ -93,8 +94,8 @@ __attribute__((always_inline)) inline bool few_products(Mode mode, int64_t token
 }
 
 const CpuKernels* kernels_scalar();
-const CpuKernels* kernels_avx2();
-// `streams`: for few_products on processors that prefetch several streams better than one.
+// `streams`: for few products on processors that prefetch several streams better than one.
+const CpuKernels* kernels_avx2(bool streams);
 const CpuKernels* kernels_avx512(bool streams);
 const CpuKernels* kernels_avx512vnni(bool streams);
 const CpuKernels* kernels_amx(Mode mode, int64_t tokens);  // null if the compiler did not know AMX

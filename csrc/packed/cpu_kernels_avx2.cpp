@@ -2,6 +2,7 @@
 // Row-tile kernels for AVX2 with FMA and F16C: eight rows to a vector, eight sums in registers at a time.
 #include <immintrin.h>
 
+#define DISCQUANT_UNROLL_PAIRS _Pragma("GCC unroll 1")  // kPairsLooped
 #include "packed/cpu_row_tile.h"
 
 namespace discquant {
@@ -19,8 +20,8 @@ struct Vectors256 {
   // 10 to 14 % faster from four tokens on, as much slower with one.
   static constexpr bool kWide = true;
   // Zen 3, one token, all in turn on all buffers: pages alone take 1.6 of its time.
-  static constexpr bool kPrefetchAlways = true;
-  static constexpr bool kTwoLevels = false;
+  static constexpr Prefetch kPrefetch = Prefetch::kLines;
+  static constexpr bool kPairsLooped = true;
   using I = __m256i;
   using F = __m256;
   using Table = int;
@@ -109,9 +110,31 @@ struct Vectors256 {
   }
 };
 
+// Zen 3 finds four streams by itself: with lines asked for as well, early or shortly before their use, a15 took 3 to 15 %
+// longer, with pages 18 to 25 %.
+struct FoundStreams : Vectors256 {
+  static constexpr Prefetch kPrefetch = Prefetch::kNone;
+};
+
+// One token on Zen 3, both in turn on all buffers, four shapes: 0.72 to 0.92 of the time at 4 bits, 0.77 to 0.97 at 3 bits with
+// two threads; with one 0.93 to 0.95 for a8, but 1.02 to 1.06 for a15, which products bound there (and a8 too, 1.1, while
+// something else slowed the processor). Two and four tokens, bound by products, took up to 1.1.
+CpuKernels one_token_in_streams() {
+  CpuKernels kernels = *make_kernels<Vectors256>();
+  kernels.abreast = kMaxAbreast;
+  kernels.table[0][0][0] = integer_abreast<FoundStreams, 4, 1, 1, kMaxAbreast>;
+  kernels.table[0][1][0] = integer_abreast<FoundStreams, 4, 2, 1, kMaxAbreast>;
+  kernels.table[1][0][0] = integer_abreast<FoundStreams, 3, 1, 1, kMaxAbreast>;
+  kernels.table[1][1][0] = integer_abreast<FoundStreams, 3, 2, 1, kMaxAbreast>;
+  return kernels;
+}
+
 }  // namespace
 
-const CpuKernels* kernels_avx2() { return make_kernels<Vectors256>(); }
+const CpuKernels* kernels_avx2(bool streams) {
+  static const CpuKernels several = one_token_in_streams();
+  return streams ? &several : make_kernels<Vectors256>();
+}
 
 }  // namespace packed
 }  // namespace discquant

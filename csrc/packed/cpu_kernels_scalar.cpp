@@ -22,8 +22,8 @@ struct VectorsScalar {
   static constexpr bool kWordByWord = false;
   static constexpr bool kBitMatrices = false;
   static constexpr bool kWide = false;
-  static constexpr bool kPrefetchAlways = false;
-  static constexpr bool kTwoLevels = false;
+  static constexpr Prefetch kPrefetch = Prefetch::kNone;
+  static constexpr bool kPairsLooped = false;
   typedef int32_t I __attribute__((vector_size(64)));
   typedef uint32_t U __attribute__((vector_size(64)));
   typedef float F __attribute__((vector_size(64)));

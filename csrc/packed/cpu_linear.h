@@ -38,13 +38,14 @@ struct CpuLinear {
 // The best set of instructions of this processor, and whether it has a given one.
 Isa best_isa();
 bool has_isa(Isa isa);
-const CpuKernels* kernels_for(Isa isa, Mode mode, int64_t tokens);
+// For this call; what works element by element is the same for all.
+const CpuKernels* kernels_for(Isa isa, Mode mode = Mode::kFp32, int64_t tokens = 1);
 
 void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel& parallel);
 
-// Reads `bytes` (a multiple of 4096) once with all threads, as fast as loads go, with or without prefetches: the
-// roof of the benchmark.
-uint32_t stream_read_cpu(const void* p, int64_t bytes, bool prefetch, const Parallel& parallel);
+// Reads `bytes` (a multiple of 4096) once with all threads, as fast as loads go: the roof of the benchmark. A thread takes one
+// stream of 64 KiB at a time or four side by side, with or without prefetches.
+uint32_t read_memory_cpu(const void* p, int64_t bytes, int streams, bool prefetch, const Parallel& parallel);
 
 // codes [n][k] uint8 -> a runtime layout. Padding gets q = zero point. False if a code does not fit in `bits`.
 bool pack_cpu(const uint8_t* codes, const uint8_t* zero_point, int64_t n, int64_t k, int bits, int64_t group_size,

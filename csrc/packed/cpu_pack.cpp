@@ -187,7 +187,7 @@ void dequantize_cpu(const CpuDequantize& call, const Parallel& parallel) {
   const int64_t groups = ceil_div(call.k, size);
   const int64_t span = size < kTileK ? size : kTileK;
   const float middle = static_cast<float>(1 << (call.bits - 1));
-  const DequantizeFn dequantize = kernels_for(best_isa(), Mode::kFp32, 1)->dequantize;
+  const DequantizeFn dequantize = kernels_for(best_isa())->dequantize;
   const int64_t width = call.type == DType::kFloat32 ? 4 : 2;
   const int64_t first_tile = call.row_begin / kTileRows;
   for_range(ceil_div(call.row_end, kTileRows) - first_tile, parallel, [&](int64_t t) {

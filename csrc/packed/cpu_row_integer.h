@@ -75,8 +75,9 @@ __attribute__((always_inline)) inline void integer_quad(const uint32_t* words, c
 }
 
 // Integer modes, blocks `at` to `end` of K; the sums of earlier blocks are there. kStrips strips are taken together, so
-// that one broadcast of the activations serves all; and those of kAbreast neighbouring pairs in turn, quad by quad.
-template <class V, int kBits, int kPlanes, int kTokens, int kStrips, int kAbreast = 1>
+// that one broadcast of the activations serves all; then, for every quad, the kTurns times as many that follow them in a
+// pair, and those of kAbreast neighbouring pairs.
+template <class V, int kBits, int kPlanes, int kTokens, int kStrips, int kTurns = 1, int kAbreast = 1>
 __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, const CpuTokens& x, const Strips& strips,
                                                           Place at, int64_t end) {
   using I = typename V::I;
@@ -85,24 +86,25 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
   constexpr bool kWide = takes_pairs<V>(kPlanes, kTokens);
   constexpr int kSweeps = kWide ? 1 : kPlanes;
   // Few sums leave the multiplier idle while it waits for its own result: split them (integers, so exactly).
-  constexpr int kSums = kAbreast * kStrips * kTokens * kSweeps;
+  constexpr int kSums = kAbreast * kTurns * kStrips * kTokens * kSweeps;
   constexpr int kChains = V::kSlowSums ? (kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1) : 1;
   // One token of 8 bits reads as fast as plain loads do, and there the processor's own prefetching is best left alone but
   // for pages, where it stops: on Zen 4 15 to 20 % faster at 4 bits than with every line asked for, up to 14 % at 3. With
   // more tokens it is the other way round, by 6 to 35 %, and with two planes at 3 bits, by 10 to 25 %; two planes at 4 bits
   // gain 5 % or lose 6 by the layer (all kernels in turn on all buffers: where one lies moves a time by as much).
-  constexpr bool kPages = !V::kPrefetchAlways && kPlanes == 1 && kTokens == 1;
+  constexpr bool kPages = V::kPrefetch == Prefetch::kPages && kPlanes == 1 && kTokens == 1;
   constexpr int kStride = 2 * (kBits == 4 ? 4 : 3) * kTileRows;  // to the same rows of the next quad
   const bool first = kStrips * V::kRows >= kTileRows || strips.first;
   const int64_t quads = w.block_size / kQuadK;
   const int64_t pair_words = 2 * w.k_tiles * tile_words(kBits), pair_scales = w.groups * kPairRows;
   constexpr int kPairSums = 2 * kTokens * kTileRows;
+  constexpr int kAll = kTurns * kStrips;  // strips of a pair
   const uint32_t* words = strips.words + at.block * quads * kStride;
-  F total[kAbreast][kStrips][kTokens];
-  DISCQUANT_UNROLL
+  F total[kAbreast][kAll][kTokens];
+  DISCQUANT_UNROLL_PAIRS
   for (int a = 0; a < kAbreast; ++a)
     DISCQUANT_UNROLL
-    for (int s = 0; s < kStrips; ++s)
+    for (int s = 0; s < kAll; ++s)
       DISCQUANT_UNROLL
       for (int m = 0; m < kTokens; ++m) {
         const float* sum = strips.sums + a * kPairSums + strip_sums<V>(s, kTokens) + m * kTileRows;
@@ -113,11 +115,11 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
   DISCQUANT_UNROLL
   for (int p = 0; p < kSweeps; ++p) plane[p] = x.plane[p] + at.block * quads * kQuadValues;
   for (; at.block < end; at.next(w)) {
-    I acc[kAbreast][kStrips][kSweeps][kTokens][kChains];
-    DISCQUANT_UNROLL
+    I acc[kAbreast][kAll][kSweeps][kTokens][kChains];
+    DISCQUANT_UNROLL_PAIRS
     for (int a = 0; a < kAbreast; ++a)
       DISCQUANT_UNROLL
-      for (int s = 0; s < kStrips; ++s)
+      for (int s = 0; s < kAll; ++s)
         DISCQUANT_UNROLL
         for (int p = 0; p < kSweeps; ++p)
           DISCQUANT_UNROLL
@@ -125,24 +127,27 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
             DISCQUANT_UNROLL
             for (int c = 0; c < kChains; ++c) acc[a][s][p][m][c] = V::set1(0);
     for (int64_t quad = 0; quad < quads; ++quad) {
-      DISCQUANT_UNROLL
+      DISCQUANT_UNROLL_PAIRS
       for (int a = 0; a < kAbreast; ++a) {
         const uint32_t* from = words + a * pair_words;
         if (kPages) prefetch_page<V>(from);
         DISCQUANT_UNROLL
-        for (int s = 0; s < kStrips; ++s)
+        for (int s = 0; s < kAll; ++s)
           if (!kPages && s * V::kRows % kTileRows == 0 && first)
             prefetch_strip<V, kBits>(from + strip_words<V, kBits>(s), kAbreast == 1 ? kPrefetchBytes : kPrefetchAbreast);
-        integer_quad<V, kBits, kSweeps, kTokens, kStrips, kChains, kWide>(from, plane, acc[a]);
+        DISCQUANT_UNROLL
+        for (int s = 0; s < kAll; s += kStrips)
+          integer_quad<V, kBits, kSweeps, kTokens, kStrips, kChains, kWide>(from + strip_words<V, kBits>(s), plane,
+                                                                           acc[a] + s);
       }
       words += kStride;
       DISCQUANT_UNROLL
       for (int p = 0; p < kSweeps; ++p) plane[p] += kQuadValues;
     }
-    DISCQUANT_UNROLL
+    DISCQUANT_UNROLL_PAIRS
     for (int a = 0; a < kAbreast; ++a)
       DISCQUANT_UNROLL
-      for (int s = 0; s < kStrips; ++s) {
+      for (int s = 0; s < kAll; ++s) {
         const int64_t place = strips.scale + a * pair_scales + at.group * kPairRows + s * V::kRows;
         if (s * V::kRows % kTileRows == 0 && first) prefetch_scale<V>(w, place);
         const F scale = load_scale<V>(w, place);
@@ -167,10 +172,10 @@ __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, co
         }
       }
   }
-  DISCQUANT_UNROLL
+  DISCQUANT_UNROLL_PAIRS
   for (int a = 0; a < kAbreast; ++a)
     DISCQUANT_UNROLL
-    for (int s = 0; s < kStrips; ++s)
+    for (int s = 0; s < kAll; ++s)
       DISCQUANT_UNROLL
       for (int m = 0; m < kTokens; ++m)
         V::store_float(strips.sums + a * kPairSums + strip_sums<V>(s, kTokens) + m * kTileRows, total[a][s][m]);
@@ -206,11 +211,14 @@ void integer_pairs(const CpuWeight& w, const CpuTokens& x, int64_t pair, int pai
 // kAbreast pairs side by side, each a stream of its own to the processor's prefetching.
 template <class V, int kBits, int kPlanes, int kTokens, int kAbreast>
 void integer_abreast(const CpuWeight& w, const CpuTokens& x, int64_t pair, int pairs, float* out) {
-  static_assert(kAbreast * 2 * kTileRows / V::kRows * kPlanes * kTokens <= V::kSums, "more sums than registers");
+  // Strips that registers hold at a time: those of all pairs, or of one tile where looped pairs keep their sums in memory.
+  constexpr int kPair = 2 * kTileRows / V::kRows;
+  constexpr int kStrips = V::kPairsLooped ? kPair / 2 : kPair;
+  static_assert((V::kPairsLooped ? 1 : kAbreast) * kStrips * kPlanes * kTokens <= V::kSums, "more sums than registers");
   for (; pairs >= kAbreast; pairs -= kAbreast, pair += kAbreast, out += kAbreast * 2 * kTokens * kTileRows) {
     const Strips strips{w.words + tile_offset(kLayoutCpu, kBits, 2 * pair, 0, w.k_tiles),
                         scale_offset(kLayoutCpu, pair * kPairRows, 0, w.groups), out, true};
-    integer_strips<V, kBits, kPlanes, kTokens, 2 * kTileRows / V::kRows, kAbreast>(w, x, strips,
+    integer_strips<V, kBits, kPlanes, kTokens, kStrips, kPair / kStrips, kAbreast>(w, x, strips,
                                                                                   Place{0, 0, w.group_size}, w.blocks);
   }
   integer_pairs<V, kBits, kPlanes, kTokens>(w, x, pair, pairs, out);

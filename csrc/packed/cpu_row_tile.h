@@ -50,8 +50,7 @@ CpuKernels with_streams(CpuKernels kernels) {
 // V where the processor prefetches streams: every line is asked for, at two distances.
 template <class V>
 struct InStreams : V {
-  static constexpr bool kPrefetchAlways = true;
-  static constexpr bool kTwoLevels = true;
+  static constexpr Prefetch kPrefetch = Prefetch::kTwoLevels;
 };
 
 // `streams`: those for few_products in several streams.

@@ -7,8 +7,8 @@
 //   kWordByWord      words of a quad are loaded one by one, for want of registers
 //   kBitMatrices     `steal` leaves the bits of word 3 where they lie for V::half_codes to order; integer modes only
 //   kWide            a15 of four tokens or more goes by products of 16 bits (takes_pairs)
-//   kPrefetchAlways  one token of 8 bits too asks for every line, not for pages alone
-//   kTwoLevels       lines are asked for twice, early into the second-level cache and shortly before into the first
+//   kPrefetch        what it asks for ahead
+//   kPairsLooped     pairs abreast are too many for its registers: their sums are kept in memory
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,13 @@
 namespace discquant {
 namespace packed {
 namespace {
+
+enum class Prefetch {
+  kNone,       // nothing: the processor sees the streams
+  kLines,      // every line, early, into the second-level cache
+  kPages,      // likewise, but one token of 8 bits asks for pages alone
+  kTwoLevels,  // every line twice, shortly before its use into the first-level cache too
+};
 
 // The four virtual words of a quad: 32 codes of each of V::kRows rows. With kBitMatrices the last is for `half_codes` only.
 template <class V, int kBits>
@@ -81,6 +88,10 @@ __attribute__((always_inline)) inline void prefetch_page(const uint32_t* p) {
 #ifndef DISCQUANT_UNROLL
 #define DISCQUANT_UNROLL _Pragma("GCC unroll 8")
 #endif
+// Pairs abreast likewise, but with kPairsLooped.
+#ifndef DISCQUANT_UNROLL_PAIRS
+#define DISCQUANT_UNROLL_PAIRS DISCQUANT_UNROLL
+#endif
 
 // The lines of a strip that begins a row tile, so many bytes ahead.
 template <class V, int kBits>
@@ -88,8 +99,8 @@ __attribute__((always_inline)) inline void prefetch_strip(const uint32_t* p, int
   const char* line = reinterpret_cast<const char*>(p);
   DISCQUANT_UNROLL
   for (int i = 0; i < (kBits == 4 ? 4 : 3); ++i, line += 64) {
-    V::prefetch_second(line + ahead);
-    if (V::kTwoLevels) V::prefetch_first(line + kPrefetchNear);
+    if (V::kPrefetch != Prefetch::kNone) V::prefetch_second(line + ahead);
+    if (V::kPrefetch == Prefetch::kTwoLevels) V::prefetch_first(line + kPrefetchNear);
   }
 }
 

@@ -144,11 +144,13 @@ Tensor dequantize(const Tensor& words, const Tensor& scale, const std::optional<
   return out;
 }
 
-Tensor stream_read(const Tensor& t, bool prefetch) {
+Tensor read_memory(const Tensor& t, int64_t streams, bool prefetch) {
   const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && bytes % 4096 == 0, "stream_read: needs contiguous pages");
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && bytes % 4096 == 0, "read_memory: needs contiguous pages");
+  STD_TORCH_CHECK(streams == 1 || streams == 4, "read_memory: 1 stream or 4, got ", streams);
   Tensor out = torch::stable::new_empty(t, {1}, std::make_optional(ScalarType::Int));
-  *static_cast<uint32_t*>(out.mutable_data_ptr()) = stream_read_cpu(t.const_data_ptr(), bytes, prefetch, torch_threads());
+  *static_cast<uint32_t*>(out.mutable_data_ptr()) =
+      read_memory_cpu(t.const_data_ptr(), bytes, static_cast<int>(streams), prefetch, torch_threads());
   return out;
 }
 
@@ -163,7 +165,7 @@ STABLE_TORCH_LIBRARY_IMPL(discquant, CPU, m) {
   m.impl("unpack_dense", TORCH_BOX(&unpack_dense));
   m.impl("dequantize_packed", TORCH_BOX(&dequantize));
   m.impl("dequantize_packed_into", TORCH_BOX(&dequantize_into));
-  m.impl("stream_read", TORCH_BOX(&stream_read));
+  m.impl("read_memory", TORCH_BOX(&read_memory));
 }
 
 }  // namespace packed

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "packed/cpu_kernel.h"
+#include "packed/cpu_strips.h"
 
 namespace discquant {
 namespace packed {
@@ -25,8 +25,8 @@ struct Vectors512 {
   static constexpr bool kWordByWord = false;
   static constexpr bool kBitMatrices = false;
   static constexpr bool kWide = false;
-  static constexpr bool kPrefetchAlways = false;
-  static constexpr bool kTwoLevels = false;
+  static constexpr Prefetch kPrefetch = Prefetch::kPages;
+  static constexpr bool kPairsLooped = false;
   using I = __m512i;
   using F = __m512;
   using Table = __m512;

@@ -42,7 +42,7 @@ def _triton_launch(*args: Any) -> Tensor:
     return out
 
 
-def _stream_read_fake(t: Tensor, prefetch: bool) -> Tensor:
+def _read_memory_fake(t: Tensor, streams: int, prefetch: bool) -> Tensor:
     return t.new_empty((1,), dtype=torch.int32)
 
 
@@ -58,7 +58,9 @@ _triton_op = registry.define(
     _triton_launch,
 )
 # Reads a tensor once as fast as loads go: the roof that the benchmark divides by.
-_stream_read_op = registry.define("stream_read(Tensor t, bool prefetch) -> Tensor", _stream_read_fake, None)
+_read_memory_op = registry.define(
+    "read_memory(Tensor t, int streams, bool prefetch) -> Tensor", _read_memory_fake, None
+)
 
 
 def _check_weight(
