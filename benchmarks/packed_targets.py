@@ -118,7 +118,7 @@ def reading(rows: list[Row], tokens: int) -> dict[str, float]:
 
 
 def streamed(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """What a read in four streams gains over the faster plain one, the most; and of it what one token reaches, the least.
+    """The most that a read in four streams gains over the faster plain one, and the least of it that one token reaches.
 
     Per threads ``{"read": times as fast, "a8": share, "a15": share}``, at 4 bits; empty without such reads.
     """
