@@ -112,6 +112,31 @@ def _soft_linear(rows: list[Row]) -> list[Verdict]:
     return found
 
 
+def materialised_bound(rows: list[Row], tokens: int) -> float | None:
+    """The share of cuBLAS that is left where the weight is first written once at the speed of a copy.
+
+    Of 4-bit codes and 8-bit positions, so 1.5 bytes read and 2 written per weight; the copy is the one beside which
+    soft_weight was measured. The least over the shapes with so many tokens, None without rows.
+    """
+    rows = latest(rows)
+    copies = [
+        gb_s / share
+        for r in rows
+        if r["op"] == "soft_weight"
+        and (gb_s := _number(r, "gb_s"))
+        and (share := _number(r, "share_of_copy"))
+    ]
+    found = []
+    for row in rows:
+        ratio, ms = _number(row, "times_bare_matmul"), _number(row, "ms_p50")
+        here = (row["op"], row["provider"], row["mode"]) == ("soft_linear", "triton-materialise", "forward")
+        if here and copies and ratio and ms and row["shape"].startswith(f"{tokens}x"):
+            _, n, k = map(int, row["shape"].split("x"))
+            bare = ms / ratio
+            found.append(bare / (bare + 3.5 * n * k / max(copies) / 1e6))
+    return min(found, default=None)
+
+
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """All targets, from rows of one device."""
     rows = latest(rows)

@@ -157,7 +157,10 @@ const CpuKernels* kernels_for(Isa isa, Mode mode, int64_t tokens) {
 }
 
 void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel& parallel) {
-  const CpuKernels* kernels = kernels_for(isa, mode, call.tokens);
+  packed_linear_cpu(call, mode, *kernels_for(isa, mode, call.tokens), parallel);
+}
+
+void packed_linear_cpu(const CpuLinear& call, Mode mode, const CpuKernels& kernels, const Parallel& parallel) {
   const int64_t k = call.in_features;
   const int64_t group_size = call.group_size > 0 ? call.group_size : padded_k(k);
   CpuWeight weight{};
@@ -174,10 +177,10 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
   const int64_t width = weight.blocks * weight.block_size;
 
   // Groups of tokens, the last one padded up to the next kernel.
-  const int64_t most = kernels->max_tokens;
+  const int64_t most = kernels.max_tokens;
   const int64_t groups = ceil_div(call.tokens, most);
   const int planes = mode == Mode::kA15 ? 2 : 1;
-  const int64_t all = (groups - 1) * most + padded_tokens(*kernels, call.tokens - (groups - 1) * most);
+  const int64_t all = (groups - 1) * most + padded_tokens(kernels, call.tokens - (groups - 1) * most);
   const bool integer = mode != Mode::kFp32;
   auto codes = scratch<int8_t>(integer ? planes * width * all : 0);
   auto values = scratch<float>(integer ? 0 : width * all);
@@ -187,10 +190,10 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
   for_each(groups, call.tokens * width < 65536 ? Parallel{} : parallel, [&](int64_t g) {
     const int64_t first = g * most;
     const int64_t live = call.tokens - first < most ? call.tokens - first : most;
-    const int count = padded_tokens(*kernels, live);
-    const int64_t token_bytes = kernels->by_token ? weight.block_size : 4;
+    const int count = padded_tokens(kernels, live);
+    const int64_t token_bytes = kernels.by_token ? weight.block_size : 4;
     CodeStrides stride{4 * count, weight.block_size * count, width * count};
-    if (kernels->by_token) stride = {4, planes * weight.block_size * count, weight.block_size * count};
+    if (kernels.by_token) stride = {4, planes * weight.block_size * count, weight.block_size * count};
     int8_t* group_codes = codes.get() + planes * width * first;
     float* group_values = values.get() + (integer ? 0 : width * first);
     float* group_step = step.get() + weight.blocks * first;
@@ -199,7 +202,7 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
     for (int64_t m = 0; m < live; ++m) {
       row_to_float(call.x, call.x_type, (first + m) * call.x_stride, k, row.get());
       if (integer) {
-        kernels->quantize(row.get(), weight.blocks, weight.block_size, planes, static_cast<int>(m), count, stride,
+        kernels.quantize(row.get(), weight.blocks, weight.block_size, planes, static_cast<int>(m), count, stride,
                           group_codes + m * token_bytes, group_step, group_sum);
       } else {
         for (int64_t i = 0; i < width; ++i) group_values[i * count + m] = row[i];
@@ -209,7 +212,7 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
     t.tokens = count;
     t.live = static_cast<int>(live);
     t.plane[0] = reinterpret_cast<const int32_t*>(group_codes);
-    t.plane[1] = kernels->by_token ? nullptr : t.plane[0] + (planes == 2 ? width * count / 4 : 0);
+    t.plane[1] = kernels.by_token ? nullptr : t.plane[0] + (planes == 2 ? width * count / 4 : 0);
     t.values = group_values;
     t.step = group_step;
     t.sum = group_sum;
@@ -221,7 +224,7 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
   const int64_t pair_bytes = 2 * weight.k_tiles * tile_words(call.bits) * 4;
   const bool small = call.out_features * k * call.tokens < 65536;
   const int threads = small || parallel.run == nullptr ? 1 : parallel.threads;
-  const int64_t abreast = pairs >= 4 * kernels->abreast * threads ? kernels->abreast : 1;
+  const int64_t abreast = pairs >= 4 * kernels.abreast * threads ? kernels.abreast : 1;
   const int64_t chunk = ceil_div(std::max<int64_t>(1, 65536 / pair_bytes), abreast) * abreast;
   for_each(ceil_div(pairs, chunk), small ? Parallel{} : parallel, [&](int64_t c) {
     const int64_t end = (c + 1) * chunk < pairs ? (c + 1) * chunk : pairs;
@@ -230,7 +233,7 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel
       const int count = static_cast<int>(std::min(abreast, end - pair));
       for (int64_t g = 0; g < groups; ++g) {
         const CpuTokens& t = tokens[static_cast<size_t>(g)];
-        kernels->row_pairs(call.bits, mode, t.tokens)(weight, t, pair, count, out);
+        kernels.row_pairs(call.bits, mode, t.tokens)(weight, t, pair, count, out);
         for (int tile = 0; tile < 2 * count; ++tile) {
           const int64_t first = (2 * pair + tile) * kTileRows;
           const int64_t left = call.out_features - first;

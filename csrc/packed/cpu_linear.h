@@ -42,6 +42,8 @@ bool has_isa(Isa isa);
 const CpuKernels* kernels_for(Isa isa, Mode mode = Mode::kFp32, int64_t tokens = 1);
 
 void packed_linear_cpu(const CpuLinear& call, Mode mode, Isa isa, const Parallel& parallel);
+// With kernels of the caller's choice: those for streams where this processor would not take them, say.
+void packed_linear_cpu(const CpuLinear& call, Mode mode, const CpuKernels& kernels, const Parallel& parallel);
 
 // Reads `bytes` (a multiple of 4096) once with all threads, as fast as loads go: the roof of the benchmark. A thread takes one
 // stream of 64 KiB at a time or four side by side, with or without prefetches.

@@ -226,6 +226,23 @@ def test_targets(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[-1].startswith("MISSED")
 
 
+def test_bound_of_a_weight_that_passes_through_memory(
+    repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 ms of bare matmul; 200 M weights of 3.5 bytes at 1000 GB/s take 0.7 ms more. Other tokens do not count."""
+    targets = _load(repo_root, "targets", monkeypatch)
+    linear = {"provider": "triton-materialise", "mode": "forward"}
+    rows = [
+        _row("soft_weight", mode="forward", shape="8x8", gb_s="500", share_of_copy="0.5"),
+        _row("soft_linear", **linear, shape="4096x20000x10000", ms_p50="1.5", times_bare_matmul="1.5"),
+        _row("soft_linear", **linear, shape="4096x2000x10000", ms_p50="1.5", times_bare_matmul="1.5"),
+        _row("soft_linear", **linear, shape="16384x20000x10000", ms_p50="0.1", times_bare_matmul="1"),
+    ]
+    assert targets.materialised_bound(rows, 4096) == pytest.approx(1 / 1.7)
+    assert targets.materialised_bound(rows[1:], 4096) is None
+    assert targets.materialised_bound([], 4096) is None
+
+
 def test_tuning_writes_a_table_that_the_op_reads(
     repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,15 @@ struct Exact {
   int64_t size;
 };
 
+// Those of which a processor's maker decides how many streams they read.
+static std::vector<const CpuKernels*> vendor_kernels(bool streams) {
+  std::vector<const CpuKernels*> found;
+  if (has_isa(Isa::kAvx2)) found.push_back(kernels_avx2(streams));
+  if (has_isa(Isa::kAvx512)) found.push_back(kernels_avx512(streams));
+  if (has_isa(Isa::kAvx512Vnni)) found.push_back(kernels_avx512vnni(streams));
+  return found;
+}
+
 static void cpu_kernels() {
   // 1100 rows are enough for kernels that take several pairs of row tiles abreast, and leave some over.
   for (int64_t n : {1, 16, 33, 65, 1100}) {
@@ -143,6 +152,13 @@ static void cpu_kernels() {
                     first.data[i] = y.data[i];
                   else
                     CHECK(first.data[i] == y.data[i]);
+                }
+              }
+              // In one stream and in several, whichever this processor would take.
+              for (bool streams : {false, true}) {
+                for (const CpuKernels* kernels : vendor_kernels(streams)) {
+                  packed_linear_cpu(call, mode, *kernels, Parallel{});
+                  for (int64_t i = 0; i < y.size; ++i) CHECK(first.data[i] == y.data[i]);
                 }
               }
               if (mode == Mode::kA8) continue;
