@@ -236,8 +236,8 @@ def gpu() -> str:
         bound = targets.materialised_bound(rows, 4096)
         if bound is not None:
             table += (
-                f"\n\nAt 4096 tokens a weight written once at the copy's speed leaves soft_linear {bound:.3f} of cuBLAS: the\n"
-                "target is out of reach there for a weight that passes through memory."
+                f"\n\nAt 4096 tokens a weight written once at the copy's speed leaves soft_linear {bound:.3f} of "
+                "cuBLAS:\nthe target is out of reach there for a weight that passes through memory."
             )
         found.append(table)
     counted = _load(RESULTS / "step_traffic.json")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -62,9 +63,9 @@ def stream(
     """
     from transformers import TextStreamer
 
-    if temperature < 0 or max_new_tokens < 1:
+    if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise ValueError(
-            "generate: temperature must be at least 0 and max_new_tokens at least 1, "
+            "generate: temperature must be finite and at least 0, max_new_tokens at least 1, "
             f"got {temperature} and {max_new_tokens}"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,7 @@ enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Mode : int { kA8 = 0, kA15 = 1, kFp32 = 2 };
 enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAmx = 4 };
 
-// A weight in the kCpu layout. Scales and zero points: [padded_rows / 32][groups][32].
+// A weight in the kLayoutCpu layout. Scales and zero points: [padded_rows / 32][groups][32].
 struct CpuWeight {
   const uint32_t* words;
   const void* scale;

@@ -23,7 +23,7 @@ struct CpuLinear {
   int64_t x_stride;  // elements between rows of x; its columns are adjacent
   DType x_type;      // of x, bias and y
   int64_t tokens;
-  const uint32_t* words;  // kCpu layout
+  const uint32_t* words;  // kLayoutCpu layout
   const void* scale;
   const uint8_t* zero_point;
   DType scale_type;

@@ -46,7 +46,7 @@ void encode_tile(const uint8_t codes[kTileRows][kTileK], Layout layout, int bits
   }
 }
 
-// kCpu: the bytes of a word under 0x0f are four neighbours, those of the word shifted by four the next four.
+// kLayoutCpu: the bytes of a word under 0x0f are four neighbours, those of the word shifted by four the next four.
 template <int kBits>
 void decode_cpu_tile(const uint32_t* tile, uint8_t codes[kTileRows][kTileK]) {
   for (int row = 0; row < kTileRows; ++row) {

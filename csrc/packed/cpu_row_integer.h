@@ -74,9 +74,9 @@ __attribute__((always_inline)) inline void integer_quad(const uint32_t* words, c
           acc[s][p][m][c] = kWide ? part[s][p][m][c] : V::part_end(acc[s][p][m][c], part[s][p][m][c]);
 }
 
-// Integer modes, blocks `at` to `end` of K; the sums of earlier blocks are there. kStrips strips are taken together, so
-// that one broadcast of the activations serves all; then, for every quad, the kTurns times as many that follow them in a
-// pair, and those of kAbreast neighbouring pairs.
+// Integer modes, blocks `at` to `end` of K; the sums of earlier blocks are there. For every quad, kTurns sets of
+// kStrips strips, one after the other in a pair, take their turns in each of kAbreast neighbouring pairs. A set is taken
+// together, so that one broadcast of the activations serves it.
 template <class V, int kBits, int kPlanes, int kTokens, int kStrips, int kTurns = 1, int kAbreast = 1>
 __attribute__((always_inline)) inline void integer_strips(const CpuWeight& w, const CpuTokens& x, const Strips& strips,
                                                           Place at, int64_t end) {

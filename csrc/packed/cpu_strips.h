@@ -7,7 +7,7 @@
 //   kWordByWord      words of a quad are loaded one by one, for want of registers
 //   kBitMatrices     `steal` leaves the bits of word 3 where they lie for V::half_codes to order; integer modes only
 //   kWide            a15 of four tokens or more goes by products of 16 bits (takes_pairs)
-//   kPrefetch        what it asks for ahead
+//   kPrefetch        which words it asks for ahead; scales and zero points always
 //   kPairsLooped     pairs abreast are too many for its registers: their sums are kept in memory
 #pragma once
 
@@ -21,8 +21,8 @@ namespace packed {
 namespace {
 
 enum class Prefetch {
-  kNone,       // nothing: the processor sees the streams
-  kLines,      // every line, early, into the second-level cache
+  kNone,       // no words
+  kLines,      // every line of words, early, into the second-level cache
   kPages,      // likewise, but one token of 8 bits asks for pages alone
   kTwoLevels,  // every line twice, shortly before its use into the first-level cache too
 };

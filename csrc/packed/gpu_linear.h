@@ -12,7 +12,7 @@ struct CUstream_st;
 namespace discquant {
 namespace packed {
 
-// y[m][n] = sum_k x[m][k] * scale * (q - zero_point)[n][k] + bias[n]; kMma layout.
+// y[m][n] = sum_k x[m][k] * scale * (q - zero_point)[n][k] + bias[n]; kLayoutMma layout.
 struct GpuLinear {
   const void* x;      // 16-byte aligned, rows 16-byte aligned: x_stride and in_features multiples of 8
   int64_t x_stride;   // elements

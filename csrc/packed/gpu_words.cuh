@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A lane's words of one tile of the kMma layout: from memory into registers, and k16 step by step out of them.
+// A lane's words of one tile of the kLayoutMma layout: from memory into registers, and k16 step by step out of them.
 #pragma once
 
 #include "packed/gpu_primitives.cuh"

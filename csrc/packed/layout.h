@@ -19,13 +19,13 @@ namespace packed {
 // Raised whenever a stored buffer would decode differently.
 constexpr int kLayoutVersion = 1;
 
-// Order of codes inside a buffer. kMma feeds tensor cores, kCpu feeds 4-byte dot products.
+// Order of codes inside a buffer. kLayoutMma feeds tensor cores, kLayoutCpu feeds 4-byte dot products.
 enum Layout : int { kLayoutDense = 0, kLayoutMma = 1, kLayoutCpu = 2 };
 
 constexpr int kTileRows = 16;
 constexpr int kTileK = 128;
-constexpr int kBlockRows = 64;  // rows of one contiguous kMma block, and the padding of N in both layouts
-constexpr int kPairRows = 32;   // rows of one contiguous kCpu block: two tiles, interleaved quad by quad
+constexpr int kBlockRows = 64;  // rows of one contiguous kLayoutMma block, and the padding of N in both layouts
+constexpr int kPairRows = 32;   // rows of one contiguous kLayoutCpu block: two tiles, interleaved quad by quad
 constexpr int kQuadK = 32;      // codes of one row (or lane) that share the three stored words at 3 bits
 
 DISCQUANT_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -73,8 +73,8 @@ DISCQUANT_HD uint32_t steal_word(uint32_t w0, uint32_t w1, uint32_t w2) {
 // The inverse: what word c (0, 1, 2) of a quad carries for virtual word 3.
 DISCQUANT_HD uint32_t stolen_bits(uint32_t w3, int c) { return ((w3 >> c) & 0x11111111u) << 3; }
 
-// A code's place in a tile: `unit` is the lane (kMma) or the row (kCpu), `word` the virtual word 0..7 of a lane
-// (kMma) or 0..15 of a row (kCpu), `nibble` 0..7 in it.
+// A code's place in a tile: `unit` is the lane (kLayoutMma) or the row (kLayoutCpu), `word` the virtual word 0..7 of a lane
+// (kLayoutMma) or 0..15 of a row (kLayoutCpu), `nibble` 0..7 in it.
 struct TilePlace {
   int unit;
   int word;
@@ -117,8 +117,8 @@ DISCQUANT_HD int unit_words(Layout layout) { return layout == kLayoutMma ? 8 : 1
 // Stored words of a quad: at 3 bits the fourth is stolen from the others.
 DISCQUANT_HD int quad_words(int bits) { return bits == 4 ? 4 : 3; }
 
-// Offset, from the start of a tile, of stored word i of a unit. kMma, 4 bits: two 16-byte loads per lane; 3 bits: one of
-// 16 bytes, one of 8. kCpu: a quad's words of 16 rows, then the same quad of the other tile of the pair.
+// Offset, from the start of a tile, of stored word i of a unit. kLayoutMma, 4 bits: two 16-byte loads per lane; 3 bits: one of
+// 16 bytes, one of 8. kLayoutCpu: a quad's words of 16 rows, then the same quad of the other tile of the pair.
 DISCQUANT_HD int stored_offset(Layout layout, int bits, int unit, int i) {
   if (layout == kLayoutCpu) {
     const int words = quad_words(bits);

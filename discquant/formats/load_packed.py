@@ -87,7 +87,8 @@ def load_packed_model(
         trust_remote_code: Passed to transformers.
 
     Returns:
-        The model in evaluation mode, with its `PackedReport` as `packed_report`; None if the file is of another kind,
+        The model in evaluation mode, with its `PackedReport` as `packed_report` and a `save_pretrained` that refuses
+        (NotImplementedError); None if the file is of another kind,
         or transformers names its weights differently (mixtures of experts, say): that model needs plain weights.
 
     Raises:
@@ -159,7 +160,15 @@ def load_packed_model(
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.packed_report = report
+    model.save_pretrained = functools.partial(_refuse_saving, str(folder))
     return (model if target is None else model.to(target)).eval()
+
+
+def _refuse_saving(folder: str, *args: Any, **kwargs: Any) -> None:
+    # transformers would write packed words under the names of weights, and later make new weights in their place.
+    raise NotImplementedError(
+        f"save_pretrained: a model on packed layers is not written; copy {folder}, or load it with mode='plain'"
+    )
 
 
 def _is_meta(value: object) -> bool:

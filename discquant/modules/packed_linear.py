@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from discquant.ops import pack as packing
-from discquant.ops.packed_linear import MODES, Mode, dequantize_packed, packed_linear
+from discquant.ops.packed_linear import MODES, Mode, check_packed, dequantize_packed, packed_linear
 
 
 def layout_for(device: torch.device) -> packing.Layout:
@@ -113,6 +113,26 @@ class PackedLinear(nn.Module):
             mode=self.mode, settled=self._settled,
         )  # fmt: skip
 
+    def forward_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Outputs `start` to `stop` of `forward`, from their rows alone where `start` is a multiple of 64."""
+        if start % packing.BLOCK_ROWS:
+            return self.forward(x)[..., start:stop]
+        # Both layouts hold block after block of 64 rows.
+        blocks = -(-self.out_features // packing.BLOCK_ROWS)
+        first, last = start // packing.BLOCK_ROWS, -(-stop // packing.BLOCK_ROWS)
+
+        def of_rows(buffer: Tensor) -> Tensor:
+            each = buffer.shape[0] // blocks
+            return buffer[first * each : last * each]
+
+        return packed_linear(
+            x, of_rows(self.words), of_rows(self.scale),
+            None if self.zero_point is None else of_rows(self.zero_point),
+            None if self.bias is None else self.bias[start:stop],
+            out_features=stop - start, in_features=self.in_features, num_bits=self.num_bits,
+            group_size=self.group_size, layout=self.layout, mode=self.mode, settled=self._settled,
+        )  # fmt: skip
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The served weight, [out_features, in_features]; a fresh full-size tensor, not kept."""
         return dequantize_packed(
@@ -133,29 +153,87 @@ class PackedLinear(nn.Module):
         )
         return f"{sizes}, {grid}, layout={self.layout}, mode={self.mode}"
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict must say besides the buffers."""
-        return {
-            "layout_version": packing.LAYOUT_VERSION, "layout": self.layout, "out_features": self.out_features,
-            "in_features": self.in_features, "num_bits": self.num_bits, "group_size": self.group_size,
-        }  # fmt: skip
+    def get_extra_state(self) -> Tensor:
+        """What a state dict must say besides the buffers, int64: version and code of the layout, sizes, grid.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Check that a loaded state fits this module; buffers of the other layout are repacked.
+        A tensor, so that safetensors can hold the whole state dict.
+        """
+        return torch.tensor([
+            packing.LAYOUT_VERSION, packing.LAYOUT_CODES[self.layout], self.out_features, self.in_features,
+            self.num_bits, self.group_size,
+        ])  # fmt: skip
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: `_load_from_state_dict` has read it before any buffer was touched."""
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        """Check a state whole, bring it into the layout of the device it goes to, then let torch take it over.
 
         Raises:
-            ValueError: Another layout version, size or grid; a scale that is not finite.
+            TypeError: A buffer is not a Tensor.
+            ValueError: Another layout version, size, grid or dtype (scales are not rounded to this module's); a scale
+                that is not finite; a zero point that is no code; some of the buffers without the others.
         """
-        if self.scale.device.type != "meta" and not bool(torch.isfinite(self.scale).all()):
-            raise ValueError("PackedLinear: scale of the loaded state must be = finite, got NaN or infinity")
-        for key, mine in self.get_extra_state().items():
-            if key != "layout" and state.get(key) != mine:
-                raise ValueError(
-                    f"PackedLinear: {key} of the loaded state must be = {mine}, got {state.get(key)}"
-                )
-        self.layout = state["layout"]
+        names = [name for name in ("words", "scale", "zero_point") if getattr(self, name) is not None]
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if not found:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+            return
+        if len(found) < len(names):
+            raise ValueError(f"PackedLinear: the loaded state must hold = {names}, got {list(found)}")
+        assign = bool(local_metadata.get("assign_to_params_buffers"))
+        layout = self._stated_layout(state_dict.get(f"{prefix}_extra_state"))
+        self._check_loaded(found, layout, assign)
+        home = (found["words"] if assign else self.words).device
+        target = layout if home.type == "meta" else layout_for(home)
+        ours = {prefix + name: self._in_layout(name, t, layout, target) for name, t in found.items()}
+        super()._load_from_state_dict({**state_dict, **ours}, prefix, local_metadata, *args)
+        self.layout = target
         self._settled = False
-        self._relayout()
+
+    def _stated_layout(self, extra: Tensor | None) -> packing.Layout:
+        """The layout that the extra state names; without one, this module's."""
+        if extra is None:
+            return self.layout
+        mine = self.get_extra_state().tolist()
+        if not isinstance(extra, Tensor) or extra.dtype != torch.int64 or extra.numel() != len(mine):
+            kind = f"{extra.dtype} {list(extra.shape)}" if isinstance(extra, Tensor) else type(extra).__name__
+            raise ValueError(f"PackedLinear: extra state must be = int64 [{len(mine)}], got {kind}")
+        keys = ("layout_version", "layout", "out_features", "in_features", "num_bits", "group_size")
+        stated = dict(zip(keys, extra.tolist(), strict=True))
+        names: dict[int, packing.Layout] = {code: name for name, code in packing.LAYOUT_CODES.items()}
+        for key, value in zip(keys, mine, strict=True):
+            expected = list(names) if key == "layout" else [value]
+            if stated[key] not in expected:
+                wanted = expected if key == "layout" else value
+                raise ValueError(
+                    f"PackedLinear: {key} of the loaded state must be = {wanted}, got {stated[key]}"
+                )
+        return names[stated["layout"]]
+
+    def _check_loaded(self, found: Mapping[str, Tensor], layout: packing.Layout, assign: bool) -> None:
+        """Refuse buffers that are not a weight of this module's size and grid."""
+        zero_point = found.get("zero_point")
+        check_packed(
+            "PackedLinear", found["words"], found["scale"], zero_point, self.out_features, self.in_features,
+            self.num_bits, self.group_size, layout,
+        )  # fmt: skip
+        scale = found["scale"]
+        if not assign and scale.dtype != self.scale.dtype:
+            raise ValueError(
+                f"PackedLinear: scale of the loaded state must have dtype = {self.scale.dtype}, got {scale.dtype}"
+            )
+        if scale.device.type == "meta":
+            return
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError("PackedLinear: scale of the loaded state must be = finite, got NaN or infinity")
+        largest = 0 if zero_point is None else int(zero_point.max())
+        if largest >= 2**self.num_bits:
+            raise ValueError(
+                f"PackedLinear: zero_point of the loaded state must be below = {2**self.num_bits}, got {largest}"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         scale = self.scale
@@ -168,16 +246,26 @@ class PackedLinear(nn.Module):
 
     def _relayout(self) -> None:
         """Bring the buffers into the layout of the device they are on."""
-        layout = layout_for(self.words.device)
-        if layout == self.layout or self.words.device.type == "meta":
+        if self.words.device.type == "meta":
             return
-        self.words = packing.repack(
-            self.words, out_features=self.out_features, in_features=self.in_features, num_bits=self.num_bits,
-            layout=self.layout, new_layout=layout,
-        )  # fmt: skip
-        for name in ("scale", "zero_point"):
-            packed = getattr(self, name)
-            if packed is not None:
-                plain = packing.unpack_groups(packed, out_features=self.out_features)
-                setattr(self, name, packing.pack_groups(plain, layout=layout))
+        layout = layout_for(self.words.device)
+        for name in ("words", "scale", "zero_point"):
+            buffer = getattr(self, name)
+            setattr(
+                self, name, None if buffer is None else self._in_layout(name, buffer, self.layout, layout)
+            )
         self.layout = layout
+
+    def _in_layout(
+        self, name: str, buffer: Tensor, layout: packing.Layout, new_layout: packing.Layout
+    ) -> Tensor:
+        """A buffer of `layout` in `new_layout`."""
+        if layout == new_layout:
+            return buffer
+        if name == "words":
+            return packing.repack(
+                buffer, out_features=self.out_features, in_features=self.in_features, num_bits=self.num_bits,
+                layout=layout, new_layout=new_layout,
+            )  # fmt: skip
+        plain = packing.unpack_groups(buffer, out_features=self.out_features)
+        return packing.pack_groups(plain, layout=new_layout)

@@ -60,7 +60,9 @@ class FusedProjection(nn.Module):
     """One of several projections of the same activations, computed together by its siblings' first caller.
 
     The first sibling to see a tensor multiplies all rows at once and keeps the result until every sibling has taken its
-    part. Each thread has its own result; a tensor that is changed in place or called twice is computed again.
+    part. Each thread has its own result; a tensor that is changed in place or called twice is computed again. What
+    torch does not count as a change is not seen: a write through `.data`, or into a tensor made under
+    `torch.inference_mode`. In a graph of `torch.compile` every sibling multiplies its own rows.
     """
 
     def __init__(self, shared: _Shared, index: int) -> None:
@@ -104,16 +106,23 @@ class _Shared:
         self.__init__(**state)  # type: ignore[misc]
 
     def take(self, x: Tensor, index: int) -> Tensor:
+        if torch.compiler.is_compiling():  # nothing can be kept from one call to the next inside a graph
+            first = sum(self.sizes[:index])
+            return self.packed.forward_rows(x, first, first + self.sizes[index])
         local = self._local
-        key = (x, None if x.is_inference() else x._version)
-        kept = getattr(local, "key", None)
-        if kept is None or kept[0] is not x or kept[1] != key[1] or local.parts[index] is None:
-            local.key = key
-            local.parts = list(self.packed(x).split(self.sizes, dim=-1))
-        part: Tensor = local.parts[index]
-        local.parts[index] = None
-        if all(other is None for other in local.parts):
-            del local.key, local.parts
+        version = None if x.is_inference() else x._version
+        parts: list[Tensor | None]
+        kept, of_version, parts = getattr(local, "kept", (None, None, []))
+        if kept is not x or of_version != version or parts[index] is None:
+            # An error below must leave nothing behind, least of all the outputs of another input.
+            local.kept = (None, None, [])
+            parts = list(self.packed(x).split(self.sizes, dim=-1))
+            local.kept = (x, version, parts)
+        part = parts[index]
+        assert part is not None
+        parts[index] = None
+        if all(other is None for other in parts):
+            local.kept = (None, None, [])
         return part
 
 
@@ -131,7 +140,8 @@ def load_packed(
             by one, so a generator keeps the peak at a few layers.
         device: Where the packed layers go; None is where the codes are.
         mode: As for `packed_linear`.
-        fuse: Compute q/k/v and gate/up of a block together where their grids agree.
+        fuse: Compute q/k/v and gate/up of a block together where their grids agree: for blocks that hand siblings one
+            and the same tensor and write nothing into it in between.
 
     Returns:
         Counts and bytes.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from discquant.ops.reference import pack as reference
 Layout = Literal["mma", "cpu"]
 # Version of both runtime layouts; csrc/packed/layout.h has the same number, and a test compares them.
 LAYOUT_VERSION = 1
-LAYOUT_CODES = {"mma": 1, "cpu": 2}
+LAYOUT_CODES: dict[Layout, int] = {"mma": 1, "cpu": 2}
+BLOCK_ROWS = (
+    reference.BLOCK_ROWS
+)  # a whole number of these is one contiguous run of words, scales and zero points
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -61,8 +64,15 @@ _unpack_dense_op = registry.define(
 )
 
 
+def _require_int(op: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+        registry.require(whole and value < 2**31, op, name, "be an int below", 2**31, value)
+
+
 def check_grid(op: str, num_bits: int, group_size: int, layout: str) -> None:
     """Validate what all packed ops share."""
+    _require_int(op, num_bits=num_bits, group_size=group_size)
     registry.require(num_bits in (3, 4), op, "num_bits", "be one of", [3, 4], num_bits)
     known = group_size in (-1, 32, 64) or (group_size > 0 and group_size % 128 == 0)
     registry.require(known, op, "group_size", "be 32, 64, a multiple of 128 or", -1, group_size)
@@ -71,6 +81,7 @@ def check_grid(op: str, num_bits: int, group_size: int, layout: str) -> None:
 
 def check_words(op: str, words: Tensor, out_features: int, in_features: int, num_bits: int) -> None:
     """Validate the size of a packed buffer: neither truncated nor overlong."""
+    _require_int(op, out_features=out_features, in_features=in_features)
     registry.require(out_features >= 0, op, "out_features", "be at least", 0, out_features)
     registry.require(in_features >= 1, op, "in_features", "be at least", 1, in_features)
     registry.require_dtype(op, "words", words, (torch.int32,))

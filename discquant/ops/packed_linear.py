@@ -63,10 +63,11 @@ _read_memory_op = registry.define(
 )
 
 
-def _check_weight(
+def check_packed(
     op: str, words: Tensor, scale: Tensor, zero_point: Tensor | None, out_features: int, in_features: int,
     num_bits: int, group_size: int, layout: str,
 ) -> None:  # fmt: skip
+    """Validate a packed weight: dtypes, exact sizes, one device."""
     registry.require_tensors(op, words=words, scale=scale, zero_point=zero_point)
     check_grid(op, num_bits, group_size, layout)
     check_words(op, words, out_features, in_features, num_bits)
@@ -130,7 +131,7 @@ def dequantize_packed(
         RuntimeError: The requested impl cannot run here.
     """
     op = "dequantize_packed"
-    _check_weight(op, words, scale, zero_point, out_features, in_features, num_bits, group_size, layout)
+    check_packed(op, words, scale, zero_point, out_features, in_features, num_bits, group_size, layout)
     registry.require(dtype in X_DTYPES, op, "dtype", "be one of", list(X_DTYPES), dtype)
     first, last = (0, out_features) if rows is None else rows
     inside = 0 <= first <= last <= out_features and first % 16 == 0
@@ -210,7 +211,7 @@ def packed_linear(
     """
     op = "packed_linear"
     registry.require_tensors(op, x=x, bias=bias)
-    _check_weight(op, words, scale, zero_point, out_features, in_features, num_bits, group_size, layout)
+    check_packed(op, words, scale, zero_point, out_features, in_features, num_bits, group_size, layout)
     registry.require_dtype(op, "x", x, X_DTYPES)
     fits = x.dim() >= 1 and x.shape[-1] == in_features
     registry.require(fits, op, "x", "have shape [..., in_features]", ["...", in_features], x.shape)

@@ -201,6 +201,15 @@ def test_rejects_bad_input(tmp_path: Path) -> None:
     out = export(tmp_path, torch.float32, {})
     with pytest.raises(ConfigError, match=r"load: mode must be one of .*, got 'int8'"):
         discquant.load(out, mode="int8")  # type: ignore[arg-type]
+    for temperature in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="generate: temperature must be finite and at least 0"):
+            stream(out, "x", max_new_tokens=1, temperature=temperature, seed=0, device="cpu")
+    packed = discquant.load(out)
+    with pytest.raises(
+        NotImplementedError, match="save_pretrained: a model on packed layers .* mode='plain'"
+    ):
+        packed.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="generate: device must be cpu"):
             stream(out, "x", max_new_tokens=1, temperature=0.0, seed=0, device="cuda")

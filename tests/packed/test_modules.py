@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from discquant import _extension
 from discquant.formats.codes import QuantizedLinear
 from discquant.modules import FusedProjection, PackedLinear, load_packed
-from discquant.ops import pack as packing
 
 CPP = pytest.mark.skipif(not _extension.available(), reason="discquant._C is not built")
 
@@ -131,53 +130,6 @@ def test_no_full_precision_copy_survives() -> None:
 
 
 @CPP
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_state_dict_round_trip(symmetric: bool) -> None:
-    layer = coded("x", torch.randn(40, 100), symmetric=symmetric)
-
-    def module(codes: QuantizedLinear) -> PackedLinear:
-        return PackedLinear.from_codes(
-            codes.q, codes.scale, codes.zero_point, torch.zeros(40), num_bits=3, group_size=64
-        )
-
-    first = module(layer)
-    second = module(coded("x", torch.randn(40, 100), symmetric=symmetric))
-    second.load_state_dict(first.state_dict())
-    x = torch.randn(3, 100)
-    assert torch.equal(first(x), second(x))
-    assert torch.equal(second.dequantize(torch.float32), layer.dequantize(torch.float32))
-    state = first.state_dict()
-    state["_extra_state"] = state["_extra_state"] | {"layout_version": 99}
-    with pytest.raises(
-        (ValueError, RuntimeError), match="layout_version of the loaded state must be = 1, got 99"
-    ):
-        second.load_state_dict(state)
-    for name, damaged, message in (
-        ("words", first.words[:-1], "size mismatch for words"),
-        ("words", torch.cat([first.words, first.words]), "size mismatch for words"),
-        ("scale", first.scale[:, :1], "size mismatch for scale"),
-        ("scale", first.scale * float("nan"), "scale of the loaded state must be = finite"),
-    ):
-        with pytest.raises((ValueError, RuntimeError), match=message):
-            second.load_state_dict(first.state_dict() | {name: damaged})
-
-
-@CPP
-def test_state_of_the_other_layout_is_repacked() -> None:
-    layer = coded("x", torch.randn(40, 100))
-    module = PackedLinear.from_codes(layer.q, layer.scale, num_bits=3, group_size=64)
-    words = packing.pack(layer.q, num_bits=3, group_size=64, layout="mma")
-    foreign = PackedLinear(
-        words, packing.pack_groups(layer.scale, layout="mma"), out_features=40, in_features=100, num_bits=3,
-        group_size=64, layout="mma",
-    )  # fmt: skip
-    foreign.cpu()
-    assert foreign.layout == "cpu"
-    assert torch.equal(foreign.words, module.words)
-    assert torch.equal(foreign.scale, module.scale)
-
-
-@CPP
 def test_casts_leave_the_scales_alone() -> None:
     layer = coded("x", torch.randn(40, 100))
     module = PackedLinear.from_codes(
@@ -219,6 +171,71 @@ def test_fused_projections_follow_their_input() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(agrees, range(4)))
+
+
+def gate_and_up(rows: int = 128) -> tuple[nn.Module, nn.Module]:
+    """The same two projections fused and alone."""
+    parent = nn.Module()
+    for name in ("gate_proj", "up_proj"):
+        setattr(parent, name, nn.Linear(64, rows))
+    layers = [coded(name, getattr(parent, name).weight.detach()) for name in ("gate_proj", "up_proj")]
+    alone = copy.deepcopy(parent)
+    assert load_packed(parent, layers).fused == 1
+    load_packed(alone, layers, fuse=False)
+    return parent, alone
+
+
+@CPP
+def test_a_call_that_failed_leaves_no_outputs_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, alone = gate_and_up()
+    first, second = torch.randn(2, 2, 64)
+    fused.gate_proj(first)  # the other's outputs for `first` wait
+    with pytest.raises(ValueError, match="x must have a dtype"):
+        fused.gate_proj(second.double())
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedLinear, "forward", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            fused.gate_proj(second)
+    assert torch.equal(fused.up_proj(second), alone.up_proj(second))
+    with pytest.raises(ValueError, match="x must have a dtype"):
+        fused.up_proj(second.double())
+
+
+@CPP
+def test_inference_tensors_are_shared_by_identity() -> None:
+    """torch counts no changes of theirs: another tensor is computed again, a write into the same one is not seen."""
+    fused, alone = gate_and_up()
+    with torch.inference_mode():
+        x = torch.randn(2, 64)
+        expected = alone.up_proj(x)
+        fused.gate_proj(x)
+        assert torch.equal(fused.up_proj(x.clone()), expected)
+        fused.gate_proj(x)
+        x.mul_(2)
+        assert torch.equal(fused.up_proj(x), expected)
+        assert torch.equal(fused.up_proj(x), alone.up_proj(x))
+
+
+@CPP
+@pytest.mark.parametrize("rows", [128, 40])
+def test_fused_projections_compile_whole(rows: int) -> None:
+    """Inside a graph each takes its own rows; 40 begin in the middle of a block of 64, so all are multiplied."""
+    fused, alone = gate_and_up(rows)
+    seen: list[list[int]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.append([n.args[5] for n in graph.graph.nodes if "packed_linear" in str(n.target)])
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def block(x: Tensor) -> Tensor:
+        return fused.gate_proj(x) * fused.up_proj(x)
+
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert torch.equal(block(x), alone.gate_proj(x) * alone.up_proj(x))
+        assert torch.equal(fused.gate_proj(x), alone.gate_proj(x))
+    assert seen == [[128, 128] if rows == 128 else [40, 80]]
 
 
 @CPP
