@@ -206,7 +206,7 @@ def test_rejects_bad_input(tmp_path: Path) -> None:
             stream(out, "x", max_new_tokens=1, temperature=temperature, seed=0, device="cpu")
     packed = discquant.load(out)
     with pytest.raises(
-        NotImplementedError, match="save_pretrained: a model on packed layers .* mode='plain'"
+        NotImplementedError, match=r"save_pretrained: a model on packed layers .* mode='plain'"
     ):
         packed.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
