@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -14,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from discquant.ops.reference.settled import settled
 
 ZERO_DTYPES = (torch.uint8, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Impl = Literal["auto", "reference", "triton", "cpp"]
@@ -33,21 +34,16 @@ _HAS_TRITON = _installed("triton")
 _LIBRARY = torch.library.Library("discquant", "FRAGMENT")
 
 
-def _settled(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """A launcher that runs on the device of its first tensor, which Triton would not look at, and without autocast.
-
-    Matmuls inside would take autocast's dtype, and not the one that the fake promises.
-    """
+def _on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that runs on the device of its first tensor, which Triton would not look at."""
 
     @functools.wraps(launcher)
     def run(*args: Any) -> Any:
         device = next(argument.device for argument in args if isinstance(argument, Tensor))
-        with contextlib.ExitStack() as settings:
-            if device.type == "cuda" and device.index != torch.cuda.current_device():
-                settings.enter_context(torch.cuda.device(device))
-            if torch.is_autocast_enabled(device.type):
-                settings.enter_context(torch.autocast(device.type, enabled=False))
-            return launcher(*args)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return launcher(*args)
+        return launcher(*args)
 
     return run
 
@@ -67,7 +63,7 @@ def define(
     torch.library.register_fake(f"discquant::{name}", fake, lib=_LIBRARY)
     if launcher is not None:
         for key in keys:
-            _LIBRARY.impl(name, _settled(launcher), key)
+            _LIBRARY.impl(name, _on_device(settled(launcher)), key)
     handle: Callable[..., Any] = getattr(torch.ops.discquant, name).default
     return handle
 

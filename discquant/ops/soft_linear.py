@@ -158,7 +158,7 @@ def soft_linear(
         grid: dict[str, Any] = {"num_bits": num_bits, "group_size": group_size, "table": table}
         return reference.soft_linear(x, q_down, position, scale, zero_point, bias, **grid)
     args = (q_down, frac, scale, zero_point, table, bias, num_bits, group_size, is_reference, strategy)
-    y: Tensor = registry.differentiable(SoftLinearFunction, x.reshape(-1, x.shape[-1]), *args)
+    y: Tensor = registry.differentiable(SoftLinearFunction, reference.tokens(x), *args)
     return y.reshape(*x.shape[:-1], frac.shape[0])
 
 
@@ -208,10 +208,10 @@ def soft_linear_dx(
     check(op, q_down, frac, scale, zero_point, table, num_bits, group_size, None, is_reference)
     check_activation(op, "grad_output", grad_output, frac.shape[0])
     registry.require_device(op, q_down, grad_output=grad_output)
-    flat = grad_output.reshape(-1, frac.shape[0])
+    flat = reference.tokens(grad_output)
     weight = (q_down, frac, scale, zero_point, table, num_bits, group_size)
     if _choose(op, impl, strategy, grad_output) == "reference":
-        dx = flat @ reference_weight(*weight, flat.dtype, is_reference, False)
+        dx = reference.input_gradient(flat, reference_weight(*weight, flat.dtype, is_reference, False))
     else:
         dx = dx_op(flat, *weight, is_reference, strategy)
     return dx.reshape(*grad_output.shape[:-1], frac.shape[1])
@@ -267,7 +267,7 @@ def soft_linear_dfrac(
     registry.require_grid(op, q_down, scale, None, table, shape, num_bits, group_size)
     check_pair(op, grad_output, x, *shape)
     registry.require_device(op, q_down, grad_output=grad_output, x=x)
-    flat_y, flat_x = grad_output.reshape(-1, shape[0]), x.reshape(-1, shape[1])
+    flat_y, flat_x = reference.tokens(grad_output), reference.tokens(x)
     if _choose(op, impl, strategy, x) == "reference":
         whole = reference.weight_gradient(flat_y, flat_x)
         return reference.frac_gradient(whole, q_down, scale, table, group_size)
