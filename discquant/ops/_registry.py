@@ -135,6 +135,46 @@ def differentiable(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
+class _TwiceFunction(torch.autograd.Function):
+    """A gradient as it is, whose own backward refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor, *sources: Tensor | None) -> Tensor:
+        """`sources` are what the gradient depends on."""
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Refuse."""
+        raise NotImplementedError(f"{ctx.op}: order of the derivative must be at most = 1, got 2")
+
+
+def once(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a Function's backward: a second derivative raises NotImplementedError, where it would be wrong.
+
+    torch's `once_differentiable` lets it pass where the incoming gradient is a constant: then a term would be missing.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Any) -> Any:
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            # Compiled graphs have no second derivative, and torch says so itself.
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return results
+            sources = (*grads, *ctx.saved_tensors)
+            return tuple(
+                None if g is None else differentiable(_TwiceFunction, op, g.requires_grad_(), *sources)
+                for g in results
+            )
+
+        return run
+
+    return decorate
+
+
 def require(condition: bool, op: str, argument: str, contract: str, expected: object, actual: object) -> None:
     """Raise ValueError in the format of all ops unless `condition` holds."""
     if not condition:

@@ -93,11 +93,13 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, i
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shape, dtype or device of an argument is wrong, or no matrix of size n is known.
-        NotImplementedError: impl="cpp", or impl="triton" with over 2048 runs of up to 16384 values (8192 in float64).
+        NotImplementedError: A gradient of signs is asked for; impl="cpp", or impl="triton" with over 2048 runs of up to
+            16384 values (8192 in float64).
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Deterministic. Differentiable in x. Computed in float32 (float64 for float64), rounded once at the end.
+        Deterministic. Differentiable in x, any number of times. Computed in float32 (float64 for float64), rounded
+        once at the end.
 
     Source:
         Randomized Hadamard transform; matrices by Sylvester, Paley and Williamson.
@@ -116,6 +118,8 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, i
         )
         registry.require_dtype(_OP, "signs", signs, (torch.int8, *_DTYPES))
         registry.require_device(_OP, x, signs=signs)
+        if signs.requires_grad:
+            raise NotImplementedError(f"{_OP}: signs must be a constant = requires_grad False, got True")
     unsupported = f"{_runs(x)} runs" if _runs(x) > _MAX_RUNS else None
     use_triton = registry.choose(_OP, impl, x.device, triton=unsupported) == "triton"
     out: Tensor = registry.differentiable(HadamardFunction, x, signs, inverse, use_triton)

@@ -58,6 +58,7 @@ class LinearKLFunction(torch.autograd.Function):
         return loss, per_token, grad
 
     @staticmethod
+    @registry.once(_OP)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Scale the stored gradient."""
         (grad,) = ctx.saved_tensors
@@ -168,12 +169,12 @@ def linear_kl(
     Returns:
         LinearKLResult; per_token and loss in float32 (float64), grad_student in student.dtype, but in float32
         for float16, whose range it would leave; masked tokens have per_token 0 and gradient 0. The loss is
-        differentiable in `student`.
+        differentiable in `student`, once.
 
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree, or a scalar is out of range.
-        NotImplementedError: A gradient of teacher, weight or bias is asked for, or impl="cpp".
+        NotImplementedError: A gradient of teacher, weight or bias, or a second derivative, is asked for, or impl="cpp".
         RuntimeError: The requested impl cannot run here.
 
     Note:

@@ -40,6 +40,7 @@ class SoftLinearFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @registry.once(_OP)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Gradients of x, frac and bias, each only if it is needed."""
         x, q_down, frac, scale, zero_point, table = ctx.saved_tensors
@@ -134,13 +135,13 @@ def soft_linear(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: A gradient of scale or table is asked for, impl="cpp", or float64 is to be fused
-            on CUDA (Triton has no such matmul there).
+        NotImplementedError: A gradient of scale or table, or a second derivative of a kernel's result, is asked for;
+            impl="cpp", or float64 is to be fused on CUDA (Triton has no such matmul there).
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Deterministic. Differentiable in x, a floating `frac` and bias. Products accumulate in float32
-        (float64 for float64 x). With impl="reference" the strategy has no meaning.
+        Deterministic. Differentiable in x, a floating `frac` and bias, once (the reference: any number of times).
+        Products accumulate in float32 (float64 for float64 x). With impl="reference" the strategy has no meaning.
 
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.

@@ -76,6 +76,7 @@ class SoftWeightFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @registry.once(_OP)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Gradient of `frac` only."""
         nothing = (None,) * 8
@@ -158,11 +159,13 @@ def soft_weight(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: A gradient of scale or table is asked for, or of `frac` through impl="cpp".
+        NotImplementedError: A gradient of scale or table is asked for, or of `frac` through impl="cpp", or a second
+            derivative of a kernel's result.
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Deterministic. Differentiable in a floating `frac`; backward saves codes and scales, not the weight.
+        Deterministic. Differentiable in a floating `frac`, once (the reference: any number of times); backward saves
+        codes and scales, not the weight.
 
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.
