@@ -71,6 +71,7 @@ def _cpp_launch(
     return counts
 
 
+@torch.no_grad()
 def _run(
     frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor | None, group_size: int, options: StepOptions,
     momentum: Tensor | None, second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, impl: str,
@@ -106,11 +107,10 @@ def _run(
     second = second_moment if options.optimizer == "adamw" else None
     state = (frac, frac_ref, weight_grad, scale, first, second)
     scalars = flatten_options(options)
-    with torch.no_grad():
-        if chosen == "cpp":
-            return _cpp_launch(*state, group_size, *scalars)
-        counts: Tensor = _triton_op(*state, None if table is None else q_down, table, group_size, *scalars)
-        return counts
+    if chosen == "cpp":
+        return _cpp_launch(*state, group_size, *scalars)
+    counts: Tensor = _triton_op(*state, None if table is None else q_down, table, group_size, *scalars)
+    return counts
 
 
 def _cpp_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -178,8 +178,9 @@ def projected_step_(
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Deterministic; independent of tiling. Waits for the device to return the counts; see
-        `projected_step_deferred_`. float64 is computed by the reference on every device.
+        Deterministic; independent of tiling. Records no graph: `frac` may be a leaf that requires grad. Waits for the
+        device to return the counts; see `projected_step_deferred_`. float64 is computed by the reference on every
+        device.
 
     Source:
         DiscQuant, arXiv 2501.06417, update rule; 8-bit layout and hardening are this project's.
