@@ -195,6 +195,26 @@ def require_given(op: str, **arguments: object) -> None:
             raise TypeError(f"{op}: {name} must be of type = Tensor, got {type(value).__name__}")
 
 
+def require_numbers(op: str, kind: type, **arguments: object) -> None:
+    """Raise TypeError for the first argument that is no `kind`, float or int; a float may be given as an integer."""
+    for name, value in arguments.items():
+        known = isinstance(value, int) or (kind is float and isinstance(value, float))
+        if not known or isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be of type = {kind.__name__}, got {type(value).__name__}")
+
+
+def require_apart(op: str, argument: str, matrix: Tensor) -> None:
+    """Raise ValueError where elements of a matrix that is to be changed share an address: its threads would race."""
+    if matrix.is_contiguous():
+        return
+    (rows, cols), (row, col) = matrix.shape, matrix.stride()
+    by_row = row > col * (cols - 1) and (col > 0 or cols == 1)
+    by_column = col > row * (rows - 1) and (row > 0 or rows == 1)
+    require(
+        by_row or by_column, op, argument, "hold each element at", "its own address", f"strides {[row, col]}"
+    )
+
+
 def require_group_size(op: str, group_size: int) -> None:
     """Raise ValueError unless it is -1 or a positive integer."""
     whole = isinstance(group_size, int) and not isinstance(group_size, bool)

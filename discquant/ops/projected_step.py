@@ -172,8 +172,9 @@ def projected_step_(
         StepCounts over this tensor.
 
     Raises:
-        TypeError: An argument is not a Tensor, or options no StepOptions.
-        ValueError: Shapes, dtypes or devices disagree, a moment is missing, or a scalar is out of range.
+        TypeError: An argument is not a Tensor, options no StepOptions, or a scalar of it no number (no integer).
+        ValueError: Shapes, dtypes or devices disagree, a moment is missing, a scalar is out of range, or elements of
+            what is to be changed share an address.
         NotImplementedError: An explicit impl does not cover these dtypes or strides.
         RuntimeError: The requested impl cannot run here.
 

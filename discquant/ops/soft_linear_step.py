@@ -93,8 +93,9 @@ def soft_linear_step_(
         StepCounts over this tensor.
 
     Raises:
-        TypeError: An argument is not a Tensor.
-        ValueError: Shapes, dtypes or devices disagree.
+        TypeError: An argument is not a Tensor, options no StepOptions, or a scalar of it no number (no integer).
+        ValueError: Shapes, dtypes or devices disagree, a moment is missing, a scalar is out of range, or elements of
+            what is to be changed share an address.
         NotImplementedError: float64 with impl="triton", or impl="cpp".
         RuntimeError: The requested impl cannot run here.
 

@@ -103,7 +103,7 @@ def test_rejects_bad_input(make_state, step_options):
         ),  # type: ignore[arg-type]
         (
             ValueError,
-            "projected_step_: lr must be = finite, got nan",
+            "projected_step_: lr must in float32 be = finite, got nan",
             {"options": dataclasses.replace(step_options, lr=float("nan"))},
         ),
         (
@@ -128,12 +128,12 @@ def test_rejects_bad_input(make_state, step_options):
         ),
         (
             ValueError,
-            "projected_step_: eps must be at least = 0, got -1",
+            "projected_step_: eps must in float32 be finite and at least = 0, got -1",
             {"options": dataclasses.replace(step_options, eps=-1.0)},
         ),
         (
             ValueError,
-            "projected_step_: weight_decay must be finite and at least = 0, got -0.1",
+            "projected_step_: weight_decay must in float32 be finite and at least = 0, got -0.1",
             {"options": dataclasses.replace(step_options, weight_decay=-0.1)},
         ),
         (
@@ -143,7 +143,7 @@ def test_rejects_bad_input(make_state, step_options):
         ),
         (
             ValueError,
-            "projected_step_: moment_bound must be above = 0, got 0",
+            r"projected_step_: moment_bound must be in = \[2\^-100, 2\^100\], got 0",
             {"options": dataclasses.replace(step_options, moment_bound=0.0)},
         ),
         (ValueError, "projected_step_: group_size must be positive or = -1, got -2", {"group_size": -2}),
