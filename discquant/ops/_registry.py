@@ -16,6 +16,7 @@ from torch import Tensor
 
 from discquant.ops.reference.settled import settled
 
+# Floating as well: a zero may lie between codes.
 ZERO_DTYPES = (torch.uint8, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Impl = Literal["auto", "reference", "triton", "cpp"]
 

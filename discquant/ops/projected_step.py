@@ -160,8 +160,10 @@ def projected_step_(
         scale: Grid step in weight units, floating, [out_features, num_groups]; None where the gradient is by `frac`
             already (`soft_linear_dfrac`), so that Delta = 1.
         group_size: Columns per group, -1 for the row.
-        options: Scalars; `moment_bound` is the fixed scale of 8-bit moments, `first_index` the index of
-            element 0 in the unsharded tensor.
+        options: Scalars; `moment_bound` is the fixed scale of 8-bit moments. Element (row, column) takes the noise of
+            index first_index + row * in_features + column, with the in_features of this call: with `first_index` =
+            first row * in_features a block of whole rows steps as within the whole tensor. A block of columns does
+            not: its noise is another, as good.
         momentum: First moment, floating or int8, same shape (adamw, momentum, lion); changed in place.
         second_moment: Second moment, floating, or uint8 holding its root (adamw); changed in place.
         q_down: Lower grid code, uint8, one or two per byte; needed with a table, else not read.

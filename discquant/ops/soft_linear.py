@@ -120,7 +120,8 @@ def soft_linear(
         frac: Place between the neighbours, unitless in [0, 1]: floating, or uint8 / uint16 fixed point
             (code / 255, code / 65535), [out_features, in_features].
         scale: Grid step in weight units, floating, [out_features, num_groups].
-        zero_point: Code of weight zero, uint8, [out_features, num_groups]; None as in `soft_weight`.
+        zero_point: Code of weight zero, uint8, or floating where it is no integer, [out_features, num_groups]; None
+            as in `soft_weight`.
         bias: Floating, [out_features].
         num_bits: Code width, 2 to 8.
         group_size: Columns that share a scale; -1 is the whole row; the last group may be short.
