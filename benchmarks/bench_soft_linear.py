@@ -7,7 +7,13 @@ import pytest
 import torch
 from harness import DEVICE, GPU, measure, require_close, require_equal
 
-from discquant.ops import StepOptions, projected_step_deferred_, soft_linear, soft_linear_step_, soft_weight
+from discquant.ops import (
+    StepOptions,
+    projected_step_deferred_,
+    soft_linear,
+    soft_linear_step_deferred_,
+    soft_weight,
+)
 from discquant.ops.reference import soft_linear as reference
 
 # out_features, in_features of Llama-3 8B (70B in the full set)
@@ -115,7 +121,7 @@ def test_step(benchmark, provider, optimizer, shape, tokens):
     }  # fmt: skip
     gradient = lambda: torch.mm(dy.t(), x, out_dtype=torch.float32) if GPU else torch.mm(dy.t(), x)  # noqa: E731
     if provider == "triton-epilogue":
-        body = lambda: soft_linear_step_(dy, x, frac, ref, scale, **common)  # noqa: E731
+        body = lambda: soft_linear_step_deferred_(dy, x, frac, ref, scale, **common)  # noqa: E731
     else:
         body = lambda: projected_step_deferred_(frac, ref, gradient(), scale, **common)  # noqa: E731
 
@@ -128,7 +134,7 @@ def test_step(benchmark, provider, optimizer, shape, tokens):
             state = {name: t.clone() for name, t in (("momentum", first), ("second_moment", second))}
             codes.append(frac.clone())
             if fused:
-                soft_linear_step_(small_dy, small_x, codes[-1], ref, scale, **{**common, **state})
+                soft_linear_step_deferred_(small_dy, small_x, codes[-1], ref, scale, **{**common, **state})
             else:
                 projected_step_deferred_(codes[-1], ref, whole, scale, **{**common, **state})
         require_equal(*codes)

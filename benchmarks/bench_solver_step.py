@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import DEVICE, GPU, measure
 
-from discquant.ops import StepOptions, projected_step_deferred_, soft_linear_step_, soft_weight
+from discquant.ops import StepOptions, projected_step_deferred_, soft_linear_step_deferred_, soft_weight
 
 LINEARS = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)] if GPU else [(96, 64), (64, 128)]
 TOKENS = [4096, 16384] if GPU else [32]
@@ -103,7 +103,7 @@ def test_solver_step(benchmark, provider, tokens):
             torch.mm(layer["x"], student.t())
             torch.mm(layer["dy"], student)
             if provider == "triton-epilogue":
-                soft_linear_step_(
+                soft_linear_step_deferred_(
                     layer["dy"], layer["x"], layer["frac"], layer["ref"], layer["scale"], group_size=64,
                     options=options, momentum=layer["first"], impl=impl,
                 )  # fmt: skip

@@ -18,7 +18,7 @@ from discquant.ops.reference.projected_step import (
 from discquant.ops.reference.soft_linear import weight_gradient
 from discquant.ops.reference.soft_weight import decode_frac, expand_groups, unpack_nibbles
 from discquant.ops.soft_linear import soft_linear, soft_linear_dfrac, soft_linear_dx, soft_linear_strategy
-from discquant.ops.soft_linear_step import soft_linear_step_, step_is_fused
+from discquant.ops.soft_linear_step import soft_linear_step_, soft_linear_step_deferred_, step_is_fused
 from discquant.ops.soft_weight import soft_weight
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "soft_linear_dfrac",
     "soft_linear_dx",
     "soft_linear_step_",
+    "soft_linear_step_deferred_",
     "soft_linear_strategy",
     "soft_weight",
     "step_is_fused",

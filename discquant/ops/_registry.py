@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -15,6 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from discquant.ops.reference.settled import settled
+
+# Floating as well: a zero may lie between codes.
 ZERO_DTYPES = (torch.uint8, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Impl = Literal["auto", "reference", "triton", "cpp"]
 
@@ -33,21 +35,16 @@ _HAS_TRITON = _installed("triton")
 _LIBRARY = torch.library.Library("discquant", "FRAGMENT")
 
 
-def _settled(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """A launcher that runs on the device of its first tensor, which Triton would not look at, and without autocast.
-
-    Matmuls inside would take autocast's dtype, and not the one that the fake promises.
-    """
+def _on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that runs on the device of its first tensor, which Triton would not look at."""
 
     @functools.wraps(launcher)
     def run(*args: Any) -> Any:
         device = next(argument.device for argument in args if isinstance(argument, Tensor))
-        with contextlib.ExitStack() as settings:
-            if device.type == "cuda" and device.index != torch.cuda.current_device():
-                settings.enter_context(torch.cuda.device(device))
-            if torch.is_autocast_enabled(device.type):
-                settings.enter_context(torch.autocast(device.type, enabled=False))
-            return launcher(*args)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return launcher(*args)
+        return launcher(*args)
 
     return run
 
@@ -67,7 +64,7 @@ def define(
     torch.library.register_fake(f"discquant::{name}", fake, lib=_LIBRARY)
     if launcher is not None:
         for key in keys:
-            _LIBRARY.impl(name, _settled(launcher), key)
+            _LIBRARY.impl(name, _on_device(settled(launcher)), key)
     handle: Callable[..., Any] = getattr(torch.ops.discquant, name).default
     return handle
 
@@ -139,6 +136,46 @@ def differentiable(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
+class _TwiceFunction(torch.autograd.Function):
+    """A gradient as it is, whose own backward refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor, *sources: Tensor | None) -> Tensor:
+        """`sources` are what the gradient depends on."""
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Refuse."""
+        raise NotImplementedError(f"{ctx.op}: order of the derivative must be at most = 1, got 2")
+
+
+def once(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a Function's backward: a second derivative raises NotImplementedError, where it would be wrong.
+
+    torch's `once_differentiable` lets it pass where the incoming gradient is a constant: then a term would be missing.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Any) -> Any:
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            # Compiled graphs have no second derivative, and torch says so itself.
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return results
+            sources = (*grads, *ctx.saved_tensors)
+            return tuple(
+                None if g is None else differentiable(_TwiceFunction, op, g.requires_grad_(), *sources)
+                for g in results
+            )
+
+        return run
+
+    return decorate
+
+
 def require(condition: bool, op: str, argument: str, contract: str, expected: object, actual: object) -> None:
     """Raise ValueError in the format of all ops unless `condition` holds."""
     if not condition:
@@ -157,6 +194,26 @@ def require_given(op: str, **arguments: object) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be of type = Tensor, got {type(value).__name__}")
+
+
+def require_numbers(op: str, kind: type, **arguments: object) -> None:
+    """Raise TypeError for the first argument that is no `kind`, float or int; a float may be given as an integer."""
+    for name, value in arguments.items():
+        known = isinstance(value, int) or (kind is float and isinstance(value, float))
+        if not known or isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be of type = {kind.__name__}, got {type(value).__name__}")
+
+
+def require_apart(op: str, argument: str, matrix: Tensor) -> None:
+    """Raise ValueError where elements of a matrix that is to be changed share an address: its threads would race."""
+    if matrix.is_contiguous():
+        return
+    (rows, cols), (row, col) = matrix.shape, matrix.stride()
+    by_row = row > col * (cols - 1) and (col > 0 or cols == 1)
+    by_column = col > row * (rows - 1) and (row > 0 or rows == 1)
+    require(
+        by_row or by_column, op, argument, "hold each element at", "its own address", f"strides {[row, col]}"
+    )
 
 
 def require_group_size(op: str, group_size: int) -> None:

@@ -18,8 +18,10 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FRAC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.uint16)
 FRAC_REF_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 GRADIENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# math.isfinite would break the graph of a compiled caller.
-INFINITY = float("inf")
+# Every scalar reaches the kernels in float32. math.isfinite would break the graph of a compiled caller.
+LARGEST = 3.4028234663852886e38
+# Beyond these an 8-bit moment's unit or its inverse leaves float32.
+MOMENT_BOUNDS = (2.0**-100, 2.0**100)
 OPTIMIZERS = ("adamw", "momentum", "lion", "sgd")
 
 SCALAR_SCHEMA = (
@@ -71,6 +73,38 @@ def launch_arguments(
     return optimizer, scalars, keys
 
 
+def _check_scalars(op: str, options: StepOptions) -> None:
+    betas = options.betas
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"{op}: betas must be of type = tuple, got {type(betas).__name__}")
+    whole = {"step": options.step, "seed": options.seed, "tensor_id": options.tensor_id}
+    signed = {
+        "lr": options.lr, "kl_weight": options.kl_weight, "linear_weight": options.linear_weight,
+        "hardening": options.hardening,
+    }  # fmt: skip
+    positive = {"eps": options.eps, "weight_decay": options.weight_decay}
+    registry.require_numbers(op, int, **whole, first_index=options.first_index)
+    registry.require_numbers(
+        op, float, **signed, **positive, moment_bound=options.moment_bound, grad_clamp=options.grad_clamp
+    )
+    for beta in betas:
+        registry.require_numbers(op, float, betas=beta)
+    in_range = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    registry.require(in_range, op, "betas", "be two numbers in", "[0, 1)", betas)
+    registry.require(options.step >= 1, op, "step", "be at least", 1, options.step)
+    for name, number in whole.items():
+        registry.require(-(2**63) <= number < 2**63, op, name, "be an integer in", "[-2^63, 2^63)", number)
+    for name, value in signed.items():
+        registry.require(abs(value) <= LARGEST, op, name, "in float32 be", "finite", value)
+    for name, value in positive.items():
+        registry.require(0 <= value <= LARGEST, op, name, "in float32 be finite and at least", 0, value)
+    low, high = MOMENT_BOUNDS
+    bound = options.moment_bound
+    registry.require(low <= bound <= high, op, "moment_bound", "be in", "[2^-100, 2^100]", bound)
+    # Infinite: no clamp.
+    registry.require(options.grad_clamp >= 0, op, "grad_clamp", "be at least", 0, options.grad_clamp)
+
+
 def check_state(
     op: str, frac: Tensor, frac_ref: Tensor, scale: Tensor, momentum: Tensor | None, second_moment: Tensor | None,
     group_size: int, options: StepOptions,
@@ -92,35 +126,12 @@ def check_state(
     registry.require(
         options.optimizer in OPTIMIZERS, op, "optimizer", "be one of", OPTIMIZERS, options.optimizer
     )
-    registry.require(options.step >= 1, op, "step", "be at least", 1, options.step)
-    registry.require(options.moment_bound > 0, op, "moment_bound", "be above", 0, options.moment_bound)
-    registry.require(options.grad_clamp >= 0, op, "grad_clamp", "be at least", 0, options.grad_clamp)
-    betas = options.betas
-    registry.require(
-        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-        op,
-        "betas",
-        "be two numbers in",
-        "[0, 1)",
-        betas,
-    )
-    registry.require(options.eps >= 0, op, "eps", "be at least", 0, options.eps)
-    registry.require(
-        0 <= options.weight_decay < INFINITY,
-        op,
-        "weight_decay",
-        "be finite and at least",
-        0,
-        options.weight_decay,
-    )
+    _check_scalars(op, options)
     last = options.first_index + frac.numel()
     registry.require(
         0 <= options.first_index and last <= 2**32, op, "first_index", "keep indices in", "[0, 2^32)", last
     )
-    for name, value in zip(("lr", "kl_weight", "linear_weight", "hardening"), (
-        options.lr, options.kl_weight, options.linear_weight, options.hardening,
-    ), strict=True):  # fmt: skip
-        registry.require(abs(value) < INFINITY, op, name, "be", "finite", value)
+    registry.require_apart(op, "frac", frac)
     needs = {"adamw": (True, True), "momentum": (True, False), "lion": (True, False), "sgd": (False, False)}
     for name, moment, needed, code in (
         ("momentum", momentum, needs[options.optimizer][0], torch.int8),
@@ -133,6 +144,8 @@ def check_state(
             moment.shape == frac.shape, op, name, "have the shape of frac", frac.shape, moment.shape
         )
         registry.require_dtype(op, name, moment, (torch.float64, *_FLOATS, code))
+        if needed:
+            registry.require_apart(op, name, moment)
     registry.require_device(
         op, frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment
     )

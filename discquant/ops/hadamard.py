@@ -58,18 +58,24 @@ class HadamardFunction(torch.autograd.Function):
     """The rotation is orthogonal: its gradient is the inverse rotation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, signs: Tensor | None, inverse: bool, use_triton: bool) -> Tensor:
         """Rotate."""
         ctx.save_for_backward(signs)
-        ctx.inverse = inverse
-        out: Tensor = _op(x, signs, inverse)
-        return out
+        ctx.constants = (inverse, use_triton)
+        if use_triton:
+            out: Tensor = _op(x, signs, inverse)
+            return out
+        return reference.hadamard(x, signs, _matrix(x.shape[-1], x.device), inverse).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """Rotate the other way."""
+        """Rotate the other way, by this Function: right for derivatives of every order."""
         (signs,) = ctx.saved_tensors
-        return (_op(grads[0], signs, not ctx.inverse) if ctx.needs_input_grad[0] else None, None, None)
+        inverse, use_triton = ctx.constants
+        nothing = (None, None, None)
+        if not ctx.needs_input_grad[0]:
+            return (None, *nothing)
+        return (registry.differentiable(HadamardFunction, grads[0], signs, not inverse, use_triton), *nothing)
 
 
 def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, impl: str = "auto") -> Tensor:
@@ -87,11 +93,13 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, i
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shape, dtype or device of an argument is wrong, or no matrix of size n is known.
-        NotImplementedError: impl="cpp", or impl="triton" with over 2048 runs of up to 16384 values (8192 in float64).
+        NotImplementedError: A gradient of signs is asked for; impl="cpp", or impl="triton" with over 2048 runs of up to
+            16384 values (8192 in float64).
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Deterministic. Differentiable in x. Computed in float32 (float64 for float64), rounded once at the end.
+        Deterministic. Differentiable in x, any number of times. Computed in float32 (float64 for float64), rounded
+        once at the end.
 
     Source:
         Randomized Hadamard transform; matrices by Sylvester, Paley and Williamson.
@@ -110,8 +118,9 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, i
         )
         registry.require_dtype(_OP, "signs", signs, (torch.int8, *_DTYPES))
         registry.require_device(_OP, x, signs=signs)
+        if signs.requires_grad:
+            raise NotImplementedError(f"{_OP}: signs must be a constant = requires_grad False, got True")
     unsupported = f"{_runs(x)} runs" if _runs(x) > _MAX_RUNS else None
-    if registry.choose(_OP, impl, x.device, triton=unsupported) == "reference":
-        return reference.hadamard(x, signs, _matrix(x.shape[-1], x.device), inverse).contiguous()
-    out: Tensor = registry.differentiable(HadamardFunction, x, signs, inverse)
+    use_triton = registry.choose(_OP, impl, x.device, triton=unsupported) == "triton"
+    out: Tensor = registry.differentiable(HadamardFunction, x, signs, inverse, use_triton)
     return out

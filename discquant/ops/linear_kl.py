@@ -58,6 +58,7 @@ class LinearKLFunction(torch.autograd.Function):
         return loss, per_token, grad
 
     @staticmethod
+    @registry.once(_OP)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Scale the stored gradient."""
         (grad,) = ctx.saved_tensors
@@ -124,9 +125,17 @@ def _check(
         registry.require_dtype(_OP, "mask", mask, (torch.bool,))
     whole = isinstance(chunk_size, int) and chunk_size >= 1
     registry.require(whole, _OP, "chunk_size", "be an integer of at least", 1, chunk_size)
-    registry.require(normalizer is None or normalizer >= 0, _OP, "normalizer", "be at least", 0, normalizer)
+    registry.require_numbers(_OP, float, logit_scale=logit_scale)
     registry.require(abs(logit_scale) < float("inf"), _OP, "logit_scale", "be", "finite", logit_scale)
-    registry.require(softcap is None or softcap > 0, _OP, "softcap", "be None or above", 0, softcap)
+    if normalizer is not None:
+        registry.require_numbers(_OP, float, normalizer=normalizer)
+        fits = 0 <= normalizer < float("inf")
+        registry.require(fits, _OP, "normalizer", "be finite and at least", 0, normalizer)
+    if softcap is not None:
+        registry.require_numbers(_OP, float, softcap=softcap)
+        registry.require(
+            0 < softcap < float("inf"), _OP, "softcap", "be None or finite and above", 0, softcap
+        )
     registry.require_device(_OP, student, teacher=teacher, weight=weight, bias=bias, mask=mask)
     for name, tensor in (("teacher", teacher), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
@@ -168,12 +177,12 @@ def linear_kl(
     Returns:
         LinearKLResult; per_token and loss in float32 (float64), grad_student in student.dtype, but in float32
         for float16, whose range it would leave; masked tokens have per_token 0 and gradient 0. The loss is
-        differentiable in `student`.
+        differentiable in `student`, once.
 
     Raises:
-        TypeError: An argument is not a Tensor.
+        TypeError: An argument is not a Tensor, or a scalar no number.
         ValueError: Shapes, dtypes or devices disagree, or a scalar is out of range.
-        NotImplementedError: A gradient of teacher, weight or bias is asked for, or impl="cpp".
+        NotImplementedError: A gradient of teacher, weight or bias, or a second derivative, is asked for, or impl="cpp".
         RuntimeError: The requested impl cannot run here.
 
     Note:

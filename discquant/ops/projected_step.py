@@ -71,6 +71,7 @@ def _cpp_launch(
     return counts
 
 
+@torch.no_grad()
 def _run(
     frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor | None, group_size: int, options: StepOptions,
     momentum: Tensor | None, second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, impl: str,
@@ -106,11 +107,10 @@ def _run(
     second = second_moment if options.optimizer == "adamw" else None
     state = (frac, frac_ref, weight_grad, scale, first, second)
     scalars = flatten_options(options)
-    with torch.no_grad():
-        if chosen == "cpp":
-            return _cpp_launch(*state, group_size, *scalars)
-        counts: Tensor = _triton_op(*state, None if table is None else q_down, table, group_size, *scalars)
-        return counts
+    if chosen == "cpp":
+        return _cpp_launch(*state, group_size, *scalars)
+    counts: Tensor = _triton_op(*state, None if table is None else q_down, table, group_size, *scalars)
+    return counts
 
 
 def _cpp_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -160,8 +160,10 @@ def projected_step_(
         scale: Grid step in weight units, floating, [out_features, num_groups]; None where the gradient is by `frac`
             already (`soft_linear_dfrac`), so that Delta = 1.
         group_size: Columns per group, -1 for the row.
-        options: Scalars; `moment_bound` is the fixed scale of 8-bit moments, `first_index` the index of
-            element 0 in the unsharded tensor.
+        options: Scalars; `moment_bound` is the fixed scale of 8-bit moments. Element (row, column) takes the noise of
+            index first_index + row * in_features + column, with the in_features of this call: with `first_index` =
+            first row * in_features a block of whole rows steps as within the whole tensor. A block of columns does
+            not: its noise is another, as good.
         momentum: First moment, floating or int8, same shape (adamw, momentum, lion); changed in place.
         second_moment: Second moment, floating, or uint8 holding its root (adamw); changed in place.
         q_down: Lower grid code, uint8, one or two per byte; needed with a table, else not read.
@@ -172,14 +174,16 @@ def projected_step_(
         StepCounts over this tensor.
 
     Raises:
-        TypeError: An argument is not a Tensor, or options no StepOptions.
-        ValueError: Shapes, dtypes or devices disagree, a moment is missing, or a scalar is out of range.
+        TypeError: An argument is not a Tensor, options no StepOptions, or a scalar of it no number (no integer).
+        ValueError: Shapes, dtypes or devices disagree, a moment is missing, a scalar is out of range, or elements of
+            what is to be changed share an address.
         NotImplementedError: An explicit impl does not cover these dtypes or strides.
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Deterministic; independent of tiling. Waits for the device to return the counts; see
-        `projected_step_deferred_`. float64 is computed by the reference on every device.
+        Deterministic; independent of tiling. Records no graph: `frac` may be a leaf that requires grad. Waits for the
+        device to return the counts; see `projected_step_deferred_`. float64 is computed by the reference on every
+        device.
 
     Source:
         DiscQuant, arXiv 2501.06417, update rule; 8-bit layout and hardening are this project's.

@@ -40,6 +40,7 @@ class SoftLinearFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @registry.once(_OP)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Gradients of x, frac and bias, each only if it is needed."""
         x, q_down, frac, scale, zero_point, table = ctx.saved_tensors
@@ -119,7 +120,8 @@ def soft_linear(
         frac: Place between the neighbours, unitless in [0, 1]: floating, or uint8 / uint16 fixed point
             (code / 255, code / 65535), [out_features, in_features].
         scale: Grid step in weight units, floating, [out_features, num_groups].
-        zero_point: Code of weight zero, uint8, [out_features, num_groups]; None as in `soft_weight`.
+        zero_point: Code of weight zero, uint8, or floating where it is no integer, [out_features, num_groups]; None
+            as in `soft_weight`.
         bias: Floating, [out_features].
         num_bits: Code width, 2 to 8.
         group_size: Columns that share a scale; -1 is the whole row; the last group may be short.
@@ -134,13 +136,13 @@ def soft_linear(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: A gradient of scale or table is asked for, impl="cpp", or float64 is to be fused
-            on CUDA (Triton has no such matmul there).
+        NotImplementedError: A gradient of scale or table, or a second derivative of a kernel's result, is asked for;
+            impl="cpp", or float64 is to be fused on CUDA (Triton has no such matmul there).
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Deterministic. Differentiable in x, a floating `frac` and bias. Products accumulate in float32
-        (float64 for float64 x). With impl="reference" the strategy has no meaning.
+        Deterministic. Differentiable in x, a floating `frac` and bias, once (the reference: any number of times).
+        Products accumulate in float32 (float64 for float64 x). With impl="reference" the strategy has no meaning.
 
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.
@@ -158,7 +160,7 @@ def soft_linear(
         grid: dict[str, Any] = {"num_bits": num_bits, "group_size": group_size, "table": table}
         return reference.soft_linear(x, q_down, position, scale, zero_point, bias, **grid)
     args = (q_down, frac, scale, zero_point, table, bias, num_bits, group_size, is_reference, strategy)
-    y: Tensor = registry.differentiable(SoftLinearFunction, x.reshape(-1, x.shape[-1]), *args)
+    y: Tensor = registry.differentiable(SoftLinearFunction, reference.tokens(x), *args)
     return y.reshape(*x.shape[:-1], frac.shape[0])
 
 
@@ -208,10 +210,10 @@ def soft_linear_dx(
     check(op, q_down, frac, scale, zero_point, table, num_bits, group_size, None, is_reference)
     check_activation(op, "grad_output", grad_output, frac.shape[0])
     registry.require_device(op, q_down, grad_output=grad_output)
-    flat = grad_output.reshape(-1, frac.shape[0])
+    flat = reference.tokens(grad_output)
     weight = (q_down, frac, scale, zero_point, table, num_bits, group_size)
     if _choose(op, impl, strategy, grad_output) == "reference":
-        dx = flat @ reference_weight(*weight, flat.dtype, is_reference, False)
+        dx = reference.input_gradient(flat, reference_weight(*weight, flat.dtype, is_reference, False))
     else:
         dx = dx_op(flat, *weight, is_reference, strategy)
     return dx.reshape(*grad_output.shape[:-1], frac.shape[1])
@@ -267,7 +269,7 @@ def soft_linear_dfrac(
     registry.require_grid(op, q_down, scale, None, table, shape, num_bits, group_size)
     check_pair(op, grad_output, x, *shape)
     registry.require_device(op, q_down, grad_output=grad_output, x=x)
-    flat_y, flat_x = grad_output.reshape(-1, shape[0]), x.reshape(-1, shape[1])
+    flat_y, flat_x = reference.tokens(grad_output), reference.tokens(x)
     if _choose(op, impl, strategy, x) == "reference":
         whole = reference.weight_gradient(flat_y, flat_x)
         return reference.frac_gradient(whole, q_down, scale, table, group_size)

@@ -11,7 +11,7 @@ from discquant.ops._soft_linear import step_op
 from discquant.ops._steps import check_state, check_table, flatten_options, table_scale
 from discquant.ops.reference import projected_step as step_reference
 from discquant.ops.reference.projected_step import StepCounts, StepOptions
-from discquant.ops.reference.soft_linear import weight_gradient
+from discquant.ops.reference.soft_linear import tokens, weight_gradient
 from discquant.ops.soft_linear import check_pair
 from discquant.ops.soft_linear_table import rule
 
@@ -23,6 +23,36 @@ def step_is_fused(x: Tensor, out_features: int, in_features: int) -> bool:
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     return rule(x.device, "step", x.shape[0], out_features * in_features)[0] == "fused"
+
+
+@torch.no_grad()
+def _run(
+    grad_output: Tensor, x: Tensor, frac: Tensor, frac_ref: Tensor, scale: Tensor, group_size: int,
+    options: StepOptions, momentum: Tensor | None, second_moment: Tensor | None, q_down: Tensor | None,
+    table: Tensor | None, impl: str,
+) -> Tensor | StepCounts:  # fmt: skip
+    check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
+    check_pair(_OP, grad_output, x, *frac.shape)
+    registry.require_device(_OP, frac, x=x, grad_output=grad_output)
+    check_table(_OP, frac, q_down, table)
+    tensors = (grad_output, x, frac, frac_ref, scale, momentum, second_moment, table)
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    chosen = registry.choose(
+        _OP, impl, frac.device, triton="float64, which only the reference computes in" if double else None
+    )
+    flat_y, flat_x = tokens(grad_output), tokens(x)
+    if chosen == "reference":
+        slope, size = table_scale(scale, group_size, frac, q_down, table)
+        return step_reference.projected_step_(
+            frac, frac_ref, weight_gradient(flat_y, flat_x), slope, group_size=size,
+            options=options, momentum=momentum, second_moment=second_moment,
+        )  # fmt: skip
+    # An optimizer without a moment must not mark one as changed.
+    first = None if options.optimizer == "sgd" else momentum
+    second = second_moment if options.optimizer == "adamw" else None
+    state = (frac, frac_ref, scale, first, second, q_down if table is not None else None, table)
+    counts: Tensor = step_op(flat_y, flat_x, *state, group_size, *flatten_options(options))
+    return counts
 
 
 def soft_linear_step_(
@@ -63,35 +93,66 @@ def soft_linear_step_(
         StepCounts over this tensor.
 
     Raises:
-        TypeError: An argument is not a Tensor.
-        ValueError: Shapes, dtypes or devices disagree.
+        TypeError: An argument is not a Tensor, options no StepOptions, or a scalar of it no number (no integer).
+        ValueError: Shapes, dtypes or devices disagree, a moment is missing, a scalar is out of range, or elements of
+            what is to be changed share an address.
         NotImplementedError: float64 with impl="triton", or impl="cpp".
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Deterministic. Opt-in: it saves memory (no gradient buffer), and time only where measured so. A NaN is known
-        only from the counts, after the other coordinates have moved.
+        Deterministic. Records no graph. Opt-in: it saves memory (no gradient buffer), and time only where measured
+        so. A NaN is known only from the counts, after the other coordinates have moved. Waits for the device to return
+        the counts; see `soft_linear_step_deferred_`.
     """
-    check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
-    check_pair(_OP, grad_output, x, *frac.shape)
-    registry.require_device(_OP, frac, x=x, grad_output=grad_output)
-    check_table(_OP, frac, q_down, table)
-    tensors = (grad_output, x, frac, frac_ref, scale, momentum, second_moment, table)
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    chosen = registry.choose(
-        _OP, impl, frac.device, triton="float64, which only the reference computes in" if double else None
+    counts = _run(
+        grad_output,
+        x,
+        frac,
+        frac_ref,
+        scale,
+        group_size,
+        options,
+        momentum,
+        second_moment,
+        q_down,
+        table,
+        impl,
     )
-    flat_y, flat_x = grad_output.reshape(-1, frac.shape[0]), x.reshape(-1, frac.shape[1])
-    if chosen == "reference":
-        slope, size = table_scale(scale, group_size, frac, q_down, table)
-        return step_reference.projected_step_(
-            frac, frac_ref, weight_gradient(flat_y, flat_x), slope, group_size=size,
-            options=options, momentum=momentum, second_moment=second_moment,
-        )  # fmt: skip
-    # An optimizer without a moment must not mark one as changed.
-    first = None if options.optimizer == "sgd" else momentum
-    second = second_moment if options.optimizer == "adamw" else None
-    state = (frac, frac_ref, scale, first, second, q_down if table is not None else None, table)
-    with torch.no_grad():
-        counts = step_op(flat_y, flat_x, *state, group_size, *flatten_options(options))
-    return StepCounts(*counts.tolist())
+    return counts if isinstance(counts, StepCounts) else StepCounts(*counts.tolist())
+
+
+def soft_linear_step_deferred_(
+    grad_output: Tensor,
+    x: Tensor,
+    frac: Tensor,
+    frac_ref: Tensor,
+    scale: Tensor,
+    *,
+    group_size: int,
+    options: StepOptions,
+    momentum: Tensor | None = None,
+    second_moment: Tensor | None = None,
+    q_down: Tensor | None = None,
+    table: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`soft_linear_step_` without waiting for the device: the same step, arguments and errors.
+
+    Returns:
+        int64, [5], on the device of `frac`: live, fractional, moved, saturated, nan.
+    """
+    counts = _run(
+        grad_output,
+        x,
+        frac,
+        frac_ref,
+        scale,
+        group_size,
+        options,
+        momentum,
+        second_moment,
+        q_down,
+        table,
+        impl,
+    )
+    return torch.tensor(counts, device=frac.device) if isinstance(counts, StepCounts) else counts

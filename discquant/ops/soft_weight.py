@@ -76,6 +76,7 @@ class SoftWeightFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @registry.once(_OP)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Gradient of `frac` only."""
         nothing = (None,) * 8
@@ -141,8 +142,8 @@ def soft_weight(
         frac: Place between the neighbours, unitless in [0, 1]: floating, or uint8 / uint16 fixed point
             (code / 255, code / 65535), [out_features, in_features].
         scale: Grid step in weight units, floating, [out_features, num_groups].
-        zero_point: Code of weight zero, uint8, [out_features, num_groups]; None is 2 ** (num_bits - 1)
-            on a uniform grid and 0 with a table.
+        zero_point: Code of weight zero, uint8, or floating where it is no integer, [out_features, num_groups]; None is
+            2 ** (num_bits - 1) on a uniform grid and 0 with a table.
         num_bits: Code width, 2 to 8.
         group_size: Columns that share a scale; -1 is the whole row; the last group may be short.
         table: Levels of a look-up grid in ascending order, floating, [2 ** num_bits]; None is uniform.
@@ -158,11 +159,13 @@ def soft_weight(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: A gradient of scale or table is asked for, or of `frac` through impl="cpp".
+        NotImplementedError: A gradient of scale or table is asked for, or of `frac` through impl="cpp", or a second
+            derivative of a kernel's result.
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        Deterministic. Differentiable in a floating `frac`; backward saves codes and scales, not the weight.
+        Deterministic. Differentiable in a floating `frac`, once (the reference: any number of times); backward saves
+        codes and scales, not the weight.
 
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.

@@ -15,7 +15,7 @@ from discquant.config import SolverConfig
 from discquant.ops import (
     StepOptions,
     projected_step_deferred_,
-    soft_linear_step_,
+    soft_linear_step_deferred_,
     step_is_fused,
 )
 from discquant.solver.block import BlockState
@@ -289,7 +289,7 @@ class Solver:
                     return False
                 open_block(index)
                 grid: dict[str, Any] = step_grid(state)
-                found = soft_linear_step_(
+                found = soft_linear_step_deferred_(
                     grad_output,
                     x,
                     state.frac,
@@ -299,7 +299,7 @@ class Solver:
                     momentum=state.momentum,
                     second_moment=state.second_moment,
                 )
-                count(state, torch.tensor(found, device=state.frac.device))
+                count(state, found)
                 return True
 
             # The clamp acts on the whole step's gradient, which one backward pass sees with one micro-batch only.

@@ -199,7 +199,12 @@ def test_rejects_bad_input(make_problem):
             {"mask": torch.ones(8, device=student.device)},
         ),
         (ValueError, r"linear_kl: bias must have shape = \[256\], got \[1\]", good, {"bias": torch.ones(1)}),
-        (ValueError, "linear_kl: softcap must be None or above = 0, got 0.0", good, {"softcap": 0.0}),
+        (
+            ValueError,
+            "linear_kl: softcap must be None or finite and above = 0, got 0.0",
+            good,
+            {"softcap": 0.0},
+        ),
         (
             ValueError,
             "linear_kl: chunk_size must be an integer of at least = 1, got 0",
@@ -229,7 +234,20 @@ def test_rejects_bad_input(make_problem):
             {},
         ),
         (ValueError, "linear_kl: impl must be one of", good, {"impl": "cuda"}),
-        (ValueError, "linear_kl: normalizer must be at least = 0, got -1", good, {"normalizer": -1}),
+        (
+            ValueError,
+            "linear_kl: normalizer must be finite and at least = 0, got -1",
+            good,
+            {"normalizer": -1},
+        ),
+        (TypeError, "linear_kl: normalizer must be of type = float, got str", good, {"normalizer": "1"}),
+        (TypeError, "linear_kl: softcap must be of type = float, got list", good, {"softcap": [1.0]}),
+        (
+            TypeError,
+            "linear_kl: logit_scale must be of type = float, got NoneType",
+            good,
+            {"logit_scale": None},
+        ),
         (ValueError, "linear_kl: logit_scale must be = finite, got inf", good, {"logit_scale": float("inf")}),
         (
             NotImplementedError,

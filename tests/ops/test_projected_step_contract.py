@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from discquant.ops import _registry as registry
 from discquant.ops import projected_step_, projected_step_deferred_
-from discquant.ops._steps import flatten_options
+from discquant.ops._steps import KEYS, OPTIMIZERS, SCALARS, flatten_options, launch_arguments
 from discquant.ops.reference.projected_step import decode_frac_ref, encode_frac_ref
 
 OP = torch.ops.discquant.projected_step_.default
@@ -36,6 +37,34 @@ def test_opcheck(storage, make_state, step_options):
         torch.library.opcheck(
             OP, (*arguments, *flatten_options(dataclasses.replace(step_options, optimizer=optimizer)))
         )
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+def test_opcheck_layouts(table, permuted, make_state, make_grid, step_options):
+    """State of transposed storage, and the codes and levels of a look-up grid."""
+    state = make_state((4, 48), "8bit", 16)
+    if permuted:
+        state = {name: tensor.t().contiguous().t() for name, tensor in state.items()}
+    grid = make_grid((4, 48), group_size=16, packed=True, table=True)
+    levels = (grid.q_down, grid.table) if table else (None, None)
+    names = ("frac", "frac_ref", "weight_grad", "scale", "momentum", "second_moment")
+    arguments = (*(state[name] for name in names), *levels, 16, *flatten_options(step_options))
+    torch.library.opcheck(OP, arguments)
+
+
+@pytest.mark.parametrize("storage", ["8bit", "f32"])
+def test_opcheck_cpp(storage, make_state, step_options):
+    """The C++ operator, where it is built."""
+    state = {name: tensor.cpu() for name, tensor in make_state((4, 48), storage, 16).items()}
+    if registry.cpp_problem(torch.device("cpu"), "projected_step_cpp2_") is not None:
+        return
+    optimizer, scalars, keys = launch_arguments(*flatten_options(step_options))
+    names = ("frac", "frac_ref", "weight_grad", "scale", "momentum", "second_moment")
+    derived = (*(scalars[name] for name in SCALARS), *(keys[name] for name in KEYS))
+    counts = torch.zeros(5, dtype=torch.int64)
+    arguments = (*(state[name] for name in names), counts, 16, OPTIMIZERS.index(optimizer), *derived)
+    torch.library.opcheck(torch.ops.discquant.projected_step_cpp2_.default, arguments)
 
 
 def test_compile(make_state, assert_equal, step_options):
@@ -103,7 +132,7 @@ def test_rejects_bad_input(make_state, step_options):
         ),  # type: ignore[arg-type]
         (
             ValueError,
-            "projected_step_: lr must be = finite, got nan",
+            "projected_step_: lr must in float32 be = finite, got nan",
             {"options": dataclasses.replace(step_options, lr=float("nan"))},
         ),
         (
@@ -128,12 +157,12 @@ def test_rejects_bad_input(make_state, step_options):
         ),
         (
             ValueError,
-            "projected_step_: eps must be at least = 0, got -1",
+            "projected_step_: eps must in float32 be finite and at least = 0, got -1",
             {"options": dataclasses.replace(step_options, eps=-1.0)},
         ),
         (
             ValueError,
-            "projected_step_: weight_decay must be finite and at least = 0, got -0.1",
+            "projected_step_: weight_decay must in float32 be finite and at least = 0, got -0.1",
             {"options": dataclasses.replace(step_options, weight_decay=-0.1)},
         ),
         (
@@ -143,7 +172,7 @@ def test_rejects_bad_input(make_state, step_options):
         ),
         (
             ValueError,
-            "projected_step_: moment_bound must be above = 0, got 0",
+            r"projected_step_: moment_bound must be in = \[2\^-100, 2\^100\], got 0",
             {"options": dataclasses.replace(step_options, moment_bound=0.0)},
         ),
         (ValueError, "projected_step_: group_size must be positive or = -1, got -2", {"group_size": -2}),

@@ -7,12 +7,15 @@ import pytest
 import torch
 from discquant.triton_kernels import hadamard as hadamard_kernels
 from discquant.triton_kernels import projected_step as step_kernels
+from torch import Tensor
 
-from discquant.ops import StepOptions, hadamard, projected_step_, soft_linear
+from discquant import ops
+from discquant.ops import StepOptions, hadamard, projected_step_
 from discquant.ops import _registry as registry
 from discquant.ops._steps import flatten_options, launch_arguments
 
 CPU = torch.device("cpu")
+MATMULS = ("soft_linear", "soft_linear_dx", "soft_linear_dfrac")
 
 
 def test_auto_order(monkeypatch):
@@ -56,19 +59,50 @@ def test_old_extension_is_named():
     )
 
 
-@pytest.mark.parametrize("strategy", ["fused", "materialise"])
-def test_autocast_changes_no_dtype(strategy, device):
-    """The result has the dtype of the contract, and of the fake, whatever the caller's autocast."""
-    q_down = torch.randint(0, 15, (16, 32), dtype=torch.uint8, device=device)
-    frac, scale = torch.rand(16, 32, device=device), torch.rand(16, 1, device=device)
-    x = torch.randn(4, 32, device=device, requires_grad=True)
-    grid = {"num_bits": 4, "group_size": -1, "strategy": strategy, "impl": "triton"}
-    plain = soft_linear(x, q_down, frac, scale, **grid)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        under = soft_linear(x, q_down, frac, scale, **grid)
-        (dx,) = torch.autograd.grad(under.sum(), x)
-    assert under.dtype == dx.dtype == torch.float32
-    assert torch.equal(under, plain)
+def _results(op: str, impl: str, strategy: str, device: torch.device) -> list[Tensor]:
+    """Results of an op on seeded float32 arguments, and its gradients where it has some."""
+    torch.manual_seed(0)
+    q_down = torch.randint(0, 15, (16, 24), dtype=torch.uint8)
+    frac, scale, x, dy = torch.rand(16, 24), torch.rand(16, 1), torch.randn(4, 24), torch.randn(4, 16)
+    q_down, frac, scale, x, dy = (t.to(device) for t in (q_down, frac, scale, x, dy))
+    if op in ("soft_linear_step_", "projected_step_"):
+        step = {"group_size": -1, "options": StepOptions(optimizer="sgd", lr=0.01), "impl": impl}
+        gradient = (dy, x) if op == "soft_linear_step_" else ()
+        rest = (scale,) if op == "soft_linear_step_" else ((dy.unsqueeze(2) * x.unsqueeze(1)).sum(0), scale)
+        getattr(ops, op)(*gradient, frac, torch.full_like(frac, 0.3), *rest, **step)
+        return [frac]
+    grid = {"num_bits": 4, "group_size": -1, "impl": impl}
+    if op == "soft_linear_dx":
+        return [ops.soft_linear_dx(dy, q_down, frac, scale, strategy=strategy, **grid)]
+    if op == "soft_linear_dfrac":
+        return [ops.soft_linear_dfrac(dy, x, q_down, scale, strategy=strategy, **grid)]
+    leaves = [x.requires_grad_(), frac.requires_grad_()]
+    if op == "soft_linear":
+        y = ops.soft_linear(x, q_down, frac, scale, bias=scale[:, 0], strategy=strategy, **grid)
+    elif op == "soft_weight":
+        y = ops.soft_weight(q_down, frac, scale, **grid)
+    elif op == "hadamard":
+        y = hadamard(x, impl=impl)
+    else:
+        y = ops.linear_kl(x, x.detach() + 0.1, frac.detach(), impl=impl).loss
+    weight = torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
+    found = torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True)
+    return [y.detach(), *(gradient for gradient in found if gradient is not None)]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+@pytest.mark.parametrize(
+    "op", [*MATMULS, "soft_weight", "hadamard", "linear_kl", "soft_linear_step_", "projected_step_"]
+)
+def test_autocast_changes_nothing(op, impl, device):
+    """Results and gradients have the dtypes and the bits of the contract, whatever the caller's autocast."""
+    for strategy in ("fused", "materialise") if op in MATMULS and impl == "triton" else ("auto",):
+        plain = _results(op, impl, strategy, device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            under = _results(op, impl, strategy, device)
+        for one, other in zip(under, plain, strict=True):
+            assert one.dtype == torch.float32
+            assert torch.equal(one, other), strategy
 
 
 class _Recorder:

@@ -146,13 +146,39 @@ def test_end_points_and_teacher(strategy, make_grid, device):
     assert (teacher.t() - weight).abs().max() <= step
 
 
-def test_integer_state_gets_no_gradient(make_grid, device):
+def test_integer_state_gets_no_gradient(make_grid, assert_close, device):
     grid = make_grid((5, 32), frac=torch.uint8, group_size=16)
-    x = torch.randn(3, 32, device=device, requires_grad=True)
-    y = soft_linear(x, *grid[:4], num_bits=4, group_size=16, strategy="fused", impl="triton")
+    kwargs = {"num_bits": 4, "group_size": 16}
+    grads = []
+    for impl in ("triton", "reference"):
+        x = torch.randn(3, 32, device=device, requires_grad=True)
+        soft_linear(x, *grid[:4], **kwargs, strategy="fused", impl=impl).sum().backward()
+        grads.append(x.grad)
+    weight = soft_weight(*grid[:2], grid.scale.double(), **kwargs, impl="reference")
+    assert_close(grads[0], weight.sum(0).expand(3, -1), grads[1])
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 5)])
+def test_no_features(shape, strategy, impl, make_grid, device):
+    """A layer without inputs gives its bias, one without outputs a gradient of zero, as dense layers do."""
+    rows, cols = shape
+    grid = make_grid(shape, group_size=-1)
+    kwargs = {"num_bits": 4, "group_size": -1, "strategy": strategy, "impl": impl}
+    x = torch.randn(2, 4, cols, device=device, requires_grad=True)
+    frac, bias = grid.frac.clone().requires_grad_(), torch.randn(rows, device=device)
+    y = soft_linear(x, grid.q_down, frac, grid.scale, bias=bias, **kwargs)
+    assert torch.equal(y, bias.expand(2, 4, rows))
     y.sum().backward()
-    weight = soft_weight(*grid[:4], num_bits=4, group_size=16, impl="reference")
-    assert torch.allclose(x.grad, weight.sum(0).expand(3, -1), rtol=1e-5)
+    assert torch.equal(x.grad, torch.zeros_like(x)) and frac.grad.shape == shape
+    dy = torch.ones_like(y)
+    assert torch.equal(soft_linear_dx(dy, *grid[:3], **kwargs), torch.zeros_like(x))
+    assert soft_linear_dfrac(dy, x.detach(), grid.q_down, grid.scale, **kwargs).shape == shape
+    codes = torch.zeros(shape, dtype=torch.uint8, device=device)
+    options = StepOptions(optimizer="sgd")
+    step = {"group_size": -1, "options": options, "impl": impl}
+    assert soft_linear_step_(dy, x.detach(), codes, codes, grid.scale, **step).live == 0
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])

@@ -9,7 +9,13 @@ import itertools
 import pytest
 import torch
 
-from discquant.ops import StepOptions, projected_step_, soft_linear_step_
+from discquant.ops import (
+    StepOptions,
+    projected_step_,
+    soft_linear,
+    soft_linear_step_,
+    soft_linear_step_deferred_,
+)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "lion", "sgd"])
@@ -50,6 +56,55 @@ def test_step_in_the_epilogue(optimizer, case, make_grid, assert_equal, device):
     for name in ("momentum", "second_moment"):
         if results[0][1][name] is not None:
             assert_equal(results[0][1][name], results[1][1][name], name)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_deferred(impl, assert_equal, device):
+    """The variant that does not wait gives the same state, and its counts as a tensor there."""
+    x, grad_output = torch.randn(9, 32, device=device), torch.randn(9, 5, device=device)
+    frac, frac_ref = torch.randint(0, 256, (2, 5, 32), dtype=torch.uint8, device=device)
+    scale, options = torch.rand(5, 1, device=device) * 1e-2, StepOptions(optimizer="sgd", lr=0.05)
+    now, later = frac.clone(), frac.clone()
+    common = {"group_size": -1, "options": options, "impl": impl}
+    counts = soft_linear_step_(grad_output, x, now, frac_ref, scale, **common)
+    deferred = soft_linear_step_deferred_(grad_output, x, later, frac_ref, scale, **common)
+    assert deferred.device == frac.device and deferred.dtype == torch.int64
+    assert deferred.tolist() == list(counts)
+    assert_equal(later, now)
+
+
+@pytest.mark.parametrize(
+    ("fused", "impl"),
+    [
+        (False, "auto"),
+        (False, "reference"),
+        (False, "triton"),
+        (False, "cpp"),
+        (True, "auto"),
+        (True, "reference"),
+        (True, "triton"),
+    ],
+)
+def test_steps_a_parameter(fused, impl, make_grid, assert_equal, device):
+    """A leaf that requires grad goes through the layer, backward and the step, as a plain tensor would."""
+    if impl == "cpp" and device.type != "cpu":
+        pytest.skip("cpp is for CPU tensors")
+    grid = make_grid((4, 32), group_size=16)
+    x, reference = torch.randn(6, 32, device=device), torch.full_like(grid.frac, 0.3)
+    options = StepOptions(optimizer="sgd", lr=0.05)
+    parameter, plain = torch.nn.Parameter(grid.frac.clone()), grid.frac.clone()
+    layer_impl = "auto" if impl == "cpp" else impl
+    y = soft_linear(x, grid.q_down, parameter, grid.scale, num_bits=4, group_size=16, impl=layer_impl)
+    y.square().sum().backward()
+    for frac in (parameter, plain):
+        if fused:
+            common = {"group_size": 16, "options": options, "impl": impl}
+            soft_linear_step_(2 * y.detach(), x, frac, reference, grid.scale, **common)
+        else:
+            projected_step_(frac, reference, parameter.grad, None, group_size=16, options=options, impl=impl)
+    assert parameter.is_leaf and parameter.requires_grad
+    assert_equal(parameter.detach(), plain)
+    assert not torch.equal(plain, grid.frac)
 
 
 @pytest.mark.gpu

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from discquant.ops import _registry as registry
 from discquant.ops import soft_weight
 from discquant.ops.reference import soft_weight as reference
 from discquant.ops.reference.projected_step import decode_frac_ref
 
 OP = torch.ops.discquant.soft_weight.default
+CPP = torch.ops.discquant.soft_weight_cpp_.default
 BWD = torch.ops.discquant.soft_weight_bwd.default
 CASES = {
     "aligned": ((16, 256), {"group_size": 64}),
@@ -115,6 +117,18 @@ def test_opcheck(frac, permuted, make_grid):
     )
     gradient = torch.randn(6, 40, device=q_down.device, dtype=scale)
     torch.library.opcheck(BWD, (gradient, q_down, grid.scale, None, 4, 16, scale))
+
+
+@pytest.mark.parametrize("case", [{"zero": True, "packed": True}, {"table": True}])
+def test_opcheck_cpp(case, make_grid):
+    """The C++ operator, where it is built; it fills the tensor that it is given."""
+    if registry.cpp_problem(torch.device("cpu"), "soft_weight_cpp_") is not None:
+        return
+    grid = make_grid((6, 40), frac=torch.uint8, group_size=16, **case)
+    weight = [None if tensor is None else tensor.cpu() for tensor in grid[:5]]
+    for transpose in (False, True):
+        out = torch.empty((40, 6) if transpose else (6, 40))
+        torch.library.opcheck(CPP, (out, *weight, 4, 16, False, transpose))
 
 
 def test_compile(make_grid, assert_equal):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from discquant.config import GridConfig, SolverConfig
 from discquant.grids import Grid, place_grid
-from discquant.ops import StepOptions, projected_step_, soft_linear_step_
+from discquant.ops import StepOptions, projected_step_, soft_linear_step_, soft_linear_step_deferred_
 from discquant.ops.reference.soft_weight import expand_groups
 from discquant.solver.chain import BlockCall, Chain, DecoderChain, ModuleChain, Prepared
 from discquant.solver.gradients import block_gradients
@@ -412,10 +412,10 @@ def test_epilogue_step_that_meets_a_nan_is_taken_back(
     chosen = ["reference"]
 
     def step(*args: Any, **options: Any) -> Any:
-        return soft_linear_step_(*args, **options, impl=chosen[0])
+        return soft_linear_step_deferred_(*args, **options, impl=chosen[0])
 
     monkeypatch.setattr(module, "step_is_fused", lambda *_: True)
-    monkeypatch.setattr(module, "soft_linear_step_", step)
+    monkeypatch.setattr(module, "soft_linear_step_deferred_", step)
     solver.step(batches)
 
     def held() -> list[Tensor]:

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from discquant.ops.reference.settled import settled
 from discquant.ops.reference.soft_weight import accumulate_dtype
 
 
@@ -23,6 +24,7 @@ def sylvester(values: Tensor) -> Tensor:
     return values
 
 
+@settled
 def hadamard(x: Tensor, signs: Tensor | None, matrix: Tensor, inverse: bool) -> Tensor:
     """y = H (signs * x) / sqrt(n), or x = signs * (H^T y) / sqrt(n); H = matrix (x) Sylvester.
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from discquant.ops.reference.settled import settled
 from discquant.ops.reference.soft_weight import accumulate_dtype
 
 
@@ -32,6 +33,7 @@ def cap_logits(logits: Tensor, logit_scale: float, softcap: float | None) -> tup
     return softcap * squashed, logit_scale * (1 - squashed.square())
 
 
+@settled
 def linear_kl(
     student: Tensor,
     teacher: Tensor,

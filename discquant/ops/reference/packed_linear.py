@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from discquant.ops.reference import pack as packing
+from discquant.ops.reference.settled import settled
 
 
 def dequantize_packed(
@@ -44,6 +45,7 @@ def dequantize_packed(
     return weight.to(dtype)
 
 
+@settled
 def packed_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None = None, bias: Tensor | None = None, *,
     out_features: int, in_features: int, num_bits: int, group_size: int, layout: str, exact: bool = False,

@@ -3,10 +3,43 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from discquant.ops.reference.settled import settled
 from discquant.ops.reference.soft_weight import accumulate_dtype, slope, soft_weight
+
+
+def tokens(x: Tensor) -> Tensor:
+    """[..., features] as [num_tokens, features]; -1 would not tell their number where there are no features."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+class _LinearFunction(torch.autograd.Function):
+    """x W^T + b, whose gradients keep the dtype of x as well where the caller's autocast would round them."""
+
+    @staticmethod
+    @settled
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply."""
+        ctx.save_for_backward(x, weight)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @settled
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of torch operators, so that it can be differentiated again."""
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        flat, wanted = tokens(grad), ctx.needs_input_grad
+        return (
+            grad @ weight if wanted[0] else None,
+            flat.t() @ tokens(x) if wanted[1] else None,
+            flat.sum(0) if wanted[2] else None,
+        )
 
 
 def soft_linear(
@@ -25,9 +58,18 @@ def soft_linear(
     weight = soft_weight(
         q_down, frac, scale, zero_point, num_bits=num_bits, group_size=group_size, table=table, dtype=x.dtype
     )
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    function: Any = _LinearFunction  # torch leaves apply untyped
+    y: Tensor = function.apply(x, weight, None if bias is None else bias.to(x.dtype))
+    return y
 
 
+@settled
+def input_gradient(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """dX = dY W, in the dtype of both."""
+    return grad_output @ weight
+
+
+@settled
 def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
     """dW = dY^T x over all tokens, in float32 (float64); [out_features, in_features].
 
