@@ -9,7 +9,6 @@ gradient never reaches memory. One program per output tile, tiles of a band of r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +26,7 @@ from .common import (
     load_grouped,
     load_slope,
 )
+from .soft_linear_tiles import Config
 from .step_tile import (
     COUNT_SLOTS,
     COUNTS,
@@ -39,32 +39,6 @@ from .step_tile import (
     update_tile,
 )
 
-
-class Config(NamedTuple):
-    """Tile of the output, depth of a step of the inner loop, and the launch."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# Safest first; `compact` runs anywhere, the others want the shared memory of a data-centre GPU.
-CONFIGS = {
-    "compact": Config(64, 64, 32, 4, 2),
-    "ragged": Config(64, 64, 32, 8, 2),  # for rows at odd addresses, whose loads take more registers
-    "square": Config(128, 128, 32, 8, 3),
-    "deep": Config(128, 128, 64, 8, 3),
-    "wide": Config(128, 256, 64, 8, 3),
-}
-# Tiles that only the shared memory of sm_90 holds in every variant.
-LARGE = ("deep", "wide")
-STEP_CONFIGS = {
-    "compact": CONFIGS["compact"],
-    "ragged": Config(64, 32, 32, 8, 2),
-    "square": Config(128, 128, 64, 8, 3),
-}
 BAND = tl.constexpr(8)
 
 

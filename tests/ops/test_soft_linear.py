@@ -225,6 +225,7 @@ def test_deterministic(make_grid, device):
 def test_every_tile_on_gpu(dtype, make_grid, assert_close):
     """Every tile of the fused kernels at Llama shapes, forward and both gradients."""
     from discquant.triton_kernels import soft_linear as kernels
+    from discquant.triton_kernels.soft_linear_tiles import CONFIGS
 
     rows, cols, tokens = 4096, 14336, 2048
     grid = make_grid((rows, cols), frac=torch.uint8, group_size=64, packed=True, zero=True)
@@ -239,7 +240,7 @@ def test_every_tile_on_gpu(dtype, make_grid, assert_close):
     )
     baselines = (x @ weight.t(), dy @ weight, (dy.t() @ x).float() * slope.float())
     capability = torch.cuda.get_device_capability()
-    for tile, config in kernels.CONFIGS.items():
+    for tile, config in CONFIGS.items():
         if tile == "wide" and capability[0] < 9:
             continue
         weight_args = (*grid[:4], None)
