@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .common import (
     DTYPES,
+    adjacent,
     cast,
     decode_position,
     frac_kind,
@@ -141,7 +142,7 @@ def soft_weight_fwd(
     stride_ok, stride_om = out.stride() if transpose else out.stride()[::-1]
     row_axis, grid = _grid(rows, cols, block_m, block_k)
     _soft_weight_fwd_kernel[grid](
-        out, q_down, frac, scale, scale if zero_point is None else zero_point, scale if table is None else table,
+        out, q_down, frac, scale, scale if zero_point is None else zero_point, adjacent(table, scale),
         rows, cols,
         stride_om, stride_ok, *q_down.stride(), *frac.stride(), *scale.stride(),
         *(scale if zero_point is None else zero_point).stride(),
@@ -168,7 +169,7 @@ def soft_weight_bwd(
     acc = torch.float64 if torch.float64 in (grad_weight.dtype, scale.dtype, dtype) else torch.float32
     row_axis, grid = _grid(rows, cols, block_m, block_k)
     _soft_weight_bwd_kernel[grid](
-        out, grad_weight, q_down, scale, scale if table is None else table,
+        out, grad_weight, q_down, scale, adjacent(table, scale),
         rows, cols,
         *out.stride(), *grad_weight.stride(), *q_down.stride(), *scale.stride(),
         LEVELS=2**num_bits, PACKED=q_down.shape[1] != cols, HAS_TABLE=table is not None,
