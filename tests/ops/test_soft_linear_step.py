@@ -11,6 +11,8 @@ import torch
 
 from discquant.ops import StepOptions, projected_step_, soft_linear_step_
 
+MOMENTS = {"adamw": 2, "momentum": 1, "lion": 1, "sgd": 0}
+
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "lion", "sgd"])
 @pytest.mark.parametrize(
@@ -50,6 +52,30 @@ def test_step_in_the_epilogue(optimizer, case, make_grid, assert_equal, device):
     for name in ("momentum", "second_moment"):
         if results[0][1][name] is not None:
             assert_equal(results[0][1][name], results[1][1][name], name)
+
+
+@pytest.mark.parametrize("storage", ["16bit", "bf16", "f32"])
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "lion", "sgd"])
+def test_wide_state_in_the_epilogue(optimizer, storage, make_state, take_step, step_options, assert_equal):
+    """State of 16 bits and floating, every term of the step: bytes and counts of projected_step_ on dY^T x."""
+    rows, cols, tokens = 37, 90, 21
+    state = make_state((rows, cols), storage)
+    x, dy = (
+        torch.randint(-8, 9, (tokens, size), device=state["frac"].device).float() for size in (cols, rows)
+    )
+    state["weight_grad"] = dy.t() @ x
+    state["scale"] *= 1e-2
+    options = dataclasses.replace(step_options, optimizer=optimizer)
+    expected, wanted = take_step(state, 64, options, impl="triton")
+    moments = {"momentum": state["momentum"], "second_moment": state["second_moment"]}
+    counts = soft_linear_step_(
+        dy, x, state["frac"], state["frac_ref"], state["scale"], group_size=64, options=options, impl="triton",
+        **{name: moments[name] for name in ("momentum", "second_moment")[: MOMENTS[optimizer]]},
+    )  # fmt: skip
+    assert counts == wanted
+    assert min(counts.live, counts.moved, counts.saturated) > 0
+    for name in ("frac", *moments):
+        assert_equal(state[name], expected[name], name)
 
 
 @pytest.mark.gpu
