@@ -68,8 +68,9 @@ def test_soft_linear(benchmark, provider, stage, shape, tokens):
         body = lambda: compiled(x, q, frac, scale, **kwargs)  # noqa: E731
     elif strategy == "fused":
         from discquant.triton_kernels import soft_linear as kernels
+        from discquant.triton_kernels.soft_linear_tiles import CONFIGS
 
-        config = kernels.CONFIGS[provider.rsplit("-", 1)[1]]
+        config = CONFIGS[provider.rsplit("-", 1)[1]]
         state = (q, frac, scale, None, None)
         body = {
             "forward": lambda: kernels.soft_linear_fwd(x, *state, None, 4, 64, False, config),

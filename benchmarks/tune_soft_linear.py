@@ -41,6 +41,7 @@ MARGIN = 0.97
 
 def _bodies(shape: tuple[int, int], tokens: int) -> dict[str, dict[Choice, Callable[[], Any]]]:
     from discquant.triton_kernels import soft_linear as kernels
+    from discquant.triton_kernels import soft_linear_tiles as tiles
 
     from discquant.ops import projected_step_deferred_
     from discquant.ops._steps import flatten_options, launch_arguments
@@ -69,8 +70,8 @@ def _bodies(shape: tuple[int, int], tokens: int) -> dict[str, dict[Choice, Calla
     }  # fmt: skip
     # Other tiles need more shared memory than the device has, as the ahead-of-time check knows.
     large = not GPU or torch.cuda.get_device_capability()[0] == 9
-    for name, config in kernels.CONFIGS.items():
-        if name in kernels.LARGE and not large:
+    for name, config in tiles.CONFIGS.items():
+        if name in tiles.LARGE and not large:
             continue
         key = ("fused", name)
         bodies["forward"][key] = lambda c=config: kernels.soft_linear_fwd(x, *state, None, 4, group, False, c)
@@ -79,7 +80,7 @@ def _bodies(shape: tuple[int, int], tokens: int) -> dict[str, dict[Choice, Calla
             dy, x, q, scale, None, 4, group, single, c
         )
     launch = launch_arguments(*flatten_options(options))
-    for name, config in kernels.STEP_CONFIGS.items():
+    for name, config in tiles.STEP_CONFIGS.items():
         bodies["step"][("fused", name)] = lambda c=config: kernels.soft_linear_step(
             dy, x, frac, ref, scale, first, None, None, None, group, *launch, c
         )

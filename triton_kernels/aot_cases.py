@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import hadamard, linear_kl, packed_linear, projected_step, soft_linear, soft_weight
+from .soft_linear_tiles import CONFIGS, STEP_CONFIGS, fitting_step_tile, fitting_tile
 from .step_tile import KEYS, SCALARS
 
 ROWS, COLS, TOKENS, VOCAB = 14336, 4096, 8192, 128256
@@ -60,6 +61,8 @@ _WEIGHTS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("bf16-g64", False, {"frac": torch.bfloat16}),
     ("u8-g64-table", True, {"table": True}),
     ("u8-ragged", False, {"cols": 4095, "packed": False}),
+    ("u8-ragged-table", False, {"cols": 4095, "packed": False, "table": True}),
+    ("u8-ragged-table-packed", False, {"cols": 4095, "table": True}),
 )
 
 
@@ -154,24 +157,23 @@ def _projected_step_cases() -> Iterator[Case]:
 
 
 def _step_cases() -> Iterator[Case]:
-    """The epilogue step; `compact` for two moments, look-up tables and wide state, `ragged` for odd widths."""
+    """The epilogue step, in the tiles that soft_linear_table may name and those that stand in for them."""
     scalars, keys = dict.fromkeys(SCALARS, 0.5), dict.fromkeys(KEYS, 12345)
-    codes, levels = _grid()[0], _meta(16, dtype=torch.float32)
-    y = _meta(TOKENS, ROWS, dtype=torch.bfloat16)
+    y, levels = _meta(TOKENS, ROWS, dtype=torch.bfloat16), _meta(16, dtype=torch.float32)
     variants: tuple[tuple[str, str, int, bool], ...] = (
         ("", "8bit", COLS, False), ("-table", "8bit", COLS, True), ("-f32state", "f32", COLS, False),
-        ("-ragged", "8bit", COLS - 1, False),
+        ("-bf16state", "bf16", COLS, False), ("-u16state", "u16", COLS, False), ("-ragged", "8bit", COLS - 1, False),
+        ("-ragged-table", "8bit", COLS - 1, True), ("-ragged-f32state", "f32", COLS - 1, False),
     )  # fmt: skip
-    for tile, config in soft_linear.STEP_CONFIGS.items():
-        for optimizer in _MOMENTS:
-            for name, storage, cols, table in variants:
-                small = optimizer == "adamw" or table or storage != "8bit"
-                if (tile == "ragged") != bool(cols % 16) or (small and tile == "square"):
-                    continue
+    for optimizer in _MOMENTS:
+        for name, storage, cols, table in variants:
+            plain = storage == "8bit" and not table
+            tiles = {fitting_step_tile(tile, cols, optimizer, plain) for tile in ("compact", "square")}
+            for tile in sorted(tiles):
                 frac, ref, _, first, second = _state(storage, optimizer, cols)
                 x, group = _meta(TOKENS, cols, dtype=torch.bfloat16), 16 if table else 64
                 scale = _meta(ROWS, -(-cols // group), dtype=torch.bfloat16)
-                grid = (codes, levels) if table else (None, None)
+                grid = (_grid(cols=cols)[0], levels) if table else (None, None)
                 arguments = (
                     y,
                     x,
@@ -185,17 +187,27 @@ def _step_cases() -> Iterator[Case]:
                     optimizer,
                     scalars,
                     keys,
-                    config,
+                    STEP_CONFIGS[tile],
                 )
                 yield Case(f"soft_linear_step/{optimizer}-{tile}{name}", optimizer != "sgd",
                            soft_linear.soft_linear_step, arguments)  # fmt: skip
 
 
-# Tile -> capabilities for which soft_linear_table chooses it, empty for all; look-up tables take `compact`, odd widths
-# `ragged`. Tuning may choose any other tile too (those of LARGE on sm_90 only): they are compiled with --all.
-_CHOSEN: dict[str, tuple[int, ...]] = {"compact": (), "ragged": (), "square": (80,), "deep": (90,)}
-_USUAL = ("u8-g64", "u8-g32-zero", "u8-g128-zero", "u8-g64-table", "u8-ragged")
-_ONLY_TILE = {"u8-g64-table": "compact", "u8-ragged": "ragged"}
+# Tile -> capabilities for which soft_linear_table chooses it, or that need it for odd widths and look-up tables; empty
+# for all. Tuning may choose any other tile too (those of LARGE on sm_90 only): they are compiled with --all.
+_CHOSEN: dict[str, tuple[int, ...]] = {
+    "compact": (), "ragged": (), "narrow": (), "square": (80,), "deep": (90,)
+}  # fmt: skip
+_USUAL = (
+    "u8-g64", "u8-g32-zero", "u8-g128-zero", "u8-g64-table", "u8-ragged", "u8-ragged-table", "u8-ragged-table-packed"
+)  # fmt: skip
+
+
+def _fits(tile: str, name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a grid may meet this tile; those of odd widths are worth a look on one even width only."""
+    cols = kwargs.get("cols", COLS)
+    even = tile in ("ragged", "narrow") and cols % 16 == 0
+    return fitting_tile(tile, cols, "table" in kwargs) == tile and (not even or name == "u8-g64")
 
 
 def _pair(
@@ -203,7 +215,7 @@ def _pair(
 ) -> Iterator[Case]:
     """Forward and dX on one grid with one tile."""
     q_down, frac, scale, zero, table = _grid(**kwargs)
-    group, cols, config = kwargs.get("group", 64), kwargs.get("cols", COLS), soft_linear.CONFIGS[tile]
+    group, cols, config = kwargs.get("group", 64), kwargs.get("cols", COLS), CONFIGS[tile]
     weight = (q_down, frac, scale, zero, table)
     x, y = (_meta(TOKENS, size, dtype=torch.bfloat16) for size in (cols, ROWS))
     yield Case(f"soft_linear_fwd/{name}-{tile}", default, soft_linear.soft_linear_fwd,
@@ -213,27 +225,27 @@ def _pair(
 
 
 def _soft_linear_cases() -> Iterator[Case]:
-    y, x = _meta(TOKENS, ROWS, dtype=torch.bfloat16), _meta(TOKENS, COLS, dtype=torch.bfloat16)
-    for tile, config in soft_linear.CONFIGS.items():
+    y = _meta(TOKENS, ROWS, dtype=torch.bfloat16)
+    for tile, config in CONFIGS.items():
         targets = _CHOSEN.get(tile, (90,))
         for name, _, kwargs in _WEIGHTS:
-            if _ONLY_TILE.get(name, tile) != tile or (
-                tile == "ragged" and name not in ("u8-ragged", "u8-g64")
-            ):
+            if not _fits(tile, name, kwargs):
                 continue
             # `compact` is every other device's tile and small: its plain grid stands for the usual ones by default.
             usual = name in ("u8-g64", "u8-g64-table") if tile == "compact" else name in _USUAL
-            default = tile in _CHOSEN and usual and (tile, name) != ("ragged", "u8-g64")
+            default = tile in _CHOSEN and usual and (tile not in ("ragged", "narrow") or name != "u8-g64")
             yield from _pair(name, tile, kwargs, default, targets)
-        for name, table in (("g64", False), ("table", True)):
-            if table and tile != "compact":
+            if name not in ("u8-g64", "u8-g64-table", "u8-ragged", "u8-ragged-table"):
                 continue
-            q_down, _, scale, _, levels = _grid(table=table)
-            yield Case(f"soft_linear_dfrac/{name}-{tile}", tile in ("compact", "deep"), soft_linear.soft_linear_dfrac,
+            q_down, frac, scale, _, levels = _grid(**kwargs)
+            x = _meta(TOKENS, frac.shape[1], dtype=torch.bfloat16)
+            default = tile in ("compact", "deep") or "ragged" in name
+            yield Case(f"soft_linear_dfrac/{name.removeprefix('u8-')}-{tile}", default, soft_linear.soft_linear_dfrac,
                        (y, x, q_down, scale, levels, 4, 64, torch.float32, config), targets)  # fmt: skip
     # What tuning may choose on sm_90 beside its first guess.
     yield from _pair("u8-g64-tuned", "square", {}, False, (90,))
-    deep, weight = soft_linear.CONFIGS["deep"], _grid()
+    deep, weight = CONFIGS["deep"], _grid()
+    x = _meta(TOKENS, COLS, dtype=torch.bfloat16)
     bias = _meta(ROWS, dtype=torch.bfloat16)
     yield Case("soft_linear_fwd/reference-bias-deep", False, soft_linear.soft_linear_fwd,
                (x, *weight, bias, 4, 64, True, deep))  # fmt: skip
@@ -242,7 +254,7 @@ def _soft_linear_cases() -> Iterator[Case]:
                (half, *weight, None, 4, 64, False, deep))  # fmt: skip
     single = _meta(TOKENS, COLS, dtype=torch.float32)
     yield Case("soft_linear_fwd/f32-compact", False, soft_linear.soft_linear_fwd,
-               (single, *weight, None, 4, 64, False, soft_linear.CONFIGS["compact"]))  # fmt: skip
+               (single, *weight, None, 4, 64, False, CONFIGS["compact"]))  # fmt: skip
 
 
 def _linear_kl_cases() -> Iterator[Case]:
@@ -251,6 +263,7 @@ def _linear_kl_cases() -> Iterator[Case]:
         ("bf16-mask", True, torch.bfloat16, True, False, 1.0, None),
         ("f16-softcap-bias", False, torch.float16, True, True, 0.5, 30.0),
         ("f32", False, torch.float32, False, False, 1.0, None),
+        ("f64", False, torch.float64, False, False, 1.0, None),
     ):
         hidden = _meta(1024, COLS, dtype=dtype)
         arguments = (

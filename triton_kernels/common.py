@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 FLOATING = tl.constexpr(0)
 U8 = tl.constexpr(1)
@@ -47,10 +48,9 @@ def group_mode(group_size: int, in_features: int, block_k: int) -> tuple[int, in
     return GATHER.value, group_size
 
 
-def signed32(value: int) -> int:
-    """Same 32 bits as a signed integer, so that the argument's type never depends on its value."""
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >= 1 << 31 else value
+def adjacent(vector: Tensor | None, absent: Tensor) -> Tensor:
+    """Elements next to each other, as kernels address vectors; `absent` where there is none."""
+    return absent if vector is None else vector.contiguous()
 
 
 # Triton's interpreter truncates where it stores float32 as bfloat16; compiled code rounds to nearest even.
@@ -360,6 +360,14 @@ def load_grouped(
 
 
 @triton.jit
+def load_levels(table_ptr, codes, LEVELS: tl.constexpr, ACC: tl.constexpr):
+    """Levels T[q] and T[q + 1] in ACC; the last one for codes past the table, which must not read past it."""
+    index = codes.to(tl.int32)
+    lower = tl.load(table_ptr + tl.minimum(index, LEVELS - 1)).to(ACC)
+    return lower, tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC)
+
+
+@triton.jit
 def load_slope(
     scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
@@ -371,9 +379,8 @@ def load_slope(
     )
     if HAS_TABLE:
         codes = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED)
-        index = codes.to(tl.int32)
-        lower = tl.load(table_ptr + index).to(ACC)
-        slope = slope * (tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC) - lower)
+        lower, upper = load_levels(table_ptr, codes, LEVELS, ACC)
+        slope = slope * (upper - lower)
     return slope
 
 
@@ -383,9 +390,7 @@ def interpolate(
 ):
     """Weight at `position` between code q and q + 1; the reference's order of operations."""
     if HAS_TABLE:
-        index = q.to(tl.int32)
-        lower = tl.load(table_ptr + index).to(ACC)
-        upper = tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC)
+        lower, upper = load_levels(table_ptr, q, LEVELS, ACC)
         weight = step * tl.where(position == 1.0, upper, lower + position * (upper - lower))
     else:
         weight = step * ((q.to(ACC) - zero) + position)

@@ -166,6 +166,8 @@ def linear_kl_fwd(
     acc = torch.float64 if torch.float64 in (student.dtype, weight.dtype) else torch.float32
     operand = weight.dtype if weight.dtype == student.dtype else acc
     head = weight.to(operand)
+    # The kernel knows no strides of these two.
+    bias, mask = (None if vector is None else vector.contiguous() for vector in (bias, mask))
     per_token = student.new_empty(num_tokens, dtype=acc)
     # As the reference: float16 would lose what is divided by many tokens.
     wide = torch.float32 if student.dtype == torch.float16 else student.dtype

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import frac_kind, group_mode, load_masked, load_slope
+from .common import adjacent, frac_kind, group_mode, load_masked, load_slope
 from .step_tile import (
     COUNT_SLOTS,
     COUNTS,
@@ -122,7 +122,7 @@ def projected_step_fwd(
     linear, harden, decays = step_terms(scalars, bytewise)
     mode, group = group_mode(group_size, cols, block_k)
     _projected_step_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cols, block_k * tiles))](
-        frac, frac_ref, weight_grad, scale, first, second, codes, scale if table is None else table, counts,
+        frac, frac_ref, weight_grad, scale, first, second, codes, adjacent(table, scale), counts,
         rows, cols,
         *frac.stride(), *frac_ref.stride(), *weight_grad.stride(), *scale.stride(), *first.stride(), *second.stride(),
         *codes.stride(),

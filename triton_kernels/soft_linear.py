@@ -9,7 +9,6 @@ gradient never reaches memory. One program per output tile, tiles of a band of r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .common import (
     DTYPES,
+    adjacent,
     cast,
     decode_position,
     frac_kind,
@@ -27,6 +27,7 @@ from .common import (
     load_grouped,
     load_slope,
 )
+from .soft_linear_tiles import Config
 from .step_tile import (
     COUNT_SLOTS,
     COUNTS,
@@ -39,32 +40,6 @@ from .step_tile import (
     update_tile,
 )
 
-
-class Config(NamedTuple):
-    """Tile of the output, depth of a step of the inner loop, and the launch."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# Safest first; `compact` runs anywhere, the others want the shared memory of a data-centre GPU.
-CONFIGS = {
-    "compact": Config(64, 64, 32, 4, 2),
-    "ragged": Config(64, 64, 32, 8, 2),  # for rows at odd addresses, whose loads take more registers
-    "square": Config(128, 128, 32, 8, 3),
-    "deep": Config(128, 128, 64, 8, 3),
-    "wide": Config(128, 256, 64, 8, 3),
-}
-# Tiles that only the shared memory of sm_90 holds in every variant.
-LARGE = ("deep", "wide")
-STEP_CONFIGS = {
-    "compact": CONFIGS["compact"],
-    "ragged": Config(64, 32, 32, 8, 2),
-    "square": Config(128, 128, 64, 8, 3),
-}
 BAND = tl.constexpr(8)
 
 
@@ -301,6 +276,11 @@ def _weight_arguments(
     return strides, constants
 
 
+def in_32_bits(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where a row reaches further than the 32 bits that the forward kernel counts in."""
+    return tensor.contiguous() if tensor.stride(1) * tensor.shape[1] >= 2**31 else tensor
+
+
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -314,13 +294,13 @@ def soft_linear_fwd(
     y = x.new_empty((tokens, rows))
     if y.numel() == 0:
         return y
-    if x.stride(1) * cols >= 2**31:
-        x = x.contiguous()  # the kernel counts along a row of x in 32 bits
+    x, q_down, frac, scale = in_32_bits(x), in_32_bits(q_down), in_32_bits(frac), in_32_bits(scale)
+    zero_point = None if zero_point is None else in_32_bits(zero_point)
     mode, group = group_mode(group_size, cols, config.block_k)
     strides, constants = _weight_arguments(q_down, frac, scale, zero_point, table, num_bits, is_reference)
     _soft_linear_fwd_kernel[(triton.cdiv(tokens, config.block_m) * triton.cdiv(rows, config.block_n),)](
-        y, x, q_down, frac, scale, scale if zero_point is None else zero_point, scale if table is None else table,
-        x if bias is None else bias,
+        y, x, q_down, frac, scale, scale if zero_point is None else zero_point, adjacent(table, scale),
+        adjacent(bias, x),
         tokens, rows, cols, *y.stride(), *x.stride(), *strides, **constants,
         HAS_BIAS=bias is not None, MODE=mode, GROUP=group, ACC=DTYPES[_accumulator(x)],
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -342,7 +322,7 @@ def soft_linear_dx(
     strides, constants = _weight_arguments(q_down, frac, scale, zero_point, table, num_bits, is_reference)
     _soft_linear_dx_kernel[(triton.cdiv(tokens, config.block_m) * triton.cdiv(cols, config.block_n),)](
         dx, grad_output, q_down, frac, scale, scale if zero_point is None else zero_point,
-        scale if table is None else table,
+        adjacent(table, scale),
         tokens, rows, cols, *dx.stride(), *grad_output.stride(), *strides, **constants,
         MODE=mode, GROUP=group, ACC=DTYPES[_accumulator(grad_output)],
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -362,7 +342,7 @@ def soft_linear_dfrac(
         return out
     mode, group = group_mode(group_size, cols, config.block_n)
     _soft_linear_dfrac_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),)](
-        out, grad_output, x, q_down, scale, scale if table is None else table,
+        out, grad_output, x, q_down, scale, adjacent(table, scale),
         tokens, rows, cols, *out.stride(), *grad_output.stride(), *x.stride(), *q_down.stride(), *scale.stride(),
         LEVELS=2**num_bits, PACKED=q_down.shape[1] != cols, HAS_TABLE=table is not None, MODE=mode, GROUP=group,
         ACC=DTYPES[_accumulator(x)], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -386,7 +366,7 @@ def soft_linear_step(
     second = frac if second_moment is None else second_moment
     codes = frac if q_down is None else q_down
     _soft_linear_step_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),)](
-        frac, frac_ref, grad_output, x, scale, first, second, codes, scale if table is None else table, counts,
+        frac, frac_ref, grad_output, x, scale, first, second, codes, adjacent(table, scale), counts,
         tokens, rows, cols, *grad_output.stride(), *x.stride(),
         *frac.stride(), *frac_ref.stride(), *scale.stride(), *first.stride(), *second.stride(), *codes.stride(),
         *launch_scalars(scalars, keys),

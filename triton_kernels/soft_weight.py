@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .common import (
     DTYPES,
+    adjacent,
     cast,
     decode_position,
     frac_kind,
@@ -35,10 +36,10 @@ def _soft_weight_fwd_kernel(
     stride_om, stride_ok, stride_qm, stride_qk, stride_fm, stride_fk, stride_sm, stride_sg, stride_zm, stride_zg,
     ZERO: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_TABLE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, ROW_AXIS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    k0 = tl.program_id(0).to(tl.int64) * BLOCK_K
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k0 = tl.program_id(1 - ROW_AXIS).to(tl.int64) * BLOCK_K
+    offs_m = tl.program_id(ROW_AXIS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = k0 + tl.arange(0, BLOCK_K)
     if EVEN:  # no tile reaches past an edge
         mask_m = None
@@ -88,10 +89,11 @@ def _soft_weight_bwd_kernel(
     out_features, in_features,
     stride_om, stride_ok, stride_gm, stride_gk, stride_qm, stride_qk, stride_sm, stride_sg,
     LEVELS: tl.constexpr, PACKED: tl.constexpr, HAS_TABLE: tl.constexpr,
-    MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+    ROW_AXIS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    k0 = tl.program_id(0).to(tl.int64) * BLOCK_K
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k0 = tl.program_id(1 - ROW_AXIS).to(tl.int64) * BLOCK_K
+    offs_m = tl.program_id(ROW_AXIS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = k0 + tl.arange(0, BLOCK_K)
     mask_m = offs_m < out_features
     mask = mask_m[:, None] & (offs_k < in_features)[None, :]
@@ -115,6 +117,15 @@ def tile(cols: int, transpose: bool = False, block: tuple[int, int] | None = Non
     return (8, 256) if cols >= 256 else (16, max(16, triton.next_power_of_2(cols)))
 
 
+def _grid(rows: int, cols: int, block_m: int, block_k: int) -> tuple[int, tuple[int, int]]:
+    """Dimension of the grid that counts row tiles, and the grid.
+
+    Programs in the order of memory, unless the rows are too many for any dimension but the first: 65535 blocks.
+    """
+    tiles = triton.cdiv(rows, block_m), triton.cdiv(cols, block_k)
+    return (1, tiles[::-1]) if tiles[0] <= 65535 else (0, tiles)
+
+
 def soft_weight_fwd(
     q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
     num_bits: int, group_size: int, dtype: torch.dtype, is_reference: bool, transpose: bool,
@@ -129,16 +140,17 @@ def soft_weight_fwd(
     mode, group = group_mode(group_size, cols, block_k)
     acc = torch.float64 if torch.float64 in (frac.dtype, scale.dtype) else torch.float32
     stride_ok, stride_om = out.stride() if transpose else out.stride()[::-1]
-    _soft_weight_fwd_kernel[(triton.cdiv(cols, block_k), triton.cdiv(rows, block_m))](
-        out, q_down, frac, scale, scale if zero_point is None else zero_point, scale if table is None else table,
+    row_axis, grid = _grid(rows, cols, block_m, block_k)
+    _soft_weight_fwd_kernel[grid](
+        out, q_down, frac, scale, scale if zero_point is None else zero_point, adjacent(table, scale),
         rows, cols,
         stride_om, stride_ok, *q_down.stride(), *frac.stride(), *scale.stride(),
         *(scale if zero_point is None else zero_point).stride(),
         ZERO=0.0 if table is not None else float(2 ** (num_bits - 1)), LEVELS=2**num_bits,
         KIND=frac_kind(frac.dtype, is_reference), PACKED=q_down.shape[1] != cols,
         HAS_ZERO=zero_point is not None, HAS_TABLE=table is not None, MODE=mode, GROUP=group, ACC=DTYPES[acc],
-        EVEN=rows % block_m == 0 and cols % block_k == 0, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4,
-        enable_fp_fusion=False,
+        EVEN=rows % block_m == 0 and cols % block_k == 0, ROW_AXIS=row_axis, BLOCK_M=block_m, BLOCK_K=block_k,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -155,12 +167,13 @@ def soft_weight_bwd(
     block_m, block_k = tile(cols, block=block)
     mode, group = group_mode(group_size, cols, block_k)
     acc = torch.float64 if torch.float64 in (grad_weight.dtype, scale.dtype, dtype) else torch.float32
-    _soft_weight_bwd_kernel[(triton.cdiv(cols, block_k), triton.cdiv(rows, block_m))](
-        out, grad_weight, q_down, scale, scale if table is None else table,
+    row_axis, grid = _grid(rows, cols, block_m, block_k)
+    _soft_weight_bwd_kernel[grid](
+        out, grad_weight, q_down, scale, adjacent(table, scale),
         rows, cols,
         *out.stride(), *grad_weight.stride(), *q_down.stride(), *scale.stride(),
         LEVELS=2**num_bits, PACKED=q_down.shape[1] != cols, HAS_TABLE=table is not None,
-        MODE=mode, GROUP=group, ACC=DTYPES[acc], BLOCK_M=block_m, BLOCK_K=block_k,
+        MODE=mode, GROUP=group, ACC=DTYPES[acc], ROW_AXIS=row_axis, BLOCK_M=block_m, BLOCK_K=block_k,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -30,7 +30,6 @@ from .common import (
     root_normal,
     saturate,
     saturated_difference,
-    signed32,
 )
 from .step_bytes import (
     UNDEFINED,
@@ -258,6 +257,12 @@ def step_terms(scalars: Mapping[str, float], bytewise: bool) -> tuple[int, bool,
     """LINEAR, HARDEN, DECAY of `update_tile`; floating state could show the sign of a zero, so it takes every sum."""
     linear = {0.0: ABSENT, 1.0: UNIT}.get(scalars["linear_weight"], WEIGHTED) if bytewise else WEIGHTED
     return linear.value, not bytewise or scalars["hardening"] != 0, scalars["decay"] != 1
+
+
+def signed32(value: int) -> int:
+    """Same 32 bits as a signed integer, so that the argument's type never depends on its value."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
 
 
 def launch_scalars(scalars: Mapping[str, float], keys: Mapping[str, int]) -> list[float | int]:

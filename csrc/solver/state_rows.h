@@ -301,7 +301,7 @@ inline void weight_chunk(const WeightArguments& a, int64_t row, int64_t c0, int 
   if (a.table.data != nullptr) {
     for (int i = 0; i < n; ++i) {
       const float lower = levels[code[i]];
-      const float upper = levels[code[i] + 1 < a.levels ? code[i] + 1 : a.levels - 1];
+      const float upper = levels[code[i] + 1];
       out[i] = slope[i] * (position[i] == 1.0f ? upper : lower + position[i] * (upper - lower));
     }
     return;
@@ -315,9 +315,13 @@ inline void weight_chunk(const WeightArguments& a, int64_t row, int64_t c0, int 
 }
 
 void weight_rows(const WeightArguments& a, int64_t row_begin, int64_t row_end) {
-  float levels[256];
+  // One more than a code can be, the last level repeated: no code reads past the table, whatever its width.
+  float levels[257];
   float out[kChunk];
-  if (a.table.data != nullptr) read(a.table, 0, a.levels, levels);
+  if (a.table.data != nullptr) {
+    read(a.table, 0, a.levels, levels);
+    for (int i = a.levels; i < 257; ++i) levels[i] = levels[a.levels - 1];
+  }
   for (int64_t row = row_begin; row < row_end; ++row) {
     for (int64_t c0 = 0; c0 < a.cols; c0 += kChunk) {
       const int n = static_cast<int>(a.cols - c0 < kChunk ? a.cols - c0 : kChunk);

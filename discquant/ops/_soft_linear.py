@@ -32,29 +32,9 @@ def _resolve(
 ) -> tuple[str, Any]:
     """Strategy and launch configuration."""
     found, tile = chosen(x, stage, shape)
-    if shape[1] % 16:
-        # Seen ahead of time: rows that start at odd addresses spill in the other tiles.
-        tile = "ragged"
-    elif table is not None:
-        # Seen ahead of time: a table read level by level overflows the shared memory of a larger tile on sm_80.
-        tile = "compact"
-    return found if strategy == "auto" else strategy, registry.triton_module("soft_linear").CONFIGS[tile]
-
-
-def step_tile(device: torch.device, optimizer: str, tokens: int, shape: Sequence[int], plain: bool) -> str:
-    """Tile of the epilogue step: what the table chooses, or the smallest one where others spill.
-
-    Args:
-        device: Where the tensors are.
-        optimizer: Two moments do not fit the registers beside a large accumulator.
-        tokens: Rows of the activation.
-        shape: Of the weight.
-        plain: 8-bit state on a uniform grid.
-    """
-    _, tile = rule(device, "step", tokens, shape[0] * shape[1])
-    if shape[1] % 16:
-        return "ragged"
-    return tile if plain and optimizer != "adamw" else "compact"
+    tiles = registry.triton_module("soft_linear_tiles")
+    tile = tiles.fitting_tile(tile, shape[1], table is not None)
+    return found if strategy == "auto" else strategy, tiles.CONFIGS[tile]
 
 
 def _fwd_fake(x: Tensor, q_down: Tensor, frac: Tensor, *args: Any) -> Tensor:
@@ -132,11 +112,14 @@ def _step_launch(
 ) -> Tensor:  # fmt: skip
     kernels = registry.triton_module("soft_linear")
     optimizer, scalars, keys = launch_arguments(*options)
-    plain = table is None and frac.dtype == torch.uint8
-    tile = step_tile(x.device, optimizer, x.shape[0], frac.shape, plain)
+    tiles = registry.triton_module("soft_linear_tiles")
+    _, tile = rule(x.device, "step", x.shape[0], frac.numel())
+    state = (t for t in (frac, frac_ref, momentum, second_moment) if t is not None)
+    plain = table is None and all(t.dtype.itemsize == 1 for t in state)
+    tile = tiles.fitting_step_tile(tile, frac.shape[1], optimizer, plain)
     counts: Tensor = kernels.soft_linear_step(
         grad_output, x, frac, frac_ref, scale, momentum, second_moment, q_down, table, group_size,
-        optimizer, scalars, keys, kernels.STEP_CONFIGS[tile],
+        optimizer, scalars, keys, tiles.STEP_CONFIGS[tile],
     )  # fmt: skip
     return counts
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from discquant.ops import _registry as registry
-from discquant.ops.hadamard_tables import factor, hadamard_matrix
+from discquant.ops.hadamard_tables import CPU, factor, hadamard_matrix
 from discquant.ops.reference import hadamard as reference
 
 _OP = "hadamard"
@@ -35,6 +36,20 @@ def _runs(x: Tensor) -> int:
     return x.shape[-1] // min(factors[1], _RUN_BYTES // (8 if x.dtype == torch.float64 else 4))
 
 
+@functools.lru_cache(maxsize=64)
+def _mixing_matrix(size: int, runs: int, device: torch.device) -> Tensor:
+    """[runs, runs] matrix across the kernel's runs, kept: a copy from the host at every launch would stop the stream.
+
+    Where a run is shorter than the power of two, Sylvester's matrix is a Kronecker product of smaller ones: the first
+    goes to the matrix across runs. Made on the CPU, so that the copy is done before any stream reads it.
+    """
+    matrix = _matrix(size, CPU)
+    rest = runs // matrix.shape[0]
+    if rest > 1:
+        matrix = torch.kron(matrix, reference.sylvester(torch.eye(rest, dtype=torch.int8, device=CPU)))
+    return matrix.to(device)
+
+
 def _fake(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -42,11 +57,7 @@ def _fake(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
 def _launch(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     flips = None if signs is None else signs.contiguous()
-    matrix = _matrix(x.shape[-1], x.device)
-    rest = _runs(x) // matrix.shape[0]
-    if rest > 1:
-        # Sylvester's matrix of 2^m is a Kronecker product of smaller ones: the first goes to the matrix across runs.
-        matrix = torch.kron(matrix, reference.sylvester(torch.eye(rest, dtype=torch.int8, device=x.device)))
+    matrix = _mixing_matrix(x.shape[-1], _runs(x), x.device)
     out: Tensor = registry.triton_module("hadamard").hadamard_fwd(flat, flips, matrix, inverse)
     return out.reshape(x.shape)
 

@@ -138,7 +138,8 @@ def soft_weight(
 
     Args:
         q_down: Lower grid code, uint8, [out_features, in_features], or two 4-bit codes per byte
-            (low nibble first), [out_features, ceil(in_features / 2)].
+            (low nibble first), [out_features, ceil(in_features / 2)]. Below 2 ** num_bits: with a table the
+            reference raises IndexError for others, kernels read the last level.
         frac: Place between the neighbours, unitless in [0, 1]: floating, or uint8 / uint16 fixed point
             (code / 255, code / 65535), [out_features, in_features].
         scale: Grid step in weight units, floating, [out_features, num_groups].

@@ -7,12 +7,17 @@ A fresh process compiles: this one has the interpreter switched on. Results are 
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
 from discquant.triton_kernels import aot
+from discquant.triton_kernels.aot_cases import cases
+from discquant.triton_kernels.soft_linear_tiles import fitting_step_tile, fitting_tile
+
+from discquant.ops.soft_linear_table import load
 
 KERNELS = {
     "soft_weight_fwd_kernel", "soft_weight_bwd_kernel", "projected_step_kernel", "soft_linear_fwd_kernel",
@@ -58,6 +63,40 @@ def _check(rows, targets):
         if row["kernel"] == "packed_linear_kernel":
             expected = ("mma", "wgmma")  # 16 tokens are fewer than a wgmma takes
         assert row["tensor_core"] in expected or "f32" in row["case"], row
+
+
+def test_default_cases_hold_what_is_chosen():
+    """Every tile that a device's rules lead to, tables, odd widths and wide state included."""
+    found = {case.name: case.targets for case in cases() if case.default}
+    chosen = set()
+    for key, device in load().items():
+        for stage, kernel in (("forward", "fwd"), ("dx", "dx")):
+            for rule, cols, table in itertools.product(device.rules[stage], (4096, 4095), (False, True)):
+                tile = fitting_tile(rule.tile, cols, table)
+                name = (
+                    ("u8-ragged-table" if table else "u8-ragged")
+                    if cols % 16
+                    else "u8-g64" + "-table" * table
+                )
+                chosen.add((f"soft_linear_{kernel}/{name}-{tile}", key))
+        states = [
+            ("", True),
+            ("-table", False),
+            ("-f32state", False),
+            ("-bf16state", False),
+            ("-u16state", False),
+        ]
+        for rule, optimizer in itertools.product(device.rules["step"], ("adamw", "momentum", "lion")):
+            for name, plain in states:
+                tile = fitting_step_tile(rule.tile, 4096, optimizer, plain)
+                chosen.add((f"soft_linear_step/{optimizer}-{tile}{name}", key))
+            for name, plain in states[:3]:
+                tile = fitting_step_tile(rule.tile, 4095, optimizer, plain)
+                chosen.add((f"soft_linear_step/{optimizer}-{tile}-ragged{name}", key))
+    assert len(chosen) > 50
+    for name, key in sorted(chosen):
+        assert name in found, name
+        assert not found[name] or key in {f"sm_{target}" for target in found[name]}, (name, key)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -72,6 +74,19 @@ def test_long_runs(size, dtype, inverse, device):
     actual = hadamard(x, signs, inverse=inverse, impl="triton")
     expected = hadamard(x.double(), signs, inverse=inverse, impl="reference")
     assert (actual - expected).abs().max() <= 100 * torch.finfo(dtype).eps
+
+
+def test_matrix_is_kept(monkeypatch, device):
+    """Copied to the device once: a copy at every launch would stop the stream and cannot be captured in a graph."""
+    x = torch.randn(1, 12 * 16384, dtype=torch.float64, device=device)
+    first = hadamard(x, impl="triton")
+
+    def none(*_):
+        raise AssertionError("the matrix was made again")
+
+    monkeypatch.setattr(importlib.import_module("discquant.ops.hadamard"), "hadamard_matrix", none)
+    monkeypatch.setattr(torch, "kron", none)
+    assert torch.equal(hadamard(x, impl="triton"), first)
 
 
 def test_default_device(device):

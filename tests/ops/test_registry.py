@@ -7,6 +7,7 @@ import pytest
 import torch
 from discquant.triton_kernels import hadamard as hadamard_kernels
 from discquant.triton_kernels import projected_step as step_kernels
+from discquant.triton_kernels import soft_weight as weight_kernels
 from torch import Tensor
 
 from discquant import ops
@@ -130,7 +131,15 @@ def test_grids_hold_many_rows(monkeypatch):
     monkeypatch.setattr(hadamard_kernels, "_hadamard_mix_kernel", recorder)
     matrix = torch.empty(28, 28, dtype=torch.int8, device="meta")
     hadamard_kernels.hadamard_fwd(torch.empty(131072, 14336, device="meta"), None, matrix, False)
-    assert len(recorder.grids) == 4
+    monkeypatch.setattr(weight_kernels, "_soft_weight_fwd_kernel", recorder)
+    monkeypatch.setattr(weight_kernels, "_soft_weight_bwd_kernel", recorder)
+    codes, scale = (
+        torch.empty(2**20, 512, dtype=dtype, device="meta") for dtype in (torch.uint8, torch.float32)
+    )
+    for transpose in (False, True):
+        weight_kernels.soft_weight_fwd(codes, codes, scale, None, None, 4, 1, torch.float32, False, transpose)
+    weight_kernels.soft_weight_bwd(codes, codes, scale, None, 4, 1, torch.float32)
+    assert len(recorder.grids) == 7
     for grid in recorder.grids:
         first, second, third = (*grid, 1, 1)[:3]
         assert first < 2**31 and second <= 65535 and third <= 65535

@@ -17,6 +17,8 @@ from discquant.ops import (
     soft_linear_step_deferred_,
 )
 
+MOMENTS = {"adamw": 2, "momentum": 1, "lion": 1, "sgd": 0}
+
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "lion", "sgd"])
 @pytest.mark.parametrize(
@@ -105,6 +107,30 @@ def test_steps_a_parameter(fused, impl, make_grid, assert_equal, device):
     assert parameter.is_leaf and parameter.requires_grad
     assert_equal(parameter.detach(), plain)
     assert not torch.equal(plain, grid.frac)
+
+
+@pytest.mark.parametrize("storage", ["16bit", "bf16", "f32"])
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "lion", "sgd"])
+def test_wide_state_in_the_epilogue(optimizer, storage, make_state, take_step, step_options, assert_equal):
+    """State of 16 bits and floating, every term of the step: bytes and counts of projected_step_ on dY^T x."""
+    rows, cols, tokens = 37, 90, 21
+    state = make_state((rows, cols), storage)
+    x, dy = (
+        torch.randint(-8, 9, (tokens, size), device=state["frac"].device).float() for size in (cols, rows)
+    )
+    state["weight_grad"] = dy.t() @ x
+    state["scale"] *= 1e-2
+    options = dataclasses.replace(step_options, optimizer=optimizer)
+    expected, wanted = take_step(state, 64, options, impl="triton")
+    moments = {"momentum": state["momentum"], "second_moment": state["second_moment"]}
+    counts = soft_linear_step_(
+        dy, x, state["frac"], state["frac_ref"], state["scale"], group_size=64, options=options, impl="triton",
+        **{name: moments[name] for name in ("momentum", "second_moment")[: MOMENTS[optimizer]]},
+    )  # fmt: skip
+    assert counts == wanted
+    assert min(counts.live, counts.moved, counts.saturated) > 0
+    for name in ("frac", *moments):
+        assert_equal(state[name], expected[name], name)
 
 
 @pytest.mark.gpu

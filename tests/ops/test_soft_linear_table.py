@@ -20,7 +20,7 @@ def document() -> dict[str, Any]:
 
 def test_installed_table_covers_everything() -> None:
     """Every rule names a tile that exists, bounds ascend, and rendering what was read gives it back."""
-    from discquant.triton_kernels.soft_linear import CONFIGS, STEP_CONFIGS
+    from discquant.triton_kernels.soft_linear_tiles import CONFIGS, STEP_CONFIGS
 
     table = tables.load()
     assert tables.parse(json.loads(tables.render(table))) == table
