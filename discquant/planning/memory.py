@@ -287,7 +287,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held["tokenizer and text"] = TEXT if text else 0.0
     lists = {"token lists": TOKEN_LISTS * tokens if text else 0.0}
     peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix, "scales": grids}, {}))
-    (held if setting.accelerator and setting.placement != "resident" else device)["scales"] = grids
+    # What was laid stays here; a state that is streamed, or on a device, has a copy.
+    held["scales"] = grids
     peaks.append(peak("calibrate", _sampling(shape, setting), {"windows": windows} | lists))
     held["windows"] = windows
     if setting.accelerator:
@@ -309,9 +310,9 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         work, gathering = _working(shape, setting), _gathering(shape, setting)
         longest = max(setting.tokens, setting.gathered_tokens)
         where = {"resident": device, "host": held, "disk": stored}[setting.placement]
-        where["state"] = state
+        where["state"] = state + (grids if setting.streamed or setting.accelerator else 0.0)
         if setting.placement == "disk":  # which all ranks share, each with files of its own
-            stored["state"] = state * setting.ranks
+            stored["state"] = where["state"] * setting.ranks
         if setting.boundaries == "disk":
             stored["boundary activations"] = boundary * longest * setting.ranks
         elif setting.boundaries == "host" and setting.accelerator:

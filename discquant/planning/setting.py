@@ -9,7 +9,7 @@ from typing import Literal
 from discquant.calibration.sampling import rows_at_once
 from discquant.config import QuantizeConfig
 from discquant.planning.shape import ModelShape
-from discquant.planning.traffic import StateLayout, grid_bytes_per_weight, state_layout
+from discquant.planning.traffic import StateLayout, grid_bytes_per_weight, outlier_bytes, state_layout
 
 Placement = Literal["resident", "host", "disk"]
 PLACEMENTS: tuple[Placement, ...] = ("resident", "host", "disk")
@@ -71,6 +71,7 @@ class Setting:
             self.config.grid.bits,
             both=self.teacher_in_state and solver.start == "gptq",
             weight=float(self.stored) if self.streamed and not self.teacher_in_state else 0.0,
+            outliers=outlier_bytes(self.config.grid, solver.state) if self.teacher_in_state else 0.0,
         )
 
     @property

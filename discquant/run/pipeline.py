@@ -129,11 +129,14 @@ class Pipeline:
         chain = self._chain(source)
         if self.engine.ranks.share(None) == COMPLETE:
             return {}
+        # While the first rank lays its own: they can be an hour's work.
+        grids = self._grids(chain, source) if self.config.method == "discquant" else {}
+        self.engine.ranks.share(None)
         held_open.callback(self._close)  # from here on the first rank holds the directory
         train, held = split_windows(run_windows(self.directory, self.config, source), self.config)
         if self.config.method == "discquant":
             rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
-            self._solve(chain, self._grids(chain, source), rows, held, source)
+            self._solve(chain, grids, rows, held, source)
         return {}
 
     def _execute(self, held_open: contextlib.ExitStack) -> dict[str, Any]:
@@ -156,6 +159,7 @@ class Pipeline:
         if continued and self.directory.complete and self._exported():
             self.engine.ranks.share(COMPLETE)
             return self._completed()
+        self.engine.ranks.share("opened")
         if continued:
             self._say_processor()
         plan = plan_run(source.model, self._shape, self.config, self.engine, self.directory.path)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from discquant.errors import ConfigError, RankLostError
 
-TIMEOUT = dt.timedelta(minutes=30)  # rank 0 may export or measure alone for as long
+# Rank 0 may read or sample text, measure or export alone for as long. A rank that dies is noticed by its connection.
+TIMEOUT = dt.timedelta(days=1)
 
 
 class TreeSum:

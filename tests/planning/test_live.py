@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -141,6 +142,22 @@ def test_state(state: str, optimizer: str, curvature: float | None, width: int, 
     assert largest * len(placement) == placement.nbytes
 
 
+@pytest.mark.parametrize(("bits", "group"), [(3, 32), (4, 64), (2, -1)])
+def test_state_beside_a_searched_grid(bits: int, group: int, model: Any) -> None:
+    """Weights that the scale clips too far for an 8-bit place are planned as many as normal weights have."""
+    config = dataclasses.replace(
+        _config(state="u8", optimizer="momentum", curvature=0.0), grid=GridConfig(bits, group)
+    )
+    shape = shape_of(model, name="small")
+    setting = setting_for(shape, config, "resident", Machine(DEVICES["cpu"], 1e15, 1e15))
+    model = copy.deepcopy(model).bfloat16().float()  # as most originals are stored
+    chain = DecoderChain(model)
+    run = Solve(chain, lay_grids(chain, config.grid), _rows(chain), config)
+    planned = state_bytes(shape, setting) + shape.weights * grid_share(shape, config)
+    assert setting.layout.outliers > 0
+    assert run.solver.placement.nbytes == pytest.approx(planned, rel=0.01)
+
+
 def test_sampling(model: Any, live_bytes: Any) -> None:
     """As many rows side by side as the run takes: with the held-out ones, as far as their cache allows."""
     config = dataclasses.replace(_config(), data=DataConfig("self", ROWS, SEQLEN))
@@ -156,8 +173,6 @@ def test_sampling(model: Any, live_bytes: Any) -> None:
 
 
 def test_comparing(model: Any, live_bytes: Any) -> None:
-    import copy
-
     config = dataclasses.replace(_config(), method="rtn")
     chain = DecoderChain(model)
     grids = lay_grids(chain, config.grid)
