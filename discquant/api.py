@@ -143,9 +143,14 @@ def quantize(
         Quantized; call `.apply()` to put the rounded weights into the model.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: Bad configuration, data, a weight that is not finite, or a model in float16 with DiscQuant.
         NotImplementedError: The model is no chain of decoder blocks with a linear head.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"quantize: model must be of type = nn.Module (see discquant.load), got {type(model).__name__}"
+        )
     served = next(model.parameters()).dtype
     config = _in_dtype(config or QuantizeConfig(), served)
     check_ignore(model, config.ignore)

@@ -152,6 +152,7 @@ def test_damaged_models(
         (("--baselines", "rtn,best"), ("baselines", "best")),
         (("--seed", "-1"), ("seed",)),
         (("--seqlen", "65"), ("seqlen", "64 positions", "65")),
+        (("--threads", "100000"), ("--threads must be from 1 to 1024",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -280,6 +281,28 @@ def test_bad_candidates(run: Run, model: Path, tokens: str, tmp_path: Path) -> N
     status, _, error = run("generate", str(tmp_path / "none"), "hello")
     assert status == 2
     assert "error: " in error
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    run: Run, model: Path, tokens: str
+) -> None:
+    for target, word in ((model, "it is a folder"), (model / "none" / "x.json", "there is no folder")):
+        status, output, error = run(
+            "evaluate", str(model), str(model), "--dataset", tokens, "--seqlen", "32", "--json", str(target)
+        )
+        assert status == 2 and word in error and not output
+    assert not list(model.parent.glob(".*.part"))
+
+
+def test_codes_that_a_format_stores_wider_are_told(
+    run: Run, model: Path, tokens: str, tmp_path: Path
+) -> None:
+    status, output, error = run(
+        "quantize", str(model), str(tmp_path / "out"), "--method", "rtn", "--bits", "3", "--group-size", "32",
+        "--dataset", tokens, "--seqlen", "32", "--baselines", "none", "--format", "onnx",
+    )  # fmt: skip
+    assert status == 0, error
+    assert "note: onnx: 3-bit codes are stored in 4 bits" in output + error
 
 
 def test_generate_runs_and_unpickles_nothing_unasked(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,8 +46,13 @@ def evaluate(
     from discquant.evaluation.table import print_table
     from discquant.run.served import load_run_model
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"evaluate: --json {json_file}: there is no folder {json_file.absolute().parent}")
+    if json_file is not None:
+        parent = json_file.absolute().parent
+        if not parent.is_dir():
+            raise ConfigError(f"evaluate: --json {json_file}: there is no folder {parent}")
+        if json_file.is_dir() or not os.access(parent, os.W_OK):
+            what = "it is a folder" if json_file.is_dir() else f"{parent} is not writable"
+            raise ConfigError(f"evaluate: --json {json_file}: {what}")
 
     def open_run(run: Path, its_original: str | Path | None) -> Any:
         return load_run_model(

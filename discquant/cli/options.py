@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from discquant.run.pipeline import Pipeline
     from discquant.solver.engine import Engine
 
-STOPPED = 143  # 128 + SIGTERM
+MOST_THREADS = 1024
 
 ChatTemplate = Annotated[
     bool, typer.Option(help="Put plain text and question-answer pairs through the tokenizer's chat template.")
@@ -117,8 +117,8 @@ def set_threads(threads: int | None) -> None:
 
     if threads is None:
         return
-    if threads < 1:
-        raise ConfigError(f"--threads must be at least 1, got {threads}")
+    if not 1 <= threads <= MOST_THREADS:  # torch ends in a crash where the system has no more
+        raise ConfigError(f"--threads must be from 1 to {MOST_THREADS}, got {threads}")
     torch.set_num_threads(threads)
 
 
@@ -163,5 +163,5 @@ def run_pipeline(
             summary = build(events, engine).execute()
         except RunStoppedError as stopped:
             bar.message(str(stopped))
-            raise typer.Exit(STOPPED) from stopped
+            raise typer.Exit(128 + stopped.signal) from stopped
     return summary if ranks.first else None

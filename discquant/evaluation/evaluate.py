@@ -163,5 +163,8 @@ def write_json(rows: Sequence[dict[str, Any]], file: str | Path) -> None:
     """Write rows of `evaluate` as a JSON list, whole or not at all."""
     target = Path(file)
     part = target.with_name(f".{target.name}.part")
-    part.write_text(json.dumps(list(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(target)
+    try:
+        part.write_text(json.dumps(list(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

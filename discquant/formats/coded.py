@@ -180,6 +180,10 @@ class Format(Protocol):
         """
         ...
 
+    def stored_wider(self, bits: int) -> str:
+        """Say so if codes of this width on a uniform grid take the room of wider ones; else empty."""
+        ...
+
     def space(self, source: Checkpoint, schemes: Mapping[str, Any]) -> int:
         """Bytes of disk that `write` takes at most, what it joins the result from included.
 

@@ -136,6 +136,13 @@ class Gguf:
         """See `coded.Format`."""
         return check_source(source)
 
+    def stored_wider(self, bits: int) -> str:
+        """See `coded.Format`."""
+        if bits >= 4:
+            return ""
+        own = "; its own 3-bit grid is --kind q3_k" if bits == 3 else ""
+        return f"{bits}-bit codes are stored in 4-bit blocks (4.5 bits per weight or more){own}"
+
     def space(self, source: Checkpoint, schemes: Mapping[str, Scheme]) -> int:
         """See `coded.Format`."""
         return space(source, schemes)

@@ -25,7 +25,7 @@ from discquant.errors import (
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, Format, LayerFacts
 from discquant.formats.mapped import forget_pages, map_file
-from discquant.formats.onnx_blocks import block_size, check, encode
+from discquant.formats.onnx_blocks import WIDTHS, block_size, check, encode
 from discquant.formats.onnx_file import (
     FLOATS,
     TYPE_NAMES,
@@ -115,6 +115,11 @@ class Onnx:
         require_onnx()
         check_architecture(source.config())
         return []
+
+    def stored_wider(self, bits: int) -> str:
+        """See `coded.Format`."""
+        wide = next(width for width in WIDTHS if width >= bits)
+        return "" if wide == bits else f"{bits}-bit codes are stored in {wide} bits"
 
     def space(self, source: Checkpoint, schemes: Mapping[str, Scheme]) -> int:
         """See `coded.Format`."""

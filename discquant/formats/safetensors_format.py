@@ -123,6 +123,10 @@ class SafetensorsFormat(Layout):
         """See `coded.Format`: any model has a place here."""
         return []
 
+    def stored_wider(self, bits: int) -> str:
+        """See `coded.Format`; what engines make of a width is among the warnings of the plan."""
+        return ""
+
     def space(self, source: Checkpoint, schemes: Mapping[str, Scheme]) -> int:
         """See `coded.Format`: the original and one shard's spool; `export.plan_export` is exact."""
         total = sum(info.num_bytes for info in source.tensors.values())

@@ -307,11 +307,11 @@ def load_checkpoint(folder: Path, run: Solve) -> int | None:
             gain = GainControl(float.fromhex(facts["gain"]), facts["target"])
             gain.initial = float.fromhex(facts["initial"])
             step, entries = int(facts["step"]), facts["blocks"]
-            for index, entry in enumerate(entries):
-                _restore(folder / Path(entry["file"]).name, entry["digest"], run, index)
             if len(entries) != len(run.solver.placement):
                 raise ValueError(f"{len(entries)} blocks instead of {len(run.solver.placement)}")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            for index, entry in enumerate(entries):
+                _restore(folder / Path(entry["file"]).name, entry["digest"], run, index)
+        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             logger.warning("checkpoint %s cannot be read (%s); using the one before", path.name, error)
             continue
         run.solver.placement.changed_at_home()

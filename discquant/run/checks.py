@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import discquant
+from discquant.calibration.documents import SUFFIXES
 from discquant.calibration.load import token_file
 from discquant.config import GridConfig, QuantizeConfig
 from discquant.environment import device_name, versions
@@ -147,6 +148,9 @@ def plan_formats(
         chosen = registry.by_name(name)
         if not isinstance(chosen, SafetensorsFormat):
             written += chosen.space(source, schemes)
+            for bits in sorted({scheme.num_bits for scheme in schemes.values() if scheme.kind == "int"}):
+                if wider := chosen.stored_wider(bits):
+                    say(f"note: {name}: {wider}")
             continue
         plan = plan_export(source.path, target, schemes, name)
         written += plan.weight_bytes
@@ -180,13 +184,16 @@ def check_grids(source: Source, formats: Iterable[str], grids: Mapping[str, Grid
 
 
 def check_text(source: Source, dataset: str) -> None:
-    """Refuse text that there is no tokenizer for.
+    """Refuse text that there is no tokenizer for, and a file that is not there.
 
     Raises:
         CalibrationError: So it is.
     """
     if source.tokenizer is None and dataset != "self" and token_file(dataset) is None:
         raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
+    file = (token_file(dataset) or (Path(dataset), ""))[0]
+    if (Path(dataset).suffix in SUFFIXES or token_file(dataset) is not None) and not file.is_file():
+        raise CalibrationError(f"calibration: there is no file {file}")
 
 
 # Raised whenever a run would come out in other bytes than before: a run that an earlier state of the code began is then
@@ -194,15 +201,20 @@ def check_text(source: Source, dataset: str) -> None:
 ARITHMETIC = {"cpu": 3, "cuda": 4}
 
 
+NO_BYTES = ("baselines", "checkpoint_every")
+
+
 def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -> dict[str, Any]:
-    """Return everything that determines the bytes of the result; the baselines are only measured.
+    """Return everything that determines the bytes of the result.
+
+    Baselines are only measured, and where checkpoints are taken changes nothing.
 
     The processor does too, in the last bits of sums; as machines are often exchanged between two parts of a run,
     another one is told (`Pipeline`) and not refused.
     """
     installed = versions()
     return {
-        "config": {key: value for key, value in config.to_dict().items() if key != "baselines"},
+        "config": {key: value for key, value in config.to_dict().items() if key not in NO_BYTES},
         "source_digest": source.digest,
         "data_digest": file_digest(config.data.dataset),
         "discquant": discquant.__version__,

@@ -14,7 +14,16 @@ from discquant.solver.solver import StepRecord
 
 
 class RunStoppedError(BaseException):
-    """SIGTERM or SIGINT arrived; the run can be continued. Like KeyboardInterrupt, no library's `except` takes it."""
+    """SIGTERM or SIGINT arrived; the run can be continued. Like KeyboardInterrupt, no library's `except` takes it.
+
+    Attributes:
+        signal: Its number; SIGTERM where another rank got it.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        """Keep the number beside the message."""
+        super().__init__(message)
+        self.signal = int(number)
 
 
 @dataclass
@@ -42,7 +51,9 @@ class StopSignal:
     def _catch(self, number: int, frame: object) -> None:
         self.caught = number
         if not self._defer:
-            raise RunStoppedError(f"stopped by {signal.Signals(number).name}; the same command continues")
+            raise RunStoppedError(
+                f"stopped by {signal.Signals(number).name}; the same command continues", number
+            )
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ Everything that can be refused is refused for every format before the first byte
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from discquant.errors import CheckpointError, ConfigError, MissingModelError
 from discquant.formats import registry
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import CodedLayer
 from discquant.formats.output import check_target
 from discquant.formats.rewrite import file_facts, weight_files
@@ -82,7 +81,7 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
         )
     recipe = dict(identity["config"])
     if (path / SUMMARY).is_file():
-        recipe["summary"] = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        recipe["summary"] = read_json(path / SUMMARY)
     dropped = ""
     if config.get("quantized"):
         _check_basis(run, recipe.get("summary"))

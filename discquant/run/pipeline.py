@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from discquant.config import Method, QuantizeConfig
 from discquant.environment import cpu_name
 from discquant.formats import registry
 from discquant.formats.bits import file_bits_per_weight
-from discquant.formats.checkpoint import Checkpoint
+from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.lazy import is_lazy, settle
 from discquant.formats.source import Source, check_output_dir, open_source
 from discquant.grids import Grid
@@ -211,7 +210,7 @@ class Pipeline:
         """Return the summary of a run that has ended before; it may have been stopped while its report was drawn."""
         path = self.directory.path
         self.events.say(f"{path} is complete already")
-        summary = dict(json.loads((path / SUMMARY).read_text(encoding="utf-8")))
+        summary = read_json(path / SUMMARY)
         unmeasured = [name for name in self.config.baselines if name not in summary["methods"]]
         if unmeasured:
             self.events.say(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from discquant.errors import CheckpointError, MissingModelError
+from discquant.formats.checkpoint import read_json
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.lazy import reader_of, substitute
@@ -135,7 +135,7 @@ def load_run_model(
             f"back, or write a model that stands alone: discquant export {path} --format compressed-tensors "
             "--original MODEL"
         )
-    summary = json.loads((run.path / SUMMARY).read_text(encoding="utf-8")) if run.complete else {}
+    summary = read_json(run.path / SUMMARY) if run.complete else {}
     if summary.get("refine", {}).get("derivation", {}).get("folded"):
         raise CheckpointError(
             f"run: the file that {path} refined has scaled weights; its codes do not fit the original, and the refined "

@@ -218,7 +218,8 @@ class Solving:
         caught = self._stop.caught
         by = signal.Signals(caught).name if caught is not None else "a signal to another rank"
         return RunStoppedError(
-            f"stopped by {by} after step {step} of {self.config.solver.iters}; the same command continues"
+            f"stopped by {by} after step {step} of {self.config.solver.iters}; the same command continues",
+            caught or signal.SIGTERM,
         )
 
     def _validate(self, solve: Solve, sample: TokenRows) -> None:

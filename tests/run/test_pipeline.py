@@ -174,20 +174,26 @@ def test_killed_and_resumed_ends_in_the_same_bytes(
     assert fingerprint(out) == fingerprint(finished)
 
 
-def test_sigterm_stops_cleanly_and_resumes(
-    finished: Path, command: Command, tmp_path: Path, warm_start: Any
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_cleanly_and_the_run_resumes(
+    number: signal.Signals, finished: Path, command: Command, tmp_path: Path, warm_start: Any
 ) -> None:
+    """Also with checkpoints at other steps, which change no byte."""
     out = tmp_path / "stopped"
     process = warm_start.start(command(out), tmp_path)
     while not (out / "checkpoints" / "step-0000000.json").exists() and process.poll() is None:
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, messages = process.communicate(timeout=120)
-    assert process.returncode == 143, messages
+    assert process.returncode == 128 + number, messages
     assert "the same command continues" in messages
     assert not (out / "codes.safetensors").exists()
-    assert warm_start.run(command(out), tmp_path).returncode == 0
-    assert fingerprint(out) == fingerprint(finished)
+    done = warm_start.run(command(out, "--checkpoint-every", "5"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    written, expected = fingerprint(out), fingerprint(finished)
+    differ = {name for name in expected if written[name] != expected[name]}
+    # These two name the options of the run.
+    assert differ == {f"compressed-tensors/{name}" for name in ("README.md", "discquant_manifest.json")}
 
 
 @pytest.mark.full
@@ -228,6 +234,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     manifest = json.loads(sorted((out / "checkpoints").glob("step-*.json"))[-1].read_text(encoding="utf-8"))
     newest = out / "checkpoints" / manifest["blocks"][-1]["file"]
     newest.write_bytes(newest.read_bytes()[:100])
+    (out / "checkpoints" / "step-0000099.json").write_text("[]", encoding="utf-8")
     done = warm_start.run(command(out), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cannot be read" in done.stderr
@@ -252,6 +259,18 @@ def test_another_configuration_is_refused(
     assert named in done.stderr
     assert "Traceback" not in done.stderr
     assert fingerprint(finished) == before
+
+
+def test_a_damaged_summary_is_named(
+    finished: Path, command: Command, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished, damaged)
+    (damaged / "summary.json").write_text("{", encoding="utf-8")
+    export = [*command(damaged)[:3], "export", str(damaged), "--format", "mlx"]
+    for line in (command(damaged), export):
+        done = call(line)
+        assert done.returncode == 2 and "summary.json: not valid JSON" in done.stderr
 
 
 def test_a_run_of_earlier_arithmetic_is_refused(
