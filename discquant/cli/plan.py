@@ -31,7 +31,7 @@ def plan(
     ] = "auto",
     activations: options.Activations = None,
     state: Annotated[
-        str | None, typer.Option(help="fp32 or u8; default fp32 on the CPU, u8 on an accelerator.")
+        str | None, typer.Option(help="fp32, bf16 or u8; default fp32 on the CPU, u8 on an accelerator.")
     ] = None,
     optimizer: Annotated[
         str | None,
@@ -78,6 +78,7 @@ def plan(
 
     from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
     from discquant.errors import ConfigError
+    from discquant.formats import registry
     from discquant.planning import hardware
     from discquant.planning.plan import Machine, make_plan
     from discquant.planning.rates import keep_rates, load_rates, machine_name, nearest_rates
@@ -122,6 +123,8 @@ def plan(
         ignore=tuple(ignore or ["lm_head"]),
         baselines=options.method_names(baselines),
     )
+    for name in config.formats:
+        registry.by_name(name)
     empty = empty_model(open_config(model, trust_remote_code), trust_remote_code)
     check_ignore(empty, config.ignore)
     shape = shape_of(empty, config.ignore, name=Path(model).name)

@@ -59,16 +59,28 @@ def _smaller(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
     return found
 
 
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / GB:,.1f} GB" if num_bytes >= 0.1 * GB else f"{1e3 * num_bytes / GB:,.2f} MB"
+def _size(num_bytes: float, digits: int = 1) -> str:
+    if num_bytes >= 0.1 * GB:
+        return f"{num_bytes / GB:,.{digits}f} GB"
+    return f"{1e3 * num_bytes / GB:,.{digits + 1}f} MB"
+
+
+def _count(weights: int) -> str:
+    return f"{weights / 1e9:.2f} G" if weights >= 1e8 else f"{weights / 1e6:.2f} M"
+
+
+def _sizes(needed: float, there: float) -> tuple[str, str]:
+    """Return both with as many digits as tell them apart."""
+    pairs = [(_size(needed, digits), _size(there, digits)) for digits in (1, 2, 3)]
+    return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0])
 
 
 def _gigabytes(option: Option, machine: Machine) -> str:
     parts = []
     if machine.device.memory is not None:
-        parts.append(f"{_size(option.gpu)} of device memory (there are {_size(machine.device.memory)})")
-    parts.append(f"{_size(option.host)} of host memory (there are {_size(machine.host)})")
-    parts.append(f"{_size(option.disk)} of disk ({_size(machine.disk)} are free)")
+        parts.append("{} of device memory (there are {})".format(*_sizes(option.gpu, machine.device.memory)))
+    parts.append("{} of host memory (there are {})".format(*_sizes(option.host, machine.host)))
+    parts.append("{} of disk ({} are free)".format(*_sizes(option.disk, machine.disk)))
     return ", ".join(parts)
 
 
@@ -97,8 +109,8 @@ def refusal(
     tried = [option_of(shape, setting_of(config, placement), machine) for placement in wanted]
     best = min(tried, key=excess)
     message = (
-        f"plan: {shape.name} with {shape.weights / 1e9:.2f} G weights to quantize fits {machine.device.name} with no "
-        f"placement asked for; {best.placement}, the nearest, needs {_gigabytes(best, machine)}"
+        f"plan: {shape.name} with {_count(shape.weights)} weights to quantize fits {machine.device.name} with none of "
+        f"the placements {', '.join(wanted)}; {best.placement}, the nearest, needs {_gigabytes(best, machine)}"
     )
     least = best
     for said, smaller in [("", config), *_smaller(config)]:
