@@ -201,7 +201,9 @@ def check_text(source: Source, dataset: str) -> None:
 ARITHMETIC = {"cpu": 3, "cuda": 4}
 
 
-NO_BYTES = ("baselines", "checkpoint_every")
+def told_options(config: QuantizeConfig) -> dict[str, Any]:
+    """Return the options that a manifest tells: all but where checkpoints were taken, which changes nothing."""
+    return {key: value for key, value in config.to_dict().items() if key != "checkpoint_every"}
 
 
 def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -> dict[str, Any]:
@@ -214,7 +216,7 @@ def run_identity(source: Source, config: QuantizeConfig, device: torch.device) -
     """
     installed = versions()
     return {
-        "config": {key: value for key, value in config.to_dict().items() if key not in NO_BYTES},
+        "config": {key: value for key, value in told_options(config).items() if key != "baselines"},
         "source_digest": source.digest,
         "data_digest": file_digest(config.data.dataset),
         "discquant": discquant.__version__,

@@ -101,9 +101,13 @@ class RunDirectory:
             )
         changed = _differences(self.config()["identity"], json.loads(json.dumps(identity)))
         if changed:
+            advice = "Repeat the command that made it, or choose another OUT"
+            if all(text.startswith("config.format was ") for text in changed):
+                advice += (
+                    f"; `discquant export {self.path} --format ...` writes further formats of a finished run"
+                )
             raise ResumeError(
-                f"quantize: {self.path} holds another run; different: {'; '.join(changed)}. "
-                "Repeat the command that made it, or choose another OUT"
+                f"quantize: {self.path} holds another run; different: {'; '.join(changed)}. {advice}"
             )
         return True
 

@@ -33,6 +33,7 @@ from discquant.run.checks import (
     check_ignore,
     check_text,
     run_identity,
+    told_options,
 )
 from discquant.run.directory import REPORT, SUMMARY, RunDirectory
 from discquant.run.events import Events, RunStoppedError, StopSignal
@@ -390,7 +391,7 @@ class Pipeline:
                     Checkpoint(source.path),
                     target,
                     coded_layers(codes, grids),
-                    recipe={**self.config.to_dict(), "summary": summary},
+                    recipe={**told_options(self.config), "summary": summary},
                     prove_from=lambda: coded_layers(codes, grids),
                 )
             sizes[name] = weight_bytes(target)

@@ -29,6 +29,7 @@ from discquant.formats.rewrite import weight_files
 from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights, weights_only
 from discquant.formats.source import Source, pickled_files
 from discquant.grids import Grid
+from discquant.run.checks import told_options
 from discquant.run.derive import Derivation, check_derivation, common_grid
 from discquant.run.events import Events
 from discquant.run.pipeline import Pipeline, weight_bytes
@@ -249,7 +250,7 @@ class RefinePipeline(Pipeline):
                     "writes it anew"
                 )
         else:
-            recipe = {**self.config.to_dict(), "summary": summary}
+            recipe = {**told_options(self.config), "summary": summary}
             # Pickled weights are hashed by file, and together with config.json.
             pickled = pickled_files(source.path)
             sha256 = source.digest if pickled else Checkpoint(source.path).sha256()
