@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from discquant.cli import main
 from discquant.errors import ConfigError
+from discquant.formats import registry
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -303,6 +304,9 @@ def test_codes_that_a_format_stores_wider_are_told(
     )  # fmt: skip
     assert status == 0, error
     assert "note: onnx: 3-bit codes are stored in 4 bits" in output + error
+    gguf, plain = registry.by_name("gguf"), registry.by_name("gptq")
+    assert "4-bit blocks" in gguf.stored_wider(3) and "--kind q3_k" in gguf.stored_wider(3)
+    assert not gguf.stored_wider(4) and not plain.stored_wider(3)
 
 
 def test_generate_runs_and_unpickles_nothing_unasked(

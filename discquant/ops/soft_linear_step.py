@@ -105,19 +105,8 @@ def soft_linear_step_(
         the counts; see `soft_linear_step_deferred_`.
     """
     counts = _run(
-        grad_output,
-        x,
-        frac,
-        frac_ref,
-        scale,
-        group_size,
-        options,
-        momentum,
-        second_moment,
-        q_down,
-        table,
-        impl,
-    )
+        grad_output, x, frac, frac_ref, scale, group_size, options, momentum, second_moment, q_down, table, impl
+    )  # fmt: skip
     return counts if isinstance(counts, StepCounts) else StepCounts(*counts.tolist())
 
 
@@ -142,17 +131,6 @@ def soft_linear_step_deferred_(
         int64, [5], on the device of `frac`: live, fractional, moved, saturated, nan.
     """
     counts = _run(
-        grad_output,
-        x,
-        frac,
-        frac_ref,
-        scale,
-        group_size,
-        options,
-        momentum,
-        second_moment,
-        q_down,
-        table,
-        impl,
-    )
+        grad_output, x, frac, frac_ref, scale, group_size, options, momentum, second_moment, q_down, table, impl
+    )  # fmt: skip
     return torch.tensor(counts, device=frac.device) if isinstance(counts, StepCounts) else counts

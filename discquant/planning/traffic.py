@@ -16,7 +16,7 @@ FORWARD_FLOP, BACKWARD_FLOP = 4, 6
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 7
 HEAD_FLOP = 6
 # By code width: shares of weights more than half a step beyond a searched grid's ends.
-OUTLIER_SHARES = {2: 0.06, 3: 0.022, 4: 0.0095, 5: 0.0045, 6: 0.002, 7: 0.001, 8: 0.001}
+OUTLIER_SHARES = {2: 0.06, 3: 0.022, 4: 0.0095, 5: 0.0045, 6: 0.002, 7: 0.0012, 8: 0.001}
 
 
 @dataclass(frozen=True)
