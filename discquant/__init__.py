@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """discquant: round a transformer's weights to a given grid with the least KL divergence.
 
-`quantize`, `quantize_module`, `refine`, `load`: the Python API; `discquant.ops` and `discquant.grids` stand alone.
+`quantize`, `quantize_module`, `refine`, `rotate`, `load`: the Python API; `discquant.ops` and `discquant.grids` stand
+alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from discquant.api import Quantized, load, quantize, quantize_module, refine
     from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig, preset
+    from discquant.rotation import rotate
 
 _HOMES = {
     "Quantized": "discquant.api",
@@ -25,6 +27,7 @@ _HOMES = {
     "QuantizeConfig": "discquant.config",
     "SolverConfig": "discquant.config",
     "preset": "discquant.config",
+    "rotate": "discquant.rotation",
 }
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "quantize",
     "quantize_module",
     "refine",
+    "rotate",
 ]
 
 

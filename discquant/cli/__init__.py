@@ -7,11 +7,23 @@ import logging
 import os
 import sys
 
-from discquant.cli import env, evaluate, export, generate, inspect, plan, quantize, refine
+from discquant.cli import env, evaluate, export, generate, inspect, plan, quantize, refine, rotate
 from discquant.cli.app import app
 from discquant.errors import UserError
 
-__all__ = ["app", "env", "evaluate", "export", "generate", "inspect", "main", "plan", "quantize", "refine"]
+__all__ = [
+    "app",
+    "env",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "main",
+    "plan",
+    "quantize",
+    "refine",
+    "rotate",
+]
 
 
 def main() -> None:

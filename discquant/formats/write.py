@@ -126,7 +126,7 @@ def write_model(
         for name, info in untouched.items():
             writer.add_bytes(name, info.dtype, info.shape, info.num_bytes, read_bytes(info))
         writer.close()
-        _copy_side_files(source.path, partial)
+        copy_side_files(source.path, partial)
         more = chosen.configure(config, schemes, unquantized(source, schemes))
         for name, value in {**more, "config.json": config}.items():
             _write_json(partial / name, value)
@@ -223,7 +223,8 @@ def unquantized(source: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
     return [name for name in found if name.rpartition(".")[2] not in EMBEDDINGS]
 
 
-def _copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what an original has beside weights and configuration (see SIDE_FILES)."""
     for pattern in SIDE_FILES:
         for file in sorted(source.glob(pattern)):
             skipped = file.name.endswith(".index.json") or file.name in NOT_COPIED
