@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality of every rounding method on the same grids: `python benchmarks/quality.py stories260k|sweep|recipe`.
+"""Quality of every rounding method on the same grids: `python benchmarks/quality.py stories260k|sweep|rotation`.
 
 Writes benchmarks/results/<name>.json after every measurement and continues from it, so that it can be stopped.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from discquant import environment
 from discquant.calibration import load_windows
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig, preset
 from discquant.formats.source import open_source
+from discquant.rotation import rotate
 from discquant.run.served import served_dtype
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes
@@ -29,6 +31,7 @@ from discquant.solver.solve import Solve, TokenRows, lay_grids
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+TINY = ROOT / "examples" / "tiny_llama"
 
 
 class Store:
@@ -143,15 +146,19 @@ def stories260k(model: Path) -> None:
     store.measure("search grid, default", lambda: bench.solve(search, default))
 
 
-def sweep(iters: int) -> None:
-    """The bundled model at 2, 3 and 4 bits, groups of 32, 64, 128 and whole rows: RTN, GPTQ and DiscQuant."""
-    model = ROOT / "examples" / "tiny_llama"
-    source = open_source(model, dtype=torch.float32)
+def _tiny_llama(model: Path) -> Bench:
+    """The bundled model, or one with its vocabulary, and the data of its sweep."""
+    source = open_source(TINY, dtype=torch.float32)
     windows = [
         load_windows(name, source.tokenizer, nsamples=count, seqlen=256, seed=seed, model=source.model)
         for name, count, seed in (("arithmetic", 2048, 0), ("arithmetic:heldout", 64, 1))
     ]
-    bench = _bench(model, windows[0].input_ids, windows[1].input_ids, (windows[0].mask, windows[1].mask))
+    return _bench(model, windows[0].input_ids, windows[1].input_ids, (windows[0].mask, windows[1].mask))
+
+
+def sweep(iters: int) -> None:
+    """The bundled model at 2, 3 and 4 bits, groups of 32, 64, 128 and whole rows: RTN, GPTQ and DiscQuant."""
+    bench = _tiny_llama(TINY)
     store = Store("tiny_llama_sweep")
     for bits in (3, 2, 4):
         for group_size in (64, 32, 128, -1):
@@ -163,18 +170,67 @@ def sweep(iters: int) -> None:
             store.measure(f"{name}, discquant", lambda g=grid, s=solver: bench.solve(g, s))
 
 
+# Bits, group size, and the seeds of the rotations that are tried.
+_ROTATED = ((3, 64, (0, 1, 2)), (3, -1, (0,)), (3, 128, (0,)), (4, 64, (0,)))
+
+
+def rotation(iters: int) -> None:
+    """The bundled model as it is and rotated (`discquant rotate`): RTN, GPTQ and DiscQuant, against what they round.
+
+    A rotated model differs from the bundled one by the rounding of its bfloat16 weights; how much is measured, too.
+    """
+    store, plain = Store("rotation"), _tiny_llama(TINY)
+    with tempfile.TemporaryDirectory() as scratch:
+        for bits, group_size, seeds in _ROTATED:
+            grid = GridConfig(bits, group_size, True, "search")
+            solver = SolverConfig(iters=iters, warmup=max(1, iters // 8))
+            for seed in (None, *seeds):
+                bench = plain
+                if seed is not None:
+                    folder = Path(scratch) / str(seed)
+                    if not folder.exists():
+                        rotate(TINY, folder, seed=seed)
+                    bench = _tiny_llama(folder)
+                    store.measure(f"bfloat16, seed {seed}", lambda b=bench: {"kl": _kl_of_model(plain, b)})
+                facts = {"rotation": seed}
+                name = f"{bits} bits, group {group_size}, {'as it is' if seed is None else f'seed {seed}'}"
+                for method, samples in (("rtn", 0), ("gptq", 256)):
+                    store.measure(
+                        f"{name}, {method}",
+                        lambda b=bench, g=grid, m=method, n=samples, f=facts: {**b.layerwise(g, m, n), **f},
+                    )
+                store.measure(
+                    f"{name}, discquant", lambda b=bench, g=grid, s=solver, f=facts: {**b.solve(g, s), **f}
+                )
+
+
+@torch.no_grad()
+def _kl_of_model(original: Bench, other: Bench) -> float:
+    """Mean KL of an unquantized model to the original on the held-out rows, both computed in float32."""
+    total, count = 0.0, 0.0
+    ids, mask = original.heldout.input_ids, original.heldout.mask
+    for first in range(0, len(ids), 8):
+        rows = slice(first, first + 8)
+        p, q = (bench.chain.model(ids[rows]).logits.double().log_softmax(-1) for bench in (original, other))
+        kl = (p.exp() * (p - q)).sum(-1)
+        kept = torch.ones_like(kl) if mask is None else mask[rows].to(kl.dtype)
+        total += float((kl * kept).sum())
+        count += float(kept.sum())
+    return total / count
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("stories260k", "sweep"))
+    parser.add_argument("what", choices=("stories260k", "sweep", "rotation"))
     parser.add_argument("--model", type=Path, help="folder of stories260k (shared test data)")
-    parser.add_argument("--iters", type=int, default=256, help="DiscQuant steps of the sweep")
+    parser.add_argument("--iters", type=int, default=256, help="DiscQuant steps of sweep and rotation")
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.what == "sweep":
-        sweep(arguments.iters)
+    if arguments.what in ("sweep", "rotation"):
+        {"sweep": sweep, "rotation": rotation}[arguments.what](arguments.iters)
         return
     shared = environment.variable("DISCQUANT_SHARED")
     model = arguments.model or Path(shared or ROOT.parent / "shared") / "models" / "stories260k"

@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import read_json
 
 CARD, MANIFEST, PROOF = "README.md", "discquant_manifest.json", "discquant_proof.json"
+# What `discquant rotate` says of a model that it wrote; goes along with everything made from that.
+ROTATION = "discquant_rotation.json"
 # The hub takes every folder with a config.json for transformers unless its card names another library.
 LIBRARIES = {"mlx": "mlx", "gguf": "gguf", "onnx": "onnx"}
 _PROJECT = "[discquant](https://arxiv.org/abs/2501.06417)"
@@ -47,17 +50,17 @@ def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, A
     config = next((read_json(place) for place in places if place.is_file()), {})
     proof = read_json(folder / PROOF) if (folder / PROOF).exists() else None
     taken = manifest.get("refined_from") or {}
-    inherited = _inherited(source and source / CARD) or _inherited(
+    taken_over = inherited(source and source / CARD) or inherited(
         taken.get("card") and folder / taken["card"]
     )
     origin = manifest["source"]
     base = origin.get("hub")
     scheme = _scheme(manifest)
     data = ModelCardData(
-        license=inherited.get("license"),
-        license_name=inherited.get("license_name"),
-        license_link=inherited.get("license_link"),
-        language=inherited.get("language"),
+        license=taken_over.get("license"),
+        license_name=taken_over.get("license_name"),
+        license_link=taken_over.get("license_link"),
+        language=taken_over.get("language"),
         library_name=LIBRARIES.get(manifest["format"], "transformers"),
         pipeline_tag="text-generation",
         base_model=base,
@@ -94,12 +97,22 @@ def hub_name(path: Path) -> str | None:
 
 
 def origin_of(path: Path, sha256: str) -> dict[str, Any]:
-    """The manifest's entry `source`, which names the original model.
+    """The manifest's entry `source`, which names the original model; of a rotated one, what it was made from.
 
     Args:
         path: Its folder.
         sha256: Of its tensors, see `Checkpoint.sha256`.
     """
+    if (path / ROTATION).is_file():
+        rotation = read_json(path / ROTATION)
+        first = rotation.get("source")
+        if not isinstance(first, dict) or not {"name", "hub", "revision", "sha256"} <= first.keys():
+            raise CheckpointError(f"{path / ROTATION} names no source")
+        return {
+            **first,
+            "sha256": sha256,
+            "rotated": {"seed": rotation.get("seed"), "sha256": first["sha256"]},
+        }
     hub, folder = hub_name(path), path.resolve().name
     return {
         "name": (hub or folder).rpartition("/")[2],
@@ -110,7 +123,7 @@ def origin_of(path: Path, sha256: str) -> dict[str, Any]:
     }
 
 
-def _inherited(card: Path | None) -> dict[str, Any]:
+def inherited(card: Path | None) -> dict[str, Any]:
     """Licence and language from another card; nothing where there is none that can be read."""
     if not card or not card.is_file():
         return {}
@@ -145,12 +158,20 @@ def _tags(manifest: Mapping[str, Any]) -> list[str]:
     return [*tags, *sorted(kinds)]
 
 
+def _origin(manifest: Mapping[str, Any], base: str | None) -> str:
+    """The original as a card's sentences name it."""
+    source = manifest["source"]
+    rotated = f" (rotated, seed {source['rotated']['seed']})" if source.get("rotated") else ""
+    return f"`{base or source['name']}`{rotated}"
+
+
 def _written(manifest: Mapping[str, Any], base: str | None, scheme: str) -> list[str]:
     """What an exported folder is."""
     recipe, count = manifest["recipe"], f"{manifest['quantized_weights']:,}"
-    origin = f"`{base or manifest['source']['name']}`"
+    origin = _origin(manifest, base)
     # GGUF widens vectors to float32, and reorders rows.
-    rest = "has the original's values" if manifest["format"] == "gguf" else "is the original's, byte for byte"
+    whose = "rotated model" if manifest["source"].get("rotated") else "original"
+    rest = f"has the {whose}'s values" if manifest["format"] == "gguf" else f"is the {whose}'s, byte for byte"
     converted, taken = recipe.get("converted_from"), recipe.get("refined_from")
     if converted:
         return [
@@ -168,7 +189,7 @@ def _written(manifest: Mapping[str, Any], base: str | None, scheme: str) -> list
 def _refined(manifest: Mapping[str, Any], base: str | None) -> list[str]:
     """What a refined folder is, and what changed."""
     taken, found, diff = manifest["refined_from"], manifest["refine"], manifest["byte_diff"]
-    origin, method = f"`{base or manifest['source']['name']}`", manifest["recipe"]["method"]
+    origin, method = _origin(manifest, base), manifest["recipe"]["method"]
     file = f"`{taken['name']}` ({taken['format']}), made from {origin}"
     if found["improved"]:
         lines = [
@@ -241,6 +262,11 @@ def _recipe(manifest: Mapping[str, Any]) -> list[str]:
 def _hashes(manifest: Mapping[str, Any], proof: Mapping[str, Any] | None) -> list[str]:
     origin = manifest["source"]
     lines = ["## Hashes", "", f"- original weights: `{origin['sha256']}`"]
+    if origin.get("rotated"):
+        lines[-1:] = [
+            f"- original weights: `{origin['rotated']['sha256']}`",
+            f"- rotated weights: `{origin['sha256']}`",
+        ]
     if origin.get("revision"):
         lines.append(f"- original revision: `{origin['revision']}`")
     recipe = manifest["recipe"]

@@ -4,5 +4,5 @@
 `rotate` writes the rotated model; what of a checkpoint turns how is in `places`, the arithmetic in `turn`.
 """
 
-from discquant.rotation.model import ROTATION as ROTATION
+from discquant.formats.card import ROTATION as ROTATION
 from discquant.rotation.model import rotate as rotate

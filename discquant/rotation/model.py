@@ -18,7 +18,7 @@ from torch import Tensor
 from discquant import environment
 from discquant.environment import compute_device
 from discquant.errors import CheckpointError, ConfigError, ProofError, UnrepresentableError
-from discquant.formats.card import origin_of
+from discquant.formats.card import CARD, ROTATION, inherited, origin_of
 from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.formats.output import ShardWriter, atomic_directory, check_space, check_target
@@ -28,7 +28,6 @@ from discquant.formats.write import copy_side_files
 from discquant.rotation.places import EMBEDDING, FAMILIES, HEAD, Place, places
 from discquant.rotation.turn import Rotation, relative_error, turned
 
-ROTATION = "discquant_rotation.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -115,6 +114,7 @@ def rotate(
             "largest_relative_error_at": worst[0],
         }
         (partial / ROTATION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _write_card(partial, folder, record)
     return record
 
 
@@ -253,6 +253,24 @@ def _write_config(partial: Path, config: dict[str, Any], dtype: str | None, unti
         config.update({key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"dtype": dtype})
     (partial / "config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _write_card(partial: Path, folder: Path, record: dict[str, Any]) -> None:
+    """A card that passes licence and language on, and says what this is."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    origin = record["source"]
+    data = ModelCardData(**inherited(folder / CARD), base_model=origin["hub"], tags=["discquant", "rotated"])
+    lines = [
+        f"# {origin['name']}, rotated",
+        "",
+        f"`{origin['hub'] or origin['name']}` with its hidden states (and the values of its attention heads) in "
+        f"another basis, by discquant, seed {record['seed']}: it computes what the original does, up to the rounding "
+        f"of its weights. `{ROTATION}` has the signs that undo it. Meant to be quantized.",
+    ]
+    (partial / CARD).write_text(
+        str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")), encoding="utf-8"
     )
 
 

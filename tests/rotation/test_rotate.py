@@ -11,8 +11,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from discquant.cli import app
 from discquant.errors import CheckpointError, ConfigError, OutputExistsError, ProofError, UnrepresentableError
+from discquant.formats.card import origin_of
 from discquant.formats.checkpoint import Checkpoint
 from discquant.rotation import ROTATION, rotate
 from discquant.rotation.places import FAMILIES, places
@@ -117,6 +120,41 @@ def test_bytes_and_dtypes(tmp_path: Path) -> None:
     narrow, broad = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "wide"))
     for name, tensor in narrow.items():
         assert (tensor.float() - broad[name].float()).abs().max() <= 2**-8 * broad[name].float().abs().max()
+
+
+def test_cards_name_the_original(tmp_path: Path) -> None:
+    """What is made from a rotated model says from what; the licence goes along, the signs too."""
+    source = save(tmp_path / "model", "llama", torch.bfloat16)
+    (source / "README.md").write_text("---\nlicense: mit\n---\n\n# theirs\n")
+    rotate(source, tmp_path / "rotated", seed=4)
+    card = (tmp_path / "rotated" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "`model` with its hidden states" in card
+    assert "# theirs" not in card
+    origin = origin_of(tmp_path / "rotated", "abc")
+    assert (origin["name"], origin["sha256"], origin["rotated"]["seed"]) == ("model", "abc", 4)
+    assert origin["rotated"]["sha256"] == Checkpoint(source).sha256()
+    (tmp_path / "rotated" / ROTATION).write_text("{}")
+    with pytest.raises(CheckpointError, match="names no source"):
+        origin_of(tmp_path / "rotated", "abc")
+
+
+def test_through_the_command_line(tmp_path: Path, repo_root: Path) -> None:
+    """Rotate, quantize what came of it, and the file's card and manifest name the original."""
+    runner, model = CliRunner(), repo_root / "examples" / "tiny_llama"
+    rotated, out = tmp_path / "rotated", tmp_path / "out"
+    found = runner.invoke(app, ["rotate", str(model), str(rotated), "--seed", "2"])
+    assert found.exit_code == 0, found.output
+    assert "turned back it is the original within" in found.output
+    words = ["quantize", str(rotated), str(out), "--method", "rtn", "--bits", "3", "--dataset", "arithmetic",
+             "--nsamples", "16", "--seqlen", "64", "--baselines", "none"]  # fmt: skip
+    found = runner.invoke(app, words)
+    assert found.exit_code == 0, found.output
+    served = out / "compressed-tensors"
+    assert "`tiny_llama` (rotated, seed 2) rounded by" in (served / "README.md").read_text()
+    manifest = json.loads((served / "discquant_manifest.json").read_text())
+    assert manifest["source"]["rotated"]["sha256"] == Checkpoint(model).sha256()
+    assert (served / ROTATION).read_bytes() == (rotated / ROTATION).read_bytes()
 
 
 def test_outliers_spread(tmp_path: Path) -> None:
