@@ -7,166 +7,27 @@ A part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing in 
 from __future__ import annotations
 
 import csv
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import packed_targets
+import tables_quality as quality
 import targets
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-MISSING = "_Not measured yet._"
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    align = [":--"] + ["--:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
-
-
-def quickstart() -> str:
-    """What `make quickstart` printed."""
-    rows = _load(RESULTS / "quickstart.json")
-    if rows is None:
-        return MISSING
-    names = {"original": "original (bf16)", "rtn": "RTN", "gptq": "GPTQ", "discquant": "**DiscQuant**"}
-    body = [
-        [
-            names[row["method"]],
-            f"{row['kl_mean']:.4f}" if row["kl_mean"] else "0",
-            f"{row['top1']:.1%}",
-            f"{row['exact_match']:.2%}",
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['file_bytes'] / 1e6:.2f}",
-            f"{row['seconds']:.0f}" if row["seconds"] else "",
-        ]
-        for row in rows
-    ]
-    header = ["3 bits, group 64", "KL", "same top-1", "exact answers", "bits/weight", "file MB", "seconds"]
-    ratio = next(r["kl_mean"] for r in rows if r["method"] == "discquant") / next(
-        r["kl_mean"] for r in rows if r["method"] == "gptq"
-    )
-    exact = {row["method"]: row["exact_match"] for row in rows}
-    count = rows[-1]["exact_match_problems"]
-    halfway = (exact["original"] + exact["gptq"]) / 2
-    error = (exact["gptq"] * (1 - exact["gptq"]) / count) ** 0.5
-    note = (
-        f"{rows[-1]['windows']} held-out windows of 256 tokens; DiscQuant took {rows[-1]['iters']} steps, its KL is "
-        f"{ratio:.2f} of GPTQ's on the same grid. {count:,} held-out problems, standard error of a row {error:.2%}; "
-        f"half-way from GPTQ to the original is {halfway:.3%}."
-    )
-    return f"{_table(header, body)}\n\n{note}"
-
-
-def sweep() -> str:
-    """The bundled model at 2, 3 and 4 bits."""
-    found = _load(RESULTS / "tiny_llama_sweep.json")
-    if found is None:
-        return MISSING
-    by: dict[tuple[int, int], dict[str, float]] = {}
-    for row in found["rows"]:
-        by.setdefault((row["bits"], row["group_size"]), {})[row["method"]] = row["kl"]
-    body = []
-    for (bits, group), kl in sorted(by.items(), key=lambda item: (item[0][0], item[0][1] % 10_000)):
-        if {"rtn", "gptq", "discquant"} <= kl.keys():
-            name = f"{bits} bits, {'whole row' if group == -1 else f'group {group}'}"
-            body.append(
-                [
-                    name,
-                    *(f"{kl[m]:.5f}" for m in ("rtn", "gptq", "discquant")),
-                    f"{kl['discquant'] / kl['gptq']:.2f}",
-                ]
-            )
-    steps = {row["iters"] for row in found["rows"] if row["method"] == "discquant"}
-    note = f"Mean KL to the original on held-out text, nats per token; {', '.join(map(str, sorted(steps)))} steps."
-    return f"{_table(['bundled model', 'RTN', 'GPTQ', 'DiscQuant', 'ratio to GPTQ'], body)}\n\n{note}"
-
-
-def stories() -> str:
-    """The 260 k-weight TinyStories model with the budget of the published comparison."""
-    found = _load(RESULTS / "stories260k.json")
-    if found is None:
-        return MISSING
-    rows = {row["key"]: row for row in found["rows"]}
-
-    def group(prefix: str) -> list[dict[str, Any]]:
-        return [row for key, row in rows.items() if re.fullmatch(prefix + r" seed \d", key)]
-
-    body = []
-    for key, name in (
-        ("rtn 0.1", "RTN"),
-        ("gptq 0.1", "GPTQ"),
-        ("greedy 0.1", "greedy"),
-        ("paper", "DiscQuant, `paper`"),
-    ):
-        if key in rows:
-            before = rows[key].get("kl_before_rounding")
-            body.append([name, f"{rows[key]['kl']:.4f}", f"{before:.4f}" if before is not None else ""])
-    for prefix, name in (("default", "**DiscQuant, `default`**"), ("default u8", "the same, 8-bit state")):
-        seeds = group(prefix)
-        if seeds:
-            kl = [row["kl"] for row in seeds]
-            soft = sum(row["kl_before_rounding"] for row in seeds) / len(seeds)
-            body.append(
-                [
-                    f"{name} ({len(seeds)} seeds)",
-                    f"{sum(kl) / len(kl):.4f} ({min(kl):.4f}-{max(kl):.4f})",
-                    f"{soft:.4f}",
-                ]
-            )
-    return _table(["stories260k, 3 bits, group 32, abs-max", "KL", "before rounding"], body)
-
-
-def training() -> str:
-    """What it cost to train the bundled model."""
-    found = _load(ROOT / "examples" / "results" / "tiny_llama_training.json")
-    if found is None:
-        return MISSING
-    return (
-        f"{found['weights'] / 1e6:.2f} M weights, trained on {found['tokens'] / 1e6:.2f} M tokens in "
-        f"{found['wall_seconds'] / 60:.0f} minutes on {found['threads']} busy CPU threads; answers "
-        f"{found['heldout_exact_match']:.1%} of {found['heldout_problems']} held-out problems exactly."
-    )
+from table_text import MISSING, RESULTS, ROOT, load, table
 
 
 def resume() -> str:
     """Kill -9 at random moments."""
-    found = _load(RESULTS / "kill_resume.json")
+    found = load(RESULTS / "kill_resume.json")
     if found is None:
         return MISSING
     return (
         f"`kill -9` at {found['runs']} random moments ({found['killed_before_the_end']} before the run had ended), "
         f"then the same command: {found['byte_identical']} of {found['runs']} ended in the same bytes."
     )
-
-
-def refine() -> str:
-    """Files of the bundled model before and after `discquant refine`."""
-    found = _load(RESULTS / "refine.json")
-    if found is None:
-        return MISSING
-    body = [
-        [
-            f"{name} (made by {row['made_by']})",
-            f"{row['kl_before']:.5f}",
-            f"{row['kl_after']:.5f}",
-            f"{row['ratio']:.2f}",
-            f"{row['bar']:g}" if row["bar"] else "",
-            str(row["iters"]),
-            str(row["bytes_changed_outside_codes"]),
-        ]
-        for name, row in found["rows"].items()
-    ]
-    header = ["file", "KL before", "KL after", "ratio", "target", "steps", "bytes changed outside codes"]
-    return _table(header, body)
 
 
 def cpu() -> str:
@@ -188,7 +49,7 @@ def _processor(path: Path) -> str:
     best = {"amx": "AMX", "vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
     isa = next((f" with {name}" for stem, name in best.items() if stem in path.stem), "")
     head = f"{last['device'].removeprefix('cpu ')}{isa}, torch {last['torch']}, {last['date']}"
-    return f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', *found, 'target'], body)}{_reads(rows)}"
+    return f"{head} (`{path.relative_to(ROOT)}`):\n\n{table(['what', *found, 'target'], body)}{_reads(rows)}"
 
 
 def _reads(rows: list[dict[str, str]]) -> str:
@@ -226,21 +87,21 @@ def gpu() -> str:
             body.append([verdict.what, value, f"{'≤' if verdict.at_most else '≥'} {verdict.limit:g}"])
         versions = f"driver {last['driver']}, torch {last['torch']}, Triton {last['triton']}"
         head = f"{last['device']}, {versions}, {last['date']}"
-        table = f"{head} (`{path.relative_to(ROOT)}`):\n\n{_table(['what', 'measured', 'target'], body)}"
+        block = f"{head} (`{path.relative_to(ROOT)}`):\n\n{table(['what', 'measured', 'target'], body)}"
         older = targets.older_rows(rows)
         if older:
             told = ", ".join(f"{op} {date}" for op, date in older.items())
-            table += (
+            block += (
                 f"\n\nRows that the last run did not measure again are of the day when they were: {told}."
             )
         bound = targets.materialised_bound(rows, 4096)
         if bound is not None:
-            table += (
+            block += (
                 f"\n\nAt 4096 tokens a weight written once at the copy's speed leaves soft_linear {bound:.3f} of "
                 "cuBLAS:\nthe target is out of reach there for a weight that passes through memory."
             )
-        found.append(table)
-    counted = _load(RESULTS / "step_traffic.json")
+        found.append(block)
+    counted = load(RESULTS / "step_traffic.json")
     if counted is not None:
         found.append(
             "Counted operator by operator on a simulated GPU, a step of the present code moves "
@@ -257,7 +118,7 @@ def gpu_scale() -> str:
     """Steps on Llama-shaped blocks, resident and streamed, on every GPU that has a result file."""
     body = []
     for path in sorted(RESULTS.glob("nvidia-*-scale.json")):
-        result = _load(path)
+        result = load(path)
         for name, found in sorted(result["shapes"].items()):
             same = {True: "yes", False: "**no**"}
             identical = same[
@@ -288,12 +149,12 @@ def gpu_scale() -> str:
         "of deepest run: × resident", "device GB / planned", "host GB / planned", "seconds / planned",
         "seconds per step, extrapolated", "same bytes",
     ]  # fmt: skip
-    return _table(header, body) if body else "_Not measured on a GPU._"
+    return table(header, body) if body else "_Not measured on a GPU._"
 
 
 def plan() -> str:
     """Memory and time of whole runs on a CPU against their plan."""
-    found = _load(RESULTS / "plan.json")
+    found = load(RESULTS / "plan.json")
     if found is None:
         return MISSING
     body = []
@@ -310,12 +171,12 @@ def plan() -> str:
             "" if case["step"] is None else f"{case['step']['ratio']:.2f}",
         ])  # fmt: skip
     header = ["run", "windows x tokens per step", "peak MB", "actual / planned", "of each phase"]
-    return _table([*header, "s per step", "actual / planned"], body)
+    return table([*header, "s per step", "actual / planned"], body)
 
 
 def export() -> str:
     """What `discquant export` takes, and whether its memory grows with the model."""
-    found = _load(RESULTS / "export.json")
+    found = load(RESULTS / "export.json")
     if found is None:
         return MISSING
     by: dict[str, dict[str, dict[str, float]]] = {}
@@ -338,12 +199,12 @@ def export() -> str:
     sizes = " and ".join(f"{size / 1e9:.2f}" for size in sorted({row["original_bytes"] for row in some}))
     header = ["format", "processor seconds per GB", *(f"peak MB, {depth}" for depth in depths)]
     note = f"One thread; originals of {sizes} GB in shards of at most {shard:.0f} MB; memory over that of the imports."
-    return f"{_table(header, body)}\n\n{note}"
+    return f"{table(header, body)}\n\n{note}"
 
 
 def cpu_scale() -> str:
     """Cost of a streamed step by the number of blocks, on a CPU: state in host memory, and on disk."""
-    files = [_load(RESULTS / f"scale_{where}.json") for where in ("host", "disk")]
+    files = [load(RESULTS / f"scale_{where}.json") for where in ("host", "disk")]
     measured = [found for found in files if found is not None]
     if not measured:
         return MISSING
@@ -378,19 +239,20 @@ def cpu_scale() -> str:
         f"Llama 3.1 70B's shape with widths divided by {first['widths_divided_by']}, {first['tokens_per_step']} tokens "
         "per step, one thread. "
     )
-    return f"{_table(header, body)}\n\n{note}{' '.join(lines)}"
+    return f"{table(header, body)}\n\n{note}{' '.join(lines)}"
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "quickstart": quickstart,
-    "sweep": sweep,
-    "stories260k": stories,
-    "training": training,
+    "quickstart": quality.quickstart,
+    "sweep": quality.sweep,
+    "rotation": quality.rotation,
+    "stories260k": quality.stories,
+    "training": quality.training,
     "cpu-scale": cpu_scale,
     "export": export,
     "plan": plan,
     "resume": resume,
-    "refine": refine,
+    "refine": quality.refine,
     "cpu": cpu,
     "gpu": gpu,
     "gpu-scale": gpu_scale,
