@@ -94,7 +94,9 @@ def rotation() -> str:
                         *(f"{kl[m]:.5f}{ratio}" for m, ratio in zip(methods, ratios, strict=True)),
                     ]
                 )
-    change = max((row["kl"] for row in found["rows"] if row["key"].startswith("bfloat16")), default=0.0)
+    if not body:
+        return MISSING
+    change = max(row["kl"] for row in found["rows"] if row["key"].startswith("bfloat16"))
     steps = {row["iters"] for row in found["rows"] if row.get("method") == "discquant"}
     note = (
         "Mean KL on held-out text to what was rounded, nats per token (in brackets: of the same method without "

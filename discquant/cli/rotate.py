@@ -23,9 +23,12 @@ def rotate(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Write MODEL with its weights rotated into OUT: the same function, fewer outliers, less damage at 2 to 4 bits.
+    """Write MODEL with its weights rotated into OUT: the same function, without channels that stand out.
 
-    Nothing is added to the model and every engine serves it; quantize OUT instead of MODEL then.
+    What that gains depends on the model: most where a few channels are much larger than the others, and for whole rows.
+
+    Nothing runs in addition when it is served; quantize OUT instead of MODEL then. A head that shares the embedding's
+    weights gets its own.
 
     Example: discquant rotate examples/tiny_llama rotated && discquant quantize rotated out --bits 3
     """
@@ -35,5 +38,6 @@ def rotate(
     if record["head_untied"]:
         typer.echo("the output head shared the embedding's weights; it has its own now")
     typer.echo(
-        f"wrote {out}: turned back it is the original within {record['largest_relative_error']:.1e} (rounding)"
+        f"wrote {out}: turned back, its weights are the original's within {record['largest_relative_error']:.1e} of "
+        "their norm (rounding)"
     )

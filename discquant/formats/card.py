@@ -74,7 +74,7 @@ def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, A
         f"{manifest['bits_per_weight']:.3f} bits per quantized weight, {manifest['weight_file_bytes']:,} bytes of "
         "weights in all.",
         "",
-        *_measured(summary),
+        *_measured(summary, bool(origin.get("rotated"))),
         *_engines(manifest),
         *_recipe(manifest),
         *_hashes(manifest, proof),
@@ -96,6 +96,29 @@ def hub_name(path: Path) -> str | None:
     return None
 
 
+def read_rotation(path: Path) -> dict[str, Any] | None:
+    """What `discquant rotate` says of a folder that it wrote, None of any other.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    file = path / ROTATION
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    source = found.get("source")
+    kinds: dict[str, tuple[type, ...]] = {
+        "name": (str,), "sha256": (str,), "hub": (str, type(None)), "revision": (str, type(None)),
+    }  # fmt: skip
+    if (
+        type(found.get("seed")) is not int
+        or not isinstance(source, dict)
+        or not all(key in source and isinstance(source[key], kind) for key, kind in kinds.items())
+    ):
+        raise CheckpointError(f"{file} does not name the model that was rotated, or the seed")
+    return found
+
+
 def origin_of(path: Path, sha256: str) -> dict[str, Any]:
     """The manifest's entry `source`, which names the original model; of a rotated one, what it was made from.
 
@@ -103,16 +126,10 @@ def origin_of(path: Path, sha256: str) -> dict[str, Any]:
         path: Its folder.
         sha256: Of its tensors, see `Checkpoint.sha256`.
     """
-    if (path / ROTATION).is_file():
-        rotation = read_json(path / ROTATION)
-        first = rotation.get("source")
-        if not isinstance(first, dict) or not {"name", "hub", "revision", "sha256"} <= first.keys():
-            raise CheckpointError(f"{path / ROTATION} names no source")
-        return {
-            **first,
-            "sha256": sha256,
-            "rotated": {"seed": rotation.get("seed"), "sha256": first["sha256"]},
-        }
+    rotation = read_rotation(path)
+    if rotation is not None:
+        first = rotation["source"]
+        return {**first, "sha256": sha256, "rotated": {"seed": rotation["seed"], "sha256": first["sha256"]}}
     hub, folder = hub_name(path), path.resolve().name
     return {
         "name": (hub or folder).rpartition("/")[2],
@@ -212,13 +229,15 @@ def _refined(manifest: Mapping[str, Any], base: str | None) -> list[str]:
     return lines
 
 
-def _measured(summary: Mapping[str, Any] | None) -> list[str]:
+def _measured(summary: Mapping[str, Any] | None, rotated: bool) -> list[str]:
     if not summary or not summary.get("methods"):
         return ["Divergence from the original was not measured for this file.", ""]
     held = summary["held_out"]
+    # What is lost by rounding the rotated weights to their own dtype is not in these figures.
+    whose = "rotated model" if rotated else "original"
     lines = [
-        "## Divergence from the original\n",
-        f"Held-out text: {held['source']}, {held['tokens']:,} tokens. KL(original || quantized) of "
+        f"## Divergence from the {whose}\n",
+        f"Held-out text: {held['source']}, {held['tokens']:,} tokens. KL({whose} || quantized) of "
         "the next-token distribution, in nats; all methods on the same grid and text.\n",
         "| method | " + " | ".join(title for title, _, _ in _COLUMNS) + " |",
         "|---|" + "---:|" * len(_COLUMNS),

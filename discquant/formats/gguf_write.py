@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from discquant import environment
 from discquant.errors import ProofError, UnrepresentableError
 from discquant.formats.bits import bits_per_weight
-from discquant.formats.card import hub_name, origin_of, write_card
+from discquant.formats.card import ROTATION, hub_name, origin_of, write_card
 from discquant.formats.checkpoint import Checkpoint, check_unquantized
 from discquant.formats.coded import CodedLayer
 from discquant.formats.engines import engine_rows
@@ -128,6 +129,8 @@ def write_gguf(
         (partial / "config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        if (source.path / ROTATION).is_file():
+            shutil.copyfile(source.path / ROTATION, partial / ROTATION)
         fallbacks = sorted(name for name, row in table.items() if row["fallback"])
         if fallbacks:
             warnings = [

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from discquant.errors import CalibrationError, CheckpointError, MissingModelError, OutputExistsError
+from discquant.formats.card import read_rotation
 from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json, stated_quantization
 from discquant.formats.lazy import build_lazy
 from discquant.formats.registry import quantized
@@ -269,6 +270,7 @@ def open_source(
         )
     if stated_quantization(config) or isinstance(quantized(folder), SafetensorsFormat):
         raise CheckpointError(f"{folder} is quantized already; give the original model")
+    read_rotation(folder)  # damage to it would show only when a card is written
     pickles = pickled_files(folder)
     if not pickles and not any(folder.glob("*.safetensors")) and not Path(path).expanduser().is_dir():
         raise MissingModelError(

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a model whose stream between blocks, and whose heads' values, are turned by random orthogonal matrices.
 
-The rotated model computes what the original computes, in the same layers: every tool and engine takes it. Its weights
-have fewer outliers, so that a grid of few bits loses less.
+The rotated model computes what the original computes, in layers of the same shapes. Its weights have fewer
+outliers, which stretch the scales of a grid.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,20 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discquant import environment
 from discquant.environment import compute_device
 from discquant.errors import CheckpointError, ConfigError, ProofError, UnrepresentableError
-from discquant.formats.card import CARD, ROTATION, inherited, origin_of
+from discquant.formats.card import ROTATION
 from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.formats.output import ShardWriter, atomic_directory, check_space, check_target
 from discquant.formats.safetensors_file import DTYPE_BITS, DTYPE_NAMES, read_bytes
 from discquant.formats.source import digest_and_check, read_config, resolve
 from discquant.formats.write import copy_side_files
-from discquant.rotation.places import EMBEDDING, FAMILIES, HEAD, Place, places
-from discquant.rotation.turn import Rotation, relative_error, turned
+from discquant.rotation.places import EMBEDDING, HEAD, Place, check_family, places
+from discquant.rotation.record import write_record
+from discquant.rotation.turn import Rotation, Sizes, relative_error, turned
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_FLOATING = ("F64", "F32", "BF16", "F16")
 
 
 def rotate(
@@ -44,31 +46,30 @@ def rotate(
 ) -> dict[str, Any]:
     """Write MODEL rotated: h' = R h between blocks, R a randomized Hadamard matrix; v' = R_l v in all heads of block l.
 
-    Whoever reads the stream gets W diag(norm) R^T, whoever writes it R W, and norms become neutral; query and key, and
-    what is inside the MLP, stay in their own basis. A head that shares the embedding's weights gets its own (the file
-    grows by that matrix). Read and written tensor by tensor, computed in float64, rounded once. What was written is
-    read from disk, turned back and compared with the original before the folder appears. The same arguments give the
-    same bytes (on one kind of device).
+    Whoever reads the stream gets W diag(norm) R^T, whoever writes it R W, and norms become 1; query and key, and what
+    is inside the MLP, stay in their own basis. A head that shares the embedding's weights gets its own (the file grows
+    by that matrix). Read and written tensor by tensor, computed in float64, rounded once. Before the folder appears,
+    what was written is read from disk: its bytes must be those computed, and turned back they must be the original's
+    values within rounding. The same arguments give the same bytes (on one kind of device).
 
     Args:
         model: Folder with config.json and safetensors, or a hub name.
         out: Where to write; must not exist or be empty.
-        seed: Of the signs, which land in OUT/discquant_rotation.json.
+        seed: Of the signs, 0 to 2^32 - 1; the signs land in OUT/discquant_rotation.json.
         values: Turn the values of every head too.
-        dtype: "bfloat16", "float16" or "float32" for all tensors that turn; None keeps each one's.
+        dtype: "bfloat16", "float16" or "float32" for all tensors; None keeps each one's.
         device: Where to compute, see `environment.compute_device`.
         shard_bytes: Largest size of a shard's data.
         say: Gets a line per stage.
 
     Returns:
-        What discquant_rotation.json holds: source, seed, signs (hexadecimal, 1 is +1, first sign first), the largest
-        relative error of a tensor.
+        What discquant_rotation.json holds, see `record.write_record`.
 
     Raises:
         MissingModelError, CheckpointError, NonFiniteError: The model cannot be read.
         ConfigError: An argument is none of those named.
-        UnrepresentableError: The model is of a kind whose function a rotation may change, or no Hadamard matrix of its
-            size is known.
+        UnrepresentableError: The model is of a kind whose function a rotation may change, a tensor does not fit its
+            configuration, no Hadamard matrix of its size is known, or `dtype` cannot hold a weight.
         OutputExistsError, DiskSpaceError: See `output.atomic_directory`.
         ProofError: What was written does not turn back into the original.
 
@@ -77,17 +78,30 @@ def rotate(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    folder, target, place = resolve(model), Path(out).expanduser(), compute_device(device)
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be in 0..2^32-1, got {seed}")
+    # Resolved: a link to an empty folder cannot be replaced by a rename.
+    folder, target, place = resolve(model), Path(out).expanduser().resolve(), compute_device(device)
     check_target(target)
     config = read_config(folder)
     if stated_quantization(config):
         raise CheckpointError(f"{folder} is quantized already; rotate the original model")
     if (folder / ROTATION).exists():
         raise CheckpointError(f"{folder} is rotated already (it has {ROTATION}); rotate the original model")
+    check_family(config["model_type"])
     checkpoint = Checkpoint(folder)
-    found, untied = _places(folder, config, checkpoint)
-    rotation = _rotation(folder, seed, values)
-    job = _Job(checkpoint, found, rotation, FAMILIES[config["model_type"]], dtype, place)
+    library = _library_config(folder)
+    if values and getattr(library, "clip_qkv", None) is not None:
+        raise UnrepresentableError(
+            "rotate: the model clips its values one by one (clip_qkv), which no rotation keeps; leave them out "
+            "(--no-values)"
+        )
+    sizes = _sizes(library)
+    tied = _tied(folder, library, checkpoint)
+    found = places(
+        [*checkpoint.tensors, *([HEAD] if tied and HEAD not in checkpoint.tensors else [])], sizes.layers
+    )
+    job = _Job(checkpoint, found, Rotation.random(sizes, seed, values=values), dtype, place)
     job.check_shapes()
     check_space(target, job.num_bytes())
     say(f"reading {folder}")
@@ -99,23 +113,10 @@ def rotate(
             job.write(name, writer)
         writer.close()
         copy_side_files(folder, partial)
-        _write_config(partial, config, dtype, untied)
-        say("turning what was written back, for comparison")
-        worst = job.prove(Checkpoint(partial))
-        record = {
-            "rotation_version": 1,
-            "versions": environment.versions(),
-            "source": origin_of(folder, sha256),
-            "seed": seed,
-            "stream": _hexadecimal(rotation.stream),
-            "values": [_hexadecimal(signs) for signs in rotation.values],
-            "head_untied": untied,
-            "largest_relative_error": worst[1],
-            "largest_relative_error_at": worst[0],
-        }
-        (partial / ROTATION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        _write_card(partial, folder, record)
-    return record
+        _write_config(partial, config, dtype, tied)
+        say("reading what was written, and turning it back")
+        worst = job.prove(Checkpoint(partial), writer)
+        return write_record(partial, folder, sha256, job.rotation, seed, head_untied=tied, worst=worst)
 
 
 class _Job:
@@ -126,97 +127,122 @@ class _Job:
         checkpoint: Checkpoint,
         places: dict[str, Place],
         rotation: Rotation,
-        offset: float,
         dtype: str | None,
         device: torch.device,
     ) -> None:
         self.checkpoint, self.places, self.rotation = checkpoint, places, rotation
-        self.offset, self.device = offset, device
-        self.dtype = None if dtype is None else DTYPES[dtype]
+        self.dtype, self.device = None if dtype is None else DTYPES[dtype], device
 
     def stored_name(self, name: str) -> str:
         """Name of a tensor in the original, where a shared head lies under the embedding's."""
         return EMBEDDING if name == HEAD and name not in self.checkpoint.tensors else name
 
+    def _copied(self, name: str) -> bool:
+        """Whether a tensor goes byte for byte."""
+        place, info = self.places[name], self.checkpoint.tensors[self.stored_name(name)]
+        same = self.dtype is None or info.dtype not in _FLOATING or info.dtype == DTYPE_NAMES[self.dtype]
+        return same and not (place.turns or place.neutral)
+
     def num_bytes(self) -> int:
         """Size of what will be written."""
         total = 0
-        for name, place in self.places.items():
+        for name in self.places:
             info = self.checkpoint.tensors[self.stored_name(name)]
-            kept = self.dtype is None or not place.turns
-            bits = DTYPE_BITS[info.dtype if kept or self.dtype is None else DTYPE_NAMES[self.dtype]]
+            changed = self.dtype is not None and not self._copied(name)
+            bits = DTYPE_BITS[DTYPE_NAMES[self.dtype] if self.dtype and changed else info.dtype]
             total += info.num_bytes * bits // DTYPE_BITS[info.dtype]
         return total
 
     def check_shapes(self) -> None:
-        """Refuse tensors that do not fit the rotation or whose dtype cannot be turned, before anything is written."""
+        """Refuse tensors that do not fit the configuration, or whose dtype cannot be turned.
+
+        Raises:
+            UnrepresentableError: Naming the tensor.
+        """
+        sizes = self.rotation.sizes
+        hidden, values, kv = sizes.hidden_size, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
         for name, place in self.places.items():
-            info = self.checkpoint.tensors[self.stored_name(name)]
             if not (place.turns or place.neutral):
                 continue
-            if info.dtype not in ("F64", "F32", "BF16", "F16"):
+            info = self.checkpoint.tensors[self.stored_name(name)]
+            if info.dtype not in _FLOATING:
                 raise UnrepresentableError(
                     f"rotate: {name} has the dtype {info.dtype}, which cannot be turned"
                 )
-            sizes = ((info.shape[-1], place.columns), (info.shape[0], place.rows))
-            for size, space in sizes:
-                wrong = space == "stream" and size != self.rotation.stream.numel()
-                if space == "values" and self.rotation.values:
-                    wrong = size % self.rotation.values[0].numel() != 0
-                    wrong |= place.layer >= len(self.rotation.values)
-                if wrong or len(info.shape) > 2:
-                    raise UnrepresentableError(
-                        f"rotate: {name} has the shape {list(info.shape)}, which does not fit config.json"
-                    )
+            vector = place.neutral or name.endswith(".bias")
+            right = len(info.shape) == (1 if vector else 2) and info.shape[0] > 0
+            if right and place.columns is not None:
+                right = info.shape[1] == (hidden if place.columns == "stream" else values)
+            if right and (place.neutral or place.rows == "stream"):
+                right = info.shape[0] == hidden
+            elif right and place.rows == "values":
+                right = info.shape[0] == (kv if ".v_proj." in name else values + 2 * kv)
+            if not right:
+                raise UnrepresentableError(
+                    f"rotate: {name} has the shape {list(info.shape)}, which does not fit config.json"
+                )
 
     def _factors(self, place: Place) -> Tensor | None:
-        """Weight of the norm in front, float64, as the model applies it."""
-        return None if place.norm is None else self.checkpoint.read(place.norm).double() + self.offset
+        """Weight of the norm in front, float64."""
+        return None if place.norm is None else self.checkpoint.read(place.norm).double()
 
     def write(self, name: str, writer: ShardWriter) -> None:
-        """Append one tensor of the rotated model; what does not change goes byte for byte."""
+        """Append one tensor of the rotated model; what does not change goes byte for byte.
+
+        Raises:
+            UnrepresentableError: The dtype cannot hold a weight.
+        """
         place, stored = self.places[name], self.stored_name(name)
-        if not (place.turns or place.neutral):
+        if self._copied(name):
             info = self.checkpoint.tensors[stored]
             writer.add_bytes(name, info.dtype, info.shape, info.num_bytes, read_bytes(info))
             return
         tensor = self.checkpoint.read(stored)
+        dtype = self.dtype or tensor.dtype
         if place.neutral:
-            writer.add(name, torch.full_like(tensor, 1.0 - self.offset))
+            writer.add(name, torch.ones(tensor.shape, dtype=dtype))
             return
-        factors, dtype = self._factors(place), self.dtype or tensor.dtype
-        writer.add(name, turned(tensor, place, self.rotation, factors, dtype, self.device))
+        if place.turns:
+            new = turned(tensor, place, self.rotation, self._factors(place), dtype, self.device)
+        else:
+            new = tensor.to(dtype)
+        if not bool(torch.isfinite(new).all()):
+            raise UnrepresentableError(
+                f"rotate: {name} has values beyond {dtype} when rotated; take a wider --dtype"
+            )
+        writer.add(name, new)
 
-    def prove(self, written: Checkpoint) -> tuple[str, float]:
-        """Compare every tensor that turned with the original; return the name and size of the largest error.
+    def prove(self, written: Checkpoint, writer: ShardWriter) -> tuple[str, float]:
+        """Compare what lies on disk with what was computed, and turned back with the original.
+
+        Returns:
+            Name and relative error of the tensor that is furthest from the original.
 
         Raises:
-            ProofError: An error is beyond what rounding explains.
+            ProofError: A byte on disk is another than was computed, or an error is beyond what rounding explains.
         """
         worst = ("", 0.0)
         for name, place in self.places.items():
+            info = written.tensors.get(name)
+            sha = hashlib.sha256()
+            for piece in () if info is None else read_bytes(info):
+                sha.update(piece)
+            if sha.hexdigest() != writer.tensors[name].sha256:
+                raise ProofError(f"rotate: {name} on disk is not what was written")
             if not place.turns:
                 continue
-            error, bound = relative_error(
-                written.read(name), self.checkpoint.read(self.stored_name(name)), place, self.rotation,
-                self._factors(place), self.device,
-            )  # fmt: skip
+            new = written.read(name)
+            source, factors = self.checkpoint.read(self.stored_name(name)), self._factors(place)
+            error = relative_error(new, source, place, self.rotation, factors, self.device)
+            # The second term is the arithmetic's own error in float64.
+            bound = torch.finfo(new.dtype).eps / 2 + 1e-12
             if not error <= bound:
                 raise ProofError(
-                    f"rotate: {name} turned back differs by {error:.3g}, rounding explains {bound:.3g}"
+                    f"rotate: {name} turned back differs by {error:.3g} of its norm, rounding to {new.dtype} explains "
+                    f"{bound:.3g}; its values may be too small for that dtype (--dtype)"
                 )
             worst = max(worst, (name, error), key=lambda row: row[1])
         return worst
-
-
-def _places(folder: Path, config: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, Place], bool]:
-    """Places of what will be written, and whether the head is one that was the embedding until now."""
-    names = dict.fromkeys(checkpoint.tensors)
-    tied = bool(_library_config(folder).tie_word_embeddings)
-    if tied:
-        # Some files hold the shared matrix twice; the model reads the embedding.
-        names.pop(HEAD, None)
-    return places(str(config["model_type"]), [*names, *([HEAD] if tied or HEAD not in names else [])]), tied
 
 
 def _library_config(folder: Path) -> Any:
@@ -224,7 +250,7 @@ def _library_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as cause:  # ValueError, KeyError, OSError and validation errors alike
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise CheckpointError(
@@ -232,21 +258,36 @@ def _library_config(folder: Path) -> Any:
         ) from cause
 
 
-def _rotation(folder: Path, seed: int, values: bool) -> Rotation:
-    config = _library_config(folder)
-    heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
-    return Rotation.random(
+def _sizes(library: Any) -> Sizes:
+    heads, hidden = int(library.num_attention_heads), int(library.hidden_size)
+    return Sizes(
         hidden,
-        int(getattr(config, "head_dim", None) or hidden // heads),
-        int(getattr(config, "num_key_value_heads", None) or heads),
-        int(config.num_hidden_layers),
-        seed,
-        values=values,
+        int(getattr(library, "head_dim", None) or hidden // heads),
+        heads,
+        int(getattr(library, "num_key_value_heads", None) or heads),
+        int(library.num_hidden_layers),
     )
 
 
+def _tied(folder: Path, library: Any, checkpoint: Checkpoint) -> bool:
+    """Whether the head has the embedding's weights.
+
+    Raises:
+        CheckpointError: The configuration says so, and the file holds two that differ.
+    """
+    if not library.tie_word_embeddings:
+        return False
+    stored = [checkpoint.read(name) for name in (HEAD, EMBEDDING) if name in checkpoint.tensors]
+    if len(stored) == 2 and not torch.equal(*stored):
+        raise CheckpointError(
+            f"{folder}: config.json ties the output head to the embedding, and the weights of the two differ"
+        )
+    return True
+
+
 def _write_config(partial: Path, config: dict[str, Any], dtype: str | None, untied: bool) -> None:
-    config = dict(config)
+    # The library has these model types itself; code beside an original is not needed, and may not be there.
+    config = {key: value for key, value in config.items() if key != "auto_map"}
     if untied:
         config["tie_word_embeddings"] = False
     if dtype is not None:
@@ -254,28 +295,3 @@ def _write_config(partial: Path, config: dict[str, Any], dtype: str | None, unti
     (partial / "config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-
-
-def _write_card(partial: Path, folder: Path, record: dict[str, Any]) -> None:
-    """A card that passes licence and language on, and says what this is."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    origin = record["source"]
-    data = ModelCardData(**inherited(folder / CARD), base_model=origin["hub"], tags=["discquant", "rotated"])
-    lines = [
-        f"# {origin['name']}, rotated",
-        "",
-        f"`{origin['hub'] or origin['name']}` with its hidden states (and the values of its attention heads) in "
-        f"another basis, by discquant, seed {record['seed']}: it computes what the original does, up to the rounding "
-        f"of its weights. `{ROTATION}` has the signs that undo it. Meant to be quantized.",
-    ]
-    (partial / CARD).write_text(
-        str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")), encoding="utf-8"
-    )
-
-
-def _hexadecimal(signs: Tensor) -> str:
-    """Bits, 1 for +1, first sign first, four to a digit."""
-    bits = "".join("1" if sign > 0 else "0" for sign in signs.tolist())
-    bits += "0" * (-len(bits) % 4)
-    return "".join(f"{int(bits[i : i + 4], 2):x}" for i in range(0, len(bits), 4))

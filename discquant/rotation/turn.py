@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,42 +20,53 @@ from discquant.rotation.places import Place, Space
 _PIECE = 1 << 22
 
 
+class Sizes(NamedTuple):
+    """What a model's configuration says of its shape."""
+
+    hidden_size: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    layers: int
+
+
 @dataclass(frozen=True, eq=False)
 class Rotation:
     """h' = H (signs * h) / sqrt(n) in the stream between blocks, and the same in every head's values.
 
     Attributes:
+        sizes: Of the model.
         stream: Signs, int8, [hidden_size].
         values: Signs per block, int8, [head_dim] each; empty where the values stay as they are.
-        kv_heads: Heads that have values of their own.
     """
 
+    sizes: Sizes
     stream: Tensor
     values: tuple[Tensor, ...]
-    kv_heads: int
 
     @classmethod
-    def random(
-        cls, hidden_size: int, head_dim: int, kv_heads: int, layers: int, seed: int, *, values: bool
-    ) -> Rotation:
+    def random(cls, sizes: Sizes, seed: int, *, values: bool) -> Rotation:
         """Draw signs.
 
         Raises:
             UnrepresentableError: No Hadamard matrix of a size is known.
         """
-        for size, what in ((hidden_size, "hidden_size"), *(((head_dim, "head_dim"),) if values else ())):
-            if factor(size) is None:
-                raise UnrepresentableError(
-                    f"rotate: no Hadamard matrix of size {what} = {size} is known"
-                    + ("; leave the values out (--no-values)" if what == "head_dim" else "")
-                )
+        if factor(sizes.hidden_size) is None:
+            raise UnrepresentableError(
+                f"rotate: no Hadamard matrix of size hidden_size = {sizes.hidden_size} is known"
+            )
+        if values and factor(sizes.head_dim) is None:
+            raise UnrepresentableError(
+                f"rotate: no Hadamard matrix of size head_dim = {sizes.head_dim} is known; leave the values out "
+                "(--no-values)"
+            )
         generator = torch.Generator().manual_seed(seed)
 
         def draw(size: int) -> Tensor:
             return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(torch.int8)
 
-        stream = draw(hidden_size)
-        return cls(stream, tuple(draw(head_dim) for _ in range(layers if values else 0)), kv_heads)
+        stream = draw(sizes.hidden_size)
+        return cls(sizes, stream, tuple(draw(sizes.head_dim) for _ in range(sizes.layers if values else 0)))
 
     def turns(self, space: Space | None) -> bool:
         """Whether anything turns in a space."""
@@ -74,9 +86,9 @@ class Rotation:
 
     def piece(self, x: Tensor, place: Place, *, inverse: bool = False) -> Tensor:
         """Turn a piece of a tensor (see `pieces`), float64, [rows, columns]."""
-        heads = 0 if not self.values else x.shape[1] // self.values[0].numel()
-        x = self._turn(x, place.columns, place.layer, heads, inverse)
-        return self._turn(x.t(), place.rows, place.layer, self.kv_heads, inverse).t()
+        # A piece holds whole heads of the columns; the rows of queries and keys come before those of values.
+        x = self._turn(x, place.columns, place.layer, x.shape[1] // self.sizes.head_dim, inverse)
+        return self._turn(x.t(), place.rows, place.layer, self.sizes.kv_heads, inverse).t()
 
 
 def pieces(shape: torch.Size, place: Place, rotation: Rotation) -> Iterator[tuple[slice, slice]]:
@@ -86,12 +98,13 @@ def pieces(shape: torch.Size, place: Place, rotation: Rotation) -> Iterator[tupl
         height = max(1, _PIECE // max(1, columns))
         for first in range(0, rows, height):
             yield slice(first, first + height), slice(None)
-    elif not rotation.turns(place.columns):
-        width = max(1, _PIECE // max(1, rows))
+    elif place.columns == "stream":  # a projection to values: no more rows than one of queries has
+        yield slice(None), slice(None)
+    else:
+        step = rotation.sizes.head_dim if place.columns == "values" else 1
+        width = max(1, _PIECE // max(1, rows) // step) * step
         for first in range(0, columns, width):
             yield slice(None), slice(first, first + width)
-    else:  # projections of attention only
-        yield slice(None), slice(None)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -133,11 +146,10 @@ def relative_error(
     rotation: Rotation,
     factors: Tensor | None,
     device: torch.device,
-) -> tuple[float, float]:
-    """Turn a stored tensor back: ||R^T stored - original|| / ||original||, and what rounding may make of that.
+) -> float:
+    """Turn a stored tensor back: ||R^T stored - original|| / ||original||.
 
-    Rounding to nearest moves an element by at most eps / 2 of itself (of the smallest normal number below that), and
-    R keeps norms.
+    Rounding to nearest moves a normal number by at most eps / 2 of itself, and R keeps norms.
     """
     back, want = _matrix(stored), _matrix(tensor)
     error = size = 0.0
@@ -147,10 +159,6 @@ def relative_error(
         found = rotation.piece(back[index].to(device, torch.float64), place, inverse=True)
         error += float((found - wide).square().sum())
         size += float(wide.square().sum())
-    info = torch.finfo(stored.dtype)
-    # 1e-12: the arithmetic's own error in float64.
-    bound = info.eps / 2 + 1e-12
     if size == 0.0:
-        return (0.0 if error == 0.0 else math.inf), bound
-    norm = math.sqrt(size)
-    return math.sqrt(error) / norm, bound + math.sqrt(stored.numel()) * info.tiny * info.eps / 2 / norm
+        return 0.0 if error == 0.0 else math.inf
+    return math.sqrt(error / size)
