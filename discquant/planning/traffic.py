@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from discquant.config import GridConfig, QuantizeConfig
 from discquant.planning.hardware import Device
-from discquant.planning.shape import Block, ModelShape
+from discquant.planning.shape import Block, Matrix, ModelShape
 
 # 2 FLOP per weight and token for each: teacher, student; recompute, input gradient, weight gradient.
 FORWARD_FLOP, BACKWARD_FLOP = 4, 6
@@ -62,12 +63,14 @@ class StateLayout:
 def outlier_bytes(grid: GridConfig, state: str) -> float:
     """Return expected bytes per weight of what a searched scale clips too far for `frac_ref` in u8; 0 without any.
 
-    Place in int32 and value in bfloat16; shares measured on normal weights, groups of 32 to the row (those of a
-    Student's t of 5 degrees are alike).
+    Place in a byte, value in bfloat16, and a byte for every piece of the matrix; shares measured on normal weights,
+    groups of 32 to the row (those of a Student's t of 5 degrees are alike).
     """
     if state != "u8" or grid.kind != "uniform" or grid.grid != "search":
         return 0.0
-    return 6.0 * OUTLIER_SHARES[grid.bits]
+    from discquant.solver.state import OUTLIER_PIECE
+
+    return 3.0 * OUTLIER_SHARES[grid.bits] + 1.0 / OUTLIER_PIECE
 
 
 def state_layout(
@@ -97,6 +100,23 @@ def grid_bytes_per_weight(group_size: int, columns: int, sym: bool) -> float:
     """Return bytes of bfloat16 scales, and uint8 zero points of asymmetric grids, per weight."""
     size = columns if group_size == -1 else min(group_size, columns)
     return (2.0 if sym else 3.0) / size
+
+
+def factor_entries(matrices: Sequence[Matrix], config: QuantizeConfig) -> float:
+    """Return the entries of the curvature's factors of some matrices as whole blocks; 0 without the term."""
+    from discquant.solver.kronecker import factor_shape
+
+    if config.method != "discquant" or not config.solver.curved:
+        return 0.0
+    width = config.solver.curvature_width
+    return float(
+        sum(
+            math.prod(factor_shape(size, width)) * matrix.count
+            for matrix in matrices
+            if matrix.plain
+            for size in (matrix.rows, matrix.columns)
+        )
+    )
 
 
 def factor_bytes(blocks: Sequence[Block], config: QuantizeConfig) -> float:
