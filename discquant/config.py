@@ -177,7 +177,9 @@ class SolverConfig:
         for name in ("lr", "kl_weight"):
             _positive(name, getattr(self, name))
         small = self.lr is None or self.lr <= 1
-        _check("lr", "at most 1, for positions lie in [0, 1] and a step moves them by about lr", small, self.lr)
+        _check(
+            "lr", "at most 1, for positions lie in [0, 1] and a step moves them by about lr", small, self.lr
+        )
         floor = self.lr_floor
         _check("lr_floor", "in [0, 1] or None", floor is None or 0 <= floor <= 1, floor)
         _check("grad_clamp", "above 0", self.grad_clamp > 0, self.grad_clamp)
