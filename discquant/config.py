@@ -101,7 +101,8 @@ class SolverConfig:
         iters: Optimizer steps.
         batch_size: Token windows per step.
         micro_batch: Windows per forward; part of the configuration because it fixes the order of sums.
-        lr: Peak learning rate on `frac`, per step, at most 1 (from one neighbour to the other); None sets it from the damage at the start (`schedule.resolve`).
+        lr: Peak learning rate on `frac`, per step, at most 1 (from one neighbour to the other); None sets it from the
+            damage at the start (`schedule.resolve`).
         lr_floor: The learning rate never falls below this share of its peak (after warm-up); None sets it so
             that a coordinate can still reach its vertex.
         warmup: Linear warm-up steps.

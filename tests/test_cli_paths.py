@@ -98,7 +98,8 @@ def run_folder(tmp_path: Path, model: Path) -> Path:
 @pytest.mark.parametrize(
     "line",
     [
-        ("quantize", "RUN", "OUT"), ("plan", "RUN"), ("evaluate", "RUN", "M"), ("refine", "RUN", "OUT", "--original", "M"),
+        ("quantize", "RUN", "OUT"), ("plan", "RUN"), ("evaluate", "RUN", "M"),
+        ("refine", "RUN", "OUT", "--original", "M"),
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -30,12 +30,17 @@ FORWARD_PREFIX = False
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the plan is for: one rank's device, and bytes of host memory and of free disk that all ranks share."""
+    """Where the plan is for: one rank's device, and bytes of host memory and of free disk that all ranks share.
+
+    The margins are the shares by which a plan may exceed host memory and disk before it counts as not fitting.
+    """
 
     device: Device
     host: float
     disk: float
     ranks: int = 1
+    host_margin: float = 0.0
+    disk_margin: float = 0.0
 
     @property
     def accelerated(self) -> bool:
@@ -63,8 +68,8 @@ def fits(peaks: Sequence[PhasePeak], machine: Machine, *, spare: float = 0.0) ->
     memory = machine.device.memory
     return (
         (memory is None or needed(list(peaks), "gpu") * (1 + spare) <= memory)
-        and needed(list(peaks), "host") * machine.ranks <= machine.host
-        and needed(list(peaks), "disk") <= machine.disk
+        and needed(list(peaks), "host") * machine.ranks <= machine.host * (1 + machine.host_margin)
+        and needed(list(peaks), "disk") <= machine.disk * (1 + machine.disk_margin)
     )
 
 

@@ -19,7 +19,7 @@ from discquant.planning.option import (
     seconds_of,
 )
 from discquant.planning.rates import Rates
-from discquant.planning.refusal import refusal, with_state
+from discquant.planning.refusal import every_rank_has_some, refusal, with_state
 from discquant.planning.setting import PLACEMENTS, Placement, Setting
 from discquant.planning.shape import ModelShape
 from discquant.planning.traffic import (
@@ -186,6 +186,13 @@ def make_plan(
     def setting_of(config: QuantizeConfig, placement: Placement) -> Setting:
         return setting_for(shape, config, placement, machine, process=process, activations=activations)
 
+    def enough_windows(batch: int) -> str:
+        """Return the advice to take so many windows per step, nothing where the same placement has no room for them."""
+        solver = dataclasses.replace(config.solver, batch_size=batch)
+        advised = setting_of(dataclasses.replace(config, solver=solver), chosen.placement)
+        shared = every_rank_has_some(advised.config, machine.ranks)
+        return f", e.g. --batch-size {batch}" if shared and fits(phase_peaks(shape, advised), machine) else ""
+
     settings = [setting_of(config, candidate) for candidate in wanted]
     fitting = [setting for setting in settings if fits(phase_peaks(shape, setting), machine)]
     if not fitting:
@@ -212,10 +219,10 @@ def make_plan(
     if chosen.placement != "resident" and machine.accelerated and chosen.tokens < enough:
         slowed = modelled.total / max(1e-30, modelled.forward + modelled.backward + modelled.head)
         each = " and rank" if machine.ranks > 1 else ""
-        batch = -(-int(enough) * machine.ranks // config.data.seqlen)
+        advice = enough_windows(-(-int(enough) * machine.ranks // config.data.seqlen))
         warnings.append(
             f"{chosen.tokens} tokens per step{each} are too few for the transfers to hide: {enough:,.0f} are needed "
-            f"({max(hide.duplex, hide.forward):,.0f} if both directions run at once), e.g. --batch-size {batch}; "
+            f"({max(hide.duplex, hide.forward):,.0f} if both directions run at once){advice}; "
             f"a step takes {slowed:.1f} times its work"
         )
     if "disk" in (chosen.placement, chosen.boundaries):
