@@ -76,7 +76,12 @@ def fits(peaks: Sequence[PhasePeak], machine: Machine, *, spare: float = 0.0) ->
 def seconds_of(
     shape: ModelShape, setting: Setting, machine: Machine, rates: Rates | None
 ) -> tuple[Moved | None, StepTime, float]:
-    """Return traffic, the model's step time, and the step's seconds: measured rates count where there are any."""
+    """Return traffic, the model's step time, and the step's seconds: measured rates count where there are any.
+
+    A method that rounds layer by layer takes no steps: nothing and 0.
+    """
+    if setting.config.method != "discquant":
+        return None, StepTime(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.0
     work = work_per_token(shape, setting.config.data.seqlen, step=curvature_work(shape, setting.config))
     moved = None
     if setting.placement == "resident" and (

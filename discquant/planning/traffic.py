@@ -19,6 +19,9 @@ HEAD_FLOP = 6
 # By code width: shares of weights more than half a step beyond a searched grid's ends.
 OUTLIER_SHARES = {2: 0.06, 3: 0.022, 4: 0.0095, 5: 0.0045, 6: 0.002, 7: 0.0012, 8: 0.001}
 
+# Scales and minima of a group, by kind: float32 beside the block scales of a file where those are narrower.
+GROUP_BYTES = {"nf4": 4.0, "mxfp4": 5.0, "nvfp4": 5.0, "q4_0": 2.0, "q4_1": 4.0, "q4_k": 8.0, "q3_k": 4.0}
+
 
 @dataclass(frozen=True)
 class StateLayout:
@@ -66,7 +69,9 @@ def outlier_bytes(grid: GridConfig, state: str) -> float:
     Place in a byte, value in bfloat16, and a byte for every piece of the matrix; shares measured on normal weights,
     groups of 32 to the row (those of a Student's t of 5 degrees are alike).
     """
-    if state != "u8" or grid.kind != "uniform" or grid.grid != "search":
+    if (
+        state != "u8" or grid.grid != "search" or grid.kind in ("nf4", "mxfp4", "nvfp4")
+    ):  # tables: one in a thousand
         return 0.0
     from discquant.solver.state import OUTLIER_PIECE
 
@@ -96,10 +101,13 @@ def state_layout(
     return StateLayout(f"{state} {optimizer}", code, size, size, moments * size, side, weight, outliers)
 
 
-def grid_bytes_per_weight(group_size: int, columns: int, sym: bool) -> float:
-    """Return bytes of bfloat16 scales, and uint8 zero points of asymmetric grids, per weight."""
+def grid_bytes_per_weight(group_size: int, columns: int, sym: bool, kind: str = "uniform") -> float:
+    """Return bytes of scales, and of zero points or minima, per weight.
+
+    Uniform: bfloat16 scales, and uint8 zero points of asymmetric grids; other kinds as their grids hold them.
+    """
     size = columns if group_size == -1 else min(group_size, columns)
-    return (2.0 if sym else 3.0) / size
+    return GROUP_BYTES.get(kind, 2.0 if sym else 3.0) / size
 
 
 def factor_entries(matrices: Sequence[Matrix], config: QuantizeConfig) -> float:

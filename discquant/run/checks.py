@@ -232,9 +232,17 @@ def check_text(source: Source, dataset: str) -> None:
     """
     if source.tokenizer is None and dataset != "self" and token_file(dataset) is None:
         raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
-    file = (token_file(dataset) or (Path(dataset), ""))[0]
-    if (Path(dataset).suffix in SUFFIXES or token_file(dataset) is not None) and not file.is_file():
+    file = text_file(dataset)
+    if file is not None and not file.is_file():
         raise CalibrationError(f"calibration: there is no file {file}")
+
+
+def text_file(dataset: str) -> Path | None:
+    """Return the file that the word for calibration text names; None where it names none."""
+    of_tokens = token_file(dataset)
+    if of_tokens is not None:
+        return of_tokens[0]
+    return Path(dataset) if Path(dataset).suffix in SUFFIXES else None
 
 
 # Raised whenever a run would come out in other bytes than before: a run that an earlier state of the code began is then
