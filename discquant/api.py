@@ -118,6 +118,8 @@ def _run(
             on_step(record)
 
     finished = solve(chain, grids, rows, config, note, served=served, engine=engine)
+    # The state that the grids are views of goes.
+    grids = {name: grid.copied() for name, grid in grids.items()}
     return Quantized(chain.model, finished.codes(), grids, served, tuple(records), finished.unseen)
 
 

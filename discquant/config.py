@@ -101,7 +101,8 @@ class SolverConfig:
         iters: Optimizer steps.
         batch_size: Token windows per step.
         micro_batch: Windows per forward; part of the configuration because it fixes the order of sums.
-        lr: Peak learning rate on `frac`, per step; None sets it from the damage at the start (`schedule.resolve`).
+        lr: Peak learning rate on `frac`, per step, at most 1 (from one neighbour to the other); None sets it from the
+            damage at the start (`schedule.resolve`).
         lr_floor: The learning rate never falls below this share of its peak (after warm-up); None sets it so
             that a coordinate can still reach its vertex.
         warmup: Linear warm-up steps.
@@ -176,6 +177,10 @@ class SolverConfig:
             _whole(name, least, getattr(self, name))
         for name in ("lr", "kl_weight"):
             _positive(name, getattr(self, name))
+        small = self.lr is None or self.lr <= 1
+        _check(
+            "lr", "at most 1, for positions lie in [0, 1] and a step moves them by about lr", small, self.lr
+        )
         floor = self.lr_floor
         _check("lr_floor", "in [0, 1] or None", floor is None or 0 <= floor <= 1, floor)
         _check("grad_clamp", "above 0", self.grad_clamp > 0, self.grad_clamp)

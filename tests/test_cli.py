@@ -150,6 +150,7 @@ def test_damaged_models(
         (("--ignore", "no_such_module"), ("no_such_module", "q_proj")),
         (("--iters", "0"), ("iters",)),
         (("--lr", "-1"), ("lr",)),
+        (("--lr", "10"), ("lr must be at most 1", "[0, 1]", "got 10")),
         (("--baselines", "rtn,best"), ("baselines", "best")),
         (("--seed", "-1"), ("seed",)),
         (("--seqlen", "65"), ("seqlen", "64 positions", "65")),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that `quantize` and `refine` share, and how both start a run and show its progress."""
+"""Options that commands share, and how both start a run and show its progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from discquant.config import GridConfig, Method, SolverConfig, preset
+from discquant.config import GRID_KINDS, GridConfig, Method, SolverConfig, preset
 from discquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +22,35 @@ if TYPE_CHECKING:
 
 MOST_THREADS = 1024
 
+MethodName = Annotated[str, typer.Option(help="rtn, greedy, gptq or discquant.")]
+Bits = Annotated[int, typer.Option(help="Bits per code, 2 to 8.")]
+GroupSize = Annotated[int, typer.Option(help="Columns per scale: 32, 64, 128, or -1 for the whole row.")]
+Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid (3-bit engines need it).")]
+GridRule = Annotated[str, typer.Option(help="absmax, or search for the scale of least squared error.")]
+Kind = Annotated[
+    str,
+    typer.Option(
+        help="uniform, or a grid that a format dictates: nf4, mxfp4, nvfp4, q4_0, q4_1, q4_k, q3_k "
+        "(bits, group size and symmetry are then the format's)."
+    ),
+]
+Preset = Annotated[
+    str, typer.Option("--preset", help="default (best known) or paper (the published recipe).")
+]
+Loss = Annotated[str | None, typer.Option(help="kl, or the paper's variants ce and mse.")]
+Start = Annotated[str | None, typer.Option(help="Where frac starts: ref, gptq or random.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Modules to leave alone (name, last part, or glob); repeatable.")
+]
+Formats = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="Formats to write, comma separated (compressed-tensors, gptq, autoround, awq, mlx, gguf, onnx, ...), "
+        "or none (codes stay in the run directory).",
+    ),
+]
+GptqSamples = Annotated[int, typer.Option(help="Windows for GPTQ and greedy.")]
 ChatTemplate = Annotated[
     bool, typer.Option(help="Put plain text and question-answer pairs through the tokenizer's chat template.")
 ]
@@ -85,6 +114,16 @@ AllowPickle = Annotated[
         help="Read .bin weights of the original with torch's restricted loader; quantize then writes --format none."
     ),
 ]
+
+
+def grid_options(kind: str, bits: int, group_size: int, sym: bool, grid: str) -> GridConfig:
+    """Return the grid of the options; a format's own kind fixes bits, group size and symmetry.
+
+    Raises:
+        ValueError: A value out of range, or a word that is none of the choices.
+    """
+    fixed = GRID_KINDS.get(kind, (bits, group_size, sym))
+    return GridConfig(*fixed, grid=grid, kind=kind)  # type: ignore[arg-type]
 
 
 def solver_options(grid: GridConfig, preset_name: str, **given: Any) -> SolverConfig:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,15 +14,21 @@ from discquant.cli import options
 from discquant.cli.app import app
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from discquant.planning.plan import Plan
 
 
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Folder with config.json (no weights needed), or a hub name.")],
-    bits: Annotated[int, typer.Option(help="Bits per code, 2 to 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns per scale, or -1 for the whole row.")] = 64,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid.")] = True,
+    method: options.MethodName = "discquant",
+    bits: options.Bits = 4,
+    group_size: options.GroupSize = 64,
+    sym: options.Sym = True,
+    grid: options.GridRule = "search",
+    kind: options.Kind = "uniform",
+    preset_name: options.Preset = "default",
     gpu: Annotated[
         str, typer.Option(help="h100, h200, a100, 4090, l40s, cpu; auto is what this machine has.")
     ] = "auto",
@@ -30,28 +36,23 @@ def plan(
         str, typer.Option(help="resident, host, disk, or auto: the first of them that fits.")
     ] = "auto",
     activations: options.Activations = None,
-    state: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or u8; default fp32 on the CPU, u8 on an accelerator.")
-    ] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(help="adamw, momentum, lion or sgd; default of the preset, momentum with u8."),
-    ] = None,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    nsamples: Annotated[int, typer.Option(help="Calibration windows.")] = 2048,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
-    iters: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    curvature: Annotated[
-        float | None, typer.Option(help="Weight of the curvature term; 0 leaves it and its memory out.")
-    ] = None,
-    start: Annotated[str | None, typer.Option(help="gptq, ref or random.")] = None,
+    teacher: options.Teacher = None,
+    state: options.State = None,
+    optimizer: options.Optimizer = None,
+    compute_dtype: options.ComputeDtype = None,
+    loss: options.Loss = None,
+    seqlen: options.Seqlen = 256,
+    nsamples: options.Samples = 2048,
+    batch_size: options.BatchSize = None,
+    micro_batch: options.MicroBatch = None,
+    iters: options.Iters = None,
+    curvature: options.Curvature = None,
+    start: options.Start = None,
     dataset: Annotated[str, typer.Option(help="As in quantize; self samples from the model.")] = "self",
-    baselines: Annotated[str, typer.Option(help="As in quantize, or none.")] = "rtn,gptq",
-    format_name: Annotated[
-        str, typer.Option("--format", help="Formats to write, comma separated, or none.")
-    ] = "compressed-tensors",
-    ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave alone; repeatable.")] = None,
+    baselines: options.Baselines = "rtn,gptq",
+    gptq_samples: options.GptqSamples = 256,
+    format_name: options.Formats = "compressed-tensors",
+    ignore: options.Ignore = None,
     gpu_memory: Annotated[
         float | None, typer.Option(help="Device memory in GB instead of the table's.")
     ] = None,
@@ -70,20 +71,23 @@ def plan(
         bool, typer.Option(help="Run Python code that comes with the model.")
     ] = False,
 ) -> None:
-    """Say what quantizing MODEL would need, before it is started.
+    """Say what `quantize` with the same options would need, before it is started.
+
+    For a GPU, unless --preset, --state, --optimizer or --compute-dtype is given, it takes u8, momentum and bfloat16,
+    and says so: quantize must be given them.
 
     Example: discquant plan examples/tiny_llama --bits 3 --gpu 4090
     """
     import shutil
 
-    from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+    from discquant.config import DataConfig, QuantizeConfig
     from discquant.errors import ConfigError
     from discquant.formats import registry
     from discquant.planning import hardware
     from discquant.planning.plan import Machine, make_plan
     from discquant.planning.rates import keep_rates, load_rates, machine_name, nearest_rates
     from discquant.planning.shape import empty_model, open_config, shape_of
-    from discquant.run.checks import check_ignore
+    from discquant.run.checks import check_ignore, text_file
     from discquant.solver.engine import Engine
     from discquant.solver.ranks import Ranks
 
@@ -100,27 +104,22 @@ def plan(
         if device.memory is None:
             raise ConfigError("plan: --gpu-memory needs a device with memory of its own, got cpu")
         device = dataclasses.replace(device, memory=gpu_memory * hardware.GB)
-    accelerated = device.memory is not None
-    chosen_state = state or ("u8" if accelerated else "fp32")
-    given: dict[str, Any] = {
-        "state": chosen_state,
-        "optimizer": optimizer or ("momentum" if chosen_state == "u8" and accelerated else None),
-        "batch_size": batch_size,
-        "micro_batch": micro_batch,
-        "iters": iters,
-        "curvature": curvature,
-        "start": start,
-        "compute_dtype": "bfloat16" if accelerated else "float32",
-    }
-    solver = dataclasses.replace(
-        SolverConfig(), **{key: value for key, value in given.items() if value is not None}
-    )
+    own = (state, optimizer, compute_dtype)
+    if device.memory is not None and own == (None, None, None) and preset_name == "default":
+        state, optimizer, compute_dtype = "u8", "momentum", "bfloat16"
+    grid_config = options.grid_options(kind, bits, group_size, sym, grid)
+    solver = options.solver_options(
+        grid_config, preset_name, iters=iters, batch_size=batch_size, micro_batch=micro_batch, curvature=curvature,
+        optimizer=optimizer, loss=loss, start=start, state=state, compute_dtype=compute_dtype, teacher=teacher,
+    )  # fmt: skip
     config = QuantizeConfig(
-        grid=GridConfig(bits, group_size, sym),
+        grid=grid_config,
+        method=method,  # type: ignore[arg-type]
         solver=solver,
         data=DataConfig(dataset, nsamples, seqlen),
         format=format_name,
         ignore=tuple(ignore or ["lm_head"]),
+        gptq_samples=gptq_samples,
         baselines=options.method_names(baselines),
     )
     for name in config.formats:
@@ -149,7 +148,8 @@ def plan(
         float(shutil.disk_usage(".").free) if disk is None else disk * hardware.GB,
         ranks,
     )
-    Ranks(0, ranks).span(-(-solver.batch_size // solver.micro_batch))  # refuses ranks without a share
+    if config.method == "discquant":
+        Ranks(0, ranks).span(-(-solver.batch_size // solver.micro_batch))  # refuses ranks without a share
     from discquant.planning.compare import PROCESS_BYTES
 
     made = make_plan(
@@ -161,6 +161,10 @@ def plan(
         process=PROCESS_BYTES,
         activations=activations,  # type: ignore[arg-type]
     )
+    text = text_file(dataset)
+    if text is not None and not text.is_file():
+        absent = f"there is no file {text} here: the plan does not read it, quantize would refuse it"
+        made = dataclasses.replace(made, warnings=(*made.warnings, absent))
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=2))
     else:
@@ -172,19 +176,26 @@ def _print(made: Plan) -> None:
     from rich.table import Table
 
     console = Console()
-    facts, device = made.to_dict(), made.machine.device
+    device = made.machine.device
     gigabyte = 1e9
     console.print(
         f"{made.shape.name}: {made.shape.weights / 1e9:.3f} G weights to quantize in {len(made.shape.blocks)} blocks, "
-        f"{made.shape.untouched / 1e9:.3f} G others; {made.setting.layout.name} state, "
-        f"{made.state_bytes_per_weight:.4g} bytes per weight, {made.setting.placement}",
+        f"{made.shape.untouched / 1e9:.3f} G others; "
+        + (
+            f"{made.setting.layout.name} state, {made.state_bytes_per_weight:.4g} bytes per weight, "
+            if made.solved
+            else ""
+        )
+        + made.setting.placement,
         markup=False,  # a folder's name may hold brackets
     )
-    solver = made.setting.config.solver
-    console.print(
-        f"for quantize with --state {solver.state} --optimizer {solver.optimizer} "
-        f"--compute-dtype {solver.compute_dtype}"
+    config, solver = made.setting.config, made.setting.config.solver
+    words = (
+        f"--state {solver.state} --optimizer {solver.optimizer}"
+        if made.solved
+        else f"--method {config.method}"
     )
+    console.print(f"for quantize with {words} --compute-dtype {solver.compute_dtype}")
     ranks = made.setting.ranks
     table = Table(title="Peak memory per phase, GB" + (f", each of {ranks} ranks" if ranks > 1 else ""))
     columns = (["device"] if device.memory is not None else []) + ["host", "disk"]
@@ -198,6 +209,18 @@ def _print(made: Plan) -> None:
         cells = [f"{peak.total('gpu' if c == 'device' else c) / gigabyte:,.3f}" for c in columns]
         table.add_row(peak.name, *cells, f"{largest} {items[largest] / gigabyte:,.3f}")
     console.print(table)
+    if made.solved:
+        _print_options(made, console, columns)
+        _print_steps(made, console)
+    for warning in made.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def _print_options(made: Plan, console: Console, columns: list[str]) -> None:
+    """Print what every placement and state format would cost; `columns` of memory."""
+    from rich.table import Table
+
+    device, ranks, gigabyte = made.machine.device, made.setting.ranks, 1e9
     # As narrow as it goes: terminals are 80 columns wide.
     title = "Against the alternatives, GB (in and out: moved per step)" + (
         ", of all ranks" if ranks > 1 else ""
@@ -217,7 +240,11 @@ def _print(made: Plan) -> None:
             "yes" if option.fits else "no",
         )
     console.print(alternatives)
-    hide = made.hide
+
+
+def _print_steps(made: Plan, console: Console) -> None:
+    """Say what the steps of a solve take."""
+    facts, hide, ranks, gigabyte = made.to_dict(), made.hide, made.setting.ranks, 1e9
     console.print(
         f"{made.work.total / 1e9:,.1f} GFLOP per token, {facts['flop_per_step'] / 1e12:,.2f} TFLOP per step of "
         f"{made.setting.step_tokens:,} tokens; {made.step_seconds:,.3g} s per step, "
@@ -228,10 +255,8 @@ def _print(made: Plan) -> None:
             f"Every rank computes at most {made.setting.tokens:,} of them, and sends and receives "
             f"{made.exchanged / gigabyte:,.2f} GB of gradients per step, whose time is not in the plan."
         )
-    if device.memory is not None:
+    if made.machine.accelerated:
         console.print(
             f"Transfers hide from {hide.forward:,.0f} tokens per step forward, {hide.duplex:,.0f} backward with both "
             f"directions at once, {hide.serial:,.0f} one after the other."
         )
-    for warning in made.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)

@@ -10,7 +10,7 @@ import typer
 
 from discquant.cli import options
 from discquant.cli.app import app
-from discquant.config import GRID_KINDS, DataConfig, GridConfig, QuantizeConfig
+from discquant.config import DataConfig, QuantizeConfig
 
 if TYPE_CHECKING:
     from discquant.run.events import Events
@@ -22,22 +22,12 @@ if TYPE_CHECKING:
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder of the original model (safetensors), or a hub name.")],
     out: Annotated[Path, typer.Argument(help="Run directory; the model lands in OUT/<format>.")],
-    method: Annotated[str, typer.Option(help="rtn, greedy, gptq or discquant.")] = "discquant",
-    bits: Annotated[int, typer.Option(help="Bits per code, 2 to 8.")] = 4,
-    group_size: Annotated[
-        int, typer.Option(help="Columns per scale: 32, 64, 128, or -1 for the whole row.")
-    ] = 64,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid (3-bit engines need it).")] = True,
-    grid: Annotated[
-        str, typer.Option(help="absmax, or search for the scale of least squared error.")
-    ] = "search",
-    kind: Annotated[
-        str,
-        typer.Option(
-            help="uniform, or a grid that a format dictates: nf4, mxfp4, nvfp4, q4_0, q4_1, q4_k, q3_k "
-            "(bits, group size and symmetry are then the format's)."
-        ),
-    ] = "uniform",
+    method: options.MethodName = "discquant",
+    bits: options.Bits = 4,
+    group_size: options.GroupSize = 64,
+    sym: options.Sym = True,
+    grid: options.GridRule = "search",
+    kind: options.Kind = "uniform",
     dataset: Annotated[
         str,
         typer.Option(
@@ -47,35 +37,24 @@ def quantize(
     ] = "self",
     nsamples: options.Samples = 2048,
     seqlen: options.Seqlen = 256,
-    preset_name: Annotated[
-        str, typer.Option("--preset", help="default (best known) or paper (the published recipe).")
-    ] = "default",
+    preset_name: options.Preset = "default",
     iters: options.Iters = None,
     batch_size: options.BatchSize = None,
     micro_batch: options.MicroBatch = None,
     lr: options.Lr = None,
     curvature: options.Curvature = None,
     optimizer: options.Optimizer = None,
-    loss: Annotated[str | None, typer.Option(help="kl, or the paper's variants ce and mse.")] = None,
+    loss: options.Loss = None,
     chat_template: options.ChatTemplate = False,
     text_key: options.TextKey = "text",
-    start: Annotated[str | None, typer.Option(help="Where frac starts: ref, gptq or random.")] = None,
+    start: options.Start = None,
     state: options.State = None,
     compute_dtype: options.ComputeDtype = None,
     seed: options.Seed = 0,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Modules to leave alone (name, last part, or glob); repeatable.")
-    ] = None,
-    format_name: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="Formats to write, comma separated (compressed-tensors, gptq, autoround, awq, mlx, gguf, onnx, ...), "
-            "or none (codes stay in the run directory).",
-        ),
-    ] = "compressed-tensors",
+    ignore: options.Ignore = None,
+    format_name: options.Formats = "compressed-tensors",
     baselines: options.Baselines = "rtn,gptq",
-    gptq_samples: Annotated[int, typer.Option(help="Windows for GPTQ and greedy.")] = 256,
+    gptq_samples: options.GptqSamples = 256,
     checkpoint_every: options.CheckpointEvery = None,
     device: options.Device = "auto",
     placement: options.Placed = "auto",
@@ -90,8 +69,7 @@ def quantize(
 
     Example: discquant quantize examples/tiny_llama out --bits 3 --group-size 64 --dataset arithmetic
     """
-    fixed = GRID_KINDS.get(kind, (bits, group_size, sym))
-    grid_config = GridConfig(*fixed, grid=grid, kind=kind)  # type: ignore[arg-type]
+    grid_config = options.grid_options(kind, bits, group_size, sym, grid)
     solver = options.solver_options(
         grid_config, preset_name, iters=iters, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
         curvature=curvature, optimizer=optimizer, loss=loss, start=start, state=state, compute_dtype=compute_dtype,

@@ -17,6 +17,7 @@ from discquant.formats.safetensors_file import TensorInfo, read_bytes, read_head
 
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 100_000_000  # a tokenizer's or an index's largest is a few tens of MB
+RUN_MARKER = "discquant_run"  # key that config.json of a run directory has
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 

@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 
 from discquant.errors import CheckpointError, ConfigError, MissingModelError
-from discquant.formats.checkpoint import PICKLES, read_json, stated_quantization
+from discquant.formats.checkpoint import PICKLES, RUN_MARKER, read_json, stated_quantization
 from discquant.formats.coded import Format
 from discquant.formats.safetensors_format import SafetensorsFormat
 
@@ -43,16 +43,36 @@ def by_name(name: str) -> Format:
     return found
 
 
+def refuse_run(folder: Path) -> None:
+    """Refuse a run directory where a model is wanted, and name the models that it stands for; pass any other folder.
+
+    Raises:
+        MissingModelError: It is one.
+    """
+    try:
+        facts = read_json(folder / "config.json")
+    except (OSError, CheckpointError):  # whoever reads it says what is wrong with it
+        return
+    if not facts.get(RUN_MARKER):
+        return
+    written = [str(folder / name) for name in _HOMES if (folder / name).exists()]
+    models = f"what it wrote: {', '.join(written)}" if written else "it has written no model yet"
+    raise MissingModelError(
+        f"{folder} is a run directory, not a model; {models}; its original: {facts.get('source', 'unknown')}"
+    )
+
+
 def find(path: str | Path) -> Format:
     """The format that a folder or file is of.
 
     Raises:
-        MissingModelError: There is nothing at that path.
+        MissingModelError: There is nothing at that path, or a run directory.
         CheckpointError: It is of no format that is read.
     """
     place = Path(path)
     if not place.exists():
         raise MissingModelError(f"{place} is no model: there is nothing there")
+    refuse_run(place)
     for name in _HOMES:
         found = by_name(name)
         if found.detects(place):

@@ -22,9 +22,16 @@ import torch
 
 from discquant.errors import CalibrationError, CheckpointError, MissingModelError, OutputExistsError
 from discquant.formats.card import read_rotation
-from discquant.formats.checkpoint import PICKLES, Checkpoint, check_finite, read_json, stated_quantization
+from discquant.formats.checkpoint import (
+    PICKLES,
+    RUN_MARKER,
+    Checkpoint,
+    check_finite,
+    read_json,
+    stated_quantization,
+)
 from discquant.formats.lazy import build_lazy
-from discquant.formats.registry import quantized
+from discquant.formats.registry import quantized, refuse_run
 from discquant.formats.safetensors_file import TORCH_DTYPES, read_bytes, read_tensor, tensor_bytes
 from discquant.formats.safetensors_format import SafetensorsFormat
 
@@ -35,7 +42,6 @@ _HUB_PICKLES = "pytorch_model*.bin"
 # The same weights once more, in the layout of the model's makers.
 _HUB_DUPLICATES = ("consolidated*", "original/*")
 _CHUNK = 1 << 24
-RUN_MARKER = "discquant_run"  # key that config.json of a run directory has
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +103,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder.
 
     Raises:
-        MissingModelError: There is none, or it describes no model.
+        MissingModelError: There is none, or it describes no model, or a run.
         CheckpointError: It is not JSON.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise MissingModelError(f"{folder} is no model: it has no config.json")
+    refuse_run(folder)
     config = read_json(file)
     if "model_type" not in config:
         raise MissingModelError(f"{folder} is no model: its config.json names no model_type")

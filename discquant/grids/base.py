@@ -74,6 +74,20 @@ class Grid(ABC):
             object.__setattr__(found, key, value)
         return found
 
+    def share_(self, other: Grid) -> None:
+        """Take the tensors of an equal grid in place of the own ones, so that they exist once."""
+        for key, value in vars(other).items():
+            if isinstance(value, Tensor):
+                object.__setattr__(self, key, value)
+
+    def copied(self) -> Grid:
+        """Return this grid on memory of its own."""
+        found = copy.copy(self)
+        for key, value in vars(self).items():
+            if isinstance(value, Tensor):
+                object.__setattr__(found, key, value.clone())
+        return found
+
     @property
     def max_code(self) -> int:
         """Highest code, 2^b - 1."""

@@ -73,8 +73,7 @@ def plan_of_run(
     # A plan is good to 10 %: what exceeds the memory by no more is not refused.
     on_gpu = device is not None and device.type == "cuda"
     where = this_device(device.index or 0) if device is not None and on_gpu else DEVICES["cpu"]
-    spare = 1 + MEMORY_TOLERANCE
-    machine = Machine(where, host_memory() * spare, disk * spare, ranks)
+    machine = Machine(where, host_memory(), disk, ranks, MEMORY_TOLERANCE, MEMORY_TOLERANCE)
     planned = functools.partial(
         make_plan,
         shape,
@@ -87,10 +86,10 @@ def plan_of_run(
     if placement == "auto":
         if where.memory is not None:
             where = dataclasses.replace(where, memory=float(torch.cuda.mem_get_info(device)[0]))
-            machine = dataclasses.replace(machine, host=host_memory())
-        free = min(machine.host, free_host_memory() + process)
+            machine = dataclasses.replace(machine, host_margin=0.0)
+        free = min(machine.host * (1 + machine.host_margin), free_host_memory() + process)
         with contextlib.suppress(CapacityError):
-            return planned(dataclasses.replace(machine, device=where, host=free))
+            return planned(dataclasses.replace(machine, device=where, host=free, host_margin=0.0))
         for least in reversed(PLACEMENTS):
             with contextlib.suppress(CapacityError):
                 return planned(machine, placement=least)

@@ -12,7 +12,7 @@ from discquant.calibration.load import token_file
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.planning.setting import Setting, grid_share, keeps_graph, remembers_teacher, rows_sampled
 from discquant.planning.shape import Block, ModelShape
-from discquant.planning.traffic import factor_bytes
+from discquant.planning.traffic import factor_bytes, factor_entries
 
 SLOTS = 3  # one block arriving, one at work, one leaving
 CHUNK = 1024  # tokens whose logits exist at once
@@ -139,15 +139,16 @@ def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
     solver, element, tokens = setting.config.solver, setting.element, setting.gathered_tokens
     if not solver.curved:
         return {}
-    # Sums as they are gathered are wide, whatever the state's width, and exist once more when they are scaled.
-    wide = 2.0 * max(4, element) / (4 if solver.state == "fp32" else 2)
-    largest = max(factor_bytes([block], setting.config) for block in shape.blocks)
+    # Sums as they are gathered are wide and whole, whatever the state keeps, and exist once more when they are scaled.
+    wide = (
+        2.0 * max(4, element) * max(factor_entries(block.matrices, setting.config) for block in shape.blocks)
+    )
     saved = shape.largest.saved_bytes(element, setting.accelerator) * setting.micro_tokens
     return {
         "teacher weights": float(shape.largest.weights * element)
         if setting.teacher_in_state or setting.streamed
         else 0.0,
-        "factors of a block": wide * largest,
+        "factors of a block": wide,
         "activations of a block": saved,
         "hidden states": 3.0 * tokens * shape.hidden * element,
         "logits": _logit_tensors(shape, setting) * (4 if element < 8 else 8),
@@ -187,9 +188,10 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     logits = _logit_tensors(shape, setting) * wide
     graphs = float(saved * tokens * depth)
     undo = float(min(shape.weights * setting.layout.written, JOURNAL_BYTES))
-    # E, E H, its pieces and G E H of one matrix, and its original; made when the logits are gone.
+    # E, E H, its pieces and G E H of one matrix, its original and its factors unpacked; made when the logits are gone.
     matrix = max(m.rows * m.columns for m in largest.matrices)
-    term = curved * wide * matrix
+    factors = max(factor_entries([m], setting.config) / m.count for m in largest.matrices)
+    term = curved * wide * matrix + (4.0 if setting.config.solver.state == "fp32" else 2.0) * factors
     # A gated product has all three gradients before any of what was kept for it goes; the logits have gone by then.
     backward = 3.0 * largest.inner_elements * element * setting.micro_tokens
     return {
@@ -287,7 +289,6 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held["tokenizer and text"] = TEXT if text else 0.0
     lists = {"token lists": TOKEN_LISTS * tokens if text else 0.0}
     peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix, "scales": grids}, {}))
-    # What was laid stays here; a state that is streamed, or on a device, has a copy.
     held["scales"] = grids
     peaks.append(peak("calibrate", _sampling(shape, setting), {"windows": windows} | lists))
     held["windows"] = windows
@@ -310,7 +311,9 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         work, gathering = _working(shape, setting), _gathering(shape, setting)
         longest = max(setting.tokens, setting.gathered_tokens)
         where = {"resident": device, "host": held, "disk": stored}[setting.placement]
-        where["state"] = state + (grids if setting.streamed or setting.accelerator else 0.0)
+        where["state"] = state + grids
+        if setting.streamed or not setting.accelerator:
+            held["scales"] = 0.0  # what was laid is a view of the state; beside one on a device it stays here
         if setting.placement == "disk":  # which all ranks share, each with files of its own
             stored["state"] = where["state"] * setting.ranks
         if setting.boundaries == "disk":

@@ -30,12 +30,17 @@ FORWARD_PREFIX = False
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the plan is for: one rank's device, and bytes of host memory and of free disk that all ranks share."""
+    """Where the plan is for: one rank's device, and bytes of host memory and of free disk that all ranks share.
+
+    The margins are the shares by which a plan may exceed host memory and disk before it counts as not fitting.
+    """
 
     device: Device
     host: float
     disk: float
     ranks: int = 1
+    host_margin: float = 0.0
+    disk_margin: float = 0.0
 
     @property
     def accelerated(self) -> bool:
@@ -63,15 +68,20 @@ def fits(peaks: Sequence[PhasePeak], machine: Machine, *, spare: float = 0.0) ->
     memory = machine.device.memory
     return (
         (memory is None or needed(list(peaks), "gpu") * (1 + spare) <= memory)
-        and needed(list(peaks), "host") * machine.ranks <= machine.host
-        and needed(list(peaks), "disk") <= machine.disk
+        and needed(list(peaks), "host") * machine.ranks <= machine.host * (1 + machine.host_margin)
+        and needed(list(peaks), "disk") <= machine.disk * (1 + machine.disk_margin)
     )
 
 
 def seconds_of(
     shape: ModelShape, setting: Setting, machine: Machine, rates: Rates | None
 ) -> tuple[Moved | None, StepTime, float]:
-    """Return traffic, the model's step time, and the step's seconds: measured rates count where there are any."""
+    """Return traffic, the model's step time, and the step's seconds: measured rates count where there are any.
+
+    A method that rounds layer by layer takes no steps: nothing and 0.
+    """
+    if setting.config.method != "discquant":
+        return None, StepTime(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.0
     work = work_per_token(shape, setting.config.data.seqlen, step=curvature_work(shape, setting.config))
     moved = None
     if setting.placement == "resident" and (

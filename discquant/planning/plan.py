@@ -19,7 +19,7 @@ from discquant.planning.option import (
     seconds_of,
 )
 from discquant.planning.rates import Rates
-from discquant.planning.refusal import refusal, with_state
+from discquant.planning.refusal import every_rank_has_some, refusal, with_state
 from discquant.planning.setting import PLACEMENTS, Placement, Setting
 from discquant.planning.shape import ModelShape
 from discquant.planning.traffic import (
@@ -59,9 +59,19 @@ class Plan:
     measured: bool
 
     @property
+    def solved(self) -> bool:
+        """Whether the run's method takes steps."""
+        return self.setting.config.method == "discquant"
+
+    @property
     def total_seconds(self) -> float:
         """Seconds of all steps and of gathering the curvature; sampling, GPTQ's start and evaluation come on top."""
-        return self.gather_seconds + self.step_seconds * self.setting.config.solver.iters
+        return self.gather_seconds + self.step_seconds * self.steps
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; none of a method that rounds layer by layer, whose time is not in the plan."""
+        return self.setting.config.solver.iters if self.solved else 0
 
     @property
     def state_bytes_per_weight(self) -> float:
@@ -85,6 +95,7 @@ class Plan:
             "device": dataclasses.asdict(self.machine.device),
             "host_bytes_available": self.machine.host,
             "disk_bytes_available": self.machine.disk,
+            "method": self.setting.config.method,
             "placement": self.setting.placement,
             "activations": self.setting.boundaries,
             "state": self.setting.layout.name,
@@ -109,7 +120,7 @@ class Plan:
             "tokens_to_hide_transfers": dataclasses.asdict(self.hide),
             "step_seconds": self.step_seconds,
             "gather_seconds": self.gather_seconds,
-            "steps": self.setting.config.solver.iters,
+            "steps": self.steps,
             "total_seconds": self.total_seconds,
             "rates": "measured on this machine"
             if self.measured
@@ -186,6 +197,13 @@ def make_plan(
     def setting_of(config: QuantizeConfig, placement: Placement) -> Setting:
         return setting_for(shape, config, placement, machine, process=process, activations=activations)
 
+    def enough_windows(batch: int) -> str:
+        """Return the advice to take so many windows per step, nothing where the same placement has no room for them."""
+        solver = dataclasses.replace(config.solver, batch_size=batch)
+        advised = setting_of(dataclasses.replace(config, solver=solver), chosen.placement)
+        shared = every_rank_has_some(advised.config, machine.ranks)
+        return f", e.g. --batch-size {batch}" if shared and fits(phase_peaks(shape, advised), machine) else ""
+
     settings = [setting_of(config, candidate) for candidate in wanted]
     fitting = [setting for setting in settings if fits(phase_peaks(shape, setting), machine)]
     if not fitting:
@@ -196,7 +214,8 @@ def make_plan(
     factors = factor_bytes(shape.blocks, config)
     hide = tokens_to_hide(shape, chosen.layout, machine.device, factors=factors, prefix=FORWARD_PREFIX)
     own = (config.solver.state, config.solver.optimizer)
-    states = [own, *(other for other in STATES if other != own)]
+    solved = config.method == "discquant"
+    states = [own, *(other for other in STATES if other != own and solved)]
     options = tuple(
         option_of(shape, setting_of(with_state(config, *other), policy), machine, rates)
         for policy in PLACEMENTS
@@ -209,13 +228,13 @@ def make_plan(
             f"a run may exceed; --placement {fitting[0].placement} takes it all the same"
         )
     enough = max(hide.serial, hide.forward)
-    if chosen.placement != "resident" and machine.accelerated and chosen.tokens < enough:
+    if solved and chosen.placement != "resident" and machine.accelerated and chosen.tokens < enough:
         slowed = modelled.total / max(1e-30, modelled.forward + modelled.backward + modelled.head)
         each = " and rank" if machine.ranks > 1 else ""
-        batch = -(-int(enough) * machine.ranks // config.data.seqlen)
+        advice = enough_windows(-(-int(enough) * machine.ranks // config.data.seqlen))
         warnings.append(
             f"{chosen.tokens} tokens per step{each} are too few for the transfers to hide: {enough:,.0f} are needed "
-            f"({max(hide.duplex, hide.forward):,.0f} if both directions run at once), e.g. --batch-size {batch}; "
+            f"({max(hide.duplex, hide.forward):,.0f} if both directions run at once){advice}; "
             f"a step takes {slowed:.1f} times its work"
         )
     if "disk" in (chosen.placement, chosen.boundaries):

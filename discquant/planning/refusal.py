@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from discquant.config import QuantizeConfig
-from discquant.errors import CapacityError
+from discquant.errors import CapacityError, ConfigError
 from discquant.planning.hardware import GB
 from discquant.planning.option import Machine, Option, option_of
 from discquant.planning.setting import PLACEMENTS, Placement, Setting
@@ -59,6 +59,19 @@ def _smaller(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
     return found
 
 
+def every_rank_has_some(config: QuantizeConfig, ranks: int) -> bool:
+    """Return whether every rank has micro-batches of a step, without which a run on several is refused."""
+    from discquant.solver.ranks import Ranks
+
+    if config.method != "discquant":
+        return True
+    try:
+        Ranks(0, ranks).span(-(-config.solver.batch_size // config.solver.micro_batch))
+    except ConfigError:
+        return False
+    return True
+
+
 def _size(num_bytes: float, digits: int = 1) -> str:
     if num_bytes >= 0.1 * GB:
         return f"{num_bytes / GB:,.{digits}f} GB"
@@ -79,8 +92,12 @@ def _gigabytes(option: Option, machine: Machine) -> str:
     parts = []
     if machine.device.memory is not None:
         parts.append("{} of device memory (there are {})".format(*_sizes(option.gpu, machine.device.memory)))
-    parts.append("{} of host memory (there are {})".format(*_sizes(option.host, machine.host)))
-    parts.append("{} of disk ({} are free)".format(*_sizes(option.disk, machine.disk)))
+    host, disk = (
+        f"; up to {margin:.0%} more is let through" if margin else ""
+        for margin in (machine.host_margin, machine.disk_margin)
+    )
+    parts.append("{} of host memory (there are {}{})".format(*_sizes(option.host, machine.host), host))
+    parts.append("{} of disk ({} are free{})".format(*_sizes(option.disk, machine.disk), disk))
     return ", ".join(parts)
 
 
@@ -103,7 +120,8 @@ def refusal(
 
     def excess(option: Option) -> float:
         memory = machine.device.memory
-        ratios = [option.host / machine.host, option.disk / max(1.0, machine.disk)]
+        host, disk = machine.host * (1 + machine.host_margin), machine.disk * (1 + machine.disk_margin)
+        ratios = [option.host / host, option.disk / max(1.0, disk)]
         return max([*ratios, option.gpu / memory] if memory else ratios)
 
     tried = [option_of(shape, setting_of(config, placement), machine) for placement in wanted]
@@ -114,6 +132,8 @@ def refusal(
     )
     least = best
     for said, smaller in [("", config), *_smaller(config)]:
+        if not every_rank_has_some(smaller, machine.ranks):
+            continue
         for placement in PLACEMENTS:
             option = option_of(shape, setting_of(smaller, placement), machine)
             if option.fits:

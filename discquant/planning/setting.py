@@ -121,7 +121,7 @@ def grid_share(shape: ModelShape, config: QuantizeConfig) -> float:
     """Return bytes of scales and zero points per weight, on average over the model."""
     grid = config.grid
     total = sum(
-        matrix.weights * grid_bytes_per_weight(grid.group_size, matrix.columns, grid.sym)
+        matrix.weights * grid_bytes_per_weight(grid.group_size, matrix.columns, grid.sym, grid.kind)
         for block in shape.blocks
         for matrix in block.matrices
     )

@@ -15,6 +15,7 @@ from discquant.calibration.positions import Positions, positions_of
 from discquant.calibration.sampling import cache_elements
 from discquant.errors import CheckpointError, MissingModelError
 from discquant.formats.lazy import without_memory
+from discquant.formats.registry import refuse_run
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def open_config(model: str | Path, trust_remote_code: bool = False) -> Any:
         raise MissingModelError(f"plan: {folder} has no config.json")
     if not folder.is_dir() and (path.exists() or str(model).count("/") != 1 or str(model)[0] in "./~"):
         raise MissingModelError(f"plan: {model} is no folder with a config.json, and no hub name")
+    refuse_run(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as cause:  # unknown model types, broken JSON and unreachable hubs come as many classes

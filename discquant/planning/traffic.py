@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from discquant.config import GridConfig, QuantizeConfig
 from discquant.planning.hardware import Device
-from discquant.planning.shape import Block, ModelShape
+from discquant.planning.shape import Block, Matrix, ModelShape
 
 # 2 FLOP per weight and token for each: teacher, student; recompute, input gradient, weight gradient.
 FORWARD_FLOP, BACKWARD_FLOP = 4, 6
@@ -17,6 +18,9 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 7
 HEAD_FLOP = 6
 # By code width: shares of weights more than half a step beyond a searched grid's ends.
 OUTLIER_SHARES = {2: 0.06, 3: 0.022, 4: 0.0095, 5: 0.0045, 6: 0.002, 7: 0.0012, 8: 0.001}
+
+# Scales and minima of a group, by kind: float32 beside the block scales of a file where those are narrower.
+GROUP_BYTES = {"nf4": 4.0, "mxfp4": 5.0, "nvfp4": 5.0, "q4_0": 2.0, "q4_1": 4.0, "q4_k": 8.0, "q3_k": 4.0}
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,16 @@ class StateLayout:
 def outlier_bytes(grid: GridConfig, state: str) -> float:
     """Return expected bytes per weight of what a searched scale clips too far for `frac_ref` in u8; 0 without any.
 
-    Place in int32 and value in bfloat16; shares measured on normal weights, groups of 32 to the row (those of a
-    Student's t of 5 degrees are alike).
+    Place in a byte, value in bfloat16, and a byte for every piece of the matrix; shares measured on normal weights,
+    groups of 32 to the row (those of a Student's t of 5 degrees are alike).
     """
-    if state != "u8" or grid.kind != "uniform" or grid.grid != "search":
+    if (
+        state != "u8" or grid.grid != "search" or grid.kind in ("nf4", "mxfp4", "nvfp4")
+    ):  # tables: one in a thousand
         return 0.0
-    return 6.0 * OUTLIER_SHARES[grid.bits]
+    from discquant.solver.state import OUTLIER_PIECE
+
+    return 3.0 * OUTLIER_SHARES[grid.bits] + 1.0 / OUTLIER_PIECE
 
 
 def state_layout(
@@ -93,10 +101,30 @@ def state_layout(
     return StateLayout(f"{state} {optimizer}", code, size, size, moments * size, side, weight, outliers)
 
 
-def grid_bytes_per_weight(group_size: int, columns: int, sym: bool) -> float:
-    """Return bytes of bfloat16 scales, and uint8 zero points of asymmetric grids, per weight."""
+def grid_bytes_per_weight(group_size: int, columns: int, sym: bool, kind: str = "uniform") -> float:
+    """Return bytes of scales, and of zero points or minima, per weight.
+
+    Uniform: bfloat16 scales, and uint8 zero points of asymmetric grids; other kinds as their grids hold them.
+    """
     size = columns if group_size == -1 else min(group_size, columns)
-    return (2.0 if sym else 3.0) / size
+    return GROUP_BYTES.get(kind, 2.0 if sym else 3.0) / size
+
+
+def factor_entries(matrices: Sequence[Matrix], config: QuantizeConfig) -> float:
+    """Return the entries of the curvature's factors of some matrices as whole blocks; 0 without the term."""
+    from discquant.solver.kronecker import factor_shape
+
+    if config.method != "discquant" or not config.solver.curved:
+        return 0.0
+    width = config.solver.curvature_width
+    return float(
+        sum(
+            math.prod(factor_shape(size, width)) * matrix.count
+            for matrix in matrices
+            if matrix.plain
+            for size in (matrix.rows, matrix.columns)
+        )
+    )
 
 
 def factor_bytes(blocks: Sequence[Block], config: QuantizeConfig) -> float:

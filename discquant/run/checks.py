@@ -32,6 +32,7 @@ from discquant.solver.chain import Chain
 from discquant.solver.solve import lay_grid
 
 PROBE_ROWS = 64
+PIECE = 1 << 24  # bytes of a file hashed at a time
 
 
 def check_ignore(chain_model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
@@ -98,6 +99,9 @@ def check_formats(
     _check_names(source, original, chain)
     targets: dict[str, Path] = {}
     shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
+    first = chain.weights[chain.first][0]
+    probe = {first.name: lay_grid(first, config.grid, PROBE_ROWS)}
+    _check_kind(source, shapes, config, probe)
     for name in config.formats:
         chosen, target = registry.by_name(name), out / name
         for layer, shape in shapes.items():
@@ -109,8 +113,45 @@ def check_formats(
             say(f"note: {name}: {warning}")
     schemes = {layer: Scheme.planned(shape, config.grid) for layer, shape in shapes.items()}
     plan_formats(original, targets, schemes, say)
-    first = chain.weights[chain.first][0]
-    check_grids(source, config.formats, {first.name: lay_grid(first, config.grid, PROBE_ROWS)})
+    check_grids(source, config.formats, probe)
+
+
+def _check_kind(
+    source: Source, shapes: Mapping[str, tuple[int, int]], config: QuantizeConfig, probe: Mapping[str, Grid]
+) -> None:
+    """Refuse a format's own grid in a format that cannot hold it, and name those that can.
+
+    Args:
+        source: The original.
+        shapes: Of every weight.
+        config: The run's options.
+        probe: Such a grid on some rows of a weight.
+
+    Raises:
+        UnrepresentableError: So it is.
+    """
+    if config.grid.kind == "uniform":
+        return
+
+    def refusal(name: str) -> UnrepresentableError | None:
+        try:
+            for layer, shape in shapes.items():
+                registry.by_name(name).check(shape, config.grid, layer)
+            check_grids(source, (name,), probe)
+        except UnrepresentableError as error:
+            return error
+        return None
+
+    for name in config.formats:
+        found = refusal(name)
+        if found is not None:
+            holders = [other for other in registry.names() if refusal(other) is None]
+            holders.sort(key=lambda other: other != "gguf")  # whose block types the q kinds are
+            instead = f"give one that can ({', '.join(holders)})" if holders else "no format can; give none"
+            raise UnrepresentableError(
+                f"quantize: --format {name} cannot hold this model in --kind {config.grid.kind}; {instead}"
+                f"{', or none' if holders else ''} (the codes stay in the run directory): {found}"
+            ) from found
 
 
 def _check_names(source: Source, original: Checkpoint, chain: Chain) -> None:
@@ -191,14 +232,22 @@ def check_text(source: Source, dataset: str) -> None:
     """
     if source.tokenizer is None and dataset != "self" and token_file(dataset) is None:
         raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
-    file = (token_file(dataset) or (Path(dataset), ""))[0]
-    if (Path(dataset).suffix in SUFFIXES or token_file(dataset) is not None) and not file.is_file():
+    file = text_file(dataset)
+    if file is not None and not file.is_file():
         raise CalibrationError(f"calibration: there is no file {file}")
+
+
+def text_file(dataset: str) -> Path | None:
+    """Return the file that the word for calibration text names; None where it names none."""
+    of_tokens = token_file(dataset)
+    if of_tokens is not None:
+        return of_tokens[0]
+    return Path(dataset) if Path(dataset).suffix in SUFFIXES else None
 
 
 # Raised whenever a run would come out in other bytes than before: a run that an earlier state of the code began is then
 # refused, not finished half in each way. By the kind of device, as not every change concerns both.
-ARITHMETIC = {"cpu": 3, "cuda": 4}
+ARITHMETIC = {"cpu": 4, "cuda": 5}
 
 
 def told_options(config: QuantizeConfig) -> dict[str, Any]:
@@ -235,4 +284,8 @@ def file_digest(dataset: str) -> str | None:
     path = Path(dataset) if of_tokens is None else of_tokens[0]
     if not path.is_file():
         return None
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:  # in pieces: it may be larger than memory
+        while piece := handle.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

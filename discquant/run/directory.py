@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from discquant.errors import MissingModelError, OutputExistsError, ResumeError
+from discquant.formats.checkpoint import RUN_MARKER
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.safetensors_file import read_header, read_tensor
@@ -25,7 +26,6 @@ from discquant.run.stored import Given, replacing, room_for, save_tensors_atomic
 
 CONFIG, METRICS, CODES = "config.json", "metrics.jsonl", "codes.safetensors"
 SUMMARY, REPORT = "summary.json", "report.md"
-MARKER = "discquant_run"
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -49,7 +49,7 @@ class RunDirectory:
     def is_run(path: Path) -> bool:
         """Return whether `path` holds a run."""
         try:
-            return bool(json.loads((path / CONFIG).read_text(encoding="utf-8")).get(MARKER))
+            return bool(json.loads((path / CONFIG).read_text(encoding="utf-8")).get(RUN_MARKER))
         except (OSError, ValueError, AttributeError):
             return False
 
@@ -116,7 +116,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(identity))
         write_atomic(
-            self.path / CONFIG, json.dumps({MARKER: 1, **record, "identity": plain}, indent=2) + "\n"
+            self.path / CONFIG, json.dumps({RUN_MARKER: 1, **record, "identity": plain}, indent=2) + "\n"
         )
 
     def truncate_metrics(self, step: int) -> None:

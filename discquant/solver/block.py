@@ -20,8 +20,8 @@ from discquant.solver.state import WeightState
 ALIGNMENT = 64  # bytes; what torch's own allocations have on a CPU
 # Parts in the order of the blob; whatever belongs to the grid comes first.
 _ORDER = (
-    "q_down", "weight", "frac_ref", "outlier_index", "outlier_value", "side", "_anchor", "curvature_in",
-    "curvature_out", "frac", "momentum", "second_moment",
+    "q_down", "weight", "frac_ref", "outlier_low", "outlier_count", "outlier_value", "side", "_anchor",
+    "curvature_in", "curvature_out", "frac", "momentum", "second_moment",
 )  # fmt: skip
 
 Allocate = Callable[[int], Tensor]

@@ -20,7 +20,7 @@ from discquant.config import SolverConfig
 from discquant.environment import CUBLAS_WORKSPACE
 from discquant.errors import ConfigError
 from discquant.solver.boundaries import Boundaries
-from discquant.solver.kronecker import factor_shape
+from discquant.solver.kronecker import triangle_shape
 from discquant.solver.placement import CHOICES, Choice, Placement, Where
 from discquant.solver.ranks import Ranks
 
@@ -30,7 +30,7 @@ def curvature_bytes(shape: tuple[int, int], options: SolverConfig) -> int:
     if not options.curved:
         return 0
     element = 4 if options.state == "fp32" else 2
-    return element * sum(math.prod(factor_shape(size, options.curvature_width)) for size in shape)
+    return element * sum(math.prod(triangle_shape(size, options.curvature_width)) for size in shape)
 
 
 @dataclass

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with Kronecker factors that are kept as diagonal blocks, so that wide layers stay affordable."""
+"""Products with Kronecker factors that are kept as diagonal blocks, so that wide layers stay affordable.
+
+The blocks are symmetric: a state keeps their lower triangles.
+"""
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +17,40 @@ def factor_shape(size: int, width: int) -> tuple[int, int, int]:
     """Return the shape of a factor over `size` channels whose blocks have at most `width`."""
     width = min(size, width)
     return -(-size // width), width, width
+
+
+def triangle_shape(size: int, width: int) -> tuple[int, int]:
+    """Return the shape of `pack_triangles` of such a factor."""
+    count, width, _ = factor_shape(size, width)
+    return count, width * (width + 1) // 2
+
+
+def pack_triangles(blocks: Tensor) -> Tensor:
+    """Return the lower triangles of symmetric blocks, row by row.
+
+    Args:
+        blocks: Any dtype, [blocks, width, width].
+
+    Returns:
+        Same dtype, [blocks, width * (width + 1) / 2].
+    """
+    width = blocks.shape[1]
+    row, column = torch.tril_indices(width, width, device=blocks.device)
+    return blocks.flatten(1).index_select(1, row * width + column)
+
+
+def unpack_triangles(packed: Tensor) -> Tensor:
+    """Undo `pack_triangles`: [blocks, width, width], the upper triangles mirrored from the lower ones."""
+    width = (math.isqrt(8 * packed.shape[1] + 1) - 1) // 2
+    return packed.index_select(1, _mirror(width, packed.device)).view(-1, width, width)
+
+
+@functools.lru_cache
+def _mirror(width: int, device: torch.device) -> Tensor:
+    """Place of each entry of a symmetric block in its packed lower triangle, int64, [width * width]."""
+    place = torch.arange(width, device=device)
+    high, low = torch.maximum(place[:, None], place), torch.minimum(place[:, None], place)
+    return (high * (high + 1) // 2 + low).flatten()
 
 
 def gram(rows: Tensor, width: int) -> Tensor:

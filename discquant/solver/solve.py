@@ -19,6 +19,7 @@ from discquant.solver.codes import NearestCodes, StateCodes
 from discquant.solver.curvature import Factors, kronecker_factors, label_generator, rows_at_once
 from discquant.solver.engine import Engine
 from discquant.solver.gradients import TeacherWeights
+from discquant.solver.kronecker import pack_triangles
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.losses import counted_tokens
 from discquant.solver.measure import mean_kl, served_weights
@@ -193,7 +194,8 @@ class Solve:
 
         Args:
             chain: Model.
-            grids: Grid of each weight.
+            grids: Grid of each weight, on the CPU. Where the state lives in memory of the host or on disk, they become
+                views of it: scales exist once. They then keep it alive; `Grid.copied` parts them.
             rows: Calibration rows.
             config: The run's configuration.
             served: See `Solver`.
@@ -253,6 +255,9 @@ class Solve:
                     for ref, start in zip(refs, starts, strict=True)
                 ]
             )
+            for state in placement.home(len(placement) - 1).states:
+                if state.frac.device.type == "cpu":
+                    grids[state.name].share_(state.grid)
         boundaries = self.engine.boundary_store(placement)
         # Boundaries that live elsewhere come back as copies, which no kept graph leads to.
         keep = placement.where == boundaries.where == "resident"
@@ -307,8 +312,8 @@ class Solve:
             for state in placement.home(index).states:
                 factors = found.get(state.name)
                 if factors is not None and state.curvature_in is not None and state.curvature_out is not None:
-                    state.curvature_in += factors.inputs.to(state.curvature_in)
-                    state.curvature_out += factors.outputs.to(state.curvature_out)
+                    state.curvature_in += pack_triangles(factors.inputs).to(state.curvature_in)
+                    state.curvature_out += pack_triangles(factors.outputs).to(state.curvature_out)
 
         size = rows_at_once(count, options.batch_size)
         for begin in range(0, count, size):

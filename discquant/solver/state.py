@@ -18,13 +18,15 @@ from discquant.config import OptimizerName, StateFormat
 from discquant.grids import Grid
 from discquant.ops import StepOptions, decode_frac, decode_frac_ref, encode_frac_ref, unpack_nibbles
 from discquant.ops.reference.projected_step import FRAC_REF_RANGE, FRAC_REF_ZERO, store_frac_
-from discquant.solver.kronecker import curvature_gradient, factor_shape
+from discquant.solver.kronecker import curvature_gradient, triangle_shape, unpack_triangles
 
 FRAC_REF_LOW, FRAC_REF_HIGH = -0.5, 1.5
 # An anchored weight is drawn to the point half-way between its own position and the chosen neighbour.
 ANCHOR_SHARE = 0.5
-# Weights that their position does not give back are kept apart, 6 to 8 B each; above this share all are kept.
+# Weights that their position does not give back are kept apart, 3 to 5 B each; above this share all are kept.
 OUTLIER_SHARE = 0.125
+# So many weights in a row count theirs in one byte, and each is found within them by one byte.
+OUTLIER_PIECE = 255
 
 # What the state holds of the original weight: nothing, the weight, or what the weight can be computed from.
 Kept = Literal["none", "weights", "state"]
@@ -47,6 +49,27 @@ def unpack_bits(packed: Tensor, in_features: int) -> Tensor:
     """Return the booleans of `pack_bits`, [out_features, in_features]."""
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> places) & 1).flatten(1)[:, :in_features].bool()
+
+
+def pack_places(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where booleans are set, in a byte for each and one for every `OUTLIER_PIECE` of them.
+
+    Args:
+        flags: bool, any shape.
+
+    Returns:
+        Places within their pieces, uint8, [number set], and how many each piece has, uint8, [pieces].
+    """
+    flat = flags.flatten()
+    low = flat.nonzero().flatten().remainder_(OUTLIER_PIECE).to(torch.uint8)
+    pieces = torch.nn.functional.pad(flat, (0, -flat.numel() % OUTLIER_PIECE)).view(-1, OUTLIER_PIECE)
+    return low, pieces.sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_places(low: Tensor, count: Tensor) -> Tensor:
+    """Return the flat indices of `pack_places`, ascending, int64; nothing is read from the device."""
+    pieces = torch.arange(0, OUTLIER_PIECE * count.numel(), OUTLIER_PIECE, device=count.device)
+    return pieces.repeat_interleave(count.long(), output_size=low.numel()).add_(low)
 
 
 def pack_frac_ref(frac_ref: Tensor) -> Tensor:
@@ -160,7 +183,8 @@ class WeightState:
         self.num_live = int(live.sum())
         self.q_down = pack_nibbles(q_down) if small and grid.num_bits <= 4 else q_down
         self.weight: Tensor | None = _smallest(weight) if kept == "weights" else None
-        self.outlier_index: Tensor | None = None
+        self.outlier_low: Tensor | None = None
+        self.outlier_count: Tensor | None = None
         self.outlier_value: Tensor | None = None
         self.side: Tensor | None = None
         self._anchor: Tensor | None = None
@@ -190,7 +214,7 @@ class WeightState:
             dtype = torch.float32 if state == "fp32" else torch.bfloat16
             out_features, in_features = self.shape
             for key, size in (("curvature_in", in_features), ("curvature_out", out_features)):
-                blocks = torch.zeros(factor_shape(size, curvature_width), dtype=dtype, device=weight.device)
+                blocks = torch.zeros(triangle_shape(size, curvature_width), dtype=dtype, device=weight.device)
                 setattr(self, key, blocks)
 
     def _reference(self, weight: Tensor, q_down: Tensor, own: Tensor, code: Tensor) -> Tensor | None:
@@ -206,13 +230,13 @@ class WeightState:
         if self.state == "u8":
             beyond = (own < FRAC_REF_LOW) | (own > FRAC_REF_HIGH)
             apart = beyond | apart if apart.numel() else beyond
-        index = apart.flatten().nonzero().flatten()
-        if index.numel() > OUTLIER_SHARE * weight.numel():
+        found = int(apart.sum())
+        if found > OUTLIER_SHARE * weight.numel():
             self.weight = _smallest(weight)
             return None
-        if index.numel():
-            self.outlier_index = index.to(torch.int32)
-            self.outlier_value = _smallest(weight.flatten()[index])
+        if found:
+            self.outlier_low, self.outlier_count = pack_places(apart)
+            self.outlier_value = _smallest(weight[apart])
         return code
 
     @property
@@ -241,15 +265,17 @@ class WeightState:
         if self.frac_ref is None:
             return None
         value = self.grid.soft_weight(self.q_down, self.frac_ref, dtype, is_reference=True)
-        if self.outlier_index is not None and self.outlier_value is not None:
-            value.view(-1)[self.outlier_index.long()] = self.outlier_value.to(dtype)
+        if self.outlier_low is not None and self.outlier_count is not None and self.outlier_value is not None:
+            index = unpack_places(self.outlier_low, self.outlier_count)
+            value.view(-1)[index] = self.outlier_value.to(dtype)
         return value
 
     def curvature_of(self, error: Tensor) -> Tensor | None:
         """Return G E H of a weight error, floating, [out_features, in_features]; None where there are no factors."""
         if self.curvature_in is None or self.curvature_out is None:
             return None
-        return curvature_gradient(error, self.curvature_in, self.curvature_out)
+        inputs, outputs = unpack_triangles(self.curvature_in), unpack_triangles(self.curvature_out)
+        return curvature_gradient(error, inputs, outputs)
 
     def curvature_gradient(self, original: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return G (W(frac) - W) H, [out_features, in_features]; None where there are no factors.
@@ -327,8 +353,8 @@ class WeightState:
             if isinstance(value, Tensor):
                 yield f"grid.{key}", value
         for key in (
-            "q_down", "weight", "frac_ref", "outlier_index", "outlier_value", "side", "_anchor", "curvature_in",
-            "curvature_out",
+            "q_down", "weight", "frac_ref", "outlier_low", "outlier_count", "outlier_value", "side", "_anchor",
+            "curvature_in", "curvature_out",
         ):  # fmt: skip
             value = getattr(self, key)
             if value is not None:

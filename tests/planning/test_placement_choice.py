@@ -91,7 +91,7 @@ def test_too_few_tokens_is_a_warning_with_the_number(shape_70b: ModelShape, opti
     machine = Machine(DEVICES["h100"], 400 * GB, ROOMY)
     made = make_plan(shape_70b, options(batch_size=2), machine, placement="host")
     (warning,) = made.warnings
-    assert "4096 tokens per step are too few" in warning and "10,240 are needed" in warning
+    assert "4096 tokens per step are too few" in warning and "10,127 are needed" in warning
     advised = int(warning.partition("--batch-size ")[2].split(";")[0])
     assert not make_plan(shape_70b, options(batch_size=advised), machine, placement="host").warnings
     assert make_plan(shape_70b, options(batch_size=advised - 1), machine, placement="host").warnings

@@ -15,8 +15,11 @@ from discquant.calibration.positions import Positions
 from discquant.cli import app
 from discquant.config import DataConfig, QuantizeConfig
 from discquant.errors import CapacityError, CheckpointError, ConfigError, MissingModelError
+from discquant.planning import compare
 from discquant.planning.hardware import DEVICES, GB, find_device
-from discquant.planning.plan import Machine, make_plan
+from discquant.planning.memory import needed, phase_peaks
+from discquant.planning.plan import Machine, make_plan, setting_for
+from discquant.planning.setting import PLACEMENTS
 from discquant.planning.shape import ModelShape, read_shape
 
 ROOMY = 1e15
@@ -46,6 +49,50 @@ def test_refusal_names_numbers_and_what_would_fit(shape_70b: ModelShape, options
     small = Machine(dataclasses.replace(DEVICES["4090"], memory=2 * GB), 4 * GB, 5 * GB)
     with pytest.raises(CapacityError, match=r"No configuration fits; the least demanding .* needs"):
         make_plan(shape_70b, options(), small)
+
+
+def test_refusal_shows_the_machine_and_its_margin(
+    shape_8b: ModelShape, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may take a tenth more than its plan's memory: the message has the true figure, and the margin apart."""
+    monkeypatch.setattr(compare, "host_memory", lambda: 20 * GB)
+    monkeypatch.setattr(compare, "free_host_memory", lambda: 20 * GB)
+    config = options(compute_dtype="float32")
+    for placement in ("resident", "auto"):
+        with pytest.raises(CapacityError) as refused:
+            compare.plan_of_run(shape_8b, config, process=0.4e9, placement=placement, disk=2 * GB)  # type: ignore[arg-type]
+        said = str(refused.value)
+        assert "(there are 20.0 GB; up to 10% more is let through)" in said
+        assert "(2.0 GB are free; up to 10% more is let through)" in said and "22.0 GB" not in said
+    with pytest.raises(CapacityError, match=r"\(there are 20\.0 GB\), .* \(2\.0 GB are free\)"):
+        make_plan(shape_8b, config, Machine(DEVICES["cpu"], 20 * GB, 2 * GB))
+
+
+def test_advice_fits_and_gives_every_rank_its_share(shape_8b: ModelShape, options: Options) -> None:
+    """Fewer windows than ranks are no advice, nor a batch for hidden transfers that there is no room for."""
+    config, roomy = options(micro_batch=8), Machine(DEVICES["4090"], ROOMY, ROOMY, ranks=4)
+    enough = min(
+        needed(phase_peaks(shape_8b, setting_for(shape_8b, options(micro_batch=2), placement, roomy)), "gpu")
+        for placement in PLACEMENTS
+    )
+    tight = dataclasses.replace(roomy, device=dataclasses.replace(DEVICES["4090"], memory=1.001 * enough))
+    with pytest.raises(CapacityError) as refused:
+        make_plan(shape_8b, config, tight)
+    flags = str(refused.value).rpartition("fit with ")[2].split()
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    micro, batch = int(given["--micro-batch"]), int(given.get("--batch-size", 8))
+    assert -(-batch // micro) >= 4
+    advised = options(batch_size=batch, micro_batch=micro)
+    assert make_plan(shape_8b, advised, tight, placement=given["--placement"])  # type: ignore[arg-type]
+
+    few, roomy = options(batch_size=2, micro_batch=1), Machine(DEVICES["h100"], ROOMY, ROOMY)
+    (warning,) = make_plan(shape_8b, few, roomy, placement="host").warnings
+    assert "e.g. --batch-size" in warning
+    host = max(peak.total("host") for peak in make_plan(shape_8b, few, roomy, placement="host").peaks)
+    (warning,) = make_plan(
+        shape_8b, few, dataclasses.replace(roomy, host=1.001 * host), placement="host"
+    ).warnings
+    assert "too few for the transfers to hide" in warning and "--batch-size" not in warning
 
 
 def test_bad_input(tmp_path: Path) -> None:

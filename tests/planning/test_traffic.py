@@ -143,14 +143,14 @@ def test_step_time(
 
 
 def test_factors_come_in_and_never_go_out(shape_8b: ModelShape, options: Options) -> None:
-    """The curvature's factors: two bytes in u8, in both passes and in the slots; no byte written, none without them."""
+    """The curvature's factors, lower triangles: in u8 two bytes, in both passes and in the slots, none written."""
     machine = Machine(DEVICES["h100"], ROOMY, ROOMY)
     without = make_plan(shape_8b, options(), machine, placement="host")
     made = make_plan(shape_8b, options(curvature=None), machine, placement="host")
     width = SolverConfig().curvature_width
     # Every size of this model is a multiple of the width: blocks of width x width fill rows and columns of each matrix.
-    expected = 2.0 * sum(
-        (m.rows + m.columns) * width * m.count for block in shape_8b.blocks for m in block.matrices
+    expected = sum(
+        (m.rows + m.columns) * (width + 1.0) * m.count for block in shape_8b.blocks for m in block.matrices
     )
     assert factor_bytes(shape_8b.blocks, options(curvature=None)) == expected
     assert made.moved is not None and without.moved is not None

@@ -13,7 +13,15 @@ import torch
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.solver.chain import DecoderChain, ModuleChain
 from discquant.solver.curvature import Factors, kronecker_factors, rows_at_once
-from discquant.solver.kronecker import curvature_gradient, factor_shape, gram, times
+from discquant.solver.kronecker import (
+    curvature_gradient,
+    factor_shape,
+    gram,
+    pack_triangles,
+    times,
+    triangle_shape,
+    unpack_triangles,
+)
 from discquant.solver.measure import mean_kl
 from discquant.solver.solve import Solve, TokenRows, lay_grids
 
@@ -34,6 +42,20 @@ def test_blocks_are_the_diagonal_of_the_gram_matrix(size: int, width: int) -> No
     torch.testing.assert_close(dense(blocks, size), expected)
     matrix = torch.randn(3, size, dtype=torch.float64)
     torch.testing.assert_close(times(matrix, blocks), matrix @ expected)
+
+
+@pytest.mark.parametrize(("size", "width"), [(12, 4), (13, 5), (1, 8), (130, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_triangles_are_the_symmetric_blocks(size: int, width: int, dtype: torch.dtype) -> None:
+    """A little over half the entries, and every one of them again."""
+    blocks = gram(torch.randn(9, size), width).to(dtype)
+    packed = pack_triangles(blocks)
+    assert packed.shape == triangle_shape(size, width) and packed.dtype == dtype
+    assert packed[-1, 0] == blocks[-1, 0, 0] and packed[-1, -1] == blocks[-1, -1, -1]
+    assert torch.equal(unpack_triangles(packed), blocks)
+    # Of blocks that sums in another order left unequal in the last bit, the lower triangle counts.
+    found = unpack_triangles(pack_triangles(blocks.triu(1) * 2 + blocks.tril()))
+    assert torch.equal(found, blocks)
 
 
 @pytest.mark.parametrize("width", [64, 5])
@@ -156,16 +178,13 @@ def test_term_reaches_the_step(
     ref, weight_state = chain.weights[1][0], solver.states[1][0]
     assert weight_state.curvature_in is not None
     assert weight_state.curvature_out is not None
-    assert weight_state.curvature_in.shape == factor_shape(ref.matrix().shape[1], width)
+    assert weight_state.curvature_in.shape == triangle_shape(ref.matrix().shape[1], width)
+    inputs, outputs = (unpack_triangles(t) for t in (weight_state.curvature_in, weight_state.curvature_out))
     error = weight_state.soft_weight(torch.float32) - (
         ref.matrix() if state == "fp32" else weight_state.teacher_weight(torch.float32)
     )
     grad = torch.randn(weight_state.shape)
-    term = (
-        dense(weight_state.curvature_out.float(), error.shape[0])
-        @ error
-        @ dense(weight_state.curvature_in.float(), error.shape[1])
-    )
+    term = dense(outputs.float(), error.shape[0]) @ error @ dense(inputs.float(), error.shape[1])
     found = solver.with_curvature(ref, weight_state, grad, 2.0)
     torch.testing.assert_close(found, grad + 2.0 * term)
     before = weight_state.frac.clone()

@@ -23,7 +23,7 @@ from discquant.solver.engine import Engine
 from discquant.solver.memory import HostArena, MappedFile
 from discquant.solver.placement import Lane, Placement
 from discquant.solver.solve import Solve, TokenRows, lay_grids
-from discquant.solver.state import WeightState, pack_bits, unpack_bits
+from discquant.solver.state import WeightState, pack_bits, pack_places, unpack_bits, unpack_places
 
 
 def _solve(
@@ -79,6 +79,31 @@ def test_same_bytes_everywhere(
         assert not list((tmp_path / where).rglob("*.act"))
 
 
+@pytest.mark.parametrize("where", ["resident", "host", "disk"])
+def test_scales_exist_once(where: str, make_model: Callable[..., Any], tmp_path: Path) -> None:
+    """The grids that were laid become views of the state, and keep it alive; a copy of one does not."""
+    options = SolverConfig(
+        iters=1, batch_size=2, micro_batch=2, state="u8", optimizer="momentum", start="ref"
+    )
+    config = QuantizeConfig(grid=GridConfig(3, 32, False), solver=options)
+    chain = DecoderChain(make_model("llama", torch.float32))
+    grids, expected = lay_grids(chain, config.grid), lay_grids(chain, config.grid)
+    rows = TokenRows(chain, torch.randint(3, 61, (4, 12)), None, 2)
+    run = Solve(chain, grids, rows, config, engine=Engine(where, where, folder=tmp_path))  # type: ignore[arg-type]
+    run.advance()
+    run.close()
+    for block in run.solver.placement.homes():
+        for state in block.states:
+            shared, laid = grids[state.name], expected[state.name]
+            assert isinstance(shared, UniformGrid) and isinstance(laid, UniformGrid)
+            assert laid.zero_point is not None and shared.zero_point is not None
+            assert torch.equal(shared.scale, laid.scale) and torch.equal(shared.zero_point, laid.zero_point)
+            inside = range(block.blob.data_ptr(), block.blob.data_ptr() + block.nbytes)
+            assert shared.scale.data_ptr() in inside and shared.zero_point.data_ptr() in inside
+            apart = shared.copied()
+            assert torch.equal(apart.scale, laid.scale) and apart.scale.data_ptr() not in inside
+
+
 @pytest.mark.parametrize("dense", [(0,), (0, 1, 4), (5,)])
 def test_blocks_without_weights_everywhere(
     dense: tuple[int, ...], make_model: Callable[..., Any], tmp_path: Path
@@ -113,9 +138,10 @@ def test_teacher_from_the_state_is_the_original(make_model: Callable[..., Any]) 
             found = held.teacher_weight(torch.float32)
             assert found is not None
             assert float(((found - weight).abs() / step).max()) <= limit
-            if held.outlier_index is not None:
-                outliers += held.outlier_index.numel()
-                exact = held.outlier_index.long()
+            if held.outlier_low is not None:
+                assert held.outlier_count is not None
+                outliers += held.outlier_low.numel()
+                exact = unpack_places(held.outlier_low, held.outlier_count)
                 assert torch.equal(found.flatten()[exact], weight.flatten()[exact])
     assert outliers > 0, "no weight lay outside the range of the code: the test shows nothing"
 
@@ -136,7 +162,7 @@ def test_teacher_of_a_group_of_one_level(kind: str, state: str) -> None:
         grid = TableGrid.nf4(8 * scale, 32)
     held = WeightState("w", grid, weight, None, state=state, optimizer="sgd", kept="state")  # type: ignore[arg-type]
     found = held.teacher_weight(torch.float32)
-    assert held.frac_ref is not None and found is not None and held.outlier_index is not None
+    assert held.frac_ref is not None and found is not None and held.outlier_low is not None
     assert float((found - weight).abs().max()) < 0.01
     level = (scale == 0).repeat_interleave(32, 1)
     assert torch.equal(found[level], weight[level])
@@ -145,7 +171,7 @@ def test_teacher_of_a_group_of_one_level(kind: str, state: str) -> None:
     other = WeightState(
         "w", place_grid(weight, GridConfig(3, 32)), weight, None, state="fp32", optimizer="sgd", kept="state"
     )
-    assert other.outlier_index is None and other.weight is None
+    assert other.outlier_low is None and other.weight is None
 
 
 def test_many_outliers_keep_the_whole_weight() -> None:
@@ -183,6 +209,17 @@ def test_pack_bits(width: int) -> None:
     packed = pack_bits(flags)
     assert packed.shape == (5, -(-width // 8))
     assert torch.equal(unpack_bits(packed, width), flags)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 85), (7, 300)])
+def test_pack_places(shape: tuple[int, int], share: float) -> None:
+    """A byte for each and one per piece, also where all of a piece are set."""
+    flags = torch.rand(shape) < share
+    low, count = pack_places(flags)
+    assert low.dtype == count.dtype == torch.uint8
+    assert low.numel() == int(flags.sum()) and count.numel() == -(-flags.numel() // 255)
+    assert torch.equal(unpack_places(low, count), flags.flatten().nonzero().flatten())
 
 
 @pytest.mark.parametrize("grid", [GridConfig(3, 32), GridConfig(4, 32, False), GridConfig(5, -1)])
@@ -224,7 +261,7 @@ def test_bytes_per_weight_of_the_recommended_layout() -> None:
             optimizer=options.optimizer, kept="state",
         )  # fmt: skip
         params = sum(t.numel() * t.element_size() for key, t in held.held() if key.startswith("grid."))
-        assert held.outlier_index is None
+        assert held.outlier_low is None
         assert held.nbytes - params == weight.numel() * expected
         layout = state_layout("u8", optimizer, 3, both=start == "gptq")  # the plan's
         assert layout.total == expected

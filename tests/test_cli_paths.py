@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a new user gives that is nearly right: the sentence says what to give instead, before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from discquant.cli import main
+from discquant.run import checks
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Call the command line in this process; return exit status, standard output and standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["discquant", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny bfloat16 Llama on disk, without tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path / "model"
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> str:
+    """Calibration token ids."""
+    save_file({"ids": torch.randint(3, 97, (12, 32)).int()}, tmp_path / "tokens.safetensors")
+    return f"{tmp_path / 'tokens.safetensors'}:ids"
+
+
+def _line(error: str) -> str:
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("q4_0", "give one that can (gguf, "),
+        ("nvfp4", "give one that can (compressed-tensors"),
+        ("nf4", "no format can; give none (the codes stay"),
+    ],
+)
+def test_a_kind_names_the_formats_that_hold_it(
+    kind: str, words: str, run: Run, model: Path, tokens: str, tmp_path: Path
+) -> None:
+    """Of all formats those that take this grid on this model's shapes and dtype."""
+    out = tmp_path / "out"
+    given = ["--dataset", tokens, "--seqlen", "32", "--kind", kind]
+    asked = "gptq" if kind == "nvfp4" else "compressed-tensors"
+    status, _, error = run("quantize", str(model), str(out), *given, "--format", asked)
+    assert status == 2 and not out.exists()
+    line = _line(error)
+    assert f"--format {asked} cannot hold this model in --kind {kind}" in line and words in line
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, model: Path) -> Path:
+    """What quantize leaves, as far as its config.json and one model in it tell."""
+    folder = tmp_path / "runs" / "one"
+    (folder / "gptq").mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps({"discquant_run": 1, "source": str(model), "identity": {}})
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("quantize", "RUN", "OUT"), ("plan", "RUN"), ("evaluate", "RUN", "M"),
+        ("refine", "RUN", "OUT", "--original", "M"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_run_is_no_model(
+    line: tuple[str, ...], run: Run, run_folder: Path, model: Path, tmp_path: Path
+) -> None:
+    """The models in it and its original are named."""
+    places = {"RUN": str(run_folder), "OUT": str(tmp_path / "out"), "M": str(model)}
+    status, _, error = run(*(places.get(word, word) for word in line))
+    assert status == 2 and not (tmp_path / "out").exists()
+    told = _line(error)
+    assert f"{run_folder} is a run directory, not a model" in told
+    assert str(run_folder / "gptq") in told and f"its original: {model}" in told
+
+
+def test_a_calibration_file_is_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of a piece, the digest is that of the file."""
+    file = tmp_path / "text.txt"
+    file.write_bytes(bytes(range(256)) * 5)
+    expected = hashlib.sha256(file.read_bytes()).hexdigest()
+    for piece in (1 << 24, 7, 1280):
+        monkeypatch.setattr(checks, "PIECE", piece)
+        assert checks.file_digest(str(file)) == expected
+    assert checks.file_digest(str(tmp_path / "none.txt")) is None
