@@ -37,7 +37,7 @@ STEP_CONFIGS = {
 }
 
 
-def fitting_tile(tile: str, in_features: int, has_table: bool) -> str:
+def fitting_tile(tile: str, in_features: int, has_table: bool, others: bool = False) -> str:
     """`tile` of CONFIGS, or the one that this width or a look-up table needs."""
     if in_features % 16:
         # Rows that start at odd addresses spill in the other tiles.

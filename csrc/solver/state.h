@@ -38,7 +38,8 @@ struct StepCounts {
 };
 
 struct WeightArguments {
-  Buffer out, frac, scale, zero, table;  // zero.data and table.data may be null
+  Buffer out, frac, scale, zero, table, minimum;  // data of the last three may be null
+  const int32_t* g_idx;                           // group of each column, or null
   const uint8_t* q;
   bool packed, transpose;
   int64_t rows, cols, group_size, groups;

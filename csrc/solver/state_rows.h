@@ -152,6 +152,29 @@ inline void spread(const Buffer& grouped, int64_t row, int64_t groups, int64_t g
   }
 }
 
+// As `spread`, of the groups that an index names: the nearest one where there is none of that number.
+inline void gather(const Buffer& grouped, int64_t row, int64_t groups, const int32_t* __restrict index, int n,
+                   float* __restrict out) {
+  const auto each = [&](auto value) {
+    for (int i = 0; i < n; ++i) {
+      const int64_t named = index[i] < 0 ? 0 : index[i];
+      out[i] = value(row * groups + (named < groups ? named : groups - 1));
+    }
+  };
+  if (grouped.storage == kBfloat) {
+    const uint16_t* p = static_cast<const uint16_t*>(grouped.data);
+    each([p](int64_t at) { return as_float(static_cast<uint32_t>(p[at]) << 16); });
+  } else if (grouped.storage == kByte) {
+    const uint8_t* p = static_cast<const uint8_t*>(grouped.data);
+    each([p](int64_t at) { return static_cast<float>(p[at]); });
+  } else {
+    const float* p = static_cast<const float*>(grouped.data);
+    each([p](int64_t at) { return p[at]; });
+  }
+}
+
+inline float as_bfloat(float value) { return as_float(static_cast<uint32_t>(to_bfloat(value)) << 16); }
+
 // As `read`, places by the rounded reciprocal: exact at 0 and 1, and the last bit elsewhere cannot matter to a step.
 inline void read_place(const Buffer& buffer, int64_t at, int n, float* __restrict out) {
   const uint8_t* bytes = static_cast<const uint8_t*>(buffer.data);
@@ -284,10 +307,17 @@ void step_rows(const StepArguments& a, int64_t row_begin, int64_t row_end, StepC
 }
 
 inline void weight_chunk(const WeightArguments& a, int64_t row, int64_t c0, int n, const float* levels, float* out) {
-  float position[kChunk], slope[kChunk], zero[kChunk];
+  float position[kChunk], slope[kChunk], offset[kChunk];
   uint8_t code[kChunk];
+  const auto per_group = [&](const Buffer& grouped, float* values) {
+    if (a.g_idx != nullptr) {
+      gather(grouped, row, a.groups, a.g_idx + c0, n, values);
+    } else {
+      spread(grouped, row, a.groups, a.group_size, c0, n, 1.0f, values);
+    }
+  };
   read(a.frac, row * a.cols + c0, n, position);
-  spread(a.scale, row, a.groups, a.group_size, c0, n, 1.0f, slope);
+  per_group(a.scale, slope);
   if (a.packed) {
     const uint8_t* p = a.q + row * ((a.cols + 1) / 2) + c0 / 2;  // c0 is a multiple of kChunk, which is even
     for (int i = 0; i + 1 < n; i += 2) {
@@ -306,12 +336,32 @@ inline void weight_chunk(const WeightArguments& a, int64_t row, int64_t c0, int 
     }
     return;
   }
-  if (a.zero.data != nullptr) {
-    spread(a.zero, row, a.groups, a.group_size, c0, n, 1.0f, zero);
-  } else {
-    for (int i = 0; i < n; ++i) zero[i] = a.implicit_zero;
+  if (a.minimum.data != nullptr) {
+    per_group(a.minimum, offset);
+    // Levels as the format's engine has them: product and sum rounded to the dtype of the minimum.
+    if (a.minimum.storage == kBfloat) {
+      for (int i = 0; i < n; ++i) {
+        const float q = static_cast<float>(code[i]);
+        const float lower = as_bfloat(as_bfloat(slope[i] * q) + offset[i]);
+        const float upper = as_bfloat(as_bfloat(slope[i] * (q + 1.0f)) + offset[i]);
+        out[i] = position[i] == 1.0f ? upper : lower + position[i] * (upper - lower);
+      }
+    } else {
+      for (int i = 0; i < n; ++i) {
+        const float q = static_cast<float>(code[i]);
+        const float lower = slope[i] * q + offset[i];
+        const float upper = slope[i] * (q + 1.0f) + offset[i];
+        out[i] = position[i] == 1.0f ? upper : lower + position[i] * (upper - lower);
+      }
+    }
+    return;
   }
-  for (int i = 0; i < n; ++i) out[i] = slope[i] * ((static_cast<float>(code[i]) - zero[i]) + position[i]);
+  if (a.zero.data != nullptr) {
+    per_group(a.zero, offset);
+  } else {
+    for (int i = 0; i < n; ++i) offset[i] = a.implicit_zero;
+  }
+  for (int i = 0; i < n; ++i) out[i] = slope[i] * ((static_cast<float>(code[i]) - offset[i]) + position[i]);
 }
 
 void weight_rows(const WeightArguments& a, int64_t row_begin, int64_t row_end) {
