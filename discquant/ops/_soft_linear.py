@@ -29,12 +29,12 @@ def chosen(x: Tensor, stage: str, shape: Sequence[int]) -> tuple[str, str]:
 
 
 def _resolve(
-    x: Tensor, stage: str, strategy: str, shape: Sequence[int], table: Tensor | None, *others: Tensor | None
+    x: Tensor, stage: str, strategy: str, shape: Sequence[int], table: Tensor | None, g_idx: Tensor | None
 ) -> tuple[str, Any]:
-    """Strategy and launch configuration; `others` are the further tensors that tell the kind of the grid."""
+    """Strategy and launch configuration."""
     found, tile = chosen(x, stage, shape)
     tiles = registry.triton_module("soft_linear_tiles")
-    tile = tiles.fitting_tile(tile, shape[1], table is not None, any(t is not None for t in others))
+    tile = tiles.fitting_tile(tile, shape[1], table is not None, g_idx is not None)
     return found if strategy == "auto" else strategy, tiles.CONFIGS[tile]
 
 
@@ -47,7 +47,7 @@ def _fwd_launch(
     bias: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
     minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(x, "forward", strategy, frac.shape, table, minimum, g_idx)
+    strategy, config = _resolve(x, "forward", strategy, frac.shape, table, g_idx)
     weight = (q_down, frac, scale, zero_point, table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_fwd(
@@ -69,7 +69,7 @@ def _dx_launch(
     table: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
     minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(grad_output, "dx", strategy, frac.shape, table, minimum, g_idx)
+    strategy, config = _resolve(grad_output, "dx", strategy, frac.shape, table, g_idx)
     weight = (q_down, frac, scale, zero_point, table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_dx(
