@@ -233,7 +233,9 @@ def _fits(tile: str, name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a grid may meet this tile; those of odd widths are worth a look on one even width only."""
     cols = kwargs.get("cols", COLS)
     even = tile in ("ragged", "narrow") and cols % 16 == 0
-    return fitting_tile(tile, cols, "table" in kwargs, "index" in kwargs) == tile and (not even or name == "u8-g64")
+    return fitting_tile(tile, cols, "table" in kwargs, "index" in kwargs) == tile and (
+        not even or name == "u8-g64"
+    )
 
 
 def _pair(

@@ -159,7 +159,8 @@ def weight_tile(
     zero = ZERO
     if HAS_ZERO:
         zero = load_grouped(
-            zero_ptr, stride_zm, stride_zg, offs_n, mask_n, k0, in_features, ACC, BLOCK_N, BLOCK_K, MODE, GROUP, index_ptr
+            zero_ptr, stride_zm, stride_zg, offs_n, mask_n, k0, in_features, ACC, BLOCK_N, BLOCK_K, MODE, GROUP,
+            index_ptr,
         )  # fmt: skip
     return interpolate(
         q, decode_position(code, KIND, ACC, True), step, zero, table_ptr, HAS_TABLE, LEVELS, ACC,

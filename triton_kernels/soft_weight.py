@@ -42,7 +42,8 @@ def _soft_weight_fwd_kernel(
     zero = ZERO
     if HAS_ZERO:  # with HAS_MIN the minimum
         zero = load_grouped(
-            zero_ptr, stride_zm, stride_zg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP, index_ptr
+            zero_ptr, stride_zm, stride_zg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP,
+            index_ptr,
         )  # fmt: skip
     MIN_TYPE: tl.constexpr = zero_ptr.dtype.element_ty if HAS_MIN else None
     position = decode_position(code, KIND, ACC)

@@ -255,13 +255,14 @@ def require_grid(
     else:
         named = scale.dim() == 2 and scale.shape[0] == shape[0] and scale.shape[1] > 0
         expected = [shape[0], "at least 1"]
-        require(
-            named, op, "scale", "with g_idx have shape [out_features, num_groups]", expected, scale.shape
-        )
+        require(named, op, "scale", "with g_idx have shape [out_features, num_groups]", expected, scale.shape)
         require(g_idx.shape == (shape[1],), op, "g_idx", "have shape", [shape[1]], g_idx.shape)
         require_dtype(op, "g_idx", g_idx, INDEX_DTYPES)
     require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
-    for name, offset, dtypes in (("zero_point", zero_point, ZERO_DTYPES), ("minimum", minimum, ZERO_DTYPES[1:])):
+    for name, offset, dtypes in (
+        ("zero_point", zero_point, ZERO_DTYPES),
+        ("minimum", minimum, ZERO_DTYPES[1:]),
+    ):
         if offset is not None:
             require(
                 offset.shape == scale.shape, op, name, "have the shape of scale", scale.shape, offset.shape
@@ -274,9 +275,7 @@ def require_grid(
         require(table.shape == (2**num_bits,), op, "table", "have shape", [2**num_bits], table.shape)
         require(zero_point is None, op, "zero_point", "with a table be", None, "a Tensor")
         require(table.is_floating_point(), op, "table", "have a dtype that is", "floating", table.dtype)
-    require_device(
-        op, q_down, scale=scale, zero_point=zero_point, table=table, minimum=minimum, g_idx=g_idx
-    )
+    require_device(op, q_down, scale=scale, zero_point=zero_point, table=table, minimum=minimum, g_idx=g_idx)
 
 
 def require_codes(op: str, q_down: Tensor, shape: Sequence[int], num_bits: int) -> None:

@@ -48,7 +48,9 @@ def reference_weight(
     minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The reference with this op's two additions: `frac_ref` codes and a transposed result."""
-    position = decode_frac_ref(frac, reference.accumulate_dtype(frac, scale, minimum)) if is_reference else frac
+    position = (
+        decode_frac_ref(frac, reference.accumulate_dtype(frac, scale, minimum)) if is_reference else frac
+    )
     weight = reference.soft_weight(
         q_down,
         position,

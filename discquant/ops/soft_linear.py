@@ -148,8 +148,8 @@ def soft_linear(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: A gradient of scale, table or minimum, or a second derivative of a kernel's result, is asked
-            for; impl="cpp", or float64 is to be fused on CUDA (Triton has no such matmul there).
+        NotImplementedError: A gradient of scale, table or minimum, or a second derivative of a kernel's result, is
+            asked for; impl="cpp", or float64 is to be fused on CUDA (Triton has no such matmul there).
         RuntimeError: The requested impl cannot run here.
 
     Note:

@@ -131,9 +131,7 @@ def test_affine_weights_of_the_op_are_the_grids_own(compute: torch.dtype, kind: 
     stored = torch.float16 if compute == torch.float32 else compute
     for bits, group in ((4, 32), (8, -1), (3, 96)):
         groups = 1 if group == -1 else -(-COLUMNS // group)
-        grid = AffineGrid(
-            bits, group, _signed(groups, stored), torch.randn(ROWS, groups).to(stored), compute
-        )
+        grid = AffineGrid(bits, group, _signed(groups, stored), torch.randn(ROWS, groups).to(stored), compute)
         q_down = torch.randint(0, grid.max_code, (ROWS, COLUMNS), dtype=torch.uint8)
         places = torch.rand(ROWS, COLUMNS)
         places[:, ::5], places[:, 1::5] = 0, 1

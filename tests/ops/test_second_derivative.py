@@ -26,7 +26,10 @@ def _ops(impl: str, device: torch.device) -> dict[str, tuple[Callable[[Tensor], 
         "soft_linear": (lambda x: soft_linear(x, q_down, leaves[1], scale, **grid), leaves[0]),
         "soft_linear by frac": (lambda f: soft_linear(x, q_down, f, scale, **grid), leaves[1]),
         "soft_weight": (lambda f: soft_weight(q_down, f, scale, **grid), leaves[1]),
-        "soft_weight of a minimum": (lambda f: soft_weight(q_down, f, scale, minimum=-scale, **grid), leaves[1]),
+        "soft_weight of a minimum": (
+            lambda f: soft_weight(q_down, f, scale, minimum=-scale, **grid),
+            leaves[1],
+        ),
         "linear_kl": (lambda x: linear_kl(x, x.detach() + 1, weight, impl=impl).loss, leaves[0]),
         "hadamard": (lambda x: hadamard(x, impl=impl), leaves[0]),
     }

@@ -68,7 +68,9 @@ def test_matches_oracle(name, dtype, strategy, make_grid, assert_close, device):
         if wide and dtype == torch.float16:
             # The weight that meets x is rounded to x.dtype by definition: the oracle takes the same weight.
             options = {"num_bits": 4, "group_size": case["group_size"], "impl": "reference"}
-            weight = soft_weight(*grid[:4], **options, table=grid.table, **grid.further(), dtype=dtype).double()
+            weight = soft_weight(
+                *grid[:4], **options, table=grid.table, **grid.further(), dtype=dtype
+            ).double()
             # Its rounding passes the gradient of frac on unchanged.
             exact = soft_weight(tensors[0], leaves[1], *tensors[2:4], **options, table=tensors[4], **further)
             out = leaves[0] @ (exact + (weight - exact).detach()).t() + leaves[2]
@@ -205,9 +207,7 @@ def test_gradient_ops_equal_autograd(strategy, kind, impl, make_grid, device):
     y = soft_linear(x, grid.q_down, frac, grid.scale, grid.zero_point, **kwargs, **grid.further())
     dx, dfrac = torch.autograd.grad(y, (x, frac), grad_output)
     assert torch.equal(soft_linear_dx(grad_output, *grid[:4], **kwargs, **grid.further()), dx)
-    found = soft_linear_dfrac(
-        grad_output, x.detach(), grid.q_down, grid.scale, **kwargs, g_idx=grid.g_idx
-    )
+    found = soft_linear_dfrac(grad_output, x.detach(), grid.q_down, grid.scale, **kwargs, g_idx=grid.g_idx)
     if impl == "triton":
         assert torch.equal(found, dfrac)
     else:  # the product by the gap and the sum over tokens round in another order

@@ -29,18 +29,20 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _grid_of(weight: Tensor, kind: str, sym: bool) -> Grid:
-    """A grid on a weight: uniform, with a floating minimum in float32 or bfloat16, or of groups that a vector names."""
+    """A grid on a weight: uniform, with a minimum (levels in float32 or bfloat16), or of groups that a vector names."""
     if kind == "act-order":
         g_idx = torch.arange(weight.shape[1], device=weight.device) // 16
-        g_idx = g_idx[torch.randperm(g_idx.numel(), generator=torch.Generator().manual_seed(3)).to(g_idx.device)]
+        g_idx = g_idx[
+            torch.randperm(g_idx.numel(), generator=torch.Generator().manual_seed(3)).to(g_idx.device)
+        ]
         grid = place_grid(weight[:, torch.argsort(g_idx, stable=True)], GridConfig(3, 16, sym))
         assert isinstance(grid, UniformGrid)
         return dataclasses.replace(grid, g_idx=g_idx)
     grid = place_grid(weight, GridConfig(3, 16, sym))
     if kind == "uniform":
         return grid
-    zero = 4 if grid.zero_point is None else grid.zero_point
-    minimum = (-zero * grid.scale.float()).to(grid.scale.dtype)
+    assert grid.zero_point is not None
+    minimum = -(grid.zero_point * grid.scale)
     return AffineGrid(3, 16, grid.scale, minimum, torch.float32 if kind == "affine" else torch.bfloat16)
 
 
@@ -120,7 +122,7 @@ def test_equals_the_dense_path_in_float64(
 def test_other_grids_equal_the_dense_path_in_float64(
     kind: str, state: str, make_model: Callable[..., Any], token_ids: Tensor
 ) -> None:
-    """Floating minimums and scattered groups run on the state, too; dense weights from `dequantize`, not from the op."""
+    """Floating minimums and scattered groups run on the state, too; the dense weights here need neither of the op."""
     chain = _chain(make_model("llama"))
     states = _states(chain, state, kind=kind)
     batches = [chain.prepare(token_ids[:2].to(DEVICE))]
@@ -129,13 +131,14 @@ def test_other_grids_equal_the_dense_path_in_float64(
     def dense(index: int) -> dict[str, Tensor]:
         made = []
         for held in states[index]:
-            if kind != "act-order":
-                made.append(Grid.soft_weight(held.grid, held.q_down, held.frac, double))
-                continue
-            zero, gap = held.grid.zero_point, held.gap()[0].double()
-            assert isinstance(held.grid, UniformGrid) and held.grid.g_idx is not None and zero is not None
-            position = held.frac.double() / (255 if state == "u8" else 1)
-            made.append(gap * (held.codes_down().double() - zero[:, held.grid.g_idx.long()] + position))
+            grid = held.grid
+            if isinstance(grid, UniformGrid) and grid.g_idx is not None and grid.zero_point is not None:
+                # A scale for every column.
+                parts = (grid.scale[:, grid.g_idx], grid.zero_point[:, grid.g_idx])
+                grid = UniformGrid(3, 1, False, *parts)
+                made.append(grid.soft_weight(held.q_down, held.frac, double))
+            else:
+                made.append(Grid.soft_weight(grid, held.q_down, held.frac, double))
         return assemble(chain.weights[index], made)
 
     loss, expected = _gradients(chain, dense, batches)
@@ -174,9 +177,7 @@ def test_kernels_equal_the_dense_path(
 
 @pytest.mark.parametrize("kind", ["uniform", "act-order"])
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_gradient_of_frac(
-    impl: str, kind: str, make_model: Callable[..., Any], token_ids: Tensor
-) -> None:
+def test_gradient_of_frac(impl: str, kind: str, make_model: Callable[..., Any], token_ids: Tensor) -> None:
     """by="frac" is Delta times the gradient by the weight, and a step with scale=None takes it."""
     chain = _chain(make_model("llama", torch.float32))
     states = _states(chain, kind=kind)

@@ -110,13 +110,14 @@ class _BetweenFunction(torch.autograd.Function):
 
 
 def affine_weight(q_down: Tensor, position: Tensor, step: Tensor, minimum: Tensor) -> Tensor:
-    """L(q_down) + position * (L(q_down + 1) - L(q_down)), L(q) = step * q + minimum as an engine of narrow dtype has it.
+    """L(q_down) + position * (L(q_down + 1) - L(q_down)), with L(q) = step * q + minimum rounded as an engine does.
 
     Args:
         q_down: Lower grid code, one per element, [out_features, in_features].
         position: Place between the neighbours, float32 or float64, same shape.
         step: Grid step of each coordinate, in the dtype of `position`, broadcastable.
-        minimum: Weight of code 0 of each coordinate, broadcastable; product and sum of a level are rounded to its dtype.
+        minimum: Weight of code 0 of each coordinate, broadcastable; product and sum of a level are each rounded to its
+            dtype.
 
     Returns:
         Weight in the dtype of `position`, whose derivative by it is `step`, [out_features, in_features].
