@@ -3,7 +3,7 @@
 
 W (on a uniform grid scale * (q_down + frac - zero_point)) exists one tile at a time, in registers, rounded to x.dtype
 before the dot as a materialised weight would be. The third kernel can take the projected step in its epilogue, so that
-the gradient never reaches memory. One program per output tile, tiles of a band of rows in turn (L2), fixed order of sums.
+the gradient never reaches memory. One program per output tile, bands of tiles in turn (L2), fixed order of sums.
 """
 
 from __future__ import annotations
