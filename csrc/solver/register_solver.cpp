@@ -58,6 +58,13 @@ Buffer buffer_of(const Tensor& tensor, Storage byte) {
   return Buffer{tensor.data_ptr(), storage_of(tensor, byte)};
 }
 
+// Scales and what stands beside them may be float16 too, which nothing here writes.
+Buffer per_group_of(const Tensor& tensor) {
+  if (tensor.scalar_type() != ScalarType::Half) return buffer_of(tensor, kByte);
+  STD_TORCH_CHECK(tensor.is_contiguous(), "discquant: the C++ solver kernels read contiguous tensors only");
+  return Buffer{tensor.data_ptr(), kHalf};
+}
+
 int64_t grain(int64_t cols) { return cols >= 32768 ? 1 : 32768 / (cols > 0 ? cols : 1) + 1; }
 
 void soft_weight(Tensor out, Tensor q_down, Tensor frac, Tensor scale, std::optional<Tensor> zero_point,
@@ -69,10 +76,10 @@ void soft_weight(Tensor out, Tensor q_down, Tensor frac, Tensor scale, std::opti
   if (a.rows == 0 || a.cols == 0) return;
   a.out = buffer_of(out, kByte);
   a.frac = buffer_of(frac, is_reference ? kRef8 : kFrac8);
-  a.scale = buffer_of(scale, kByte);
+  a.scale = per_group_of(scale);
   if (zero_point.has_value()) a.zero = buffer_of(*zero_point, kByte);
   if (table.has_value()) a.table = buffer_of(*table, kByte);
-  if (minimum.has_value()) a.minimum = buffer_of(*minimum, kByte);
+  if (minimum.has_value()) a.minimum = per_group_of(*minimum);
   a.q = static_cast<const uint8_t*>(buffer_of(q_down, kByte).data);
   a.packed = q_down.size(1) != a.cols;
   a.transpose = transpose;

@@ -109,10 +109,10 @@ def _cpp_problem(
         return "a gradient of frac"
     covered: dict[str, tuple[torch.dtype, ...]] = {
         "frac": (torch.float32, torch.bfloat16, torch.uint8, torch.uint16),
-        "scale": (torch.float32, torch.bfloat16),
+        "scale": (torch.float32, torch.bfloat16, torch.float16),
         "zero_point": (torch.uint8, torch.float32),
         "table": (torch.float32, torch.bfloat16),
-        "minimum": (torch.float32, torch.bfloat16),
+        "minimum": (torch.float32, torch.bfloat16, torch.float16),
     }
     if dtype not in (torch.float32, torch.bfloat16):
         return f"a result in {dtype}"
