@@ -68,7 +68,7 @@ def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         value = bound.arguments[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             kind = "constexpr"
         elif isinstance(value, torch.Tensor):
             kind = f"*{TYPES[value.dtype]}"

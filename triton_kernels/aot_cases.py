@@ -36,16 +36,23 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _grid(
     frac: torch.dtype = torch.uint8, group: int = 64, packed: bool = True, zero: bool = False, table: bool = False,
-    cols: int = COLS,
+    cols: int = COLS, scale: torch.dtype = torch.bfloat16, **further: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     groups = 1 if group == -1 else -(-cols // group)
     return (
         _meta(ROWS, (cols + 1) // 2 if packed else cols, dtype=torch.uint8),
         _meta(ROWS, cols, dtype=frac),
-        _meta(ROWS, groups, dtype=torch.bfloat16),
+        _meta(ROWS, groups, dtype=scale),
         _meta(ROWS, groups, dtype=torch.uint8) if zero else None,
         _meta(16, dtype=torch.float32) if table else None,
     )
+
+
+def _further(
+    like: Tensor, minimum: bool = False, index: bool = False, cols: int = COLS, **_: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Minimum and g_idx of a grid whose scale is `like`."""
+    return torch.empty_like(like) if minimum else None, _meta(cols, dtype=torch.int32) if index else None
 
 
 # What varies in the weight-making kernels: name, default, arguments of _grid.
@@ -63,17 +70,29 @@ _WEIGHTS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("u8-ragged", False, {"cols": 4095, "packed": False}),
     ("u8-ragged-table", False, {"cols": 4095, "packed": False, "table": True}),
     ("u8-ragged-table-packed", False, {"cols": 4095, "table": True}),
-)
+    ("u8-g32-min", True, {"group": 32, "minimum": True, "scale": torch.float32}),
+    ("u8-g64-min-bf16", True, {"minimum": True}),
+    ("u8-g64-min-f16", True, {"minimum": True, "scale": torch.float16}),
+    ("u8-index", True, {"group": 128, "index": True, "scale": torch.float32}),
+    ("u8-index-zero", True, {"group": 128, "index": True, "zero": True, "scale": torch.float32}),
+    ("u8-ragged-min", False, {"cols": 4095, "group": 32, "minimum": True, "scale": torch.float32}),
+    ("u8-ragged-min-bf16", False, {"cols": 4095, "minimum": True}),
+    ("u8-ragged-min-f16", False, {"cols": 4095, "minimum": True, "scale": torch.float16}),
+    ("u8-ragged-index", False, {"cols": 4095, "group": 128, "index": True, "scale": torch.float32}),
+    ("u8-ragged-index-zero", False,
+     {"cols": 4095, "group": 128, "index": True, "zero": True, "scale": torch.float32}),
+)  # fmt: skip
 
 
 def _soft_weight_cases() -> Iterator[Case]:
     for name, default, kwargs in _WEIGHTS:
         tail = (4, kwargs.get("group", 64), torch.bfloat16)
+        grid = _grid(**kwargs)
         yield Case(
             f"soft_weight/{name}",
             default,
             soft_weight.soft_weight_fwd,
-            (*_grid(**kwargs), *tail, False, False),
+            (*grid, *tail, False, False, *_further(grid[2], **kwargs)),
         )
     tail = (4, 64, torch.bfloat16)
     yield Case("soft_weight/reference", True, soft_weight.soft_weight_fwd, (*_grid(), *tail, True, False))
@@ -95,10 +114,11 @@ def _soft_weight_cases() -> Iterator[Case]:
         False,
     )
     yield Case("soft_weight/f64", False, soft_weight.soft_weight_fwd, double)
-    for name, table in (("uniform", False), ("table", True)):
-        q_down, _, scale, _, levels = _grid(table=table)
+    for name, kwargs in (("uniform", {}), ("table", {"table": True}), ("index", {"index": True})):
+        q_down, _, scale, _, levels = _grid(**kwargs)
         gradient = (_meta(ROWS, COLS, dtype=torch.float32), q_down, scale, levels, 4, 64, torch.float32)
-        yield Case(f"soft_weight_bwd/{name}", not table, soft_weight.soft_weight_bwd, gradient)
+        yield Case(f"soft_weight_bwd/{name}", name != "table", soft_weight.soft_weight_bwd,
+                   (*gradient, _further(scale, **kwargs)[1]))  # fmt: skip
 
 
 _STORAGE = {  # frac, frac_ref, gradient, first moment, second moment
@@ -199,15 +219,23 @@ _CHOSEN: dict[str, tuple[int, ...]] = {
     "compact": (), "ragged": (), "narrow": (), "square": (80,), "deep": (90,)
 }  # fmt: skip
 _USUAL = (
-    "u8-g64", "u8-g32-zero", "u8-g128-zero", "u8-g64-table", "u8-ragged", "u8-ragged-table", "u8-ragged-table-packed"
+    "u8-g64", "u8-g32-zero", "u8-g128-zero", "u8-g64-table", "u8-ragged", "u8-ragged-table", "u8-ragged-table-packed",
+    "u8-g32-min", "u8-g64-min-bf16", "u8-g64-min-f16", "u8-index-zero",
+    "u8-ragged-min", "u8-ragged-min-bf16", "u8-ragged-min-f16", "u8-ragged-index-zero",
 )  # fmt: skip
+# `compact` is every other device's tile and small: one grid of a kind stands for the usual ones by default.
+_USUAL_COMPACT = ("u8-g64", "u8-g64-table", "u8-g64-min-bf16", "u8-index-zero")
+# What decides how the gradient of frac is made: offsets do not.
+_SLOPES = ("u8-g64", "u8-g64-table", "u8-index", "u8-ragged", "u8-ragged-table", "u8-ragged-index")
 
 
 def _fits(tile: str, name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a grid may meet this tile; those of odd widths are worth a look on one even width only."""
     cols = kwargs.get("cols", COLS)
     even = tile in ("ragged", "narrow") and cols % 16 == 0
-    return fitting_tile(tile, cols, "table" in kwargs) == tile and (not even or name == "u8-g64")
+    return fitting_tile(tile, cols, "table" in kwargs, "index" in kwargs) == tile and (
+        not even or name == "u8-g64"
+    )
 
 
 def _pair(
@@ -216,32 +244,34 @@ def _pair(
     """Forward and dX on one grid with one tile."""
     q_down, frac, scale, zero, table = _grid(**kwargs)
     group, cols, config = kwargs.get("group", 64), kwargs.get("cols", COLS), CONFIGS[tile]
-    weight = (q_down, frac, scale, zero, table)
+    weight, further = (q_down, frac, scale, zero, table), _further(scale, **kwargs)
     x, y = (_meta(TOKENS, size, dtype=torch.bfloat16) for size in (cols, ROWS))
     yield Case(f"soft_linear_fwd/{name}-{tile}", default, soft_linear.soft_linear_fwd,
-               (x, *weight, None, 4, group, False, config), targets)  # fmt: skip
+               (x, *weight, None, 4, group, False, config, *further), targets)  # fmt: skip
     yield Case(f"soft_linear_dx/{name}-{tile}", default, soft_linear.soft_linear_dx,
-               (y, *weight, 4, group, False, config), targets)  # fmt: skip
+               (y, *weight, 4, group, False, config, *further), targets)  # fmt: skip
 
 
 def _soft_linear_cases() -> Iterator[Case]:
     y = _meta(TOKENS, ROWS, dtype=torch.bfloat16)
     for tile, config in CONFIGS.items():
-        targets = _CHOSEN.get(tile, (90,))
         for name, _, kwargs in _WEIGHTS:
             if not _fits(tile, name, kwargs):
                 continue
-            # `compact` is every other device's tile and small: its plain grid stands for the usual ones by default.
-            usual = name in ("u8-g64", "u8-g64-table") if tile == "compact" else name in _USUAL
+            # An index takes `square` in place of the larger ones too.
+            index = "index" in kwargs
+            targets = () if index else _CHOSEN.get(tile, (90,))
+            usual = name in (_USUAL_COMPACT if tile == "compact" else _USUAL)
             default = tile in _CHOSEN and usual and (tile not in ("ragged", "narrow") or name != "u8-g64")
             yield from _pair(name, tile, kwargs, default, targets)
-            if name not in ("u8-g64", "u8-g64-table", "u8-ragged", "u8-ragged-table"):
+            if name not in _SLOPES:
                 continue
             q_down, frac, scale, _, levels = _grid(**kwargs)
             x = _meta(TOKENS, frac.shape[1], dtype=torch.bfloat16)
-            default = tile in ("compact", "deep") or "ragged" in name
+            default = tile in ("compact", "deep") or "ragged" in name or index
+            arguments = (y, x, q_down, scale, levels, 4, kwargs.get("group", 64), torch.float32, config)
             yield Case(f"soft_linear_dfrac/{name.removeprefix('u8-')}-{tile}", default, soft_linear.soft_linear_dfrac,
-                       (y, x, q_down, scale, levels, 4, 64, torch.float32, config), targets)  # fmt: skip
+                       (*arguments, _further(scale, **kwargs)[1]), targets)  # fmt: skip
     # What tuning may choose on sm_90 beside its first guess.
     yield from _pair("u8-g64-tuned", "square", {}, False, (90,))
     deep, weight = CONFIGS["deep"], _grid()

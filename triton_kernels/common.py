@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device functions that several kernels share: counter-based noise, decoding of codes, loads of per-group values.
+"""Device functions that several kernels share: counter-based noise, decoding and loads of codes, exact arithmetic.
 
 Kinds of `frac` codes: FLOATING; U8 (u / 255); U16 (u / 65535); REF8 (`frac_ref`, (u - 63) / 126).
-Ways to read a value that a group of columns shares: GATHER (any group size), ONE (the tile lies in one group),
-SEVERAL (the tile holds whole groups, a power of two of columns each).
 """
 
 from __future__ import annotations
@@ -17,10 +15,6 @@ FLOATING = tl.constexpr(0)
 U8 = tl.constexpr(1)
 U16 = tl.constexpr(2)
 REF8 = tl.constexpr(3)
-
-GATHER = tl.constexpr(0)
-ONE = tl.constexpr(1)
-SEVERAL = tl.constexpr(2)
 
 DTYPES = {
     torch.float16: tl.float16,
@@ -37,18 +31,7 @@ def frac_kind(dtype: torch.dtype, is_reference: bool) -> int:
     return U16.value if dtype == torch.uint16 else FLOATING.value
 
 
-def group_mode(group_size: int, in_features: int, block_k: int) -> tuple[int, int]:
-    """Return (mode, group size to compile for); 0 stands for the whole row."""
-    if group_size == -1 or group_size >= in_features:
-        return ONE.value, 0
-    if group_size % block_k == 0:
-        return ONE.value, group_size
-    if block_k % group_size == 0 and group_size & (group_size - 1) == 0:
-        return SEVERAL.value, group_size
-    return GATHER.value, group_size
-
-
-def adjacent(vector: Tensor | None, absent: Tensor) -> Tensor:
+def adjacent(vector: Tensor | None, absent: Tensor | None = None) -> Tensor | None:
     """Elements next to each other, as kernels address vectors; `absent` where there is none."""
     return absent if vector is None else vector.contiguous()
 
@@ -330,68 +313,3 @@ def load_codes_minus(
     else:
         codes = load_codes(q_ptr, stride_m, stride_k, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED)
         return byte_minus(codes, offset)
-
-
-@triton.jit
-def load_grouped(
-    ptr, stride_m, stride_g, offs_m, mask_m, k0, in_features,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Load a per-group value for a tile: [BLOCK_M, 1] or [BLOCK_M, BLOCK_K], in ACC."""
-    if MODE == ONE:
-        group = 0
-        if GROUP != 0:
-            group = k0 // GROUP
-        # A tile may lie past the last column altogether.
-        mask = None if mask_m is None else mask_m & (k0 < in_features)
-        value = load_masked(ptr + offs_m * stride_m + group * stride_g, mask)
-        return value.to(ACC)[:, None]
-    elif MODE == SEVERAL:
-        groups = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
-        mask = None if mask_m is None else mask_m[:, None] & (groups * GROUP < in_features)[None, :]
-        value = load_masked(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask).to(ACC)
-        wide = tl.broadcast_to(value[:, :, None], (BLOCK_M, BLOCK_K // GROUP, GROUP))
-        return tl.reshape(wide, (BLOCK_M, BLOCK_K))
-    else:
-        offs_k = k0 + tl.arange(0, BLOCK_K)
-        mask = None if mask_m is None else mask_m[:, None] & (offs_k < in_features)[None, :]
-        groups = offs_k // GROUP
-        return load_masked(ptr + offs_m[:, None] * stride_m + groups[None, :] * stride_g, mask).to(ACC)
-
-
-@triton.jit
-def load_levels(table_ptr, codes, LEVELS: tl.constexpr, ACC: tl.constexpr):
-    """Levels T[q] and T[q + 1] in ACC; the last one for codes past the table, which must not read past it."""
-    index = codes.to(tl.int32)
-    lower = tl.load(table_ptr + tl.minimum(index, LEVELS - 1)).to(ACC)
-    return lower, tl.load(table_ptr + tl.minimum(index + 1, LEVELS - 1)).to(ACC)
-
-
-@triton.jit
-def load_slope(
-    scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
-    HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """d weight / d frac of a tile in ACC: scale, times T[q + 1] - T[q] with a table."""
-    slope = load_grouped(
-        scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
-    )
-    if HAS_TABLE:
-        codes = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED)
-        lower, upper = load_levels(table_ptr, codes, LEVELS, ACC)
-        slope = slope * (upper - lower)
-    return slope
-
-
-@triton.jit
-def interpolate(
-    q, position, step, zero, table_ptr, HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr
-):
-    """Weight at `position` between code q and q + 1; the reference's order of operations."""
-    if HAS_TABLE:
-        lower, upper = load_levels(table_ptr, q, LEVELS, ACC)
-        weight = step * tl.where(position == 1.0, upper, lower + position * (upper - lower))
-    else:
-        weight = step * ((q.to(ACC) - zero) + position)
-    return weight

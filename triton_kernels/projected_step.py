@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import adjacent, frac_kind, group_mode, load_masked, load_slope
+from .common import adjacent, frac_kind, load_masked
+from .grid_tile import group_mode, load_slope
 from .step_tile import (
     COUNT_SLOTS,
     COUNTS,

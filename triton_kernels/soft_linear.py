@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matmuls with the interpolated weight made on the fly: y = x W^T, dX = dY W, and d frac = slope * dY^T x.
 
-W = scale * (q_down + frac - zero_point) exists one tile at a time, in registers, rounded to x.dtype before the dot as
-a materialised weight would be. The third kernel can take the projected step in its epilogue, so that the
-gradient never reaches memory. One program per output tile, tiles of a band of rows in turn (L2), fixed order of sums.
+W (on a uniform grid scale * (q_down + frac - zero_point)) exists one tile at a time, in registers, rounded to x.dtype
+before the dot as a materialised weight would be. The third kernel can take the projected step in its epilogue, so that
+the gradient never reaches memory. One program per output tile, bands of tiles in turn (L2), fixed order of sums.
 """
 
 from __future__ import annotations
@@ -15,18 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    DTYPES,
-    adjacent,
-    cast,
-    decode_position,
-    frac_kind,
-    group_mode,
-    interpolate,
-    load_codes,
-    load_grouped,
-    load_slope,
-)
+from .common import DTYPES, adjacent, cast, frac_kind
+from .grid_tile import group_mode, load_slope, weight_arguments, weight_tile
 from .soft_linear_tiles import Config
 from .step_tile import (
     COUNT_SLOTS,
@@ -55,51 +45,14 @@ def _tile_of(num_m, num_n):
 
 
 @triton.jit
-def _weight_tile(
-    q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr, offs_n, mask_n, k0, in_features,
-    stride_qm, stride_qk, stride_fm, stride_fk, stride_sm, stride_sg, stride_zm, stride_zg,
-    ZERO: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr, HAS_ZERO: tl.constexpr,
-    HAS_TABLE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_N, BLOCK_K] weights in ACC, rows offs_n, columns from k0."""
-    offs_k = k0 + tl.arange(0, BLOCK_K)
-    mask = mask_n[:, None] & (offs_k < in_features)[None, :]
-    q = load_codes(q_ptr, stride_qm, stride_qk, offs_n, mask_n, k0, in_features, BLOCK_K, PACKED)
-    code = tl.load(frac_ptr + offs_n[:, None] * stride_fm + offs_k[None, :] * stride_fk, mask=mask, other=0)
-    step = load_grouped(
-        scale_ptr, stride_sm, stride_sg, offs_n, mask_n, k0, in_features, ACC, BLOCK_N, BLOCK_K, MODE, GROUP
-    )
-    zero = ZERO
-    if HAS_ZERO:
-        zero = load_grouped(
-            zero_ptr,
-            stride_zm,
-            stride_zg,
-            offs_n,
-            mask_n,
-            k0,
-            in_features,
-            ACC,
-            BLOCK_N,
-            BLOCK_K,
-            MODE,
-            GROUP,
-        )
-    return interpolate(
-        q, decode_position(code, KIND, ACC, True), step, zero, table_ptr, HAS_TABLE, LEVELS, ACC
-    )
-
-
-@triton.jit
 def _soft_linear_fwd_kernel(
-    y_ptr, x_ptr, q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr,
+    y_ptr, x_ptr, q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr, index_ptr, bias_ptr,
     num_tokens, out_features, in_features,
     stride_ym, stride_yn, stride_xm, stride_xk,
     stride_qm, stride_qk, stride_fm, stride_fk, stride_sm, stride_sg, stride_zm, stride_zg,
     ZERO: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr, HAS_ZERO: tl.constexpr,
-    HAS_TABLE: tl.constexpr, HAS_BIAS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_MIN: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_BIAS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = _tile_of(tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N))
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -111,10 +64,10 @@ def _soft_linear_fwd_kernel(
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask = mask_m[:, None] & (offs_k < in_features)[None, :]
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=mask, other=0)
-        weight = _weight_tile(
-            q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr, offs_n, mask_n, k0, in_features,
+        weight = weight_tile(
+            q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr, index_ptr, offs_n, mask_n, k0, in_features,
             stride_qm, stride_qk, stride_fm, stride_fk, stride_sm, stride_sg, stride_zm, stride_zg,
-            ZERO, LEVELS, KIND, PACKED, HAS_ZERO, HAS_TABLE, MODE, GROUP, ACC, BLOCK_N, BLOCK_K,
+            ZERO, LEVELS, KIND, PACKED, HAS_ZERO, HAS_MIN, HAS_TABLE, MODE, GROUP, ACC, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc = tl.dot(x, tl.trans(weight.to(x.dtype)), acc, input_precision="ieee", out_dtype=ACC)
     if HAS_BIAS:
@@ -125,12 +78,12 @@ def _soft_linear_fwd_kernel(
 
 @triton.jit
 def _soft_linear_dx_kernel(
-    dx_ptr, dy_ptr, q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr,
+    dx_ptr, dy_ptr, q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr, index_ptr,
     num_tokens, out_features, in_features,
     stride_dm, stride_dk, stride_ym, stride_yn,
     stride_qm, stride_qk, stride_fm, stride_fk, stride_sm, stride_sg, stride_zm, stride_zg,
     ZERO: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr, HAS_ZERO: tl.constexpr,
-    HAS_TABLE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+    HAS_MIN: tl.constexpr, HAS_TABLE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # BLOCK_N columns of dX per program; BLOCK_K is the depth along out_features.
@@ -144,10 +97,10 @@ def _soft_linear_dx_kernel(
         mask_n = offs_n < out_features
         mask = mask_m[:, None] & mask_n[None, :]
         dy = tl.load(dy_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn, mask=mask, other=0)
-        weight = _weight_tile(
-            q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr, offs_n, mask_n, k0, in_features,
+        weight = weight_tile(
+            q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr, index_ptr, offs_n, mask_n, k0, in_features,
             stride_qm, stride_qk, stride_fm, stride_fk, stride_sm, stride_sg, stride_zm, stride_zg,
-            ZERO, LEVELS, KIND, PACKED, HAS_ZERO, HAS_TABLE, MODE, GROUP, ACC, BLOCK_K, BLOCK_N,
+            ZERO, LEVELS, KIND, PACKED, HAS_ZERO, HAS_MIN, HAS_TABLE, MODE, GROUP, ACC, BLOCK_K, BLOCK_N,
         )  # fmt: skip
         acc = tl.dot(dy, weight.to(dy.dtype), acc, input_precision="ieee", out_dtype=ACC)
     offs_k = k0 + tl.arange(0, BLOCK_N)
@@ -181,7 +134,7 @@ def _weight_gradient_tile(
 
 @triton.jit
 def _soft_linear_dfrac_kernel(
-    out_ptr, dy_ptr, x_ptr, q_ptr, scale_ptr, table_ptr,
+    out_ptr, dy_ptr, x_ptr, q_ptr, scale_ptr, table_ptr, index_ptr,
     num_tokens, out_features, in_features,
     stride_om, stride_ok, stride_ym, stride_yn, stride_xm, stride_xk, stride_qm, stride_qk, stride_sm, stride_sg,
     LEVELS: tl.constexpr, PACKED: tl.constexpr, HAS_TABLE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
@@ -197,7 +150,7 @@ def _soft_linear_dfrac_kernel(
     )  # fmt: skip
     slope = load_slope(
         scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_n, mask_n, k0, in_features,
-        ACC, BLOCK_M, BLOCK_N, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
+        ACC, BLOCK_M, BLOCK_N, MODE, GROUP, HAS_TABLE, LEVELS, PACKED, index_ptr,
     )  # fmt: skip
     offs_k = k0 + tl.arange(0, BLOCK_N)
     out = out_ptr + offs_n[:, None] * stride_om + offs_k[None, :] * stride_ok
@@ -261,21 +214,6 @@ def _soft_linear_step_kernel(
             add_counts(counts_ptr, tl.program_id(0) % SLOTS, pair, other, nan, False)
 
 
-def _weight_arguments(
-    q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
-    num_bits: int, is_reference: bool,
-) -> tuple[list[int], dict[str, object]]:  # fmt: skip
-    """Strides and constants that the forward and the dX kernel share."""
-    zero = scale if zero_point is None else zero_point
-    strides = [*q_down.stride(), *frac.stride(), *scale.stride(), *zero.stride()]
-    constants = {
-        "ZERO": 0.0 if table is not None else float(2 ** (num_bits - 1)), "LEVELS": 2**num_bits,
-        "KIND": frac_kind(frac.dtype, is_reference), "PACKED": q_down.shape[1] != frac.shape[1],
-        "HAS_ZERO": zero_point is not None, "HAS_TABLE": table is not None,
-    }  # fmt: skip
-    return strides, constants
-
-
 def in_32_bits(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it where a row reaches further than the 32 bits that the forward kernel counts in."""
     return tensor.contiguous() if tensor.stride(1) * tensor.shape[1] >= 2**31 else tensor
@@ -288,6 +226,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 def soft_linear_fwd(
     x: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
     bias: Tensor | None, num_bits: int, group_size: int, is_reference: bool, config: Config,
+    minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch y = x W^T + b for x of [num_tokens, in_features]; y in x.dtype."""
     (rows, cols), tokens = frac.shape, x.shape[0]
@@ -295,12 +234,13 @@ def soft_linear_fwd(
     if y.numel() == 0:
         return y
     x, q_down, frac, scale = in_32_bits(x), in_32_bits(q_down), in_32_bits(frac), in_32_bits(scale)
-    zero_point = None if zero_point is None else in_32_bits(zero_point)
-    mode, group = group_mode(group_size, cols, config.block_k)
-    strides, constants = _weight_arguments(q_down, frac, scale, zero_point, table, num_bits, is_reference)
+    zero_point, minimum = (None if t is None else in_32_bits(t) for t in (zero_point, minimum))
+    mode, group = group_mode(group_size, cols, config.block_k, scale, g_idx)
+    zero, strides, constants = weight_arguments(
+        q_down, frac, scale, zero_point, table, num_bits, is_reference, minimum
+    )
     _soft_linear_fwd_kernel[(triton.cdiv(tokens, config.block_m) * triton.cdiv(rows, config.block_n),)](
-        y, x, q_down, frac, scale, scale if zero_point is None else zero_point, adjacent(table, scale),
-        adjacent(bias, x),
+        y, x, q_down, frac, scale, zero, adjacent(table, scale), adjacent(g_idx), adjacent(bias, x),
         tokens, rows, cols, *y.stride(), *x.stride(), *strides, **constants,
         HAS_BIAS=bias is not None, MODE=mode, GROUP=group, ACC=DTYPES[_accumulator(x)],
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -312,17 +252,19 @@ def soft_linear_fwd(
 def soft_linear_dx(
     grad_output: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None,
     table: Tensor | None, num_bits: int, group_size: int, is_reference: bool, config: Config,
+    minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch dX = dY W for dY of [num_tokens, out_features]; dX in dY.dtype."""
     (rows, cols), tokens = frac.shape, grad_output.shape[0]
     dx = grad_output.new_empty((tokens, cols))
     if dx.numel() == 0:
         return dx
-    mode, group = group_mode(group_size, cols, config.block_n)
-    strides, constants = _weight_arguments(q_down, frac, scale, zero_point, table, num_bits, is_reference)
+    mode, group = group_mode(group_size, cols, config.block_n, scale, g_idx)
+    zero, strides, constants = weight_arguments(
+        q_down, frac, scale, zero_point, table, num_bits, is_reference, minimum
+    )
     _soft_linear_dx_kernel[(triton.cdiv(tokens, config.block_m) * triton.cdiv(cols, config.block_n),)](
-        dx, grad_output, q_down, frac, scale, scale if zero_point is None else zero_point,
-        adjacent(table, scale),
+        dx, grad_output, q_down, frac, scale, zero, adjacent(table, scale), adjacent(g_idx),
         tokens, rows, cols, *dx.stride(), *grad_output.stride(), *strides, **constants,
         MODE=mode, GROUP=group, ACC=DTYPES[_accumulator(grad_output)],
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -333,16 +275,16 @@ def soft_linear_dx(
 
 def soft_linear_dfrac(
     grad_output: Tensor, x: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
-    num_bits: int, group_size: int, dtype: torch.dtype, config: Config,
+    num_bits: int, group_size: int, dtype: torch.dtype, config: Config, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch d frac = slope * dY^T x, [out_features, in_features], in `dtype`."""
     tokens, rows, cols = x.shape[0], grad_output.shape[1], x.shape[1]
     out = x.new_empty((rows, cols), dtype=dtype)
     if out.numel() == 0:
         return out
-    mode, group = group_mode(group_size, cols, config.block_n)
+    mode, group = group_mode(group_size, cols, config.block_n, scale, g_idx)
     _soft_linear_dfrac_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n),)](
-        out, grad_output, x, q_down, scale, adjacent(table, scale),
+        out, grad_output, x, q_down, scale, adjacent(table, scale), adjacent(g_idx),
         tokens, rows, cols, *out.stride(), *grad_output.stride(), *x.stride(), *q_down.stride(), *scale.stride(),
         LEVELS=2**num_bits, PACKED=q_down.shape[1] != cols, HAS_TABLE=table is not None, MODE=mode, GROUP=group,
         ACC=DTYPES[_accumulator(x)], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,

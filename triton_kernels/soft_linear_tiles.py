@@ -37,13 +37,16 @@ STEP_CONFIGS = {
 }
 
 
-def fitting_tile(tile: str, in_features: int, has_table: bool) -> str:
-    """`tile` of CONFIGS, or the one that this width or a look-up table needs."""
+def fitting_tile(tile: str, in_features: int, has_table: bool, indexed: bool = False) -> str:
+    """`tile` of CONFIGS, or the one that this width, a look-up table or an index of groups needs."""
     if in_features % 16:
         # Rows that start at odd addresses spill in the other tiles.
         return "narrow" if has_table else "ragged"
     # A table read level by level overflows the shared memory of a larger tile on sm_80.
-    return "compact" if has_table else tile
+    if has_table:
+        return "compact"
+    # A scale read for each weight takes the registers that a large accumulator leaves.
+    return "square" if indexed and tile in LARGE else tile
 
 
 def fitting_step_tile(tile: str, in_features: int, optimizer: str, plain: bool) -> str:

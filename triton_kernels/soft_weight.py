@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""weight = scale * (q_down + frac - zero_point), or interpolation in a table; and d frac = d weight * slope.
+"""weight = scale * (q_down + frac - zero_point), or between levels of a table or of scale * q + minimum; its gradient.
 
 One program per [BLOCK_M, BLOCK_K] tile; every input is read once, the result written once. Computed in ACC
 (float32, or float64 for float64 input) without contraction to fused multiply-adds, so that float32 results equal
@@ -13,30 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    DTYPES,
-    adjacent,
-    cast,
-    decode_position,
-    frac_kind,
-    group_mode,
-    interpolate,
-    load_codes,
-    load_codes_minus,
-    load_grouped,
-    load_masked,
-    load_slope,
-)
+from .common import DTYPES, adjacent, cast, decode_position, load_codes, load_codes_minus, load_masked
+from .grid_tile import group_mode, interpolate, load_grouped, load_slope, weight_arguments
 
 
 @triton.jit
 def _soft_weight_fwd_kernel(
-    out_ptr, q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr,
+    out_ptr, q_ptr, frac_ptr, scale_ptr, zero_ptr, table_ptr, index_ptr,
     out_features, in_features,
     stride_om, stride_ok, stride_qm, stride_qk, stride_fm, stride_fk, stride_sm, stride_sg, stride_zm, stride_zg,
     ZERO: tl.constexpr, LEVELS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_TABLE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
-    EVEN: tl.constexpr, ROW_AXIS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_MIN: tl.constexpr, HAS_TABLE: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr, EVEN: tl.constexpr, ROW_AXIS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     k0 = tl.program_id(1 - ROW_AXIS).to(tl.int64) * BLOCK_K
     offs_m = tl.program_id(ROW_AXIS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -49,43 +37,37 @@ def _soft_weight_fwd_kernel(
         mask = mask_m[:, None] & (offs_k < in_features)[None, :]
     code = load_masked(frac_ptr + offs_m[:, None] * stride_fm + offs_k[None, :] * stride_fk, mask)
     step = load_grouped(
-        scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP
-    )
+        scale_ptr, stride_sm, stride_sg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP, index_ptr
+    )  # fmt: skip
     zero = ZERO
-    if HAS_ZERO:
+    if HAS_ZERO:  # with HAS_MIN the minimum
         zero = load_grouped(
-            zero_ptr,
-            stride_zm,
-            stride_zg,
-            offs_m,
-            mask_m,
-            k0,
-            in_features,
-            ACC,
-            BLOCK_M,
-            BLOCK_K,
-            MODE,
-            GROUP,
-        )
+            zero_ptr, stride_zm, stride_zg, offs_m, mask_m, k0, in_features, ACC, BLOCK_M, BLOCK_K, MODE, GROUP,
+            index_ptr,
+        )  # fmt: skip
+    MIN_TYPE: tl.constexpr = zero_ptr.dtype.element_ty if HAS_MIN else None
     position = decode_position(code, KIND, ACC)
     if HAS_TABLE or ACC != tl.float32:
         q = load_codes(q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, BLOCK_K, PACKED)
-        weight = interpolate(q, position, step, zero, table_ptr, HAS_TABLE, LEVELS, ACC)
+        weight = interpolate(q, position, step, zero, table_ptr, HAS_TABLE, LEVELS, ACC, MIN_TYPE)
     else:
         FIRST: tl.constexpr = 0.0 if HAS_ZERO else ZERO
         q = load_codes_minus(
             q_ptr, stride_qm, stride_qk, offs_m, mask_m, k0, in_features, FIRST, BLOCK_K, PACKED
         )
-        if HAS_ZERO:
-            q -= zero
-        weight = step * (q + position)
+        if HAS_MIN:
+            weight = interpolate(q, position, step, zero, table_ptr, False, LEVELS, ACC, MIN_TYPE)
+        else:
+            if HAS_ZERO:
+                q -= zero
+            weight = step * (q + position)
     out = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok
     tl.store(out, cast(weight, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _soft_weight_bwd_kernel(
-    out_ptr, grad_ptr, q_ptr, scale_ptr, table_ptr,
+    out_ptr, grad_ptr, q_ptr, scale_ptr, table_ptr, index_ptr,
     out_features, in_features,
     stride_om, stride_ok, stride_gm, stride_gk, stride_qm, stride_qk, stride_sm, stride_sg,
     LEVELS: tl.constexpr, PACKED: tl.constexpr, HAS_TABLE: tl.constexpr,
@@ -102,7 +84,7 @@ def _soft_weight_bwd_kernel(
     ).to(ACC)
     slope = load_slope(
         scale_ptr, stride_sm, stride_sg, q_ptr, stride_qm, stride_qk, table_ptr, offs_m, mask_m, k0, in_features,
-        ACC, BLOCK_M, BLOCK_K, MODE, GROUP, HAS_TABLE, LEVELS, PACKED,
+        ACC, BLOCK_M, BLOCK_K, MODE, GROUP, HAS_TABLE, LEVELS, PACKED, index_ptr,
     )  # fmt: skip
     out = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :] * stride_ok
     tl.store(out, cast(grad * slope, out_ptr.dtype.element_ty), mask=mask)
@@ -129,7 +111,7 @@ def _grid(rows: int, cols: int, block_m: int, block_k: int) -> tuple[int, tuple[
 def soft_weight_fwd(
     q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
     num_bits: int, group_size: int, dtype: torch.dtype, is_reference: bool, transpose: bool,
-    block: tuple[int, int] | None = None,
+    minimum: Tensor | None = None, g_idx: Tensor | None = None, block: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch the forward kernel; arguments as `discquant.ops.soft_weight`, already checked."""
     rows, cols = frac.shape
@@ -137,18 +119,17 @@ def soft_weight_fwd(
     if out.numel() == 0:
         return out
     block_m, block_k = tile(cols, transpose, block)
-    mode, group = group_mode(group_size, cols, block_k)
-    acc = torch.float64 if torch.float64 in (frac.dtype, scale.dtype) else torch.float32
+    mode, group = group_mode(group_size, cols, block_k, scale, g_idx)
+    wide = any(t is not None and t.dtype == torch.float64 for t in (frac, scale, minimum))
+    zero, strides, constants = weight_arguments(
+        q_down, frac, scale, zero_point, table, num_bits, is_reference, minimum
+    )
     stride_ok, stride_om = out.stride() if transpose else out.stride()[::-1]
     row_axis, grid = _grid(rows, cols, block_m, block_k)
     _soft_weight_fwd_kernel[grid](
-        out, q_down, frac, scale, scale if zero_point is None else zero_point, adjacent(table, scale),
-        rows, cols,
-        stride_om, stride_ok, *q_down.stride(), *frac.stride(), *scale.stride(),
-        *(scale if zero_point is None else zero_point).stride(),
-        ZERO=0.0 if table is not None else float(2 ** (num_bits - 1)), LEVELS=2**num_bits,
-        KIND=frac_kind(frac.dtype, is_reference), PACKED=q_down.shape[1] != cols,
-        HAS_ZERO=zero_point is not None, HAS_TABLE=table is not None, MODE=mode, GROUP=group, ACC=DTYPES[acc],
+        out, q_down, frac, scale, zero, adjacent(table, scale), adjacent(g_idx),
+        rows, cols, stride_om, stride_ok, *strides, **constants,
+        MODE=mode, GROUP=group, ACC=tl.float64 if wide else tl.float32,
         EVEN=rows % block_m == 0 and cols % block_k == 0, ROW_AXIS=row_axis, BLOCK_M=block_m, BLOCK_K=block_k,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -157,7 +138,8 @@ def soft_weight_fwd(
 
 def soft_weight_bwd(
     grad_weight: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
-    num_bits: int, group_size: int, dtype: torch.dtype, block: tuple[int, int] | None = None,
+    num_bits: int, group_size: int, dtype: torch.dtype, g_idx: Tensor | None = None,
+    block: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch the backward kernel: gradient of `frac`, [out_features, in_features], in `dtype`."""
     rows, cols = grad_weight.shape
@@ -165,11 +147,11 @@ def soft_weight_bwd(
     if out.numel() == 0:
         return out
     block_m, block_k = tile(cols, block=block)
-    mode, group = group_mode(group_size, cols, block_k)
+    mode, group = group_mode(group_size, cols, block_k, scale, g_idx)
     acc = torch.float64 if torch.float64 in (grad_weight.dtype, scale.dtype, dtype) else torch.float32
     row_axis, grid = _grid(rows, cols, block_m, block_k)
     _soft_weight_bwd_kernel[grid](
-        out, grad_weight, q_down, scale, adjacent(table, scale),
+        out, grad_weight, q_down, scale, adjacent(table, scale), adjacent(g_idx),
         rows, cols,
         *out.stride(), *grad_weight.stride(), *q_down.stride(), *scale.stride(),
         LEVELS=2**num_bits, PACKED=q_down.shape[1] != cols, HAS_TABLE=table is not None,

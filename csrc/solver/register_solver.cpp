@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operators soft_weight_cpp_ and projected_step_cpp2_ for CPU tensors. Schemas and checks of arguments are in
+// Operators soft_weight_cpp2_ and projected_step_cpp2_ for CPU tensors. Schemas and checks of arguments are in
 // discquant/ops; here only what a wrong caller could crash on is checked again.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -58,19 +58,28 @@ Buffer buffer_of(const Tensor& tensor, Storage byte) {
   return Buffer{tensor.data_ptr(), storage_of(tensor, byte)};
 }
 
+// Scales and what stands beside them may be float16 too, which nothing here writes.
+Buffer per_group_of(const Tensor& tensor) {
+  if (tensor.scalar_type() != ScalarType::Half) return buffer_of(tensor, kByte);
+  STD_TORCH_CHECK(tensor.is_contiguous(), "discquant: the C++ solver kernels read contiguous tensors only");
+  return Buffer{tensor.data_ptr(), kHalf};
+}
+
 int64_t grain(int64_t cols) { return cols >= 32768 ? 1 : 32768 / (cols > 0 ? cols : 1) + 1; }
 
 void soft_weight(Tensor out, Tensor q_down, Tensor frac, Tensor scale, std::optional<Tensor> zero_point,
-                 std::optional<Tensor> table, int64_t num_bits, int64_t group_size, bool is_reference, bool transpose) {
+                 std::optional<Tensor> table, int64_t num_bits, int64_t group_size, bool is_reference, bool transpose,
+                 std::optional<Tensor> minimum, std::optional<Tensor> g_idx) {
   WeightArguments a{};
   a.rows = frac.size(0);
   a.cols = frac.size(1);
   if (a.rows == 0 || a.cols == 0) return;
   a.out = buffer_of(out, kByte);
   a.frac = buffer_of(frac, is_reference ? kRef8 : kFrac8);
-  a.scale = buffer_of(scale, kByte);
+  a.scale = per_group_of(scale);
   if (zero_point.has_value()) a.zero = buffer_of(*zero_point, kByte);
   if (table.has_value()) a.table = buffer_of(*table, kByte);
+  if (minimum.has_value()) a.minimum = per_group_of(*minimum);
   a.q = static_cast<const uint8_t*>(buffer_of(q_down, kByte).data);
   a.packed = q_down.size(1) != a.cols;
   a.transpose = transpose;
@@ -78,7 +87,14 @@ void soft_weight(Tensor out, Tensor q_down, Tensor frac, Tensor scale, std::opti
   a.group_size = a.groups == 1 ? a.cols : group_size;
   a.levels = 1 << num_bits;
   a.implicit_zero = static_cast<float>(1 << (num_bits - 1));
-  STD_TORCH_CHECK(out.numel() == frac.numel() && scale.size(0) == a.rows && a.groups * a.group_size >= a.cols,
+  if (g_idx.has_value()) {
+    STD_TORCH_CHECK(g_idx->scalar_type() == ScalarType::Int && g_idx->is_contiguous() && g_idx->numel() == a.cols,
+                    "discquant: g_idx must be contiguous int32, one entry per column");
+    a.g_idx = static_cast<const int32_t*>(g_idx->data_ptr());
+  }
+  const bool grouped = a.g_idx != nullptr ? a.groups > 0 : a.groups * a.group_size >= a.cols;
+  STD_TORCH_CHECK(out.numel() == frac.numel() && scale.size(0) == a.rows && grouped &&
+                      (!minimum.has_value() || minimum->numel() == scale.numel()),
                   "discquant: shapes of soft_weight disagree");
   const WeightRows run = kernels().weight;
   torch::stable::parallel_for(0, a.rows, grain(a.cols), [&](int64_t begin, int64_t end) { run(a, begin, end); });
@@ -134,6 +150,6 @@ void projected_step(Tensor frac, Tensor frac_ref, Tensor weight_grad, Tensor sca
 }  // namespace discquant
 
 STABLE_TORCH_LIBRARY_IMPL(discquant, CPU, library) {
-  library.impl("soft_weight_cpp_", TORCH_BOX(&discquant::solver::soft_weight));
+  library.impl("soft_weight_cpp2_", TORCH_BOX(&discquant::solver::soft_weight));
   library.impl("projected_step_cpp2_", TORCH_BOX(&discquant::solver::projected_step));
 }

@@ -8,8 +8,9 @@ namespace discquant {
 namespace solver {
 
 // How the numbers of a buffer are stored. kRef8 is frac_ref's code: u stands for (u - 63) / 126.
-enum Storage : int { kFloat = 0, kBfloat = 1, kFrac8 = 2, kFrac16 = 3, kRef8 = 4, kInt8 = 5, kByte = 6 };
-// kByte holds plain integers (zero points), and the root of a second moment in 255ths of its bound.
+enum Storage : int { kFloat = 0, kBfloat = 1, kFrac8 = 2, kFrac16 = 3, kRef8 = 4, kInt8 = 5, kByte = 6, kHalf = 7 };
+// kByte holds plain integers (zero points), and the root of a second moment in 255ths of its bound. kHalf, float16, is
+// read only.
 
 enum Optimizer : int { kAdamW = 0, kMomentum = 1, kLion = 2, kSgd = 3 };
 
@@ -38,7 +39,8 @@ struct StepCounts {
 };
 
 struct WeightArguments {
-  Buffer out, frac, scale, zero, table;  // zero.data and table.data may be null
+  Buffer out, frac, scale, zero, table, minimum;  // data of the last three may be null
+  const int32_t* g_idx;                           // group of each column, or null
   const uint8_t* q;
   bool packed, transpose;
   int64_t rows, cols, group_size, groups;

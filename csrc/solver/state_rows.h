@@ -30,6 +30,13 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
+inline float from_half(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, size = half & 0x7fffu;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f;
+  const uint32_t finite = size < 0x400u ? as_bits(subnormal) : (size << 13) + (112u << 23);
+  return as_float((size < 0x7c00u ? finite : (size << 13) | 0x7f800000u) | sign);
+}
+
 // Reads n numbers from element `at` on; moments are multiplied by their unit by the caller.
 inline void read(const Buffer& buffer, int64_t at, int n, float* __restrict out) {
   switch (buffer.storage) {
@@ -64,6 +71,11 @@ inline void read(const Buffer& buffer, int64_t at, int n, float* __restrict out)
     case kByte: {
       const uint8_t* p = static_cast<const uint8_t*>(buffer.data) + at;
       for (int i = 0; i < n; ++i) out[i] = static_cast<float>(p[i]);
+      break;
+    }
+    case kHalf: {
+      const uint16_t* p = static_cast<const uint16_t*>(buffer.data) + at;
+      for (int i = 0; i < n; ++i) out[i] = from_half(p[i]);
       break;
     }
   }
@@ -149,6 +161,55 @@ inline void spread(const Buffer& grouped, int64_t row, int64_t groups, int64_t g
     read(grouped, row * groups + g, 1, &value);
     value *= factor;
     for (; c < end; ++c) out[c - c0] = value;
+  }
+}
+
+// As `spread`, of the groups that an index names: the nearest one where there is none of that number.
+inline void gather(const Buffer& grouped, int64_t row, int64_t groups, const int32_t* __restrict index, int n,
+                   float* __restrict out) {
+  const auto each = [&](auto value) {
+    for (int i = 0; i < n; ++i) {
+      const int64_t named = index[i] < 0 ? 0 : index[i];
+      out[i] = value(row * groups + (named < groups ? named : groups - 1));
+    }
+  };
+  if (grouped.storage == kBfloat) {
+    const uint16_t* p = static_cast<const uint16_t*>(grouped.data);
+    each([p](int64_t at) { return as_float(static_cast<uint32_t>(p[at]) << 16); });
+  } else if (grouped.storage == kHalf) {
+    const uint16_t* p = static_cast<const uint16_t*>(grouped.data);
+    each([p](int64_t at) { return from_half(p[at]); });
+  } else if (grouped.storage == kByte) {
+    const uint8_t* p = static_cast<const uint8_t*>(grouped.data);
+    each([p](int64_t at) { return static_cast<float>(p[at]); });
+  } else {
+    const float* p = static_cast<const float*>(grouped.data);
+    each([p](int64_t at) { return p[at]; });
+  }
+}
+
+inline float as_bfloat(float value) { return as_float(static_cast<uint32_t>(to_bfloat(value)) << 16); }
+
+// Rounded to float16, to nearest even, by integers: one way for every instruction set.
+inline float as_half(float value) {
+  const uint32_t bits = as_bits(value), size = bits & 0x7fffffffu;
+  const uint32_t normal = (size + 0xfffu + ((size >> 13) & 1u)) & ~0x1fffu;
+  // Below 2^-14 float16 has the multiples of 2^-24, which is the last place of 0.75.
+  const uint32_t small = as_bits((as_float(size) + 0.75f) - 0.75f);
+  const uint32_t finite = size < 0x38800000u ? small : normal;
+  const uint32_t rounded = finite > 0x477fe000u ? 0x7f800000u : finite;  // above 65504
+  return as_float((size > 0x7f800000u ? size : rounded) | (bits & 0x80000000u));
+}
+
+// Between the levels slope * q + minimum, of which `round` rounds product and sum as the format's engine does.
+template <typename Round>
+inline void affine_chunk(const float* __restrict slope, const float* __restrict minimum, const uint8_t* __restrict code,
+                         const float* __restrict position, int n, Round round, float* __restrict out) {
+  for (int i = 0; i < n; ++i) {
+    const float q = static_cast<float>(code[i]);
+    const float lower = round(round(slope[i] * q) + minimum[i]);
+    const float upper = round(round(slope[i] * (q + 1.0f)) + minimum[i]);
+    out[i] = position[i] == 1.0f ? upper : lower + position[i] * (upper - lower);
   }
 }
 
@@ -284,10 +345,17 @@ void step_rows(const StepArguments& a, int64_t row_begin, int64_t row_end, StepC
 }
 
 inline void weight_chunk(const WeightArguments& a, int64_t row, int64_t c0, int n, const float* levels, float* out) {
-  float position[kChunk], slope[kChunk], zero[kChunk];
+  float position[kChunk], slope[kChunk], offset[kChunk];
   uint8_t code[kChunk];
+  const auto per_group = [&](const Buffer& grouped, float* values) {
+    if (a.g_idx != nullptr) {
+      gather(grouped, row, a.groups, a.g_idx + c0, n, values);
+    } else {
+      spread(grouped, row, a.groups, a.group_size, c0, n, 1.0f, values);
+    }
+  };
   read(a.frac, row * a.cols + c0, n, position);
-  spread(a.scale, row, a.groups, a.group_size, c0, n, 1.0f, slope);
+  per_group(a.scale, slope);
   if (a.packed) {
     const uint8_t* p = a.q + row * ((a.cols + 1) / 2) + c0 / 2;  // c0 is a multiple of kChunk, which is even
     for (int i = 0; i + 1 < n; i += 2) {
@@ -306,12 +374,23 @@ inline void weight_chunk(const WeightArguments& a, int64_t row, int64_t c0, int 
     }
     return;
   }
-  if (a.zero.data != nullptr) {
-    spread(a.zero, row, a.groups, a.group_size, c0, n, 1.0f, zero);
-  } else {
-    for (int i = 0; i < n; ++i) zero[i] = a.implicit_zero;
+  if (a.minimum.data != nullptr) {
+    per_group(a.minimum, offset);
+    if (a.minimum.storage == kBfloat) {
+      affine_chunk(slope, offset, code, position, n, [](float value) { return as_bfloat(value); }, out);
+    } else if (a.minimum.storage == kHalf) {
+      affine_chunk(slope, offset, code, position, n, [](float value) { return as_half(value); }, out);
+    } else {
+      affine_chunk(slope, offset, code, position, n, [](float value) { return value; }, out);
+    }
+    return;
   }
-  for (int i = 0; i < n; ++i) out[i] = slope[i] * ((static_cast<float>(code[i]) - zero[i]) + position[i]);
+  if (a.zero.data != nullptr) {
+    per_group(a.zero, offset);
+  } else {
+    for (int i = 0; i < n; ++i) offset[i] = a.implicit_zero;
+  }
+  for (int i = 0; i < n; ++i) out[i] = slope[i] * ((static_cast<float>(code[i]) - offset[i]) + position[i]);
 }
 
 void weight_rows(const WeightArguments& a, int64_t row_begin, int64_t row_end) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from discquant.grids.base import Columns, Grid, LinearColumns, Neighbours, column_groups
-from discquant.ops import expand_groups
+from discquant.ops import expand_groups, soft_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +49,24 @@ class AffineGrid(Grid):
                 f"got {list(self.minimum.shape)}"
             )
 
+    def in_compute(self) -> tuple[Tensor, Tensor]:
+        """Return scale and minimum in `compute`, as `ops.soft_weight` takes them; [out_features, num_groups] each."""
+        return self.scale.to(self.compute), self.minimum.to(self.compute)
+
     def dequantize(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """Return scale * q + minimum: product and sum in `compute`, then rounded once to `dtype`."""
-        step = expand_groups(self.scale.to(self.compute), self.group_size, q.shape[1])
-        minimum = expand_groups(self.minimum.to(self.compute), self.group_size, q.shape[1])
+        step, minimum = (expand_groups(t, self.group_size, q.shape[1]) for t in self.in_compute())
         return (step * q.to(self.compute) + minimum).to(dtype)
+
+    def soft_weight(
+        self, q_down: Tensor, frac: Tensor, dtype: torch.dtype, *, is_reference: bool = False
+    ) -> Tensor:
+        """See `Grid.soft_weight`; through the op `soft_weight`, whose levels are those of `dequantize`."""
+        scale, minimum = self.in_compute()
+        return soft_weight(
+            q_down, frac, scale, num_bits=self.num_bits, group_size=self.group_size, dtype=dtype,
+            is_reference=is_reference, minimum=minimum,
+        )  # fmt: skip
 
     def neighbours(self, weight: Tensor) -> Neighbours:
         """Return lower codes and positions; a weight beyond the ends lies between the two outermost levels."""

@@ -57,9 +57,7 @@ class UniformGrid(Grid):
 
     def _spread(self, per_group: Tensor, in_features: int) -> Tensor:
         """One value per column, [out_features, in_features]."""
-        if self.g_idx is not None:
-            return per_group[:, self.g_idx.long()]
-        return expand_groups(per_group, self.group_size, in_features)
+        return expand_groups(per_group, self.group_size, in_features, self.g_idx)
 
     def _zero(self, in_features: int) -> Tensor | float:
         if self.zero_point is None:
@@ -114,18 +112,14 @@ class UniformGrid(Grid):
         self, q_down: Tensor, frac: Tensor, dtype: torch.dtype, *, is_reference: bool = False
     ) -> Tensor:
         """See `Grid.soft_weight`; through the op `soft_weight` wherever that gives the served bits at the ends."""
-        scale, zero, group_size = self.scale, self.zero_point, self.group_size
+        scale = self.scale
         if frac.dtype == torch.float64 and scale.dtype not in _SHORT:
             return super().soft_weight(q_down, frac, dtype, is_reference=is_reference)
-        if self.g_idx is not None:
-            scale = self._spread(scale, frac.shape[1]).contiguous()
-            zero = None if zero is None else self._spread(zero, frac.shape[1]).contiguous()
-            group_size = 1
-        elif scale.dtype == torch.float16:
+        if scale.dtype == torch.float16:
             scale = scale.float()  # exact, and a dtype that every kernel covers
         return soft_weight(
-            q_down, frac, scale, zero, num_bits=self.num_bits, group_size=group_size, dtype=dtype,
-            is_reference=is_reference,
+            q_down, frac, scale, self.zero_point, num_bits=self.num_bits, group_size=self.group_size, dtype=dtype,
+            is_reference=is_reference, g_idx=self.g_idx,
         )  # fmt: skip
 
     def columns(self, order: Tensor) -> Columns:

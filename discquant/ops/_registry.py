@@ -18,6 +18,7 @@ from discquant.ops.reference.settled import settled
 
 # Floating as well: a zero may lie between codes.
 ZERO_DTYPES = (torch.uint8, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int32, torch.int64)
 Impl = Literal["auto", "reference", "triton", "cpp"]
 
 
@@ -238,31 +239,43 @@ def require_dtype(op: str, argument: str, tensor: Tensor, allowed: Sequence[torc
 
 def require_grid(
     op: str, q_down: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
-    shape: Sequence[int], num_bits: int, group_size: int,
+    shape: Sequence[int], num_bits: int, group_size: int, minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Check the tensors that describe a grid for a weight of `shape` = [out_features, in_features]."""
+    """Check the tensors that describe a grid for a weight of `shape` = [out_features, in_features].
+
+    The entries of `g_idx` are not looked at: on a GPU that would wait for it.
+    """
     require(
         isinstance(num_bits, int) and 2 <= num_bits <= 8, op, "num_bits", "be an integer in", "2..8", num_bits
     )
     require_group_size(op, group_size)
     require_codes(op, q_down, shape, num_bits)
-    require_groups(op, scale, "scale", shape, group_size)
+    if g_idx is None:
+        require_groups(op, scale, "scale", shape, group_size)
+    else:
+        named = scale.dim() == 2 and scale.shape[0] == shape[0] and scale.shape[1] > 0
+        expected = [shape[0], "at least 1"]
+        require(named, op, "scale", "with g_idx have shape [out_features, num_groups]", expected, scale.shape)
+        require(g_idx.shape == (shape[1],), op, "g_idx", "have shape", [shape[1]], g_idx.shape)
+        require_dtype(op, "g_idx", g_idx, INDEX_DTYPES)
     require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
-    if zero_point is not None:
-        require(
-            zero_point.shape == scale.shape,
-            op,
-            "zero_point",
-            "have the shape of scale",
-            scale.shape,
-            zero_point.shape,
-        )
-        require_dtype(op, "zero_point", zero_point, ZERO_DTYPES)
+    for name, offset, dtypes in (
+        ("zero_point", zero_point, ZERO_DTYPES),
+        ("minimum", minimum, ZERO_DTYPES[1:]),
+    ):
+        if offset is not None:
+            require(
+                offset.shape == scale.shape, op, name, "have the shape of scale", scale.shape, offset.shape
+            )
+            require_dtype(op, name, offset, dtypes)
+    if minimum is not None:
+        require(zero_point is None, op, "zero_point", "with a minimum be", None, "a Tensor")
+        require(table is None, op, "table", "with a minimum be", None, "a Tensor")
     if table is not None:
         require(table.shape == (2**num_bits,), op, "table", "have shape", [2**num_bits], table.shape)
         require(zero_point is None, op, "zero_point", "with a table be", None, "a Tensor")
         require(table.is_floating_point(), op, "table", "have a dtype that is", "floating", table.dtype)
-    require_device(op, q_down, scale=scale, zero_point=zero_point, table=table)
+    require_device(op, q_down, scale=scale, zero_point=zero_point, table=table, minimum=minimum, g_idx=g_idx)
 
 
 def require_codes(op: str, q_down: Tensor, shape: Sequence[int], num_bits: int) -> None:

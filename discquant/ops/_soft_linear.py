@@ -17,6 +17,7 @@ from discquant.ops.soft_linear_table import rule
 X_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STRATEGIES = ("auto", "fused", "materialise")
 _WEIGHT = "Tensor q_down, Tensor frac, Tensor scale, Tensor? zero_point, Tensor? table"
+_OPTIONAL = "Tensor? minimum=None, Tensor? g_idx=None"
 
 
 def chosen(x: Tensor, stage: str, shape: Sequence[int]) -> tuple[str, str]:
@@ -28,12 +29,12 @@ def chosen(x: Tensor, stage: str, shape: Sequence[int]) -> tuple[str, str]:
 
 
 def _resolve(
-    x: Tensor, stage: str, strategy: str, shape: Sequence[int], table: Tensor | None
+    x: Tensor, stage: str, strategy: str, shape: Sequence[int], table: Tensor | None, g_idx: Tensor | None
 ) -> tuple[str, Any]:
     """Strategy and launch configuration."""
     found, tile = chosen(x, stage, shape)
     tiles = registry.triton_module("soft_linear_tiles")
-    tile = tiles.fitting_tile(tile, shape[1], table is not None)
+    tile = tiles.fitting_tile(tile, shape[1], table is not None, g_idx is not None)
     return found if strategy == "auto" else strategy, tiles.CONFIGS[tile]
 
 
@@ -44,16 +45,17 @@ def _fwd_fake(x: Tensor, q_down: Tensor, frac: Tensor, *args: Any) -> Tensor:
 def _fwd_launch(
     x: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
     bias: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
+    minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(x, "forward", strategy, frac.shape, table)
+    strategy, config = _resolve(x, "forward", strategy, frac.shape, table, g_idx)
     weight = (q_down, frac, scale, zero_point, table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_fwd(
-            x, *weight, bias, num_bits, group_size, is_reference, config
+            x, *weight, bias, num_bits, group_size, is_reference, config, minimum, g_idx
         )
         return out
     dense = registry.triton_module("soft_weight").soft_weight_fwd(
-        *weight, num_bits, group_size, x.dtype, is_reference, False
+        *weight, num_bits, group_size, x.dtype, is_reference, False, minimum, g_idx
     )
     return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
@@ -65,39 +67,40 @@ def _dx_fake(grad_output: Tensor, q_down: Tensor, frac: Tensor, *args: Any) -> T
 def _dx_launch(
     grad_output: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None,
     table: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
+    minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(grad_output, "dx", strategy, frac.shape, table)
+    strategy, config = _resolve(grad_output, "dx", strategy, frac.shape, table, g_idx)
     weight = (q_down, frac, scale, zero_point, table)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_dx(
-            grad_output, *weight, num_bits, group_size, is_reference, config
+            grad_output, *weight, num_bits, group_size, is_reference, config, minimum, g_idx
         )
         return out
     dense = registry.triton_module("soft_weight").soft_weight_fwd(
-        *weight, num_bits, group_size, grad_output.dtype, is_reference, False
+        *weight, num_bits, group_size, grad_output.dtype, is_reference, False, minimum, g_idx
     )
     return torch.mm(grad_output, dense)
 
 
 def _dfrac_fake(
     grad_output: Tensor, x: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
-    num_bits: int, group_size: int, dtype: torch.dtype, strategy: str,
+    num_bits: int, group_size: int, dtype: torch.dtype, strategy: str, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((grad_output.shape[1], x.shape[1]), dtype=dtype)
 
 
 def _dfrac_launch(
     grad_output: Tensor, x: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None,
-    num_bits: int, group_size: int, dtype: torch.dtype, strategy: str,
+    num_bits: int, group_size: int, dtype: torch.dtype, strategy: str, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    strategy, config = _resolve(x, "dfrac", strategy, (grad_output.shape[1], x.shape[1]), table)
+    strategy, config = _resolve(x, "dfrac", strategy, (grad_output.shape[1], x.shape[1]), table, g_idx)
     if strategy == "fused":
         out: Tensor = registry.triton_module("soft_linear").soft_linear_dfrac(
-            grad_output, x, q_down, scale, table, num_bits, group_size, dtype, config
+            grad_output, x, q_down, scale, table, num_bits, group_size, dtype, config, g_idx
         )
         return out
     scaled: Tensor = registry.triton_module("soft_weight").soft_weight_bwd(
-        weight_gradient(grad_output, x), q_down, scale, table, num_bits, group_size, dtype
+        weight_gradient(grad_output, x), q_down, scale, table, num_bits, group_size, dtype, g_idx
     )
     return scaled
 
@@ -126,19 +129,19 @@ def _step_launch(
 
 fwd_op = registry.define(
     f"soft_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, int num_bits, int group_size, bool is_reference, "
-    "str strategy) -> Tensor",
+    f"str strategy, {_OPTIONAL}) -> Tensor",
     _fwd_fake,
     _fwd_launch,
 )
 dx_op = registry.define(
     f"soft_linear_dx(Tensor grad_output, {_WEIGHT}, int num_bits, int group_size, bool is_reference, "
-    "str strategy) -> Tensor",
+    f"str strategy, {_OPTIONAL}) -> Tensor",
     _dx_fake,
     _dx_launch,
 )
 dfrac_op = registry.define(
     "soft_linear_dfrac(Tensor grad_output, Tensor x, Tensor q_down, Tensor scale, Tensor? table, int num_bits, "
-    "int group_size, ScalarType dtype, str strategy) -> Tensor",
+    "int group_size, ScalarType dtype, str strategy, Tensor? g_idx=None) -> Tensor",
     _dfrac_fake,
     _dfrac_launch,
 )

@@ -17,23 +17,26 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check(
     op: str, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
     num_bits: int, group_size: int, dtype: torch.dtype | None, is_reference: bool,
+    minimum: Tensor | None, g_idx: Tensor | None,
 ) -> torch.dtype:  # fmt: skip
     """Validate what `soft_weight` and `soft_linear` share; return the weight's dtype."""
     registry.require_given(op, q_down=q_down, frac=frac, scale=scale)
-    registry.require_tensors(op, zero_point=zero_point, table=table)
+    registry.require_tensors(op, zero_point=zero_point, table=table, minimum=minimum, g_idx=g_idx)
     registry.require(frac.dim() == 2, op, "frac", "have shape", "[out_features, in_features]", frac.shape)
     registry.require_dtype(op, "frac", frac, FRAC_DTYPES)
     if is_reference:
         registry.require(
             frac.dtype != torch.uint16, op, "frac", "as frac_ref not have dtype", torch.uint16, frac.dtype
         )
-    registry.require_grid(op, q_down, scale, zero_point, table, frac.shape, num_bits, group_size)
+    registry.require_grid(
+        op, q_down, scale, zero_point, table, frac.shape, num_bits, group_size, minimum, g_idx
+    )
     registry.require_device(op, q_down, frac=frac)
     weight_dtype = scale.dtype if dtype is None else dtype
     registry.require(
         weight_dtype in WEIGHT_DTYPES, op, "dtype", "be one of", list(WEIGHT_DTYPES), weight_dtype
     )
-    for name, tensor in (("scale", scale), ("table", table)):
+    for name, tensor in (("scale", scale), ("table", table), ("minimum", minimum)):
         if tensor is not None and tensor.requires_grad:
             raise NotImplementedError(f"{op}: {name} must be a constant = requires_grad False, got True")
     return weight_dtype
@@ -42,9 +45,12 @@ def check(
 def reference_weight(
     q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None,
     num_bits: int, group_size: int, dtype: torch.dtype, is_reference: bool, transpose: bool,
+    minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The reference with this op's two additions: `frac_ref` codes and a transposed result."""
-    position = decode_frac_ref(frac, reference.accumulate_dtype(frac, scale)) if is_reference else frac
+    position = (
+        decode_frac_ref(frac, reference.accumulate_dtype(frac, scale, minimum)) if is_reference else frac
+    )
     weight = reference.soft_weight(
         q_down,
         position,
@@ -54,5 +60,7 @@ def reference_weight(
         group_size=group_size,
         table=table,
         dtype=dtype,
+        minimum=minimum,
+        g_idx=g_idx,
     )
     return weight.t().contiguous() if transpose else weight

@@ -30,31 +30,36 @@ class SoftLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, q_down: Tensor, frac: Tensor, scale: Tensor, zero_point: Tensor | None,
         table: Tensor | None, bias: Tensor | None, num_bits: int, group_size: int, is_reference: bool, strategy: str,
+        minimum: Tensor | None, g_idx: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Launch the forward pass."""
-        ctx.save_for_backward(x if frac.requires_grad else None, q_down, frac, scale, zero_point, table)
+        kept = x if frac.requires_grad else None
+        ctx.save_for_backward(kept, q_down, frac, scale, zero_point, table, minimum, g_idx)
         ctx.constants = (num_bits, group_size, is_reference, strategy, None if bias is None else bias.dtype)
         out: Tensor = fwd_op(
-            x, q_down, frac, scale, zero_point, table, bias, num_bits, group_size, is_reference, strategy
-        )
+            x, q_down, frac, scale, zero_point, table, bias, num_bits, group_size, is_reference, strategy,
+            minimum, g_idx,
+        )  # fmt: skip
         return out
 
     @staticmethod
     @registry.once(_OP)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Gradients of x, frac and bias, each only if it is needed."""
-        x, q_down, frac, scale, zero_point, table = ctx.saved_tensors
+        x, q_down, frac, scale, zero_point, table, minimum, g_idx = ctx.saved_tensors
         num_bits, group_size, is_reference, strategy, bias_dtype = ctx.constants
         (grad_output,) = grads
         dx = dfrac = dbias = None
         if ctx.needs_input_grad[0]:
             weight = (q_down, frac, scale, zero_point, table)
-            dx = dx_op(grad_output, *weight, num_bits, group_size, is_reference, strategy)
+            dx = dx_op(grad_output, *weight, num_bits, group_size, is_reference, strategy, minimum, g_idx)
         if ctx.needs_input_grad[2]:
-            dfrac = dfrac_op(grad_output, x, q_down, scale, table, num_bits, group_size, frac.dtype, strategy)
+            dfrac = dfrac_op(
+                grad_output, x, q_down, scale, table, num_bits, group_size, frac.dtype, strategy, g_idx
+            )
         if ctx.needs_input_grad[6]:
             dbias = grad_output.sum(dim=0, dtype=accumulate_dtype(grad_output)).to(bias_dtype)
-        return (dx, None, dfrac, None, None, None, dbias, None, None, None, None)
+        return (dx, None, dfrac, None, None, None, dbias, None, None, None, None, None, None)
 
 
 def check_activation(op: str, name: str, x: Tensor, features: int) -> None:
@@ -110,9 +115,13 @@ def soft_linear(
     table: Tensor | None = None,
     is_reference: bool = False,
     strategy: str = "auto",
+    minimum: Tensor | None = None,
+    g_idx: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """y = x W(frac)^T + b, with W = scale * (q_down + frac - zero_point) rounded to the dtype of x.
+    """y = x W(frac)^T + b, with W(frac) as `soft_weight` makes it, rounded to the dtype of x.
+
+    On a uniform grid W = scale * (q_down + frac - zero_point).
 
     Args:
         x: Activation, floating, [..., in_features].
@@ -124,10 +133,13 @@ def soft_linear(
             as in `soft_weight`.
         bias: Floating, [out_features].
         num_bits: Code width, 2 to 8.
-        group_size: Columns that share a scale; -1 is the whole row; the last group may be short.
+        group_size: Columns that share a scale; -1 is the whole row; the last group may be short. Not read with `g_idx`.
         table: Levels of a look-up grid in ascending order, floating, [2 ** num_bits]; None is uniform.
         is_reference: `frac` holds `frac_ref` (floating, or uint8 code u for (u - 63) / 126): the teacher's layer.
         strategy: "auto" | "fused" (the weight never reaches memory) | "materialise" (one layer, then cuBLAS).
+        minimum: Weight of code 0, floating, [out_features, num_groups], as in `soft_weight`; in place of a zero point
+            and of a table.
+        g_idx: Group of each column, int32 or int64, [in_features], as in `soft_weight`.
         impl: "auto" | "reference" | "triton".
 
     Returns:
@@ -136,18 +148,21 @@ def soft_linear(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: A gradient of scale or table, or a second derivative of a kernel's result, is asked for;
-            impl="cpp", or float64 is to be fused on CUDA (Triton has no such matmul there).
+        NotImplementedError: A gradient of scale, table or minimum, or a second derivative of a kernel's result, is
+            asked for; impl="cpp", or float64 is to be fused on CUDA (Triton has no such matmul there).
         RuntimeError: The requested impl cannot run here.
 
     Note:
         Deterministic. Differentiable in x, a floating `frac` and bias, once (the reference: any number of times).
-        Products accumulate in float32 (float64 for float64 x). With impl="reference" the strategy has no meaning.
+        Products accumulate in float32 (float64 for float64 x). With a minimum the gradient of `frac` is that of levels
+        before they are rounded, as in `soft_weight`. With impl="reference" the strategy has no meaning.
 
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.
     """
-    check(_OP, q_down, frac, scale, zero_point, table, num_bits, group_size, None, is_reference)
+    check(
+        _OP, q_down, frac, scale, zero_point, table, num_bits, group_size, None, is_reference, minimum, g_idx
+    )
     check_activation(_OP, "x", x, frac.shape[1])
     registry.require_tensors(_OP, bias=bias)
     registry.require_device(_OP, q_down, x=x, bias=bias)
@@ -156,11 +171,13 @@ def soft_linear(
         registry.require(bias.shape == frac.shape[:1], _OP, "bias", "have shape", expected, bias.shape)
         registry.require_dtype(_OP, "bias", bias, X_DTYPES)
     if _choose(_OP, impl, strategy, x) == "reference":
-        position = decode_frac_ref(frac, accumulate_dtype(frac, scale)) if is_reference else frac
-        grid: dict[str, Any] = {"num_bits": num_bits, "group_size": group_size, "table": table}
+        position = decode_frac_ref(frac, accumulate_dtype(frac, scale, minimum)) if is_reference else frac
+        grid: dict[str, Any] = {
+            "num_bits": num_bits, "group_size": group_size, "table": table, "minimum": minimum, "g_idx": g_idx,
+        }  # fmt: skip
         return reference.soft_linear(x, q_down, position, scale, zero_point, bias, **grid)
     args = (q_down, frac, scale, zero_point, table, bias, num_bits, group_size, is_reference, strategy)
-    y: Tensor = registry.differentiable(SoftLinearFunction, reference.tokens(x), *args)
+    y: Tensor = registry.differentiable(SoftLinearFunction, reference.tokens(x), *args, minimum, g_idx)
     return y.reshape(*x.shape[:-1], frac.shape[0])
 
 
@@ -177,6 +194,8 @@ def soft_linear_dx(
     table: Tensor | None = None,
     is_reference: bool = False,
     strategy: str = "auto",
+    minimum: Tensor | None = None,
+    g_idx: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """dX = dY W(frac): gradient of the input of `soft_linear`, without a graph.
@@ -192,6 +211,8 @@ def soft_linear_dx(
         table: Levels of a look-up grid or None.
         is_reference: `frac` holds `frac_ref`.
         strategy: "auto" | "fused" | "materialise".
+        minimum: Weight of code 0, [out_features, num_groups], or None.
+        g_idx: Group of each column, [in_features], or None.
         impl: "auto" | "reference" | "triton".
 
     Returns:
@@ -207,15 +228,18 @@ def soft_linear_dx(
         Deterministic. Not differentiable.
     """
     op = "soft_linear_dx"
-    check(op, q_down, frac, scale, zero_point, table, num_bits, group_size, None, is_reference)
+    check(
+        op, q_down, frac, scale, zero_point, table, num_bits, group_size, None, is_reference, minimum, g_idx
+    )
     check_activation(op, "grad_output", grad_output, frac.shape[0])
     registry.require_device(op, q_down, grad_output=grad_output)
     flat = reference.tokens(grad_output)
     weight = (q_down, frac, scale, zero_point, table, num_bits, group_size)
     if _choose(op, impl, strategy, grad_output) == "reference":
-        dx = reference.input_gradient(flat, reference_weight(*weight, flat.dtype, is_reference, False))
+        dense = reference_weight(*weight, flat.dtype, is_reference, False, minimum, g_idx)
+        dx = reference.input_gradient(flat, dense)
     else:
-        dx = dx_op(flat, *weight, is_reference, strategy)
+        dx = dx_op(flat, *weight, is_reference, strategy, minimum, g_idx)
     return dx.reshape(*grad_output.shape[:-1], frac.shape[1])
 
 
@@ -230,11 +254,13 @@ def soft_linear_dfrac(
     group_size: int,
     table: Tensor | None = None,
     strategy: str = "auto",
+    g_idx: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """d frac = Delta * dY^T x: gradient of the positions, also where `frac` is stored in fixed point.
 
-    Delta = scale, times T[q_down + 1] - T[q_down] with a table. All tokens of a call are summed.
+    Delta = scale, also where the grid has a minimum, times T[q_down + 1] - T[q_down] with a table. All tokens of a call
+    are summed.
 
     Args:
         grad_output: Gradient of the layer's output, floating, [..., out_features].
@@ -245,6 +271,7 @@ def soft_linear_dfrac(
         group_size: Columns that share a scale.
         table: Levels of a look-up grid or None.
         strategy: "auto" | "fused" (Delta in the matmul's epilogue) | "materialise" (cuBLAS, then one pass).
+        g_idx: Group of each column, [in_features], or None.
         impl: "auto" | "reference" | "triton".
 
     Returns:
@@ -262,18 +289,18 @@ def soft_linear_dfrac(
     """
     op = "soft_linear_dfrac"
     registry.require_given(op, grad_output=grad_output, x=x, q_down=q_down, scale=scale)
-    registry.require_tensors(op, table=table)
+    registry.require_tensors(op, table=table, g_idx=g_idx)
     for name, tensor in (("grad_output", grad_output), ("x", x)):
         registry.require(tensor.dim() >= 1, op, name, "have at least dimensions", 1, tensor.dim())
     shape = (grad_output.shape[-1], x.shape[-1])
-    registry.require_grid(op, q_down, scale, None, table, shape, num_bits, group_size)
+    registry.require_grid(op, q_down, scale, None, table, shape, num_bits, group_size, g_idx=g_idx)
     check_pair(op, grad_output, x, *shape)
     registry.require_device(op, q_down, grad_output=grad_output, x=x)
     flat_y, flat_x = reference.tokens(grad_output), reference.tokens(x)
     if _choose(op, impl, strategy, x) == "reference":
         whole = reference.weight_gradient(flat_y, flat_x)
-        return reference.frac_gradient(whole, q_down, scale, table, group_size)
+        return reference.frac_gradient(whole, q_down, scale, table, group_size, g_idx)
     out: Tensor = dfrac_op(
-        flat_y, flat_x, q_down, scale, table, num_bits, group_size, accumulate_dtype(x), strategy
+        flat_y, flat_x, q_down, scale, table, num_bits, group_size, accumulate_dtype(x), strategy, g_idx
     )
     return out

@@ -2,7 +2,7 @@
 """One block on the solver's state: its quantized nn.Linear layers run as `soft_linear` on codes, frac and scale.
 
 Backward gives the block's input gradient and, per layer, dY^T x in float32 (never rounded to 16 bits), d frac, or the
-projected step at once. Weights that `soft_linear` cannot take (convolutions, fused experts, other grids) stay dense.
+projected step at once. Weights that `soft_linear` cannot take (convolutions, fused experts) stay dense.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from discquant.grids import Grid, UniformGrid
+from discquant.grids import AffineGrid, Grid, UniformGrid
 from discquant.ops import (
     soft_linear,
     soft_linear_dfrac,
@@ -35,20 +35,29 @@ By = Literal["weight", "frac"]
 
 
 def grid_arguments(grid: Grid, frac: Tensor) -> dict[str, Any] | None:
-    """Return scale, zero_point, table, num_bits and group_size of a grid as `soft_linear` takes them, or None.
+    """Return what `soft_linear` takes of a grid, by argument, or None.
 
-    None where the op would not give the served bits at frac 0 and 1 (affine grids, scattered groups).
+    None where the op would not give the served bits at frac 0 and 1: positions in float64 on a scale whose products are
+    served in float32, and grids of another package.
     """
-    wide_scale = frac.dtype == torch.float64 and grid.scale.dtype not in _SHORT
-    plain = isinstance(grid, UniformGrid) and grid.g_idx is None
-    if wide_scale or not (plain or grid.table is not None):
+    scale, minimum, g_idx = grid.scale, None, None
+    if isinstance(grid, AffineGrid):
+        # Its levels are rounded to `compute` whatever the positions are.
+        scale, minimum = grid.in_compute()
+    elif frac.dtype == torch.float64 and scale.dtype not in _SHORT:
+        return None
+    elif isinstance(grid, UniformGrid):
+        g_idx = grid.g_idx
+    elif grid.table is None:
         return None
     return {
-        "scale": grid.scale.float() if grid.scale.dtype == torch.float16 else grid.scale,
+        "scale": scale.float() if minimum is None and scale.dtype == torch.float16 else scale,
         "zero_point": grid.zero_point,
         "table": grid.table,
         "num_bits": grid.num_bits,
         "group_size": grid.group_size,
+        "minimum": minimum,
+        "g_idx": g_idx,
     }
 
 
@@ -155,7 +164,7 @@ class SoftLayer:
         if owner.by == "weight":
             found = weight_gradient(_rows(grad_output), _rows(x))
         else:
-            args = {k: self.grid[k] for k in ("scale", "num_bits", "group_size", "table")}
+            args = {k: self.grid[k] for k in ("scale", "num_bits", "group_size", "table", "g_idx")}
             found = soft_linear_dfrac(grad_output, x, self.state.q_down, **args, impl=owner.impl)
         self.grad = found if self.grad is None else self.grad.add_(found)
 

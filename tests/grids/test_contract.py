@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -121,6 +122,44 @@ def test_soft_weight_at_the_ends_is_served(grid: Grid, kind: torch.dtype) -> Non
         frac = torch.full((ROWS, COLUMNS), end * top).to(kind)
         for dtype, codes in ((torch.float32, q_down), (torch.bfloat16, packed), (torch.float16, q_down)):
             assert torch.equal(grid.soft_weight(codes, frac, dtype), grid.dequantize(q_down + end, dtype))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("compute", [torch.float32, torch.float16, torch.bfloat16])
+def test_affine_weights_of_the_op_are_the_grids_own(compute: torch.dtype, kind: torch.dtype) -> None:
+    """The op gives the bits of interpolating between what `dequantize` gives, as every grid may do."""
+    stored = torch.float16 if compute == torch.float32 else compute
+    for bits, group in ((4, 32), (8, -1), (3, 96)):
+        groups = 1 if group == -1 else -(-COLUMNS // group)
+        grid = AffineGrid(bits, group, _signed(groups, stored), torch.randn(ROWS, groups).to(stored), compute)
+        q_down = torch.randint(0, grid.max_code, (ROWS, COLUMNS), dtype=torch.uint8)
+        places = torch.rand(ROWS, COLUMNS)
+        places[:, ::5], places[:, 1::5] = 0, 1
+        frac = (places * 255).to(kind) if kind == torch.uint8 else places.to(kind)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            expected = Grid.soft_weight(grid, q_down, frac, dtype)
+            assert torch.equal(grid.soft_weight(q_down, frac, dtype), expected)
+        teacher = torch.randint(0, 256, (ROWS, COLUMNS), dtype=torch.uint8)
+        found, expected = (
+            make(q_down, teacher, torch.float32, is_reference=True)
+            for make in (grid.soft_weight, functools.partial(Grid.soft_weight, grid))
+        )
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["act-order", "act-order symmetric"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
+def test_act_order_is_a_scale_per_column(name: str, kind: torch.dtype) -> None:
+    """The bits of a grid that holds every column's own scale and zero point."""
+    grid = MADE[name]()
+    assert isinstance(grid, UniformGrid) and grid.g_idx is not None
+    columns = grid.g_idx.long()
+    zero = None if grid.zero_point is None else grid.zero_point[:, columns]
+    wide = UniformGrid(grid.num_bits, 1, grid.symmetric, grid.scale[:, columns], zero)
+    q_down = torch.randint(0, grid.max_code, (ROWS, COLUMNS), dtype=torch.uint8)
+    frac = torch.rand(ROWS, COLUMNS) if kind == torch.float32 else q_down * 10
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(grid.soft_weight(q_down, frac, dtype), wide.soft_weight(q_down, frac, dtype))
 
 
 def test_neighbours_bracket_and_position_reproduces(grid: Grid) -> None:

@@ -112,10 +112,44 @@ def weights() -> None:
             print(where)
 
 
+def other_weights() -> None:
+    """Floating minimums, levels rounded to each dtype, and indexed groups, entries that name none included."""
+    grids = itertools.product(
+        ((8, 512), (9, 300)), (True, False), (torch.float32, torch.bfloat16, torch.float16, None)
+    )
+    for number, ((rows, cols), packed, minimum) in enumerate(grids):
+        torch.manual_seed(number)
+        codes = torch.arange(rows * cols, dtype=torch.int32).view(rows, cols)
+        q = (codes % 15).to(torch.uint8)
+        q_down = (q[:, ::2] | q[:, 1::2] << 4).contiguous() if packed else q
+        frac = (codes * 7919 % 256).to(torch.uint8)
+        groups = -(-cols // 64)
+        scale = torch.randn(rows, groups).to(minimum or torch.float32)
+        indexed = minimum is None or number % 2 == 0
+        further = {
+            "minimum": None if minimum is None else torch.randn(rows, groups).to(minimum),
+            "g_idx": torch.randint(-2, groups + 2, (cols,), dtype=torch.int32) if indexed else None,
+        }
+        for dtype in (torch.float32, torch.bfloat16):
+            found = soft_weight_fwd(
+                q_down, frac, scale, None, None, 4, 64, dtype, False, False, *further.values()
+            )
+            inside = None if further["g_idx"] is None else further["g_idx"].clamp(0, groups - 1)
+            wanted = soft_weight(
+                q_down, frac, scale, num_bits=4, group_size=64, minimum=further["minimum"], g_idx=inside, dtype=dtype,
+                impl="reference",
+            )  # fmt: skip
+            differ = (found != wanted).nonzero()
+            where = f"weight {rows} x {cols}, packed {packed}, minimum {minimum}, indexed {indexed}, {dtype}"
+            assert not len(differ), f"{where}: {len(differ)} differ, first at {differ[0].tolist()}"
+            print(where)
+
+
 def main() -> None:
     """Both kernels."""
     JITFunction.run = _run
     weights()
+    other_weights()
     steps()
 
 

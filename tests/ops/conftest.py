@@ -35,6 +35,12 @@ class GridTensors(NamedTuple):
     zero_point: Tensor | None
     table: Tensor | None
     codes: Tensor
+    minimum: Tensor | None = None
+    g_idx: Tensor | None = None
+
+    def further(self) -> dict[str, Tensor | None]:
+        """Optional arguments by name, but for the table."""
+        return {"minimum": self.minimum, "g_idx": self.g_idx}
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +100,8 @@ def make_grid(device: torch.device) -> Callable[..., GridTensors]:
         packed: bool = False,
         zero: bool = False,
         table: bool = False,
+        minimum: torch.dtype | None = None,
+        index: bool = False,
     ) -> GridTensors:
         rows, cols = shape
         groups = 1 if group_size == -1 else max(1, -(-cols // group_size))
@@ -113,7 +121,15 @@ def make_grid(device: torch.device) -> Callable[..., GridTensors]:
             torch.randint(0, 2**num_bits, (rows, groups), dtype=torch.uint8) if zero else None,
             torch.sort(torch.randn(2**num_bits, dtype=torch.float64)).values.to(scale) if table else None,
             codes,
+            None,
+            None,
         ]
+        if minimum is not None:
+            # In float64 nothing shall be rounded.
+            narrow = torch.float64 if scale == torch.float64 else minimum
+            made[6] = torch.randn(rows, groups, dtype=torch.float64).to(narrow)
+        if index:
+            made[7] = torch.randint(0, groups, (cols,), dtype=torch.int32)
         return GridTensors(*(None if t is None else t.to(device) for t in made))
 
     return make

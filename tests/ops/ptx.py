@@ -127,6 +127,21 @@ def _short(bits: Any) -> Any:
     return np.where(nan, np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
+def _narrow(value: Any, kind: str) -> Any:
+    """float32 to the bits of bfloat16 or float16, to nearest even."""
+    if kind.startswith("bf16"):
+        return _short(value.view(np.uint32))
+    with np.errstate(over="ignore"):
+        return value.astype(np.float16).view(np.uint16)
+
+
+def _wide(bits: Any, kind: str) -> Any:
+    """The float32 of bfloat16's or float16's bits."""
+    if kind.startswith("bf16"):
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.view(np.float16).astype(np.float32)
+
+
 def _dp4a(a: Any, b: Any, c: Any) -> Any:
     for shift in (np.uint32(0), np.uint32(8), np.uint32(16), np.uint32(24)):
         c = c + ((a >> shift) & np.uint32(255)) * ((b >> shift) & np.uint32(255))
@@ -294,13 +309,18 @@ class Block:
         parts = name.split(".")
         if name in FLOAT:
             return FLOAT[name](*(self.value(o, np.float32) for o in operands)).astype(np.float32)
-        if parts[0] == "cvt" and parts[1] == "rn" and parts[2].startswith("bf16"):
+        if parts[0] == "cvt" and parts[1] == "rn" and parts[2].startswith(("bf16", "f16")):
             assert parts[3] == "f32"
             # The first of two is the upper half.
-            halves = [_short(self.value(o, np.uint32)) for o in operands]
+            halves = [_narrow(self.value(o, np.float32), parts[2]) for o in operands]
             return halves[0] if len(halves) == 1 else halves[0].astype(np.uint32) << np.uint32(16) | halves[1]
         if parts[0] == "cvt":
             return self._convert(parts, operands[0])
+        if name.startswith("add.rn.") and "16" in parts[-1]:
+            width = np.uint32 if parts[-1].endswith("x2") else np.uint16
+            left, right = (_wide(self.value(o, width).view(np.uint16), parts[-1]) for o in operands)
+            # A float32 sum rounded again is the sum rounded once: 24 bits are twice 11 and two more.
+            return _narrow(left + right, parts[-1]).view(width)
         if name.endswith(".pred"):
             given = [self.value(o, np.uint32) != 0 for o in operands]
             return {"mov": lambda a: a, "not": np.invert, "and": np.logical_and, "or": np.logical_or,
@@ -344,12 +364,12 @@ class Block:
 
     def _convert(self, parts: list[str], operand: str) -> Any:
         target, source = parts[-2], parts[-1]
-        types = {"f32": np.float32, "bf16": np.uint16, "b64": np.uint64}
+        types = {"f32": np.float32, "bf16": np.uint16, "f16": np.uint16, "b64": np.uint64}
         for bits in ("8", "16", "32", "64"):
             types |= {f"u{bits}": WIDTHS[bits], f"s{bits}": np.dtype(f"int{bits}").type}
         value = self.value(operand, types[source])
-        if source == "bf16":
-            return (value.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if source in ("bf16", "f16"):
+            return _wide(value, source)
         if parts[1] == "rmi":
             # Saturates, NaN becomes 0, and an 8-bit result fills the 32-bit register.
             limits = np.iinfo(types[target])

@@ -89,6 +89,39 @@ def test_codes_past_the_table(make_grid, assert_equal, device):
             soft_weight(codes, grid.frac, grid.scale, **common, impl="reference")
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_groups_that_are_not_there(dtype, make_grid, assert_equal, device):
+    """Kernels read the nearest group: what lies beside a scale is not the caller's. The reference refuses."""
+    grid = make_grid((ROWS, COLS), group_size=8, minimum=torch.float32, index=True)
+    index = grid.g_idx.to(dtype)
+    index[::3], index[1::5] = -1, 4
+    x = torch.linspace(-1, 1, TOKENS * COLS, device=device).view(TOKENS, COLS)
+    dy = torch.linspace(2, -1, TOKENS * ROWS, device=device).view(TOKENS, ROWS)
+    common: dict[str, Any] = {"num_bits": 4, "group_size": 8}
+
+    def results(g_idx: Tensor, **options: Any) -> list[Tensor]:
+        weight = {**common, "minimum": grid.minimum, "g_idx": g_idx}
+        found = [soft_weight(*grid[:3], **weight, impl=impl) for impl in options["impls"]]
+        for strategy in STRATEGIES:
+            kernel = {"strategy": strategy, "impl": "triton"}
+            found.append(soft_linear(x, *grid[:3], **weight, **kernel))
+            found.append(soft_linear_dx(dy, *grid[:3], **weight, **kernel))
+            found.append(soft_linear_dfrac(dy, x, grid.q_down, grid.scale, **common, g_idx=g_idx, **kernel))
+        return found
+
+    impls = ("triton", "cpp") if device.type == "cpu" else ("triton",)
+    for value, expected in zip(
+        results(index, impls=impls), results(index.clamp(0, 3), impls=impls), strict=True
+    ):
+        assert_equal(value, expected)
+    if device.type == "cpu":
+        for wrong in (-1, 4):
+            one = index.clamp(0, 3)
+            one[5] = wrong
+            with pytest.raises(IndexError):
+                soft_weight(*grid[:3], **common, g_idx=one, impl="reference")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_linear_kl_of_strided_inputs(dtype, assert_equal, device):
     student, teacher = torch.randn(2, 7, 12, dtype=dtype, device=device)

@@ -28,7 +28,8 @@ KERNELS = {
 # Instructions per element of the step on 8-bit state with a float32 gradient, sm_90; measured before: 85, 95 and 129 at
 # 0.63, 0.58 and 0.49 of copy bandwidth (benchmarks/results/step_instructions.csv).
 STEP_LIMITS = {"momentum": 50.0, "lion": 55.0, "adamw": 74.0}
-
+# Kinds of grids by the names of cases: uniform, look-up table, floating minimum, index of groups.
+GRIDS = ("", "-table", "-min-bf16", "-index-zero")
 
 # Of making a weight from 8-bit places on 4-bit codes: with masks in every tile and slow conversions 23 and 24, and 0.88
 # of copy bandwidth.
@@ -71,14 +72,10 @@ def test_default_cases_hold_what_is_chosen():
     chosen = set()
     for key, device in load().items():
         for stage, kernel in (("forward", "fwd"), ("dx", "dx")):
-            for rule, cols, table in itertools.product(device.rules[stage], (4096, 4095), (False, True)):
-                tile = fitting_tile(rule.tile, cols, table)
-                name = (
-                    ("u8-ragged-table" if table else "u8-ragged")
-                    if cols % 16
-                    else "u8-g64" + "-table" * table
-                )
-                chosen.add((f"soft_linear_{kernel}/{name}-{tile}", key))
+            for rule, cols, kind in itertools.product(device.rules[stage], (4096, 4095), GRIDS):
+                tile = fitting_tile(rule.tile, cols, kind == "-table", kind.startswith("-index"))
+                plain = "u8-ragged" if cols % 16 else "u8" if kind.startswith("-index") else "u8-g64"
+                chosen.add((f"soft_linear_{kernel}/{plain}{kind}-{tile}", key))
         states = [
             ("", True),
             ("-table", False),

@@ -28,7 +28,17 @@ CASES: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "no-tokens": ((0, 8, 16), {"group_size": -1}),
     "gather": ((3, 17, 100), {"group_size": 48, "zero": True}),
     "many-tiles": ((70, 66, 40), {"group_size": -1, "packed": True}),
+    "minimum": ((5, 19, 72), {"group_size": 16, "minimum": torch.float32, "packed": True}),
+    "minimum-bfloat": ((3, 17, 40), {"group_size": 16, "minimum": torch.bfloat16}),
+    "minimum-half": ((3, 9, 33), {"group_size": -1, "minimum": torch.float16, "packed": True}),
+    "index": ((5, 18, 70), {"group_size": 32, "index": True, "zero": True}),
+    "index-minimum": ((3, 7, 40), {"group_size": 16, "index": True, "minimum": torch.bfloat16}),
 }
+# One small grid of each kind.
+KINDS: dict[str, dict[str, Any]] = {
+    "uniform": {"zero": True}, "table": {"table": True}, "minimum": {"minimum": torch.float32},
+    "index": {"index": True, "zero": True},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -49,7 +59,8 @@ def test_matches_oracle(name, dtype, strategy, make_grid, assert_close, device):
     results = {}
     for key in ("triton", "reference", "oracle"):
         wide = key == "oracle"
-        tensors = [t.double() if wide and t is not None and t.is_floating_point() else t for t in grid[:5]]
+        tensors = [t.double() if wide and t is not None and t.is_floating_point() else t for t in grid]
+        further = type(grid)(*tensors).further()
         leaves = [
             t.double().requires_grad_() if wide else t.detach().clone().requires_grad_()
             for t in (x, tensors[1], bias)
@@ -57,14 +68,16 @@ def test_matches_oracle(name, dtype, strategy, make_grid, assert_close, device):
         if wide and dtype == torch.float16:
             # The weight that meets x is rounded to x.dtype by definition: the oracle takes the same weight.
             options = {"num_bits": 4, "group_size": case["group_size"], "impl": "reference"}
-            weight = soft_weight(*grid[:4], **options, table=grid.table, dtype=dtype).double()
+            weight = soft_weight(
+                *grid[:4], **options, table=grid.table, **grid.further(), dtype=dtype
+            ).double()
             # Its rounding passes the gradient of frac on unchanged.
-            exact = soft_weight(tensors[0], leaves[1], *tensors[2:4], **options, table=tensors[4])
+            exact = soft_weight(tensors[0], leaves[1], *tensors[2:4], **options, table=tensors[4], **further)
             out = leaves[0] @ (exact + (weight - exact).detach()).t() + leaves[2]
         else:
             out = soft_linear(
                 leaves[0], tensors[0], leaves[1], tensors[2], tensors[3], leaves[2], num_bits=4,
-                group_size=case["group_size"], table=tensors[4], strategy=strategy,
+                group_size=case["group_size"], table=tensors[4], **further, strategy=strategy,
                 impl="reference" if wide else key,
             )  # fmt: skip
         grads = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
@@ -81,16 +94,16 @@ def test_matches_oracle(name, dtype, strategy, make_grid, assert_close, device):
 
 
 @pytest.mark.parametrize("strategy", DOUBLE_STRATEGIES)
-@pytest.mark.parametrize("table", [False, True])
-def test_gradcheck(strategy, table, make_grid, device):
-    grid = make_grid((3, 5), frac=torch.float64, scale=torch.float64, group_size=2, table=table)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(strategy, kind, make_grid, device):
+    grid = make_grid((3, 5), frac=torch.float64, scale=torch.float64, group_size=2, **KINDS[kind])
     frac = (grid.frac * 0.9).requires_grad_()
     x = torch.randn(2, 5, dtype=torch.float64, device=device, requires_grad=True)
     bias = torch.randn(3, dtype=torch.float64, device=device, requires_grad=True)
 
     def layer(x, frac, bias):
         return soft_linear(
-            x, grid.q_down, frac, grid.scale, None, bias, num_bits=4, group_size=2, table=grid.table,
+            x, grid.q_down, frac, *grid[2:4], bias, num_bits=4, group_size=2, table=grid.table, **grid.further(),
             strategy=strategy, impl="triton",
         )  # fmt: skip
 
@@ -176,11 +189,11 @@ def test_no_features(shape, strategy, impl, make_grid, device):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_gradient_ops_equal_autograd(strategy, table, impl, make_grid, device):
+def test_gradient_ops_equal_autograd(strategy, kind, impl, make_grid, device):
     """soft_linear_dx and soft_linear_dfrac give the bits that autograd through soft_linear gives."""
-    grid = make_grid((19, 48), group_size=16, packed=True, table=table, zero=not table)
+    grid = make_grid((19, 48), group_size=16, packed=True, **KINDS[kind])
     x = torch.randn(2, 5, 48, device=device, requires_grad=True)
     grad_output = torch.randn(2, 5, 19, device=device)
     frac = grid.frac.clone().requires_grad_()
@@ -191,14 +204,27 @@ def test_gradient_ops_equal_autograd(strategy, table, impl, make_grid, device):
         "strategy": strategy,
         "impl": impl,
     }
-    y = soft_linear(x, grid.q_down, frac, grid.scale, grid.zero_point, **kwargs)
+    y = soft_linear(x, grid.q_down, frac, grid.scale, grid.zero_point, **kwargs, **grid.further())
     dx, dfrac = torch.autograd.grad(y, (x, frac), grad_output)
-    assert torch.equal(soft_linear_dx(grad_output, *grid[:4], **kwargs), dx)
-    found = soft_linear_dfrac(grad_output, x.detach(), grid.q_down, grid.scale, **kwargs)
+    assert torch.equal(soft_linear_dx(grad_output, *grid[:4], **kwargs, **grid.further()), dx)
+    found = soft_linear_dfrac(grad_output, x.detach(), grid.q_down, grid.scale, **kwargs, g_idx=grid.g_idx)
     if impl == "triton":
         assert torch.equal(found, dfrac)
     else:  # the product by the gap and the sum over tokens round in another order
         assert (found - dfrac).abs().max() <= 64 * torch.finfo(torch.float32).eps * dfrac.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["minimum", "index"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_end_points_of_other_grids(strategy, kind, make_grid, device):
+    """frac 0 and 1 give a layer on the served weights of the neighbouring codes, bit for bit."""
+    grid = make_grid((5, 32), frac=torch.uint8, group_size=16, packed=True, **KINDS[kind])
+    x = torch.eye(32, device=device)
+    kwargs: dict[str, Any] = {"num_bits": 4, "group_size": 16, **grid.further()}
+    for value in (0, 255):
+        frac = torch.full_like(grid.frac, value)
+        y = soft_linear(x, grid.q_down, frac, *grid[2:4], **kwargs, strategy=strategy, impl="triton")
+        assert torch.equal(y.t(), soft_weight(grid.q_down, frac, *grid[2:4], **kwargs, impl="reference"))
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
@@ -216,6 +242,22 @@ def test_teacher_from_the_state(strategy, storage, make_grid, assert_close, devi
     oracle = x.double() @ (steps * (grid.codes.double() - zeros + (codes.double() - 63) / 126)).t()
     baseline = soft_linear(x, *args, **kwargs, impl="reference")
     assert_close(soft_linear(x, *args, **kwargs, strategy=strategy, impl="triton"), oracle, baseline)
+
+
+@pytest.mark.parametrize("kind", ["minimum", "index"])
+def test_other_grids_are_deterministic(kind, make_grid, device):
+    grid = make_grid((33, 64), frac=torch.uint8, **KINDS[kind])
+    x, dy = torch.randn(20, 64, device=device), torch.randn(20, 33, device=device)
+    kwargs: dict[str, Any] = {"num_bits": 4, "group_size": 32, "strategy": "fused", "impl": "triton"}
+    runs = [
+        (
+            soft_linear(x, *grid[:4], **kwargs, **grid.further()),
+            soft_linear_dx(dy, *grid[:4], **kwargs, **grid.further()),
+            soft_linear_dfrac(dy, x, grid.q_down, grid.scale, **kwargs, g_idx=grid.g_idx),
+        )
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_deterministic(make_grid, device):

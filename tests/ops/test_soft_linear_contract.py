@@ -30,6 +30,14 @@ def test_opcheck(permuted, make_grid, device):
         )
         check(OPS.soft_linear_dx.default, (y, *weight, 4, 16, False, strategy))
         check(OPS.soft_linear_dfrac.default, (y, x, q_down, grid.scale, None, 4, 16, torch.float32, strategy))
+    other = make_grid((6, 32), group_size=16, minimum=torch.float32, index=True)
+    weight, further = (q_down, frac, other.scale, None, None), (other.minimum, other.g_idx)
+    check(OPS.soft_linear_fwd.default, (x, *weight, None, 4, 16, False, "fused", *further))
+    check(OPS.soft_linear_dx.default, (y, *weight, 4, 16, False, "fused", *further))
+    check(
+        OPS.soft_linear_dfrac.default,
+        (y, x, q_down, other.scale, None, 4, 16, torch.float32, "fused", other.g_idx),
+    )
     codes = torch.randint(0, 256, (2, 6, 32), dtype=torch.uint8, device=device)
     options = flatten_options(StepOptions(optimizer="sgd"))
     state = (codes[0], codes[1], grid.scale, None, None)
@@ -38,14 +46,16 @@ def test_opcheck(permuted, make_grid, device):
     check(OPS.soft_linear_step_.default, (y, x, *state, q_down, table, 16, *options))
 
 
+@pytest.mark.parametrize("kind", [{}, {"minimum": torch.float32, "index": True}])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_compile(strategy, make_grid, device):
-    grid = make_grid((6, 32), group_size=16)
+def test_compile(strategy, kind, make_grid, device):
+    grid = make_grid((6, 32), group_size=16, **kind)
 
     def layer(x, frac):
         return soft_linear(
-            x, grid.q_down, frac, grid.scale, num_bits=4, group_size=16, strategy=strategy, impl="triton"
-        ).relu()
+            x, grid.q_down, frac, grid.scale, num_bits=4, group_size=16, **grid.further(), strategy=strategy,
+            impl="triton",
+        ).relu()  # fmt: skip
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (4, 9):
@@ -90,6 +100,14 @@ def test_rejects_bad_input(make_grid, device):
         (NotImplementedError, "soft_linear: impl must cover these arguments = cpp", {"impl": "cpp"}),
         (NotImplementedError, "soft_linear: scale must be a constant = requires_grad False, got True",
          {"scale": grid.scale.clone().requires_grad_()}),
+        (NotImplementedError, "soft_linear: minimum must be a constant = requires_grad False, got True",
+         {"minimum": grid.scale.clone().requires_grad_()}),
+        (ValueError, "soft_linear: zero_point must with a minimum be = None, got a Tensor",
+         {"minimum": grid.scale, "zero_point": grid.scale}),
+        (ValueError, r"soft_linear: minimum must have the shape of scale = \[4, 2\], got \[3, 2\]",
+         {"minimum": grid.scale[1:]}),
+        (ValueError, "soft_linear: g_idx must have a dtype of = .* got torch.float32", {"g_idx": x[0]}),
+        (ValueError, r"soft_linear: g_idx must have shape = \[64\], got \[4, 64\]", {"g_idx": grid.q_down}),
     ]  # fmt: skip
     for error, message, change in bad:
         with pytest.raises(error, match=message):
@@ -112,6 +130,10 @@ def test_gradient_ops_reject_bad_input(make_grid, device):
          {"x": x.half()}),
         (soft_linear_dfrac, ValueError, "soft_linear_dfrac: scale must have shape", {"scale": grid.scale[:3]}),
         (soft_linear_dfrac, TypeError, "soft_linear_dfrac: x must be of type = Tensor, got list", {"x": [1.0]}),
+        (soft_linear_dfrac, ValueError, r"soft_linear_dfrac: g_idx must have shape = \[64\], got \[3, 64\]",
+         {"g_idx": x}),
+        (soft_linear_dx, ValueError, "soft_linear_dx: table must with a minimum be = None, got a Tensor",
+         {"minimum": grid.scale, "table": x[0, :16]}),
     ]  # fmt: skip
     for op, error, message, change in bad:
         inputs = {"grad_output": dy, "q_down": grid.q_down, "scale": grid.scale}

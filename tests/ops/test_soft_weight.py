@@ -17,7 +17,7 @@ from discquant.ops.reference import soft_weight as reference
 from discquant.ops.reference.projected_step import decode_frac_ref
 
 OP = torch.ops.discquant.soft_weight.default
-CPP = torch.ops.discquant.soft_weight_cpp_.default
+CPP = torch.ops.discquant.soft_weight_cpp2_.default
 BWD = torch.ops.discquant.soft_weight_bwd.default
 CASES = {
     "aligned": ((16, 256), {"group_size": 64}),
@@ -30,11 +30,25 @@ CASES = {
     "row": ((3, 70), {"group_size": -1, "packed": True}),
     "three-bits": ((4, 64), {"group_size": 32, "num_bits": 3, "zero": True}),
     "table-packed": ((3, 40), {"group_size": 16, "table": True, "packed": True}),
+    "minimum": ((9, 72), {"group_size": 16, "minimum": torch.float32, "packed": True}),
+    "minimum-bfloat": ((4, 70), {"group_size": -1, "minimum": torch.bfloat16, "num_bits": 8}),
+    "minimum-half": ((5, 61), {"group_size": 24, "minimum": torch.float16}),
+    "index": ((6, 130), {"group_size": 32, "index": True, "zero": True}),
+    "index-packed": ((3, 45), {"group_size": 16, "index": True, "packed": True}),
+    "index-minimum": ((3, 64), {"group_size": 16, "index": True, "minimum": torch.bfloat16}),
+    "index-table": ((3, 33), {"group_size": 16, "index": True, "table": True}),
 }
+# One small grid of each kind.
+KINDS: dict[str, dict[str, Any]] = {
+    "uniform": {"zero": True}, "table": {"table": True}, "minimum": {"minimum": torch.float32},
+    "index": {"index": True, "zero": True},
+}  # fmt: skip
 
 
-def _options(case: dict[str, Any]) -> dict[str, Any]:
-    return {"num_bits": case.get("num_bits", 4), "group_size": case["group_size"]}
+def _options(case: dict[str, Any], grid: Any) -> dict[str, Any]:
+    return {
+        "num_bits": case.get("num_bits", 4), "group_size": case["group_size"], "table": grid.table, **grid.further(),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", ["triton", "cpp"])
@@ -46,7 +60,7 @@ def test_equals_reference(name, frac, impl, make_grid, assert_equal, device):
         pytest.skip("cpp is for CPU tensors")
     shape, case = CASES[name]
     grid = make_grid(shape, frac=frac, **case)
-    args, options = grid[:4], {**_options(case), "table": grid.table}
+    args, options = grid[:4], _options(case, grid)
     assert_equal(
         soft_weight(*args, **options, impl=impl), soft_weight(*args, **options, impl="reference"), name
     )
@@ -61,10 +75,10 @@ def test_matches_oracle(name, dtype, make_grid, assert_close):
     grid = make_grid(shape, frac=scale, scale=scale, **case)
     results = {}
     for impl, wide in (("triton", False), ("reference", False), ("oracle", True)):
-        tensors = [t.double() if wide and t is not None and t.is_floating_point() else t for t in grid[:5]]
+        tensors = [t.double() if wide and t is not None and t.is_floating_point() else t for t in grid]
         tensors[1] = tensors[1].detach().requires_grad_()
         out = soft_weight(
-            *tensors[:4], table=tensors[4], **_options(case), dtype=torch.float64 if wide else dtype,
+            *tensors[:4], **_options(case, type(grid)(*tensors)), dtype=torch.float64 if wide else dtype,
             impl="reference" if wide else impl,
         )  # fmt: skip
         weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view_as(out)
@@ -74,20 +88,34 @@ def test_matches_oracle(name, dtype, make_grid, assert_close):
         assert_close(results["triton"][i], results["oracle"][i], results["reference"][i], what)
 
 
-@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transpose", [False, True])
-def test_gradcheck(table, transpose, make_grid):
-    grid = make_grid((5, 19), frac=torch.float64, scale=torch.float64, group_size=8, table=table)
+def test_gradcheck(kind, transpose, make_grid):
+    grid = make_grid((3, 11), frac=torch.float64, scale=torch.float64, group_size=8, **KINDS[kind])
     # Away from frac = 1, where a table's upper level is taken as it is.
     frac = (grid.frac * 0.9).requires_grad_()
 
     def weight(position):
         return soft_weight(
-            grid.q_down, position, grid.scale, table=grid.table, num_bits=4, group_size=8, transpose=transpose,
-            impl="triton",
+            grid.q_down, position, *grid[2:4], table=grid.table, **grid.further(), num_bits=4, group_size=8,
+            transpose=transpose, impl="triton",
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(weight, (frac,))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("minimum", [torch.float32, torch.bfloat16])
+def test_gradient_passes_the_rounding_of_levels(minimum, impl, make_grid, assert_equal):
+    """Gradient of frac is the step itself, also at both ends, where neighbouring levels round to one number."""
+    grid = make_grid((3, 32), minimum=minimum, num_bits=8, group_size=16)
+    scale = grid.scale * 1e-3
+    frac = torch.linspace(0, 1, 96, device=scale.device).view(3, 32).requires_grad_()
+    out = soft_weight(
+        grid.q_down, frac, scale, minimum=grid.minimum, num_bits=8, group_size=16, dtype=torch.float32, impl=impl
+    )  # fmt: skip
+    out.sum().backward()
+    assert_equal(frac.grad, scale.repeat_interleave(16, dim=1))
 
 
 def test_grad_subsets(make_grid):
@@ -102,6 +130,9 @@ def test_grad_subsets(make_grid):
         tensors[name] = tensors[name].clone().requires_grad_()
         with pytest.raises(NotImplementedError, match=f"soft_weight: {name} must be a constant"):
             soft_weight(grid.q_down, frac, tensors["scale"], table=tensors["table"], **kwargs)
+    minimum = grid.scale.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="soft_weight: minimum must be a constant"):
+        soft_weight(grid.q_down, frac, grid.scale, minimum=minimum, **kwargs)
 
 
 @pytest.mark.parametrize("frac", [torch.float32, torch.uint8, torch.float64])
@@ -117,34 +148,48 @@ def test_opcheck(frac, permuted, make_grid):
     )
     gradient = torch.randn(6, 40, device=q_down.device, dtype=scale)
     torch.library.opcheck(BWD, (gradient, q_down, grid.scale, None, 4, 16, scale))
+    if frac == torch.float32:
+        other = make_grid((6, 40), group_size=16, minimum=torch.bfloat16, index=True)
+        further = (other.minimum, other.g_idx)
+        torch.library.opcheck(
+            OP, (q_down, position, other.scale, None, None, 4, 16, scale, False, False, *further)
+        )
+        torch.library.opcheck(BWD, (gradient, q_down, other.scale, None, 4, 16, scale, other.g_idx))
 
 
-@pytest.mark.parametrize("case", [{"zero": True, "packed": True}, {"table": True}])
+@pytest.mark.parametrize(
+    "case", [{"zero": True, "packed": True}, {"table": True}, {"minimum": torch.float32, "index": True}]
+)
 def test_opcheck_cpp(case, make_grid):
     """The C++ operator, where it is built; it fills the tensor that it is given."""
-    if registry.cpp_problem(torch.device("cpu"), "soft_weight_cpp_") is not None:
+    if registry.cpp_problem(torch.device("cpu"), "soft_weight_cpp2_") is not None:
         return
     grid = make_grid((6, 40), frac=torch.uint8, group_size=16, **case)
-    weight = [None if tensor is None else tensor.cpu() for tensor in grid[:5]]
+    weight, further = (
+        [None if tensor is None else tensor.cpu() for tensor in tensors] for tensors in (grid[:5], grid[6:])
+    )
     for transpose in (False, True):
         out = torch.empty((40, 6) if transpose else (6, 40))
-        torch.library.opcheck(CPP, (out, *weight, 4, 16, False, transpose))
+        torch.library.opcheck(CPP, (out, *weight, 4, 16, False, transpose, *further))
 
 
-def test_compile(make_grid, assert_equal):
+@pytest.mark.parametrize("kind", ["plain", "minimum", "index"])
+def test_compile(kind, make_grid, assert_equal):
     """One graph, also with sizes that vary."""
 
-    def weight(q_down, frac, scale):
-        return soft_weight(q_down, frac, scale, num_bits=4, group_size=16, impl="triton") * 2
+    def weight(q_down, frac, scale, further):
+        return soft_weight(q_down, frac, scale, **further, num_bits=4, group_size=16, impl="triton") * 2
 
     compiled = torch.compile(weight, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((4, 64), (9, 48)):
-        grid = make_grid(shape, group_size=16)
+        grid = make_grid(
+            shape, group_size=16, minimum=torch.bfloat16 if kind == "minimum" else None, index=kind == "index"
+        )
         frac = grid.frac.clone().requires_grad_()
-        out = compiled(grid.q_down, frac, grid.scale)
-        assert_equal(out.detach(), weight(grid.q_down, grid.frac, grid.scale))
+        out = compiled(grid.q_down, frac, grid.scale, grid.further())
+        assert_equal(out.detach(), weight(grid.q_down, grid.frac, grid.scale, grid.further()))
         out.sum().backward()
-        assert_equal(frac.grad, (2 * grid.scale).repeat_interleave(16, dim=1))
+        assert_equal(frac.grad, reference.expand_groups(2 * grid.scale, 16, shape[1], grid.g_idx))
 
 
 def test_rejects_bad_input(make_grid):
@@ -267,6 +312,31 @@ def test_rejects_bad_input(make_grid):
             {**good, "impl": "cuda"},
         ),
     ]
+    other = grid.scale.clone()
+    index = torch.zeros(64, dtype=torch.int32, device=other.device)
+    for error, message, change in (
+        (TypeError, "soft_weight: minimum must be of type = Tensor, got float", {"minimum": 0.5}),
+        (TypeError, "soft_weight: g_idx must be of type = Tensor, got list", {"g_idx": [0]}),
+        (ValueError, r"soft_weight: minimum must have the shape of scale = \[4, 2\], got \[1, 2\]",
+         {"minimum": other[:1]}),
+        (ValueError, "soft_weight: minimum must have a dtype of = .* got torch.uint8", {"minimum": other.byte()}),
+        (ValueError, "soft_weight: zero_point must with a minimum be = None, got a Tensor",
+         {"minimum": other, "zero_point": other}),
+        (ValueError, "soft_weight: table must with a minimum be = None, got a Tensor",
+         {"minimum": other, "table": torch.zeros(16, device=other.device)}),
+        (ValueError, "soft_weight: minimum must be on the device = .*, got meta", {"minimum": other.to("meta")}),
+        (NotImplementedError, "soft_weight: minimum must be a constant = requires_grad False, got True",
+         {"minimum": other.requires_grad_()}),
+        (ValueError, r"soft_weight: g_idx must have shape = \[64\], got \[63\]", {"g_idx": index[1:]}),
+        (ValueError, "soft_weight: g_idx must have a dtype of = .* got torch.uint8", {"g_idx": index.byte()}),
+        (ValueError, "soft_weight: g_idx must be on the device = .*, got meta", {"g_idx": index.to("meta")}),
+        (ValueError, r"soft_weight: scale must with g_idx have shape .* = \[4, 'at least 1'\], got \[4, 0\]",
+         {"g_idx": index, "scale": grid.scale[:, :0]}),
+        (ValueError, r"soft_weight: scale must with g_idx have shape .* = \[4, 'at least 1'\], got \[3, 2\]",
+         {"g_idx": index, "scale": grid.scale[1:]}),
+    ):  # fmt: skip
+        named = {"scale": grid.scale, **change}
+        bad.append((error, message, (grid.q_down, grid.frac), {**good, **named}))
     for error, message, args, kwargs in bad:
         with pytest.raises(error, match=message):
             soft_weight(*args, **{"impl": "triton", **kwargs})
@@ -331,6 +401,33 @@ def test_strides(make_grid, assert_equal):
     )
 
 
+def test_strides_of_a_minimum_and_an_index(make_grid, assert_equal):
+    """Each as it lies: the minimum in other strides than the scale, every other entry of an int64 index."""
+    grid = make_grid((6, 64), minimum=torch.float32, index=True)
+    options = {"num_bits": 4, "group_size": 32, "impl": "triton"}
+    expected = soft_weight(*grid[:3], **options, **grid.further())
+    turned = grid.minimum.t().contiguous().t()
+    index = torch.full((128,), -7, dtype=torch.int64, device=turned.device)
+    index[1::2] = grid.g_idx
+    assert_equal(soft_weight(*grid[:3], **options, minimum=turned, g_idx=index[1::2]), expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton", "auto"])
+@pytest.mark.parametrize("engine", [torch.float32, torch.float16, torch.bfloat16])
+def test_end_points_of_a_minimum(engine, impl, make_grid, assert_equal):
+    """frac 0 and 1 give scale * q + minimum as computed in the engine's own dtype, exactly."""
+    grid = make_grid((5, 64), minimum=engine, packed=True)
+    scale = grid.scale.to(engine)
+    step, minimum = (t.repeat_interleave(32, dim=1) for t in (scale, grid.minimum))
+    for value in (0, 1):
+        expected = (step * (grid.codes + value).to(engine) + minimum).float()
+        for dtype, top in ((torch.float32, 1), (torch.uint8, 255), (torch.bfloat16, 1)):
+            frac = torch.full_like(grid.frac, value * top).to(dtype)
+            kwargs = {"num_bits": 4, "group_size": 32, "minimum": grid.minimum, "dtype": torch.float32}
+            out = soft_weight(grid.q_down, frac, scale, **kwargs, impl=impl)
+            assert_equal(out, expected, f"{dtype} {value}")
+
+
 def test_every_group_mode(make_grid, assert_equal):
     """Group sizes that divide the tile, are divided by it, do neither, or exceed the row."""
     for cols, group_size in itertools.product((48, 97), (8, 16, 24, 32, 64, 1000)):
@@ -343,9 +440,11 @@ def test_every_group_mode(make_grid, assert_equal):
         )
 
 
-def test_deterministic(make_grid, assert_equal):
-    grid = make_grid((8, 96), frac=torch.uint8)
-    first, second = (soft_weight(*grid[:4], num_bits=4, group_size=32, impl="triton") for _ in range(2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic(kind, make_grid, assert_equal):
+    grid = make_grid((8, 96), frac=torch.uint8, **KINDS[kind])
+    options = _options({"group_size": 32}, grid)
+    first, second = (soft_weight(*grid[:4], **options, impl="triton") for _ in range(2))
     assert_equal(first, second)
 
 

@@ -162,10 +162,11 @@ def _kernels(stem: str) -> Any:
         return counts
 
     def soft_weight_fwd(q_down: Tensor, frac: Tensor, *args: Any) -> Tensor:
-        *grid, num_bits, group_size, dtype, is_reference, transpose = args
+        # The dispatcher leaves out a minimum and an index that are None.
+        *grid, num_bits, group_size, dtype, is_reference, transpose = args[:8]
         out = frac.new_empty(frac.shape[::-1] if transpose else frac.shape, dtype=dtype)
-        torch.ops.discquant.soft_weight_cpp_(
-            out, q_down, frac, *grid, num_bits, group_size, is_reference, transpose
+        torch.ops.discquant.soft_weight_cpp2_(
+            out, q_down, frac, *grid, num_bits, group_size, is_reference, transpose, *args[8:]
         )
         return out
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
 import weakref
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from discquant.config import GridConfig, SolverConfig
-from discquant.grids import Grid, place_grid
+from discquant.grids import AffineGrid, Grid, UniformGrid, place_grid
 from discquant.ops import StepOptions, projected_step_, soft_linear_step_, soft_linear_step_deferred_
 from discquant.ops.reference.soft_weight import expand_groups
 from discquant.solver.chain import BlockCall, Chain, DecoderChain, ModuleChain, Prepared
@@ -27,14 +28,34 @@ from discquant.solver.weight_ref import assemble
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _states(chain: Chain, state: str = "fp32", sym: bool = False) -> list[list[WeightState]]:
+def _grid_of(weight: Tensor, kind: str, sym: bool) -> Grid:
+    """A grid on a weight: uniform, with a minimum (levels in float32 or bfloat16), or of groups that a vector names."""
+    if kind == "act-order":
+        g_idx = torch.arange(weight.shape[1], device=weight.device) // 16
+        g_idx = g_idx[
+            torch.randperm(g_idx.numel(), generator=torch.Generator().manual_seed(3)).to(g_idx.device)
+        ]
+        grid = place_grid(weight[:, torch.argsort(g_idx, stable=True)], GridConfig(3, 16, sym))
+        assert isinstance(grid, UniformGrid)
+        return dataclasses.replace(grid, g_idx=g_idx)
+    grid = place_grid(weight, GridConfig(3, 16, sym))
+    if kind == "uniform":
+        return grid
+    assert grid.zero_point is not None
+    minimum = -(grid.zero_point * grid.scale)
+    return AffineGrid(3, 16, grid.scale, minimum, torch.float32 if kind == "affine" else torch.bfloat16)
+
+
+def _states(
+    chain: Chain, state: str = "fp32", sym: bool = False, kind: str = "uniform"
+) -> list[list[WeightState]]:
     generator = torch.Generator().manual_seed(7)
     made = []
     for refs in chain.weights:
         made.append([])
         for ref in refs:
             weight = ref.matrix()
-            grid = place_grid(weight, GridConfig(3, 16, sym))
+            grid = _grid_of(weight, kind, sym)
             start = torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight)
             made[-1].append(
                 WeightState(
@@ -96,14 +117,54 @@ def test_equals_the_dense_path_in_float64(
     _assert_near(found, expected, 1e-12)
 
 
+@pytest.mark.parametrize("state", ["fp32", "u8"])
+@pytest.mark.parametrize("kind", ["affine", "affine-bfloat", "act-order"])
+def test_other_grids_equal_the_dense_path_in_float64(
+    kind: str, state: str, make_model: Callable[..., Any], token_ids: Tensor
+) -> None:
+    """Floating minimums and scattered groups run on the state, too; the dense weights here need neither of the op."""
+    chain = _chain(make_model("llama"))
+    states = _states(chain, state, kind=kind)
+    batches = [chain.prepare(token_ids[:2].to(DEVICE))]
+    double = torch.float64
+
+    def dense(index: int) -> dict[str, Tensor]:
+        made = []
+        for held in states[index]:
+            grid = held.grid
+            if isinstance(grid, UniformGrid) and grid.g_idx is not None and grid.zero_point is not None:
+                # A scale for every column.
+                parts = (grid.scale[:, grid.g_idx], grid.zero_point[:, grid.g_idx])
+                grid = UniformGrid(3, 1, False, *parts)
+                made.append(grid.soft_weight(held.q_down, held.frac, double))
+            else:
+                made.append(Grid.soft_weight(grid, held.q_down, held.frac, double))
+        return assemble(chain.weights[index], made)
+
+    loss, expected = _gradients(chain, dense, batches)
+    soft = _soft(chain, states, double)
+    assert len(soft(0)) == 0, "a weight stayed dense"
+    value, found = _gradients(chain, soft, batches)
+    assert abs(value - loss) <= 1e-12 * abs(loss)
+    _assert_near(found, expected, 1e-12)
+
+
 @pytest.mark.parametrize("strategy", ["fused", "materialise"])
-@pytest.mark.parametrize(("architecture", "state"), [("llama", "u8"), ("phi3-fused", "fp32")])
+@pytest.mark.parametrize(
+    ("architecture", "state", "kind"),
+    [
+        ("llama", "u8", "uniform"),
+        ("phi3-fused", "fp32", "uniform"),
+        ("llama", "u8", "affine"),
+        ("phi3-fused", "u8", "act-order"),
+    ],
+)
 def test_kernels_equal_the_dense_path(
-    architecture: str, state: str, strategy: str, make_model: Callable[..., Any], token_ids: Tensor
+    architecture: str, state: str, kind: str, strategy: str, make_model: Callable[..., Any], token_ids: Tensor
 ) -> None:
     """float32 through the kernels: the gradients differ by rounding only."""
     chain = _chain(make_model(architecture, torch.float32))
-    states = _states(chain, state)
+    states = _states(chain, state, kind=kind)
     batches = [chain.prepare(token_ids[:2].to(DEVICE))]
     single = torch.float32
     loss, expected = _gradients(chain, _dense(chain, states, single), batches)
@@ -114,17 +175,19 @@ def test_kernels_equal_the_dense_path(
     _assert_near(found, expected, bound)
 
 
+@pytest.mark.parametrize("kind", ["uniform", "act-order"])
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_gradient_of_frac(impl: str, make_model: Callable[..., Any], token_ids: Tensor) -> None:
+def test_gradient_of_frac(impl: str, kind: str, make_model: Callable[..., Any], token_ids: Tensor) -> None:
     """by="frac" is Delta times the gradient by the weight, and a step with scale=None takes it."""
     chain = _chain(make_model("llama", torch.float32))
-    states = _states(chain)
+    states = _states(chain, kind=kind)
     batches = [chain.prepare(token_ids[:1].to(DEVICE))]
     _, by_weight = _gradients(chain, _soft(chain, states, torch.float32, impl=impl), batches)
     _, by_frac = _gradients(chain, _soft(chain, states, torch.float32, impl=impl, by="frac"), batches)
     for refs, held, weight_grads, frac_grads in zip(chain.weights, states, by_weight, by_frac, strict=True):
         for ref, state in zip(refs, held, strict=True):
-            gap = expand_groups(state.grid.scale.float(), state.grid.group_size, state.shape[1])
+            gap, group_size = state.gap()
+            gap = expand_groups(gap.float(), group_size, state.shape[1])
             grad = weight_grads[ref.param_name]
             # One rounding apart in the order of the product and the sum over tokens.
             limit = 64 * torch.finfo(torch.float32).eps * float((grad * gap).abs().max())

@@ -53,11 +53,14 @@ def soft_linear(
     num_bits: int,
     group_size: int,
     table: Tensor | None = None,
+    minimum: Tensor | None = None,
+    g_idx: Tensor | None = None,
 ) -> Tensor:
     """y = x W(frac)^T + b, with W rounded to the dtype of x; the contract is `discquant.ops.soft_linear`."""
     weight = soft_weight(
-        q_down, frac, scale, zero_point, num_bits=num_bits, group_size=group_size, table=table, dtype=x.dtype
-    )
+        q_down, frac, scale, zero_point, num_bits=num_bits, group_size=group_size, table=table, dtype=x.dtype,
+        minimum=minimum, g_idx=g_idx,
+    )  # fmt: skip
     function: Any = _LinearFunction  # torch leaves apply untyped
     y: Tensor = function.apply(x, weight, None if bias is None else bias.to(x.dtype))
     return y
@@ -87,7 +90,9 @@ def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
 
 
 def frac_gradient(
-    weight_grad: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None, group_size: int
-) -> Tensor:
+    weight_grad: Tensor, q_down: Tensor, scale: Tensor, table: Tensor | None, group_size: int,
+    g_idx: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """d frac = d W * d weight / d frac, in the dtype of `weight_grad`, [out_features, in_features]."""
-    return weight_grad * slope(q_down, scale, table, group_size, weight_grad.shape[1], weight_grad.dtype)
+    in_features, dtype = weight_grad.shape[1], weight_grad.dtype
+    return weight_grad * slope(q_down, scale, table, group_size, in_features, dtype, g_idx)

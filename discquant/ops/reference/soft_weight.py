@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,25 +37,35 @@ def unpack_nibbles(q_packed: Tensor, in_features: int) -> Tensor:
     return pair.reshape(q_packed.shape[0], -1)[:, :in_features]
 
 
-def expand_groups(per_group: Tensor, group_size: int, in_features: int) -> Tensor:
+def expand_groups(
+    per_group: Tensor, group_size: int, in_features: int, g_idx: Tensor | None = None
+) -> Tensor:
     """Repeat one value per group along the input axis; the last group may be short.
 
     Args:
         per_group: Any dtype, [out_features, num_groups].
-        group_size: Columns per group, -1 for one group per row.
+        group_size: Columns per group, -1 for one group per row; not read with `g_idx`.
         in_features: Number of columns of the result.
+        g_idx: Group of each column, int32 or int64, [in_features]; None is column // group_size.
 
     Returns:
         Same dtype, [out_features, in_features].
+
+    Raises:
+        IndexError: An entry of `g_idx` names a group that is not there.
     """
+    if g_idx is not None:
+        # Counted from the end, a negative entry would name a group.
+        return per_group[:, torch.where(g_idx < 0, per_group.shape[1], g_idx.long())]
     if group_size == -1 or per_group.shape[1] == 1:
         return per_group.expand(-1, in_features)
     return per_group.repeat_interleave(group_size, dim=1)[:, :in_features]
 
 
 def slope(
-    q_down: Tensor, scale: Tensor, table: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype
-) -> Tensor:
+    q_down: Tensor, scale: Tensor, table: Tensor | None, group_size: int, in_features: int, dtype: torch.dtype,
+    g_idx: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """d weight / d frac of every coordinate: scale, times T[q_down + 1] - T[q_down] with a table.
 
     Args:
@@ -63,16 +75,64 @@ def slope(
         group_size: Columns that share a scale, -1 for the row.
         in_features: Columns of the weight.
         dtype: Dtype of the result and of the arithmetic.
+        g_idx: Group of each column, [in_features], in place of column // group_size.
 
     Returns:
         Weight units per unit of frac, [out_features, in_features].
     """
-    step = expand_groups(scale.to(dtype), group_size, in_features)
+    step = expand_groups(scale.to(dtype), group_size, in_features, g_idx)
     if table is None:
         return step
     index = (q_down if q_down.shape[1] == in_features else unpack_nibbles(q_down, in_features)).long()
     levels = table.to(dtype)
     return step * (levels[(index + 1).clamp(max=levels.numel() - 1)] - levels[index])
+
+
+def _between(position: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """`position` of the way between two levels; exactly the upper one at 1."""
+    return torch.where(position == 1, upper, lower + position * (upper - lower))
+
+
+class _BetweenFunction(torch.autograd.Function):
+    """`_between` rounded levels, whose rounding is passed straight through: the derivative is the step itself."""
+
+    @staticmethod
+    def forward(ctx: Any, position: Tensor, lower: Tensor, upper: Tensor, step: Tensor) -> Tensor:
+        """`step` is what upper - lower would be without rounding."""
+        ctx.save_for_backward(step)
+        return _between(position, lower, upper)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """Of torch operators, so that it can be differentiated again."""
+        (step,) = ctx.saved_tensors
+        return grads[0] * step, None, None, None
+
+
+def affine_weight(q_down: Tensor, position: Tensor, step: Tensor, minimum: Tensor) -> Tensor:
+    """L(q_down) + position * (L(q_down + 1) - L(q_down)), with L(q) = step * q + minimum rounded as an engine does.
+
+    Args:
+        q_down: Lower grid code, one per element, [out_features, in_features].
+        position: Place between the neighbours, float32 or float64, same shape.
+        step: Grid step of each coordinate, in the dtype of `position`, broadcastable.
+        minimum: Weight of code 0 of each coordinate, broadcastable; product and sum of a level are each rounded to its
+            dtype.
+
+    Returns:
+        Weight in the dtype of `position`, whose derivative by it is `step`, [out_features, in_features].
+    """
+    compute, engine = position.dtype, minimum.dtype
+
+    def level(code: Tensor) -> Tensor:
+        product = (step * code).to(engine).to(compute)
+        return (product + minimum.to(compute)).to(engine).to(compute)
+
+    code = q_down.to(compute)
+    lower, upper = level(code), level(code + 1)
+    function: Any = _BetweenFunction  # torch leaves apply untyped
+    weight: Tensor = function.apply(position, lower, upper, step)
+    return weight
 
 
 def soft_weight(
@@ -85,27 +145,31 @@ def soft_weight(
     group_size: int,
     table: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    minimum: Tensor | None = None,
+    g_idx: Tensor | None = None,
 ) -> Tensor:
     """Interpolate between neighbouring grid points; the contract is `discquant.ops.soft_weight`.
 
     Note:
         At frac 0 and 1 the result equals the grid's own dequantisation bit for bit. Differentiable in every floating
-        argument.
+        argument; with a minimum in `frac` alone.
 
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.
     """
     in_features = frac.shape[1]
-    compute = accumulate_dtype(frac, scale)
+    compute = accumulate_dtype(frac, scale, minimum)
     if q_down.shape[1] != in_features:
         q_down = unpack_nibbles(q_down, in_features)
     position = decode_frac(frac, compute)
-    step = expand_groups(scale.to(compute), group_size, in_features)
-    if table is None:
+    step = expand_groups(scale.to(compute), group_size, in_features, g_idx)
+    if minimum is not None:
+        weight = affine_weight(q_down, position, step, expand_groups(minimum, group_size, in_features, g_idx))
+    elif table is None:
         zero = (
             torch.full((1, 1), 2.0 ** (num_bits - 1), dtype=compute, device=frac.device)
             if zero_point is None
-            else expand_groups(zero_point.to(compute), group_size, in_features)
+            else expand_groups(zero_point.to(compute), group_size, in_features, g_idx)
         )
         # q - zero is a small integer, so the sum with frac rounds once and the product once.
         weight = step * ((q_down.to(compute) - zero) + position)
@@ -114,5 +178,5 @@ def soft_weight(
         index = q_down.long()
         lower = levels[index]
         upper = levels[(index + 1).clamp(max=levels.numel() - 1)]
-        weight = step * torch.where(position == 1, upper, lower + position * (upper - lower))
+        weight = step * _between(position, lower, upper)
     return weight.to(scale.dtype if dtype is None else dtype)
