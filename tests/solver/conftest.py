@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from discquant.config import GridConfig
+from discquant.grids import AffineGrid, Grid, UniformGrid, place_grid
+from discquant.solver.chain import Chain
+from discquant.solver.state import WeightState
 
 COMMON: dict[str, Any] = {
     "vocab_size": 61,
@@ -70,3 +77,46 @@ def make_model() -> Callable[..., Any]:
 def token_ids() -> torch.Tensor:
     """Return token ids, [4, 12]."""
     return torch.randint(3, 61, (4, 12), generator=torch.Generator().manual_seed(3))
+
+
+def _grid_of(weight: Tensor, kind: str, sym: bool) -> Grid:
+    """A grid on a weight: uniform, with a minimum (levels in float32 or bfloat16), or of groups that a vector names."""
+    if kind == "act-order":
+        g_idx = torch.arange(weight.shape[1], device=weight.device) // 16
+        g_idx = g_idx[
+            torch.randperm(g_idx.numel(), generator=torch.Generator().manual_seed(3)).to(g_idx.device)
+        ]
+        grid = place_grid(weight[:, torch.argsort(g_idx, stable=True)], GridConfig(3, 16, sym))
+        assert isinstance(grid, UniformGrid)
+        return dataclasses.replace(grid, g_idx=g_idx)
+    grid = place_grid(weight, GridConfig(3, 16, sym))
+    if kind == "uniform":
+        return grid
+    assert grid.zero_point is not None
+    minimum = -(grid.zero_point * grid.scale)
+    return AffineGrid(3, 16, grid.scale, minimum, torch.float32 if kind == "affine" else torch.bfloat16)
+
+
+def _states(
+    chain: Chain, state: str = "fp32", sym: bool = False, kind: str = "uniform"
+) -> list[list[WeightState]]:
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for refs in chain.weights:
+        made.append([])
+        for ref in refs:
+            weight = ref.matrix()
+            grid = _grid_of(weight, kind, sym)
+            start = torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight)
+            made[-1].append(
+                WeightState(
+                    ref.name, grid, weight, start, state=state, optimizer="momentum", wide=weight.dtype
+                )  # type: ignore[arg-type]
+            )
+    return made
+
+
+@pytest.fixture
+def make_states() -> Callable[..., list[list[WeightState]]]:
+    """Return `_states`: a chain's weights on grids of some kind, at random places."""
+    return _states

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,55 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from discquant.config import GridConfig, SolverConfig
-from discquant.grids import AffineGrid, Grid, UniformGrid, place_grid
-from discquant.ops import StepOptions, projected_step_, soft_linear_step_, soft_linear_step_deferred_
+from discquant.grids import Grid, UniformGrid
+from discquant.ops import StepOptions, projected_step_, soft_linear_step_
 from discquant.ops.reference.soft_weight import expand_groups
 from discquant.solver.chain import BlockCall, Chain, DecoderChain, ModuleChain, Prepared
 from discquant.solver.gradients import block_gradients
-from discquant.solver.placement import Placement, Where
 from discquant.solver.soft_block import SoftWeights, grid_arguments
 from discquant.solver.state import WeightState
 from discquant.solver.weight_ref import assemble
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _grid_of(weight: Tensor, kind: str, sym: bool) -> Grid:
-    """A grid on a weight: uniform, with a minimum (levels in float32 or bfloat16), or of groups that a vector names."""
-    if kind == "act-order":
-        g_idx = torch.arange(weight.shape[1], device=weight.device) // 16
-        g_idx = g_idx[
-            torch.randperm(g_idx.numel(), generator=torch.Generator().manual_seed(3)).to(g_idx.device)
-        ]
-        grid = place_grid(weight[:, torch.argsort(g_idx, stable=True)], GridConfig(3, 16, sym))
-        assert isinstance(grid, UniformGrid)
-        return dataclasses.replace(grid, g_idx=g_idx)
-    grid = place_grid(weight, GridConfig(3, 16, sym))
-    if kind == "uniform":
-        return grid
-    assert grid.zero_point is not None
-    minimum = -(grid.zero_point * grid.scale)
-    return AffineGrid(3, 16, grid.scale, minimum, torch.float32 if kind == "affine" else torch.bfloat16)
-
-
-def _states(
-    chain: Chain, state: str = "fp32", sym: bool = False, kind: str = "uniform"
-) -> list[list[WeightState]]:
-    generator = torch.Generator().manual_seed(7)
-    made = []
-    for refs in chain.weights:
-        made.append([])
-        for ref in refs:
-            weight = ref.matrix()
-            grid = _grid_of(weight, kind, sym)
-            start = torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight)
-            made[-1].append(
-                WeightState(
-                    ref.name, grid, weight, start, state=state, optimizer="momentum", wide=weight.dtype
-                )  # type: ignore[arg-type]
-            )
-    return made
 
 
 def _dense(
@@ -102,11 +61,16 @@ def _chain(model: Any) -> DecoderChain:
 @pytest.mark.parametrize("state", ["fp32", "u8"])
 @pytest.mark.parametrize("architecture", ["llama-tied-bias", "phi3-fused", "gemma2-softcap"])
 def test_equals_the_dense_path_in_float64(
-    architecture: str, state: str, keep_graph: bool, make_model: Callable[..., Any], token_ids: Tensor
+    architecture: str,
+    state: str,
+    keep_graph: bool,
+    make_model: Callable[..., Any],
+    token_ids: Tensor,
+    make_states: Callable[..., list[list[WeightState]]],
 ) -> None:
     """Two micro-batches, biases, fused and separate projections: equal to 1e-12, loss included."""
     chain = _chain(make_model(architecture))
-    states = _states(chain, state)
+    states = make_states(chain, state)
     batches = [chain.prepare(token_ids[rows].to(DEVICE)) for rows in (slice(0, 2), slice(2, 4))]
     double = torch.float64
     loss, expected = _gradients(chain, _dense(chain, states, double), batches, keep_graph=keep_graph)
@@ -120,11 +84,15 @@ def test_equals_the_dense_path_in_float64(
 @pytest.mark.parametrize("state", ["fp32", "u8"])
 @pytest.mark.parametrize("kind", ["affine", "affine-bfloat", "act-order"])
 def test_other_grids_equal_the_dense_path_in_float64(
-    kind: str, state: str, make_model: Callable[..., Any], token_ids: Tensor
+    kind: str,
+    state: str,
+    make_model: Callable[..., Any],
+    token_ids: Tensor,
+    make_states: Callable[..., list[list[WeightState]]],
 ) -> None:
     """Floating minimums and scattered groups run on the state, too; the dense weights here need neither of the op."""
     chain = _chain(make_model("llama"))
-    states = _states(chain, state, kind=kind)
+    states = make_states(chain, state, kind=kind)
     batches = [chain.prepare(token_ids[:2].to(DEVICE))]
     double = torch.float64
 
@@ -160,11 +128,17 @@ def test_other_grids_equal_the_dense_path_in_float64(
     ],
 )
 def test_kernels_equal_the_dense_path(
-    architecture: str, state: str, kind: str, strategy: str, make_model: Callable[..., Any], token_ids: Tensor
+    architecture: str,
+    state: str,
+    kind: str,
+    strategy: str,
+    make_model: Callable[..., Any],
+    token_ids: Tensor,
+    make_states: Callable[..., list[list[WeightState]]],
 ) -> None:
     """float32 through the kernels: the gradients differ by rounding only."""
     chain = _chain(make_model(architecture, torch.float32))
-    states = _states(chain, state, kind=kind)
+    states = make_states(chain, state, kind=kind)
     batches = [chain.prepare(token_ids[:2].to(DEVICE))]
     single = torch.float32
     loss, expected = _gradients(chain, _dense(chain, states, single), batches)
@@ -177,10 +151,16 @@ def test_kernels_equal_the_dense_path(
 
 @pytest.mark.parametrize("kind", ["uniform", "act-order"])
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_gradient_of_frac(impl: str, kind: str, make_model: Callable[..., Any], token_ids: Tensor) -> None:
+def test_gradient_of_frac(
+    impl: str,
+    kind: str,
+    make_model: Callable[..., Any],
+    token_ids: Tensor,
+    make_states: Callable[..., list[list[WeightState]]],
+) -> None:
     """by="frac" is Delta times the gradient by the weight, and a step with scale=None takes it."""
     chain = _chain(make_model("llama", torch.float32))
-    states = _states(chain, kind=kind)
+    states = make_states(chain, kind=kind)
     batches = [chain.prepare(token_ids[:1].to(DEVICE))]
     _, by_weight = _gradients(chain, _soft(chain, states, torch.float32, impl=impl), batches)
     _, by_frac = _gradients(chain, _soft(chain, states, torch.float32, impl=impl, by="frac"), batches)
@@ -214,12 +194,17 @@ def _step(state: WeightState, grad_output: Tensor, x: Tensor, impl: str, fused: 
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_step_in_the_epilogue(impl: str, make_model: Callable[..., Any], token_ids: Tensor) -> None:
+def test_step_in_the_epilogue(
+    impl: str,
+    make_model: Callable[..., Any],
+    token_ids: Tensor,
+    make_states: Callable[..., list[list[WeightState]]],
+) -> None:
     """Stepping each layer inside backward gives the state of gradients first, steps after; no gradient is left over."""
     results = []
     for fused in (True, False):
         chain = _chain(make_model("phi3-fused", torch.float32))
-        states = _states(chain)
+        states = make_states(chain)
         batch = chain.prepare(token_ids[:2].to(DEVICE))
         left: list[dict[str, Tensor]] = [{} for _ in chain.blocks]
 
@@ -270,10 +255,10 @@ def _odd(direct: bool = False) -> tuple[ModuleChain, Prepared]:
     return chain, chain.prepare(torch.randn(4, 3, 16, dtype=torch.float64, device=DEVICE))
 
 
-def test_layers_that_stay_dense_twice_and_unused() -> None:
+def test_layers_that_stay_dense_twice_and_unused(make_states: Callable[..., list[list[WeightState]]]) -> None:
     """A convolution keeps its dense weight; two calls of one layer add up; an unused layer gets a zero gradient."""
     chain, batch = _odd()
-    states = _states(chain)
+    states = make_states(chain)
     soft = _soft(chain, states, torch.float64)
     assert set(soft(0)) == {"conv.weight"}
     _, expected = _gradients(chain, _dense(chain, states, torch.float64), [batch])
@@ -293,10 +278,12 @@ def test_layers_that_stay_dense_twice_and_unused() -> None:
     assert torch.equal(rest[0]["twice.weight"], found[0]["twice.weight"])
 
 
-def test_dense_weights_go_with_their_visit(make_model: Callable[..., Any], token_ids: Tensor) -> None:
+def test_dense_weights_go_with_their_visit(
+    make_model: Callable[..., Any], token_ids: Tensor, make_states: Callable[..., list[list[WeightState]]]
+) -> None:
     """By reference counts: waiting for Python's search for cycles kept a copy of every block on the device."""
     chain = _chain(make_model("llama-tied-bias").float())
-    states = _states(chain)
+    states = make_states(chain)
     make = _soft(chain, states, torch.float32, strategy="materialise")
     alive: list[weakref.ref[Any]] = []
     most = 0
@@ -319,18 +306,18 @@ def test_dense_weights_go_with_their_visit(make_model: Callable[..., Any], token
     assert most <= 2  # the one that is made, and the one that it replaces
 
 
-def test_reading_a_weight_directly_is_noticed() -> None:
+def test_reading_a_weight_directly_is_noticed(make_states: Callable[..., list[list[WeightState]]]) -> None:
     """A weight that is read past its layer's forward is NaN, and the loss check names it."""
     chain, batch = _odd(direct=True)
-    states = _states(chain)
+    states = make_states(chain)
     with pytest.raises(ValueError, match="the loss must be finite, got nan"):
         _gradients(chain, _soft(chain, states, torch.float64), [batch])
     assert torch.isfinite(chain.model.direct.weight).all()
 
 
-def test_modules_are_restored_after_an_error() -> None:
+def test_modules_are_restored_after_an_error(make_states: Callable[..., list[list[WeightState]]]) -> None:
     chain, _ = _odd()
-    weights = _soft(chain, _states(chain), torch.float64)(0)
+    weights = _soft(chain, make_states(chain), torch.float64)(0)
     before = dict(chain.model.named_parameters())
     with pytest.raises(RuntimeError), weights.placed():
         chain.run_block(
@@ -341,10 +328,12 @@ def test_modules_are_restored_after_an_error() -> None:
     assert all("forward" not in module.__dict__ for module in chain.model.modules())
 
 
-def test_what_the_op_cannot_serve_stays_dense(make_model: Callable[..., Any]) -> None:
+def test_what_the_op_cannot_serve_stays_dense(
+    make_model: Callable[..., Any], make_states: Callable[..., list[list[WeightState]]]
+) -> None:
     """Another rounding to the served dtype, a grid of another kind, a replaced forward: materialised as before."""
     chain = _chain(make_model("llama", torch.float32))
-    states = _states(chain)
+    states = make_states(chain)
     single, half = torch.float32, torch.bfloat16
     everything = {ref.param_name for ref in chain.weights[0]}
     assert set(_soft(chain, states, single, served=half)(0)) == everything
@@ -364,152 +353,3 @@ def test_what_the_op_cannot_serve_stays_dense(make_model: Callable[..., Any]) ->
     module.forward = module.forward  # what an offloading hook does
     assert set(_soft(chain, states, single)(0)) == {chain.weights[0][0].param_name}
     del module.forward
-
-
-@pytest.mark.parametrize("windows", [1, 2])
-def test_solver_steps_on_the_state(
-    windows: int, make_model: Callable[..., Any], token_ids: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Solver(soft=True) equals the dense solver in float64, also where a measured table asks for the epilogue step."""
-    from discquant.solver import solver as module
-
-    fused: list[tuple[int, ...]] = []
-
-    def measured(x: Tensor, *shape: int) -> bool:
-        fused.append(shape)
-        return True
-
-    results = []
-    for soft in (False, True):
-        monkeypatch.setattr(module, "step_is_fused", measured)
-        chain = _chain(make_model("phi3-fused"))
-        states = _states(chain)
-        config = SolverConfig(
-            iters=8, lr=0.01, lr_floor=0.01, optimizer="momentum", compute_dtype="float64", kl_weight=50.0
-        )
-        solver = module.Solver(chain, states, config, soft=soft)
-        ids = token_ids.to(DEVICE)
-        batches = (
-            [chain.prepare(ids[:2])] if windows == 1 else [chain.prepare(ids[i : i + 1]) for i in range(2)]
-        )
-        records = [solver.step(batches) for _ in range(2)]
-        results.append(([state.frac for block in states for state in block], records))
-    # Two steps of every layer, inside backward where there is one micro-batch only.
-    assert len(fused) == (0 if windows == 2 else 2 * len(results[1][0]))
-    assert max(float((a - b).abs().max()) for a, b in zip(results[0][0], results[1][0], strict=True)) < 1e-10
-    for one, other in zip(results[0][1], results[1][1], strict=True):
-        assert abs(one.loss - other.loss) <= 1e-10 * abs(one.loss)
-        assert (one.moved, one.fractional, one.saturated) == (other.moved, other.fractional, other.saturated)
-
-
-def test_gradient_that_is_not_finite_is_named(
-    make_model: Callable[..., Any], token_ids: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A NaN on the road backward stops the step with the weight's name, and every state is as it was."""
-    from discquant.solver import gradients
-    from discquant.solver import solver as module
-
-    chain = _chain(make_model("llama"))
-    states = _states(chain)
-    before = [state.frac.clone() for block in states for state in block]
-    solver = module.Solver(
-        chain,
-        states,
-        SolverConfig(iters=2, lr=0.01, lr_floor=0.01, compute_dtype="float64", optimizer="momentum"),
-        soft=True,
-    )
-    monkeypatch.setattr(module, "step_is_fused", lambda *_: True)
-    honest = gradients.head_loss
-
-    def spoiled(*args: Any, **kwargs: Any) -> Any:
-        part = honest(*args, **kwargs)
-        return part._replace(grad=torch.full_like(part.grad, torch.nan))
-
-    monkeypatch.setattr(gradients, "head_loss", spoiled)
-    with pytest.raises(
-        module.NonFiniteGradientError, match=r"solver: the gradient of model\.layers\.2\.\S+ must be"
-    ):
-        solver.step([chain.prepare(token_ids[:1].to(DEVICE))])
-    after = [state.frac for block in states for state in block]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("broken", "impl", "where"),
-    [
-        ("input", "reference", "resident"),
-        ("input", "reference", "host"),
-        ("input", "triton", "resident"),
-        pytest.param(
-            "product",
-            "triton",
-            "resident",
-            marks=pytest.mark.skipif(
-                DEVICE.type == "cuda", reason="fused multiply-adds: finite values make no NaN"
-            ),
-        ),
-    ],
-)
-def test_epilogue_step_that_meets_a_nan_is_taken_back(
-    broken: str,
-    impl: str,
-    where: Where,
-    make_model: Callable[..., Any],
-    token_ids: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Layers stepped inside backward before and after the NaN are put back, and the layer is named.
-
-    input: dY holds a NaN.  product: dY and x are finite, but dY^T x is Inf - Inf, which only the step itself sees.
-    """
-    from discquant.solver import soft_block
-    from discquant.solver import solver as module
-
-    chain = _chain(make_model("llama", torch.float32))
-    placement = Placement(where, DEVICE)
-    for block in _states(chain, "u8"):
-        placement.add(block)
-    config = SolverConfig(iters=4, lr=0.05, lr_floor=0.05, optimizer="momentum", kl_weight=50.0, state="u8")
-    solver = module.Solver(chain, placement, config, soft=True)
-    batches = [chain.prepare(token_ids[:1].to(DEVICE))]
-    chosen = ["reference"]
-
-    def step(*args: Any, **options: Any) -> Any:
-        return soft_linear_step_deferred_(*args, **options, impl=chosen[0])
-
-    monkeypatch.setattr(module, "step_is_fused", lambda *_: True)
-    monkeypatch.setattr(module, "soft_linear_step_deferred_", step)
-    solver.step(batches)
-
-    def held() -> list[Tensor]:
-        return [block.blob.clone() for block in placement.homes()]
-
-    before, gain = held(), solver.gain.gain
-    honest = soft_block.SoftLayer.receive
-    named = chain.weights[1][-1].name  # of its block the first in backward
-
-    def spoiled(self: Any, grad_output: Tensor, x: Tensor) -> None:
-        if self.state.name == named:
-            chosen[0] = impl
-            grad_output = grad_output.clone()
-            if broken == "input":
-                grad_output[0, 0, 0] = torch.nan
-            else:
-                # A tile's sum may be fused, in which no product overflows: tiles of one sign, then tiles of the other.
-                grad_output = torch.full((1, 512, grad_output.shape[-1]), torch.finfo(torch.float32).max)
-                grad_output[:, 256:].neg_()
-                x = torch.full((1, 512, x.shape[-1]), 2.0)
-        honest(self, grad_output, x)
-        chosen[0] = "reference"
-
-    with monkeypatch.context() as patch:
-        patch.setattr(soft_block.SoftLayer, "receive", spoiled)
-        with pytest.raises(
-            module.NonFiniteGradientError, match=f"the gradient of {re.escape(named)} must be"
-        ):
-            solver.step(batches)
-    assert (solver.step_number, solver.gain.gain) == (1, gain)
-    assert all(torch.equal(one, other) for one, other in zip(before, held(), strict=True))
-    solver.step(batches)
-    assert not any(torch.equal(one, other) for one, other in zip(before, held(), strict=True))
-    placement.close()
