@@ -274,7 +274,9 @@ class WeightState:
         """Return G E H of a weight error, floating, [out_features, in_features]; None where there are no factors."""
         if self.curvature_in is None or self.curvature_out is None:
             return None
-        inputs, outputs = unpack_triangles(self.curvature_in), unpack_triangles(self.curvature_out)
+        # Widened first: torch gathers float32 three times as fast as 16 bits on a CPU.
+        inputs = unpack_triangles(self.curvature_in.to(error.dtype))
+        outputs = unpack_triangles(self.curvature_out.to(error.dtype))
         return curvature_gradient(error, inputs, outputs)
 
     def curvature_gradient(self, original: Tensor | None, dtype: torch.dtype) -> Tensor | None:
