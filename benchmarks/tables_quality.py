@@ -53,7 +53,8 @@ def sweep() -> str:
         return MISSING
     by: dict[tuple[int, int], dict[str, float]] = {}
     for row in found["rows"]:
-        by.setdefault((row["bits"], row["group_size"]), {})[row["method"]] = row["kl"]
+        method = "paper" if row.get("preset") == "paper" else row["method"]
+        by.setdefault((row["bits"], row["group_size"]), {})[method] = row["kl"]
     body = []
     for (bits, group), kl in sorted(by.items(), key=lambda item: (item[0][0], item[0][1] % 10_000)):
         if {"rtn", "gptq", "discquant"} <= kl.keys():
@@ -61,13 +62,20 @@ def sweep() -> str:
             body.append(
                 [
                     name,
-                    *(f"{kl[m]:.5f}" for m in ("rtn", "gptq", "discquant")),
+                    *(
+                        f"{kl[m]:.5f}" if m in kl else ""
+                        for m in ("rtn", "greedy", "gptq", "paper", "discquant")
+                    ),
                     f"{kl['discquant'] / kl['gptq']:.2f}",
                 ]
             )
     steps = {row["iters"] for row in found["rows"] if row["method"] == "discquant"}
-    note = f"Mean KL to the original on held-out text, nats per token; {', '.join(map(str, sorted(steps)))} steps."
-    return f"{table(['bundled model', 'RTN', 'GPTQ', 'DiscQuant', 'ratio to GPTQ'], body)}\n\n{note}"
+    note = (
+        f"Mean KL to the original on held-out text, nats per token; {', '.join(map(str, sorted(steps)))} steps, of the "
+        "`paper` preset, too."
+    )
+    header = ["bundled model", "RTN", "greedy", "GPTQ", "`paper`", "**`default`**", "ratio to GPTQ"]
+    return f"{table(header, body)}\n\n{note}"
 
 
 def rotation() -> str:
