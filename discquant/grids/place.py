@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,24 @@ from discquant.grids.uniform import UniformGrid
 # A bfloat16 number of at least 2^-17 is also exact in float16, so every format sees the same grid.
 MIN_SCALE = 2.0**-17
 MAX_SCALE = 65280.0  # the largest bfloat16 that float16 holds
-SEARCH_STEPS = 40
-SEARCH_LOW, SEARCH_HIGH = 0.45, 1.10
+# Multiples of the range that a search tries; the scale is then fitted to the codes that each gives.
+# On the CPU, so that this can be imported under torch.device("meta").
+_SYMMETRIC_RATIOS = [0.22, 0.28, 0.34, *torch.linspace(0.40, 1.05, 16, device="cpu").tolist()]
+_ASYMMETRIC_RATIOS = [0.25, 0.35, *torch.linspace(0.45, 1.10, 10, device="cpu").tolist()]
+_SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # of the zero point
+_REFITS = 2
+_NEARBY = (
+    0.97,
+    0.98,
+    0.985,
+    0.99,
+    0.995,
+    1.005,
+    1.01,
+    1.02,
+)  # of the scale that was found; counts from 5 bits on
+# Weights that are taken at a time: on a CPU the scratch of a candidate then stays in the cache.
+_CHUNK, _CHUNK_GPU = 1 << 17, 1 << 24
 
 
 def ceil_bfloat16(value: Tensor) -> Tensor:
@@ -28,75 +45,104 @@ def ceil_bfloat16(value: Tensor) -> Tensor:
 
 
 def _clean(scale: Tensor) -> Tensor:
-    return scale.clamp(MIN_SCALE, MAX_SCALE)
+    """The nearest scale of the same sign that every format holds."""
+    held = scale.bfloat16().float()
+    return held.abs().clamp(MIN_SCALE, MAX_SCALE).copysign(held)
 
 
-class _Grouped(NamedTuple):
-    values: Tensor  # [rows, groups, group_size], float32
-    valid: Tensor  # [groups, group_size], False in the padding of a short last group
-
-
-def _group(weight: Tensor, group_size: int) -> _Grouped:
+def _group(weight: Tensor, group_size: int) -> Tensor:
+    """[rows, groups, group_size] in float32; a short last group is filled with zeros, which every grid has."""
     rows, columns = weight.shape
     size = columns if group_size == -1 else min(group_size, columns)
     groups = -(-columns // size)
-    padded = torch.nn.functional.pad(weight.float(), (0, groups * size - columns))
-    valid = torch.arange(groups * size, device=weight.device).view(groups, size) < columns
-    return _Grouped(padded.view(rows, groups, size), valid)
+    return torch.nn.functional.pad(weight.float(), (0, groups * size - columns)).view(rows, groups, size)
 
 
-def _error(grouped: _Grouped, scale: Tensor, zero: Tensor | float, max_code: int) -> Tensor:
-    """Squared error of rounding to nearest per group; zero padding is on the grid and adds nothing."""
-    step = scale.unsqueeze(-1)
-    offset = zero.unsqueeze(-1) if isinstance(zero, Tensor) else zero
-    q = torch.round(grouped.values / step + offset).clamp_(0, max_code)
-    error = (q - offset).mul_(step).sub_(grouped.values).square_()
-    return (error * grouped.valid).sum(dim=-1)
+class _Fit(NamedTuple):
+    scale: Tensor  # float32, [rows, groups]
+    zero: Tensor  # the same, or one for all
 
 
-def _symmetric(grouped: _Grouped, bits: int, search: bool) -> Tensor:
-    """Scale 2 A / (2^b - 1) with A the largest magnitude, or the multiple of it with the least error."""
-    largest = grouped.values.abs().amax(dim=-1)
-    full = largest * (2.0 / (2**bits - 1))
-    best = _clean(ceil_bfloat16(full))
-    if not search:
-        return best
-    zero, max_code = 2.0 ** (bits - 1), 2**bits - 1
-    least = _error(grouped, best, zero, max_code)
-    for ratio in torch.linspace(SEARCH_LOW, SEARCH_HIGH, SEARCH_STEPS).tolist():
-        scale = _clean((full * ratio).bfloat16().float())
-        error = _error(grouped, scale, zero, max_code)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+def _levels(values: Tensor, inverse: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """Nearest codes minus the zero point; `inverse` is one over the scale."""
+    below = zero.unsqueeze(-1)
+    return torch.round(values * inverse.unsqueeze(-1)).clamp_(-below, max_code - below)
+
+
+def _error(values: Tensor, fit: _Fit, max_code: int) -> Tensor:
+    """Squared error per group of rounding to nearest."""
+    levels = _levels(values, 1 / fit.scale, fit.zero, max_code)
+    return levels.mul_(fit.scale.unsqueeze(-1)).sub_(values).square_().sum(dim=-1)
+
+
+def _chosen(better: Tensor, one: _Fit, other: _Fit) -> _Fit:
+    """`one` where it is better, else `other`."""
+    return _Fit(torch.where(better, one.scale, other.scale), torch.where(better, one.zero, other.zero))
+
+
+def _search(values: Tensor, covering: _Fit, candidates: Iterator[_Fit], max_code: int) -> _Fit:
+    """Look for the grid of least squared error, beginning with the one that covers the range.
+
+    A candidate gives levels L; the scale that fits v best at these levels is <v, L> / <L, L>, and takes <v, L>^2 /
+    <L, L> off the squared error. Scales of a file around the best of them follow, and fits to the codes of the last.
+    """
+    found, gain = covering, torch.zeros_like(covering.scale)
+    for candidate in candidates:
+        # A group of zeros has no range, and no gain.
+        inverse = torch.where(candidate.scale == 0, 0.0, 1 / candidate.scale)
+        levels = _levels(values, inverse, candidate.zero, max_code)
+        power, match = levels.square().sum(dim=-1), (values * levels).sum(dim=-1)
+        fitted = torch.where(power == 0, 0.0, match / power)
+        better = match * fitted > gain
+        found = _chosen(better, _Fit(fitted, candidate.zero), found)
+        gain = torch.where(better, match * fitted, gain)
+    best, least = covering, _error(values, covering, max_code)
+
+    def consider(fit: _Fit) -> None:
+        nonlocal best, least
+        error = _error(values, fit, max_code)
+        best, least = _chosen(error < least, fit, best), torch.minimum(error, least)
+
+    consider(found._replace(scale=_clean(found.scale)))
+    coarse = best
+    for factor in _NEARBY:
+        consider(coarse._replace(scale=_clean(coarse.scale * factor)))
+    for _ in range(_REFITS):
+        levels = _levels(values, 1 / best.scale, best.zero, max_code)
+        power = levels.square().sum(dim=-1)
+        fitted = torch.where(power == 0, best.scale, (values * levels).sum(dim=-1) / power)
+        consider(best._replace(scale=_clean(fitted)))
     return best
 
 
-def _asymmetric(grouped: _Grouped, bits: int, search: bool) -> tuple[Tensor, Tensor]:
-    """Scale (hi - lo) / (2^b - 1), zero = round(-lo / scale), with lo <= 0 <= hi; or shrunk for least error."""
-    max_code = 2**bits - 1
-    low = grouped.values.amin(dim=-1).clamp(max=0)
-    high = grouped.values.amax(dim=-1).clamp(min=0)
+def _symmetric(values: Tensor, bits: int, search: bool) -> _Fit:
+    """Scale 2 A / (2^b - 1) with A the largest magnitude; or that of least error, of either sign.
 
-    def candidate(low: Tensor, high: Tensor, round_up: bool) -> tuple[Tensor, Tensor]:
-        exact = (high - low) / max_code
-        scale = _clean(ceil_bfloat16(exact) if round_up else exact.bfloat16().float())
-        return scale, torch.round(-low / scale).clamp(0, max_code)
-
-    best, best_zero = candidate(low, high, True)
+    There is one level more below zero than above: a negative scale gives it to the larger positive weights.
+    """
+    zero, max_code = torch.tensor(2.0 ** (bits - 1), device=values.device), 2**bits - 1
+    full = values.abs().amax(dim=-1) * (2.0 / max_code)
+    covering = _Fit(_clean(ceil_bfloat16(full)), zero)
     if not search:
-        return best, best_zero
-    least = _error(grouped, best, best_zero, max_code)
-    ratios = torch.linspace(SEARCH_LOW, SEARCH_HIGH, SEARCH_STEPS // 2).tolist()
-    for ratio in ratios:
-        for shift in (-1.0, -0.5, 0.0, 0.5, 1.0):
-            scale, _ = candidate(low * ratio, high * ratio, False)
-            zero = torch.round(-low * ratio / scale + shift).clamp(0, max_code)
-            error = _error(grouped, scale, zero, max_code)
-            better = error < least
-            best = torch.where(better, scale, best)
-            best_zero = torch.where(better, zero, best_zero)
-            least = torch.where(better, error, least)
-    return best, best_zero
+        return covering
+    candidates = (_Fit(full * (sign * ratio), zero) for ratio in _SYMMETRIC_RATIOS for sign in (1.0, -1.0))
+    return _search(values, covering, candidates, max_code)
+
+
+def _asymmetric(values: Tensor, bits: int, search: bool) -> _Fit:
+    """Scale (hi - lo) / (2^b - 1), zero = round(-lo / scale), with lo <= 0 <= hi; or those of least error."""
+    max_code = 2**bits - 1
+    low = values.amin(dim=-1).clamp(max=0)
+    full = (values.amax(dim=-1).clamp(min=0) - low) / max_code
+    scale = _clean(ceil_bfloat16(full))
+    covering = _Fit(scale, torch.round(-low / scale).clamp(0, max_code))
+    if not search:
+        return covering
+    # Where the zero point lies in the range does not change with its width.
+    place = torch.where(full == 0, 0.0, -low / full)
+    zeros = [torch.round(place + shift).clamp(0, max_code) for shift in _SHIFTS]
+    candidates = (_Fit(full * ratio, zero) for ratio in _ASYMMETRIC_RATIOS for zero in zeros)
+    return _search(values, covering, candidates, max_code)
 
 
 def place_grid(weight: Tensor, config: GridConfig, *, largest: float | None = None) -> Grid:
@@ -127,14 +173,15 @@ def place_uniform(weight: Tensor, config: GridConfig) -> UniformGrid:
 
     absmax, symmetric: scale = 2 max|w| / (2^b - 1), levels -2^(b-1) .. 2^(b-1) - 1 times the scale. The
     largest weight lies half a step outside when positive; it may choose between the two top levels.
-    A group of zeros gets the smallest scale and lies on the grid.
+    search: least squared error of rounding to nearest; symmetric scales of either sign, for there is one level more
+    below zero. A group of zeros gets the smallest scale and lies on the grid.
 
     Args:
         weight: Floating, [out_features, in_features].
         config: Bits, group size, symmetry, scale rule.
 
     Returns:
-        Grid with bfloat16 scales >= 2^-17, exact in bfloat16 and float16.
+        Grid with bfloat16 scales of at least 2^-17 in magnitude, exact in bfloat16 and float16.
 
     Raises:
         ValueError: The weight is not a finite matrix, or too large for float16 scales.
@@ -143,15 +190,22 @@ def place_uniform(weight: Tensor, config: GridConfig) -> UniformGrid:
         raise ValueError(f"place_grid: weight must have 2 dimensions, got shape {list(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("place_grid: weight must be finite, got NaN or Inf")
+    if weight.numel() and float(weight.detach().abs().max()) > MAX_SCALE:
+        raise ValueError(f"place_grid: weight must be at most {MAX_SCALE} in magnitude")
+    rows, columns = weight.shape
+    place = _symmetric if config.sym else _asymmetric
+    step = max(1, (_CHUNK if weight.device.type == "cpu" else _CHUNK_GPU) // max(1, columns))
     with torch.no_grad():
-        grouped = _group(weight.detach(), config.group_size)
-        if float(grouped.values.abs().max()) > MAX_SCALE:
-            raise ValueError(f"place_grid: weight must be at most {MAX_SCALE} in magnitude")
-        # One group per row anyway: say so, because formats call it another strategy.
-        group_size = -1 if config.group_size > weight.shape[1] else config.group_size
-        search = config.grid == "search"
-        if config.sym:
-            scale = _symmetric(grouped, config.bits, search)
-            return UniformGrid(config.bits, group_size, True, scale.bfloat16())
-        scale, zero = _asymmetric(grouped, config.bits, search)
-        return UniformGrid(config.bits, group_size, False, scale.bfloat16(), zero.to(torch.uint8))
+        fits = [
+            place(
+                _group(weight[start : start + step].detach(), config.group_size),
+                config.bits,
+                config.grid == "search",
+            )
+            for start in range(0, rows, step)
+        ]
+        scale = torch.cat([fit.scale for fit in fits]).bfloat16()
+    # One group per row anyway: say so, because formats call it another strategy.
+    group_size = -1 if config.group_size > columns else config.group_size
+    zero = None if config.sym else torch.cat([fit.zero for fit in fits]).to(torch.uint8)
+    return UniformGrid(config.bits, group_size, config.sym, scale, zero)

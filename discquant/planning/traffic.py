@@ -17,7 +17,7 @@ FORWARD_FLOP, BACKWARD_FLOP = 4, 6
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 7
 HEAD_FLOP = 6
 # By code width: shares of weights more than half a step beyond a searched grid's ends.
-OUTLIER_SHARES = {2: 0.06, 3: 0.022, 4: 0.0095, 5: 0.0045, 6: 0.002, 7: 0.0012, 8: 0.001}
+OUTLIER_SHARES = {2: 0.06, 3: 0.022, 4: 0.0100, 5: 0.0055, 6: 0.005, 7: 0.0012, 8: 0.001}
 
 # Scales and minima of a group, by kind: float32 beside the block scales of a file where those are narrower.
 GROUP_BYTES = {"nf4": 4.0, "mxfp4": 5.0, "nvfp4": 5.0, "q4_0": 2.0, "q4_1": 4.0, "q4_k": 8.0, "q3_k": 4.0}

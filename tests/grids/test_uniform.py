@@ -10,7 +10,7 @@ from hypothesis import given
 from torch import Tensor
 
 from discquant.config import GridConfig
-from discquant.grids import UniformGrid, place_grid
+from discquant.grids import UniformGrid, place, place_grid
 from discquant.grids.place import MIN_SCALE
 
 GROUPS = (-1, 32, 64, 128)
@@ -41,6 +41,7 @@ def test_contract(config: GridConfig) -> None:
     rebuilt = grid.soft_weight(q_down, frac_ref, torch.float32)
     assert (rebuilt - weight).abs().max() <= 2.0**config.bits * 2e-7 * weight.abs().max()
     down, up = grid.dequantize(q_down, torch.float32), grid.dequantize(q_down + 1, torch.float32)
+    down, up = torch.minimum(down, up), torch.maximum(down, up)  # a negative scale turns them round
     inside = (frac_ref >= 0) & (frac_ref <= 1)
     slack = 1e-6 * weight.abs().max()
     assert bool(((down - slack <= weight) & (weight <= up + slack))[inside].all())
@@ -86,7 +87,7 @@ def test_scales_are_exact_in_every_served_dtype(
     scale = place_grid(weight, GridConfig(bits, group, sym)).scale
     assert scale.dtype == torch.bfloat16
     assert scale.shape == (2, 1 if group == -1 else -(-columns // group))
-    assert float(scale.float().min()) >= MIN_SCALE
+    assert float(scale.float().abs().min()) >= MIN_SCALE
     assert torch.equal(scale.float(), scale.half().float())
 
 
@@ -134,8 +135,11 @@ def test_one_signed_group_is_not_clipped(sign: float, rule: str) -> None:
     for sym in (True, False):
         grid = place_grid(weight, GridConfig(4, 64, sym, rule))  # type: ignore[arg-type]
         error = (grid.dequantize(grid.nearest(weight), torch.float32) - weight).abs().max()
-        assert error <= 1.6 * float(grid.scale.float().max())
+        assert error <= 1.6 * float(grid.scale.float().abs().max())
         assert error < 0.12
+        if sym and rule == "search":  # all of the larger half of the levels
+            assert sign * float(grid.scale) < 0
+            assert error < 0.08
 
 
 def test_zero_group_and_zero_weights_are_on_the_grid() -> None:
@@ -184,6 +188,34 @@ def test_search_never_loses_to_absmax(sym: bool) -> None:
     slack = 1e-5 * errors["absmax"].max()
     assert bool((errors["search"] <= errors["absmax"] + slack).all())
     assert float(errors["search"].sum()) < 0.9 * float(errors["absmax"].sum())
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(2, 0.91), (3, 0.91), (4, 0.93)])
+def test_search_takes_the_better_sign(bits: int, gain: float) -> None:
+    """A level more on the side of the larger weights, against the best of positive scales tried one by one."""
+    weight = torch.randn(64, 64)
+    zero, top = 2 ** (bits - 1), 2**bits - 1
+    best = torch.full((64,), torch.inf)
+    for ratio in torch.linspace(0.3, 1.1, 200):
+        scale = (weight.abs().amax(1, keepdim=True) * 2 / top * ratio).bfloat16().float()
+        error = (torch.round(weight / scale).clamp(-zero, top - zero) * scale - weight).square().sum(1)
+        best = torch.minimum(best, error)
+    grid = place_grid(weight, GridConfig(bits, 64))
+    found = (grid.dequantize(grid.nearest(weight), torch.float32) - weight).square().sum(1)
+    assert bool((grid.scale < 0).any()) and bool((grid.scale > 0).any())
+    assert float(found.sum()) < gain * float(best.sum())
+    assert bool((found <= 1.02 * best).all())  # the coarse search misses little where the sign gains nothing
+
+
+def test_rows_are_independent_of_how_they_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(7, 100)
+    for sym in (True, False):
+        whole = place_grid(weight, GridConfig(3, 32, sym))
+        monkeypatch.setattr(place, "_CHUNK", 300)
+        rows = place_grid(weight, GridConfig(3, 32, sym))
+        monkeypatch.undo()
+        assert torch.equal(whole.scale, rows.scale)
+        assert sym or torch.equal(whole.zero_point, rows.zero_point)
 
 
 def test_rejects_bad_input() -> None:
