@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -184,13 +185,16 @@ def place_uniform(weight: Tensor, config: GridConfig) -> UniformGrid:
         Grid with bfloat16 scales of at least 2^-17 in magnitude, exact in bfloat16 and float16.
 
     Raises:
-        ValueError: The weight is not a finite matrix, or too large for float16 scales.
+        ValueError: The weight is not a finite matrix, empty, or too large for float16 scales.
     """
     if weight.dim() != 2:
         raise ValueError(f"place_grid: weight must have 2 dimensions, got shape {list(weight.shape)}")
-    if not bool(torch.isfinite(weight).all()):
+    if not weight.numel():
+        raise ValueError(f"place_grid: weight must have elements, got shape {list(weight.shape)}")
+    ends = [float(end) for end in torch.aminmax(weight.detach())]  # no other tensor of that size is made
+    if not all(map(math.isfinite, ends)):
         raise ValueError("place_grid: weight must be finite, got NaN or Inf")
-    if weight.numel() and float(weight.detach().abs().max()) > MAX_SCALE:
+    if max(map(abs, ends)) > MAX_SCALE:
         raise ValueError(f"place_grid: weight must be at most {MAX_SCALE} in magnitude")
     rows, columns = weight.shape
     place = _symmetric if config.sym else _asymmetric

@@ -219,6 +219,8 @@ def test_rows_are_independent_of_how_they_are_chunked(monkeypatch: pytest.Monkey
 
 
 def test_rejects_bad_input() -> None:
+    with pytest.raises(ValueError, match="must have elements"):
+        place_grid(torch.zeros(0, 64), GridConfig(3, 32))
     with pytest.raises(ValueError, match="finite"):
         place_grid(torch.tensor([[1.0, float("nan")]]), GridConfig())
     with pytest.raises(ValueError, match="2 dimensions"):
