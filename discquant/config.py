@@ -287,6 +287,8 @@ class DataConfig:
         Raises:
             ValueError: A field is out of range.
         """
+        named = "self, a file of text or token ids, or the name of a data set"
+        _check("dataset", named, bool(self.dataset.strip()), self.dataset)
         _whole("nsamples", 1, self.nsamples)
         _whole("seqlen", 8, self.seqlen)
         _check("text_key", "a name", bool(self.text_key), self.text_key)

@@ -38,7 +38,10 @@ def _jsonl(path: Path, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path} line {number}"
             try:
                 row = json.loads(file.readline())
-            except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+            except (
+                ValueError,
+                RecursionError,
+            ) as cause:  # of a number with too many digits, of brackets too deep
                 raise CalibrationError(f"calibration: {where} is not JSON: {cause}") from cause
             if not isinstance(row, dict):
                 raise CalibrationError(
@@ -119,7 +122,7 @@ def rows(dataset: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix.lower() not in SUFFIXES:
         if path.exists():
             raise CalibrationError(
-                f"calibration: {dataset} must be a .txt, .jsonl or .parquet file or file.safetensors:key"
+                f"calibration: {dataset!r} must be a .txt, .jsonl or .parquet file or file.safetensors:key"
             )
         yield from _hub(dataset, seed)
         return
@@ -164,8 +167,20 @@ def render(
         The text, and whether the chat template made it (and so closed it as the model expects).
 
     Raises:
-        CalibrationError: No known key, a value of the wrong type, or no chat template.
+        CalibrationError: No known key, a value of the wrong type, no chat template, or half a surrogate pair.
     """
+    text, chat = _rendered(where, row, tokenizer, text_key=text_key, chat_template=chat_template)
+    try:
+        text.encode()  # tokenizers take what UTF-8 can hold; JSON can name more
+    except UnicodeEncodeError as cause:
+        raise CalibrationError(f"calibration: {where} holds what is no Unicode text: {cause}") from cause
+    return text, chat
+
+
+def _rendered(
+    where: str, row: dict[str, Any], tokenizer: Any, *, text_key: str, chat_template: bool
+) -> tuple[str, bool]:
+    """See `render`."""
     text = row.get(text_key)
     question, answer, messages = row.get("question"), row.get("answer"), row.get("messages")
     if isinstance(text, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,15 +99,16 @@ def plan(
     if measure and device.name != hardware.this_device().name:
         raise ConfigError(f"plan: --measure times this machine, which is no {gpu}; leave --gpu out")
     for name, value in (("--gpu-memory", gpu_memory), ("--host-memory", host_memory), ("--disk", disk)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"plan: {name} must be above 0, got {value}")
+        if value is not None and not 0 < value * hardware.GB < math.inf:
+            raise ConfigError(f"plan: {name} must be above 0 and finite, got {value}")
     if gpu_memory is not None:
         if device.memory is None:
             raise ConfigError("plan: --gpu-memory needs a device with memory of its own, got cpu")
         device = dataclasses.replace(device, memory=gpu_memory * hardware.GB)
-    own = (state, optimizer, compute_dtype)
+    own, filled = (state, optimizer, compute_dtype), ""
     if device.memory is not None and own == (None, None, None) and preset_name == "default":
         state, optimizer, compute_dtype = "u8", "momentum", "bfloat16"
+        filled = f"--state {state} --optimizer {optimizer} --compute-dtype {compute_dtype}"
     grid_config = options.grid_options(kind, bits, group_size, sym, grid)
     solver = options.solver_options(
         grid_config, preset_name, iters=iters, batch_size=batch_size, micro_batch=micro_batch, curvature=curvature,
@@ -160,13 +162,14 @@ def plan(
         rates=rates,
         process=PROCESS_BYTES,
         activations=activations,  # type: ignore[arg-type]
+        filled=filled,
     )
     text = text_file(dataset)
     if text is not None and not text.is_file():
         absent = f"there is no file {text} here: the plan does not read it, quantize would refuse it"
         made = dataclasses.replace(made, warnings=(*made.warnings, absent))
     if as_json:
-        typer.echo(json.dumps(made.to_dict(), indent=2))
+        typer.echo(json.dumps(made.to_dict(), indent=2, allow_nan=False))
     else:
         _print(made)
 

@@ -127,7 +127,8 @@ class CompressedTensors(SafetensorsFormat):
         """Refuse unserved tables, widths outside 2..8 and shorter last groups."""
         if scheme.kind not in LAYOUTS:
             raise UnrepresentableError(
-                f"compressed-tensors serves no {scheme.kind} ({name}); of look-up tables it has nvfp4 and mxfp4"
+                f"compressed-tensors serves no {scheme.words}: {name}; besides integers with scales and zero points "
+                "it has nvfp4 and mxfp4"
             )
         if scheme.kind != "int":
             fp4.check_shape(name, shape, scheme)

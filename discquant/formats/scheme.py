@@ -64,7 +64,14 @@ class Scheme:
         """Kind with the width where the kind leaves it open: `int3`, `nvfp4`."""
         return f"{self.kind}{self.num_bits}" if self.kind in ("int", "affine") else self.kind
 
+    @property
+    def words(self) -> str:
+        """Kind in users' words."""
+        return "grid with a minimum per group (as Q4_1, Q4_K)" if self.kind == "affine" else self.kind
+
     def __str__(self) -> str:
         """For messages: `int3 group 64 symmetric`."""
+        if self.kind == "affine":
+            return f"a {self.num_bits}-bit {self.words}"
         size = "per row" if self.group_size == -1 else f"group {self.group_size}"
         return f"{self.label} {size} {'symmetric' if self.symmetric else 'asymmetric'}"

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from discquant.config import ComputeDtype
 from discquant.errors import ConfigError
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -22,11 +24,12 @@ class Device:
 
     Attributes:
         name: As on the command line.
-        flops: Matrix multiplication rate that a plan may count on, FLOP/s.
+        flops: Matrix multiplication rate that a plan may count on, FLOP/s; in bfloat16 where the wider ones differ.
         link: Rate of host memory to device, bytes/s in one direction (of memory copies on the CPU).
         memory: Device memory in bytes; None on the CPU, which has host memory only.
         source: Where the numbers are from.
         measured: Whether they were timed on this machine.
+        float32, float64: The rate in these; None where it is the same.
     """
 
     name: str
@@ -35,6 +38,22 @@ class Device:
     memory: float | None
     source: str
     measured: bool = False
+    float32: float | None = None
+    float64: float | None = None
+
+    def computing(self, dtype: ComputeDtype) -> Device:
+        """Return the device at its rate in a dtype."""
+        rate = {"bfloat16": None, "float32": self.float32, "float64": self.float64}[dtype]
+        if rate is None:
+            return self
+        source = f"{self.source}; {rate / 1e12:.3g} TFLOP/s in {dtype}, {WIDE_SHARE:.0%} of the vendor's"
+        return dataclasses.replace(self, flops=rate, source=source)
+
+
+# Our assumption: the share of the vendor's float32 and float64 peaks that a step reaches (of bfloat16's, an H100's 600
+# TFLOP/s are 61 %). Peaks are of NVIDIA's data sheets: float32 without TF32, which torch leaves off for matrix products
+# unless told, as do our kernels; float64 on tensor cores where there are any, which cuBLAS uses (4090, L40S: 1/64).
+WIDE_SHARE = 0.6
 
 
 # Assumed, not measured by us: 788 TFLOP/s is published for an 8192-cube on an H200, a training step reaches less.
@@ -47,14 +66,44 @@ DEVICES: dict[str, Device] = {
             55 * GB,
             80 * GB,
             "memory.md 4 and 5: 600 TFLOP/s assumed, PCIe gen5 55.7 published",
-        ),
-        Device("h200", 600e12, 55 * GB, 139 * GIB, "memory.md 4, 5 and 9: as H100, 139 GiB"),
-        Device("a100", 230e12, 24.8 * GB, 80 * GB, "memory.md 4 and 5: 230 TFLOP/s assumed, PCIe gen4 24.8"),
-        Device(
-            "4090", 140e12, 24.8 * GB, 24 * GIB, "memory.md 4 and 5: 140 TFLOP/s assumed (155.8 published)"
+            float32=WIDE_SHARE * 67e12,
+            float64=WIDE_SHARE * 67e12,
         ),
         Device(
-            "l40s", 200e12, 24.8 * GB, 48 * GB, "our assumption: 55 % of the vendor's 362 TFLOP/s, PCIe gen4"
+            "h200",
+            600e12,
+            55 * GB,
+            139 * GIB,
+            "memory.md 4, 5 and 9: as H100, 139 GiB",
+            float32=WIDE_SHARE * 67e12,
+            float64=WIDE_SHARE * 67e12,
+        ),
+        Device(
+            "a100",
+            230e12,
+            24.8 * GB,
+            80 * GB,
+            "memory.md 4 and 5: 230 TFLOP/s assumed, PCIe gen4 24.8",
+            float32=WIDE_SHARE * 19.5e12,
+            float64=WIDE_SHARE * 19.5e12,
+        ),
+        Device(
+            "4090",
+            140e12,
+            24.8 * GB,
+            24 * GIB,
+            "memory.md 4 and 5: 140 TFLOP/s assumed (155.8 published)",
+            float32=WIDE_SHARE * 82.6e12,
+            float64=WIDE_SHARE * 82.6e12 / 64,
+        ),
+        Device(
+            "l40s",
+            200e12,
+            24.8 * GB,
+            48 * GB,
+            "our assumption: 55 % of the vendor's 362 TFLOP/s, PCIe gen4",
+            float32=WIDE_SHARE * 91.6e12,
+            float64=WIDE_SHARE * 91.6e12 / 64,
         ),
         Device(
             "cpu",
@@ -83,8 +132,6 @@ def find_device(name: str) -> Device:
 
 def this_device(index: int = 0) -> Device:
     """Return a GPU of this machine with its real memory, the CPU where there is none."""
-    import dataclasses
-
     import torch
 
     if not torch.cuda.is_available():
@@ -95,9 +142,8 @@ def this_device(index: int = 0) -> Device:
             return dataclasses.replace(DEVICES[key], memory=float(properties.total_memory))
     # An unknown GPU: the slowest of the table, so that the plan does not promise too much.
     base = DEVICES["4090"]
-    return Device(
-        properties.name, base.flops, base.link, float(properties.total_memory), f"as {base.name}: unknown GPU"
-    )
+    memory, source = float(properties.total_memory), f"as {base.name}: unknown GPU"
+    return dataclasses.replace(base, name=properties.name, memory=memory, source=source)
 
 
 def free_host_memory() -> float:

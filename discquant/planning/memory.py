@@ -12,7 +12,7 @@ from discquant.calibration.load import token_file
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.planning.setting import Setting, grid_share, keeps_graph, remembers_teacher, rows_sampled
 from discquant.planning.shape import Block, ModelShape
-from discquant.planning.traffic import factor_bytes, factor_entries
+from discquant.planning.traffic import boundary_bytes, factor_bytes, factor_entries
 
 SLOTS = 3  # one block arriving, one at work, one leaving
 CHUNK = 1024  # tokens whose logits exist at once
@@ -164,6 +164,22 @@ def _logit_tensors(shape: ModelShape, setting: Setting) -> float:
     return 10.0 * min(head_chunk(shape.vocab, torch.device("cpu")), setting.micro_tokens) * shape.vocab
 
 
+def tree_bytes(gradient: float, kept: float, passes: int) -> float:
+    """Return the most that a block's gradients and what is kept for them take beyond all that is kept, in bytes.
+
+    After `done` passes there is a partial sum for each bit set in it, and the gradient that is being made; that share
+    of `kept` has gone. Of all numbers with as many bits the smallest, 2^k - 1, has let go of least.
+
+    Args:
+        gradient: Bytes of one gradient.
+        kept: Bytes that are kept for the backward passes, of which each lets go of its share.
+        passes: Passes of a step.
+    """
+    return max(
+        gradient * (1 + levels) - kept * ((1 << levels) - 1) / passes for levels in range(passes.bit_length())
+    )
+
+
 def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Return what one step needs besides state and weights."""
     largest, element, tokens = shape.largest, setting.element, setting.tokens
@@ -181,10 +197,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     # graphs go meanwhile. Of narrower elements one gradient exists in both widths, but for the GPU's own layers.
     narrow = element if element < wide and not setting.accelerator else 0
     kept = float(saved * tokens) if keep else 0.0
-    sums = max(
-        float(wide * largest.weights * (1 + done.bit_count())) - kept * done / setting.passes
-        for done in range(setting.passes)
-    )
+    sums = tree_bytes(float(wide * largest.weights), kept, setting.passes)
     logits = _logit_tensors(shape, setting) * wide
     graphs = float(saved * tokens * depth)
     undo = float(min(shape.weights * setting.layout.written, JOURNAL_BYTES))
@@ -252,7 +265,8 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     windows = config.data.nsamples * config.data.seqlen * 8.0
     block = max(b.weights * (layout.total + grid) + factor_bytes([b], config) for b in shape.blocks)
     slots = min(SLOTS, len(shape.blocks)) * block
-    boundary = float((len(shape.blocks) + 1) * shape.hidden * element)  # of one token
+    # Of one token; where they stay, what leaves the last block is counted with them.
+    boundary = float((len(shape.blocks) + 1) * shape.hidden * element)
     teacher = (
         config.data.nsamples * config.data.seqlen * shape.hidden * 4.0
         if remembers_teacher(shape, setting)
@@ -317,9 +331,9 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         if setting.placement == "disk":  # which all ranks share, each with files of its own
             stored["state"] = where["state"] * setting.ranks
         if setting.boundaries == "disk":
-            stored["boundary activations"] = boundary * longest * setting.ranks
+            stored["boundary activations"] = boundary_bytes(shape, longest, element) * setting.ranks
         elif setting.boundaries == "host" and setting.accelerator:
-            held["boundary activations"] = boundary * longest
+            held["boundary activations"] = boundary_bytes(shape, longest, element)
         else:
             work["boundary activations"] = boundary * setting.tokens
             gathering["boundary activations"] = boundary * setting.gathered_tokens

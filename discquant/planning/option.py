@@ -87,7 +87,7 @@ def seconds_of(
     if setting.placement == "resident" and (
         setting.boundaries == "disk" or (setting.boundaries == "host" and setting.accelerator)
     ):
-        moved = Moved(0.0, 0.0, 0.0, boundary_bytes(shape, setting.tokens))
+        moved = Moved(0.0, 0.0, 0.0, boundary_bytes(shape, setting.tokens, setting.element))
     elif setting.placement != "resident":
         grid = grid_share(shape, setting.config)
         moved = moved_per_step(
@@ -96,10 +96,12 @@ def seconds_of(
             setting.tokens,
             grid=grid,
             factors=factor_bytes(shape.blocks, setting.config),
+            element=setting.element,
             offload=setting.boundaries != "resident",
             prefix=FORWARD_PREFIX,
         )
-    modelled = step_time(work, moved, setting.tokens, machine.device)
+    device = machine.device.computing(setting.config.solver.compute_dtype)
+    modelled = step_time(work, moved, setting.tokens, device)
     if rates is None:
         return moved, modelled, modelled.total
     seconds = measured_step(

@@ -86,6 +86,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; bytes, seconds, FLOP."""
+        device = self.machine.device.computing(self.setting.config.solver.compute_dtype)
         moved = None if self.moved is None else dataclasses.asdict(self.moved)
         return {
             "model": self.shape.name,
@@ -122,9 +123,7 @@ class Plan:
             "gather_seconds": self.gather_seconds,
             "steps": self.steps,
             "total_seconds": self.total_seconds,
-            "rates": "measured on this machine"
-            if self.measured
-            else f"assumed: {self.machine.device.source}",
+            "rates": "measured on this machine" if self.measured else f"assumed: {device.source}",
             "options": [dataclasses.asdict(option) for option in self.options],
             "warnings": list(self.warnings),
         }
@@ -134,7 +133,8 @@ def _gathering(shape: ModelShape, config: QuantizeConfig, machine: Machine, rate
     """Return seconds of gathering the curvature's factors, once per run (and again where a run is continued)."""
     rows = min(config.solver.curvature_samples, config.data.nsamples)
     work = rows * config.data.seqlen * gathering_work(shape, config)
-    return work / (machine.device.flops if rates is None else rates.backward)
+    device = machine.device.computing(config.solver.compute_dtype)
+    return work / (device.flops if rates is None else rates.backward)
 
 
 def setting_for(
@@ -170,6 +170,7 @@ def make_plan(
     rates: Rates | None = None,
     process: float = 0.0,
     activations: Placement | None = None,
+    filled: str = "",
 ) -> Plan:
     """Plan a run.
 
@@ -182,6 +183,7 @@ def make_plan(
         rates: Measured rates of this machine; None assumes the device's.
         process: What the process holds before it opens a model, bytes.
         activations: Where activations between blocks are kept; None follows the placement.
+        filled: Options in `config` that the user has not given, as words: advice repeats them.
 
     Returns:
         The plan.
@@ -194,7 +196,9 @@ def make_plan(
     long = shape.positions.check(config.data.seqlen) if shape.positions is not None else None
     wanted = PLACEMENTS if placement == "auto" else (placement,)
 
-    def setting_of(config: QuantizeConfig, placement: Placement) -> Setting:
+    def setting_of(
+        config: QuantizeConfig, placement: Placement, activations: Placement | None = activations
+    ) -> Setting:
         return setting_for(shape, config, placement, machine, process=process, activations=activations)
 
     def enough_windows(batch: int) -> str:
@@ -207,12 +211,13 @@ def make_plan(
     settings = [setting_of(config, candidate) for candidate in wanted]
     fitting = [setting for setting in settings if fits(phase_peaks(shape, setting), machine)]
     if not fitting:
-        raise refusal(shape, config, wanted, machine, setting_of)
+        raise refusal(shape, config, wanted, machine, setting_of, activations=activations, filled=filled)
     roomy = (s for s in fitting if fits(phase_peaks(shape, s), machine, spare=MEMORY_TOLERANCE))
     chosen = next(roomy, fitting[0])
     moved, modelled, seconds = seconds_of(shape, chosen, machine, rates)
     factors = factor_bytes(shape.blocks, config)
-    hide = tokens_to_hide(shape, chosen.layout, machine.device, factors=factors, prefix=FORWARD_PREFIX)
+    device = machine.device.computing(config.solver.compute_dtype)
+    hide = tokens_to_hide(shape, chosen.layout, device, factors=factors, prefix=FORWARD_PREFIX)
     own = (config.solver.state, config.solver.optimizer)
     solved = config.method == "discquant"
     states = [own, *(other for other in STATES if other != own and solved)]

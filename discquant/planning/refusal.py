@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
-from discquant.config import QuantizeConfig
+from discquant.config import ComputeDtype, QuantizeConfig
 from discquant.errors import CapacityError, ConfigError
 from discquant.planning.hardware import GB
 from discquant.planning.option import Machine, Option, option_of
@@ -23,7 +24,21 @@ def with_state(config: QuantizeConfig, state: str, optimizer: str) -> QuantizeCo
     return dataclasses.replace(config, solver=solver)
 
 
-def _smaller(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
+def _places(given: Placement | None) -> dict[tuple[Placement, Placement], str]:
+    """Return where state and activations may live, mildest change first, each with the options that say so.
+
+    `given` is where activations were asked for; None follows the placement.
+    """
+    asked = [(placement, given or placement) for placement in PLACEMENTS]
+    followed = [(placement, placement) for placement in PLACEMENTS]
+    found = {}
+    for placement, kept in dict.fromkeys((*asked, *followed, *itertools.product(PLACEMENTS, PLACEMENTS))):
+        changed = "" if kept == (given or placement) else f" --activations {kept}"
+        found[placement, kept] = f"--placement {placement}{changed}"
+    return found
+
+
+def _smaller(config: QuantizeConfig, accelerated: bool) -> list[tuple[str, QuantizeConfig]]:
     """Return changes that need less memory, mildest first, each with the options that make it."""
     found = []
     current, said = config, ""
@@ -43,6 +58,14 @@ def _smaller(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
     if (config.solver.state, config.solver.optimizer) != ("u8", "momentum"):
         current = with_state(current, "u8", "momentum")
         said = f"{said} --state u8 --optimizer momentum".strip()
+        found.append((said, current))
+    # CPUs compute in bfloat16 far more slowly.
+    narrow: ComputeDtype = "bfloat16" if accelerated else "float32"
+    if config.solver.compute_dtype not in (narrow, "bfloat16"):
+        current = dataclasses.replace(
+            current, solver=dataclasses.replace(current.solver, compute_dtype=narrow)
+        )
+        said = f"{said} --compute-dtype {narrow}".strip()
         found.append((said, current))
     micro = current.solver.micro_batch
     while micro > 1:
@@ -106,7 +129,10 @@ def refusal(
     config: QuantizeConfig,
     wanted: Sequence[Placement],
     machine: Machine,
-    setting_of: Callable[[QuantizeConfig, Placement], Setting],
+    setting_of: Callable[[QuantizeConfig, Placement, Placement | None], Setting],
+    *,
+    activations: Placement | None = None,
+    filled: str = "",
 ) -> CapacityError:
     """Return the refusal: what the least demanding placement needs, and the nearest configuration that would fit.
 
@@ -115,7 +141,9 @@ def refusal(
         config: The options that do not fit.
         wanted: Placements that were asked for.
         machine: What they do not fit on.
-        setting_of: Makes the setting of a configuration and a placement.
+        setting_of: Makes the setting of a configuration, a placement of the state and one of activations.
+        activations: Where activations were asked for; None follows the placement.
+        filled: Options in `config` that the user has not given; what would fit is said with them.
     """
 
     def excess(option: Option) -> float:
@@ -124,20 +152,20 @@ def refusal(
         ratios = [option.host / host, option.disk / max(1.0, disk)]
         return max([*ratios, option.gpu / memory] if memory else ratios)
 
-    tried = [option_of(shape, setting_of(config, placement), machine) for placement in wanted]
+    tried = [option_of(shape, setting_of(config, placement, activations), machine) for placement in wanted]
     best = min(tried, key=excess)
     message = (
         f"plan: {shape.name} with {_count(shape.weights)} weights to quantize fits {machine.device.name} with none of "
         f"the placements {', '.join(wanted)}; {best.placement}, the nearest, needs {_gigabytes(best, machine)}"
     )
     least = best
-    for said, smaller in [("", config), *_smaller(config)]:
+    for said, smaller in [("", config), *_smaller(config, machine.accelerated)]:
         if not every_rank_has_some(smaller, machine.ranks):
             continue
-        for placement in PLACEMENTS:
-            option = option_of(shape, setting_of(smaller, placement), machine)
+        for (placement, kept), places in _places(activations).items():
+            option = option_of(shape, setting_of(smaller, placement, kept), machine)
             if option.fits:
-                change = f"--placement {placement} {said}".strip()
+                change = " ".join(filter(None, (places, said, filled)))
                 return CapacityError(f"{message}. It would fit with {change}")
             least = min(least, option, key=excess)
     return CapacityError(

@@ -226,6 +226,7 @@ def moved_per_step(
     *,
     grid: float = 0.0,
     factors: float = 0.0,
+    element: int = 2,
     offload: bool = True,
     prefix: bool = True,
 ) -> Moved:
@@ -237,7 +238,8 @@ def moved_per_step(
         tokens: Per step.
         grid: Bytes of scales and zero points per weight, which travel with the codes.
         factors: Bytes of the curvature's factors of the model, which come in and never change.
-        offload: Whether the student's block inputs (bfloat16) leave the device; they go out and come back.
+        element: Bytes per element of computing.
+        offload: Whether the student's block inputs leave the device; they go out and come back.
         prefix: The forward pass fetches only what it reads, not the moments.
     """
     weights = float(shape.weights)
@@ -245,13 +247,17 @@ def moved_per_step(
         weights * (layout.forward + grid) if prefix else weights * (layout.total + grid) + factors,
         weights * (layout.total + grid) + factors,
         weights * layout.written,
-        boundary_bytes(shape, tokens) if offload else 0.0,
+        boundary_bytes(shape, tokens, element) if offload else 0.0,
     )
 
 
-def boundary_bytes(shape: ModelShape, tokens: int) -> float:
-    """Return the bytes of the block inputs (bfloat16) of a step: they go out, and come back."""
-    return (len(shape.blocks) + 1) * tokens * shape.hidden * 2.0
+def boundary_bytes(shape: ModelShape, tokens: int, element: int) -> float:
+    """Return the bytes of the block inputs of a step: they go out, and come back.
+
+    The engine keeps those of every block from the first with weights to quantize on; none of what leaves the last.
+    """
+    first = next((index for index, block in enumerate(shape.blocks) if block.weights), 0)
+    return float((len(shape.blocks) - first) * tokens * shape.hidden * element)
 
 
 @dataclass(frozen=True)

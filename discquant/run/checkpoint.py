@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,12 @@ class Checkpointer:
             self.stalled += self._clock() - begin
         self.check()
 
+    def close(self) -> None:
+        """Let the writer end, if there is one; what went wrong in it no longer matters."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
     def check(self) -> None:
         """Raise what went wrong in the background.
 
@@ -250,30 +256,34 @@ class Checkpointer:
             self._left -= indices
             self._moved.notify_all()
 
-    def _copied(self, index: int) -> dict[str, Tensor]:
-        return {
-            name: tensor.cpu() for name, tensor in _tensors(self.run.solver.placement.home(index)).items()
-        }
+    @contextlib.contextmanager
+    def _read(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """Give a block's tensors on the host; on disk the memory that reading them took goes back at the end."""
+        placement = self.run.solver.placement
+        try:
+            yield {name: tensor.cpu() for name, tensor in _tensors(placement.home(index)).items()}
+        finally:
+            placement.release(index)
 
     def _probe(self, index: int) -> int:
         """Hash and write a block as for a checkpoint, and remove it; return its bytes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = self._copied(index)
-        _digest(tensors)
-        try:
-            save_tensors_atomic(self.folder / PROBE, tensors, {})
-        finally:
-            (self.folder / PROBE).unlink(missing_ok=True)
-        return sum(tensor.nbytes for tensor in tensors.values())
+        with self._read(index) as tensors:
+            _digest(tensors)
+            try:
+                save_tensors_atomic(self.folder / PROBE, tensors, {})
+            finally:
+                (self.folder / PROBE).unlink(missing_ok=True)
+            return sum(tensor.nbytes for tensor in tensors.values())
 
     def _write_block(self, index: int, step: int) -> tuple[str, str]:
-        tensors = self._copied(index)
-        digest = _digest(tensors)
-        known = self._known.get(index)
-        if known is not None and known[1] == digest:
-            return known
-        name = f"block-{index:04d}-{step:07d}.safetensors"
-        save_tensors_atomic(self.folder / name, tensors, {})
+        with self._read(index) as tensors:
+            digest = _digest(tensors)
+            known = self._known.get(index)
+            if known is not None and known[1] == digest:
+                return known
+            name = f"block-{index:04d}-{step:07d}.safetensors"
+            save_tensors_atomic(self.folder / name, tensors, {})
         self.bytes_written += (self.folder / name).stat().st_size
         return name, digest
 
@@ -311,6 +321,7 @@ def load_checkpoint(folder: Path, run: Solve) -> int | None:
                 raise ValueError(f"{len(entries)} blocks instead of {len(run.solver.placement)}")
             for index, entry in enumerate(entries):
                 _restore(folder / Path(entry["file"]).name, entry["digest"], run, index)
+                run.solver.placement.written(index)
         except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             logger.warning("checkpoint %s cannot be read (%s); using the one before", path.name, error)
             continue

@@ -94,11 +94,9 @@ class RunDirectory:
         if not self.path.exists() or all(entry.name == f".{CONFIG}.tmp" for entry in self.path.iterdir()):
             return False
         if not self.is_run(self.path):
-            raise OutputExistsError(f"quantize: {self.path} is not empty and holds no run of discquant")
+            raise OutputExistsError(f"run: {self.path} is not empty and holds no run of discquant")
         if not resume:
-            raise OutputExistsError(
-                f"quantize: {self.path} already holds a run; choose another OUT or --resume"
-            )
+            raise OutputExistsError(f"run: {self.path} already holds a run; choose another OUT or --resume")
         changed = _differences(self.config()["identity"], json.loads(json.dumps(identity)))
         if changed:
             advice = "Repeat the command that made it, or choose another OUT"
@@ -107,7 +105,7 @@ class RunDirectory:
                     f"; `discquant export {self.path} --format ...` writes further formats of a finished run"
                 )
             raise ResumeError(
-                f"quantize: {self.path} holds another run; different: {'; '.join(changed)}. {advice}"
+                f"run: {self.path} holds another run; different: {'; '.join(changed)}. {advice}"
             )
         return True
 

@@ -72,6 +72,7 @@ class Solving:
         self._steps = 0  # taken by this process
         self._said: set[str] = set()
         self._stop = stop
+        self._writer: Checkpointer | None = None
         self._folder = directory.path / "checkpoints"
 
     def run(
@@ -116,7 +117,7 @@ class Solving:
         self._say_notes(solve)
         if not fresh and load_checkpoint(self._folder, solve) is None:
             raise ResumeError(
-                f"quantize: no checkpoint in {self._folder} can be read; remove that folder to start again"
+                f"run: no checkpoint in {self._folder} can be read; remove that folder to start again"
             )
         if solve.solver.step_number:
             self.events.say(f"continuing after step {solve.solver.step_number}")
@@ -159,14 +160,16 @@ class Solving:
                 self.events.say(f"note: {note}")
 
     def close(self) -> None:
-        """Stop copies and remove the placement's files."""
+        """Let a checkpoint that is under way end, stop copies, remove the placement's files."""
+        if self._writer is not None:
+            self._writer.close()
         if self.solve is not None:
             self.solve.close()
 
     def _lead(self, solve: Solve, held: Windows, fresh: bool) -> None:
         """Take the steps; write metrics, validations and checkpoints."""
         self.directory.truncate_metrics(solve.solver.step_number)
-        writer = Checkpointer(self._folder, solve, self.config.checkpoint_every)
+        writer = self._writer = Checkpointer(self._folder, solve, self.config.checkpoint_every)
         sample = TokenRows(
             solve.chain, held.input_ids[:VALIDATION_ROWS], held.mask[:VALIDATION_ROWS], VALIDATION_ROWS
         )

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from safetensors import safe_open
 
 from discquant.calibration import Windows, load_windows
 from discquant.config import QuantizeConfig
-from discquant.errors import CalibrationError
+from discquant.errors import CalibrationError, CheckpointError
+from discquant.formats.safetensors_file import read_header, read_tensor
 from discquant.formats.source import Source
 from discquant.run.directory import RunDirectory
 from discquant.run.stored import save_tensors_atomic
 
 CALIBRATION = "calibration.safetensors"
+KEPT = {"input_ids": "I32", "mask": "U8"}  # in it, with the text's source
 
 
 def run_windows(directory: RunDirectory, config: QuantizeConfig, source: Source) -> Windows:
@@ -21,12 +24,11 @@ def run_windows(directory: RunDirectory, config: QuantizeConfig, source: Source)
 
     Raises:
         CalibrationError: See `load_windows`.
+        CheckpointError: The kept ones are damaged.
     """
     path = directory.path / CALIBRATION
     if path.exists():
-        with safe_open(path, framework="pt") as handle:
-            described = handle.metadata()["source"]
-            return Windows.make(handle.get_tensor("input_ids"), handle.get_tensor("mask").bool(), described)
+        return _kept_windows(path)
     data = config.data
     return load_windows(
         data.dataset,
@@ -38,6 +40,28 @@ def run_windows(directory: RunDirectory, config: QuantizeConfig, source: Source)
         chat_template=data.chat_template,
         text_key=data.text_key,
     )
+
+
+def _kept_windows(path: Path) -> Windows:
+    """Read the file of `keep_windows`.
+
+    Raises:
+        CheckpointError: It is damaged, or holds something else.
+    """
+    try:
+        stored, metadata = read_header(path)
+        kinds = {name: info.dtype for name, info in stored.items()}
+        source = metadata.get("source")
+        if kinds != KEPT or not isinstance(source, str):
+            raise CheckpointError(f"{path} must hold {KEPT} and name their source, got {kinds}")
+        ids, mask = read_tensor(stored["input_ids"]), read_tensor(stored["mask"])
+        return Windows.make(ids, mask.bool(), source)
+    except ValueError as error:  # a CheckpointError, too, which names the file
+        named = "" if isinstance(error, CheckpointError) else f"{path}: "
+        raise CheckpointError(
+            f"{named}{error}; these are the windows that the run was begun with: choose another OUT, or remove the "
+            "file, and the same command reads the calibration text again"
+        ) from error
 
 
 def keep_windows(directory: RunDirectory, windows: Windows) -> None:

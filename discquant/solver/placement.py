@@ -179,17 +179,21 @@ class Placement:
             return 0
         return min(SLOTS, len(self._blocks)) * max(block.nbytes for block in self._blocks)
 
-    def fetch(self, index: int) -> BlockState:
-        """Return a block on the compute device, and begin to load the next one in the direction of travel."""
+    def fetch(self, index: int, *, change: bool = False) -> BlockState:
+        """Return a block on the compute device, and begin to load the next one in the direction of travel.
+
+        Args:
+            index: Of the block.
+            change: It is about to be changed: what an earlier `write_back` still reads of it must have left. That of
+                the step before may be under way where the block has kept its slot ever since.
+        """
         if self.where == "resident":
             return self._blocks[index]
         slot = self._slot(index) or self._load(index)
         assert slot.ready is not None and slot.bound is not None
-        begin = time.perf_counter()
-        event = slot.ready.result()
-        self.waited += time.perf_counter() - begin
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+        self._await(slot.ready)
+        if change and slot.draining is not None:
+            self._await(slot.draining)
         self._touch(slot)
         if index != self._last:
             forward = index > self._last
@@ -200,6 +204,14 @@ class Placement:
             if 0 <= upcoming < len(self) and self._slot(upcoming) is None:
                 self._load(upcoming)
         return slot.bound
+
+    def _await(self, copy: Future[Any]) -> None:
+        """Hold what is computed from here on back until a copy has ended."""
+        begin = time.perf_counter()
+        event = copy.result()
+        self.waited += time.perf_counter() - begin
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
     def _slot(self, index: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.index == index), None)
@@ -281,6 +293,11 @@ class Placement:
         if self.where == "disk":
             self._homes[index].release()
 
+    def written(self, index: int) -> None:
+        """Write a block that was changed at home to its file, where it has one, and give back its memory."""
+        if self._homes:
+            self._homes[index].written()
+
     def changed_at_home(self) -> None:
         """Forget copies on the compute device: blocks were changed where they live."""
         for index in range(len(self)):
@@ -289,8 +306,8 @@ class Placement:
             if slot.ready is not None:
                 slot.ready.result()
             slot.index = slot.bound = slot.ready = None
-        for home in self._homes:
-            home.written()
+        for index in range(len(self)):
+            self.written(index)
 
     def close(self) -> None:
         """Wait for copies, stop the threads, remove the files; blocks at home stay readable."""

@@ -238,7 +238,7 @@ class Solver:
 
         def open_block(index: int) -> BlockState:
             """Return a block whose bytes may be changed: kept for undoing, and free of a checkpoint's writer."""
-            block = self.placement.fetch(index)
+            block = self.placement.fetch(index, change=index not in opened)
             if index not in opened:
                 opened.add(index)
                 if self.before_change is not None:

@@ -114,6 +114,26 @@ def test_reads_no_more_documents_than_needed(
     assert "1 documents read, 0 of them empty, 102 tokens" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ('{"text": "half \\ud800 a pair"}', "no Unicode text"),
+        ('{"messages": [{"role": "user", "content": "half \\udfff"}]}', "no Unicode text"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"text": "x", "n": ' + "1" * 5000 + "}", "is not JSON"),
+    ],
+)
+def test_lines_that_json_or_tokenizer_cannot_take(
+    line: str, match: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is told by file and line, as other lines that cannot be read."""
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(CalibrationError, match=rf"{path} line 2 .*{match}|{path} line 2 {match}"):
+        load_windows(str(path), tokenizer, nsamples=1, seqlen=8)
+
+
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.uint8])
 def test_token_file(tmp_path: Path, tokenizer: Any, model: Any, dtype: torch.dtype) -> None:
     rows = torch.randint(3, 100, (6, 20)).to(dtype)

@@ -108,6 +108,7 @@ def test_damaged_models(
         (("--preset", "best"), ("preset", "best")),
         (("--optimizer", "adam"), ("optimizer", "adam")),
         (("--ignore", "no_such_module"), ("no_such_module", "q_proj")),
+        (("--dataset", ""), ("dataset must be self, a file of text", "got ''")),
         (("--iters", "0"), ("iters",)),
         (("--lr", "-1"), ("lr",)),
         (("--lr", "10"), ("lr must be at most 1", "[0, 1]", "got 10")),

@@ -98,6 +98,14 @@ def test_nf4_has_no_served_format(llama_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_minimum_per_group_is_said_in_words() -> None:
+    """Kinds have inner names; a refusal says what the user knows."""
+    for kind in ("compressed-tensors", "gptq", "awq"):
+        with pytest.raises(UnrepresentableError, match=r"a minimum per group \(as Q4_1, Q4_K\)") as refused:
+            by_name(kind).check((64, 64), GridConfig.of_kind("q4_1"), "layer")
+        assert "affine" not in str(refused.value) and "layer" in str(refused.value)
+
+
 def test_damaged_scales_are_named(written: tuple[str, Path]) -> None:
     kind, out = written
     checkpoint = Checkpoint(out)

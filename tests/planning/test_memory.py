@@ -12,7 +12,7 @@ import pytest
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig
 from discquant.planning.hardware import DEVICES, GB, GIB
-from discquant.planning.memory import HEAP, HEAP_SHARE, gptq_bytes, needed, phase_peaks
+from discquant.planning.memory import HEAP, HEAP_SHARE, gptq_bytes, needed, phase_peaks, tree_bytes
 from discquant.planning.plan import Machine, make_plan, setting_for
 from discquant.planning.setting import PLACEMENTS
 from discquant.planning.shape import ModelShape, read_shape
@@ -46,7 +46,8 @@ def test_working_set(shape_8b: ModelShape, shape_70b: ModelShape, options: Optio
         # as well, as far as that is small.
         embedding, undo = 2 * (shape.frozen - shape.head), solve.gpu["bytes to undo a step"]
         assert (solve.total("gpu") - embedding - undo - partial) / GB == pytest.approx(total, rel=0.15)
-        assert round(solve.host["boundary activations"] / GB, 1) == (4.4 if shape is shape_8b else 21.7)
+        # That section counts what leaves the last block, too (4.4 and 21.7), which the engine does not keep.
+        assert round(solve.host["boundary activations"] / GB, 1) == (4.3 if shape is shape_8b else 21.5)
 
 
 def test_issue_targets(shape_8b: ModelShape, shape_70b: ModelShape, options: Options) -> None:
@@ -73,6 +74,15 @@ def test_issue_targets(shape_8b: ModelShape, shape_70b: ModelShape, options: Opt
             assert files == expected | ({"codes at the start"} if start == "gptq" else set())
 
 
+def test_sums_of_gradients_are_the_worst_of_all_passes() -> None:
+    """Without a look at each pass: a step of 10^12 windows is planned as fast as one of 8."""
+    for passes in (*range(1, 70), 127, 128, 129):
+        for gradient, kept in ((1.0, 0.0), (1.0, 3.0), (7.0, 1e3), (0.0, 5.0)):
+            slow = max(gradient * (1 + done.bit_count()) - kept * done / passes for done in range(passes))
+            assert tree_bytes(gradient, kept, passes) == slow
+    assert tree_bytes(1.0, 0.0, 10**12) == 1 + 39
+
+
 def test_gptq_of_a_70b_block(shape_70b: ModelShape) -> None:
     """The 28672-wide layer: two [28672, 28672] in float64 and little else."""
     two = 2 * 8 * 28672**2
@@ -87,7 +97,7 @@ def test_activations_are_where_they_are_asked_for(
     """Apart from the state: in the memory that holds them, in what moves, and in what fits."""
     config = options(batch_size=64, micro_batch=1, compute_dtype="bfloat16" if gpu else "float32")
     machine = Machine(DEVICES["h200" if gpu else "cpu"], ROOMY, ROOMY)
-    found = {}
+    found, size = {}, 64 * SEQLEN * 4096 * (2.0 if gpu else 4.0)
     for activations in (None, *PLACEMENTS):
         made = make_plan(shape_8b, config, machine, placement=placement, activations=activations)  # type: ignore[arg-type]
         solve = next(peak for peak in made.peaks if peak.name == "solve")
@@ -99,12 +109,13 @@ def test_activations_are_where_they_are_asked_for(
         if placement == "resident":
             assert (made.moved is not None) == leaves
         if leaves:
-            assert made.moved is not None and made.moved.boundaries == 33 * 64 * SEQLEN * 4096 * 2.0
-    size = 33 * 64 * SEQLEN * 4096 * (2.0 if gpu else 4.0)
+            assert made.moved is not None and made.moved.boundaries == size * 32
     places = {"resident": "gpu" if gpu else "host", "host": "host", "disk": "disk"}
     for activations in PLACEMENTS:
+        leaves = activations == "disk" or (activations == "host" and gpu)
+        kept = size * (32 if leaves else 33)  # what leaves the last block never leaves the device
         assert found[activations] == {
-            where: size if where == places[activations] else 0.0 for where in ("gpu", "host", "disk")
+            where: kept if where == places[activations] else 0.0 for where in ("gpu", "host", "disk")
         }
     assert found[None] == found[placement]
 

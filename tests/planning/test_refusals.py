@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -49,6 +50,43 @@ def test_refusal_names_numbers_and_what_would_fit(shape_70b: ModelShape, options
     small = Machine(dataclasses.replace(DEVICES["4090"], memory=2 * GB), 4 * GB, 5 * GB)
     with pytest.raises(CapacityError, match=r"No configuration fits; the least demanding .* needs"):
         make_plan(shape_70b, options(), small)
+
+
+def test_advice_changes_activations_before_anything_else(shape_8b: ModelShape, options: Options) -> None:
+    """Where they are kept changes no byte of the result: left out, or elsewhere, before a batch is made smaller."""
+    config, roomy = options(batch_size=64), Machine(DEVICES["4090"], ROOMY, ROOMY)
+
+    def advice(machine: Machine, **given: Any) -> dict[str, str]:
+        with pytest.raises(CapacityError) as refused:
+            make_plan(shape_8b, config, machine, **given)
+        flags = str(refused.value).rpartition("fit with ")[2].split()
+        return dict(zip(flags[::2], flags[1::2], strict=True))
+
+    asked = advice(roomy, activations="resident")
+    assert asked == {"--placement": "host", "--activations": "host"}
+    assert make_plan(shape_8b, config, roomy, placement="host", activations="host")
+    # Too little host memory for both on the host, too little disk for both there.
+    apart = dataclasses.replace(roomy, host=30 * GB, disk=80 * GB)
+    assert advice(apart) == {"--placement": "host", "--activations": "disk"}
+    assert make_plan(shape_8b, config, apart, placement="host", activations="disk")
+
+
+def test_advice_computes_narrower_on_a_gpu(shape_8b: ModelShape, options: Options) -> None:
+    """What fits in bfloat16 alone is not said to fit nowhere; a CPU is slow in it and is not told so."""
+    narrow, wide = (options(batch_size=1, micro_batch=1, compute_dtype=d) for d in ("bfloat16", "float32"))
+    for name in ("4090", "cpu"):
+        roomy = Machine(DEVICES[name], ROOMY, ROOMY)
+        where = "gpu" if name == "4090" else "host"
+        least = needed(list(make_plan(shape_8b, narrow, roomy, placement="disk").peaks), where) * 1.01
+        machine = dataclasses.replace(
+            roomy,
+            device=dataclasses.replace(roomy.device, memory=least if name == "4090" else None),
+            host=ROOMY if name == "4090" else least,
+        )
+        with pytest.raises(CapacityError) as refused:
+            make_plan(shape_8b, wide, machine)
+        advised = "--compute-dtype bfloat16" in str(refused.value)
+        assert advised == (name == "4090") and ("No configuration fits" in str(refused.value)) != advised
 
 
 def test_refusal_shows_the_machine_and_its_margin(
@@ -154,9 +192,21 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configs: Path)
     assert shown.exit_code == 0 and "Transfers hide from" in shown.stdout
     refused = CliRunner().invoke(app, [*line, "--gpu-memory", "1", "--host-memory", "2"])
     assert isinstance(refused.exception, CapacityError)
+    # What the plan has filled in for a GPU is part of the advice: quantize with that alone is the same plan.
+    tight = [*line, "--gpu-memory", "16", "--activations", "resident"]
+    advice = str(CliRunner().invoke(app, tight).exception).rpartition("fit with ")[2].split()
+    assert advice[-6:] == ["--state", "u8", "--optimizer", "momentum", "--compute-dtype", "bfloat16"]
+    followed = CliRunner().invoke(app, [*line, "--gpu-memory", "16", *advice])
+    assert followed.exit_code == 0
     apart = CliRunner().invoke(app, [*line, "--activations", "disk", "--format", "none", "--json"])
     disk = json.loads(apart.stdout)["phases"][-1]["items"]["disk"]
     assert json.loads(apart.stdout)["activations"] == "disk" and disk["exported models"] == 0
     assert isinstance(CliRunner().invoke(app, [*line, "--activations", "moon"]).exception, ConfigError)
+    for option in ("--gpu-memory", "--host-memory", "--disk"):
+        for value in ("inf", "nan", "1e308", "0"):
+            refused = CliRunner().invoke(app, [*line, option, value, "--json"])
+            assert isinstance(refused.exception, ConfigError) and "above 0 and finite" in str(
+                refused.exception
+            )
     nothing = CliRunner().invoke(app, [*line, "--ignore", "nothing_here"])
     assert isinstance(nothing.exception, ConfigError) and "down_proj" in str(nothing.exception)

@@ -147,6 +147,62 @@ def test_two_are_kept_and_parts_of_killed_writes_go(model: Any, tmp_path: Path) 
     assert len(names) == 2 + 4
 
 
+def _in_memory(folder: Path) -> dict[str, int]:
+    """Bytes of each state file in `folder` that this process has in memory: what its maps hold."""
+    found = {str(path): 0 for path in folder.rglob("*.state")}
+    path = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            path = words[5] if len(words) > 5 else ""
+        elif words[0] == "Rss:" and path in found:
+            found[path] += int(words[1]) << 10
+    return {Path(path).name: size for path, size in found.items()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the kernel does not tell what maps hold")
+def test_a_checkpoint_leaves_no_state_in_memory(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On disk a block is in memory only while it is written or restored, and while its cost is found."""
+    folder, state = tmp_path / "checkpoints", tmp_path / "state"
+    run = _solve(model, Engine("disk", folder=state))
+    run.advance()
+    placement = run.solver.placement
+    assert placement._lanes is not None
+    for lane in placement._lanes:
+        lane.wait()
+    nothing = {f"block-{index:04d}.state": 0 for index in range(2)}
+    assert _in_memory(state) == nothing
+    seen: list[dict[str, int]] = []
+    write, restore = checkpoint.save_tensors_atomic, checkpoint._restore
+
+    def watched_write(*given: Any) -> None:
+        write(*given)
+        seen.append(_in_memory(state))
+
+    def watched_restore(path: Path, digest: str, run: Solve, index: int) -> None:
+        seen.append(_in_memory(state))
+        restore(path, digest, run, index)
+
+    monkeypatch.setattr(checkpoint, "save_tensors_atomic", watched_write)
+    monkeypatch.setattr(checkpoint, "_restore", watched_restore)
+    writer = Checkpointer(folder, run)
+    writer.begin(fresh=True)
+    assert _in_memory(state) == nothing
+    for _ in range(2):  # the second time no block is written, for none has changed
+        writer.save()
+        writer.wait()
+        assert _in_memory(state) == nothing
+    assert [sorted(name for name, held in files.items() if held) for files in seen] == [
+        ["block-0001.state"], ["block-0001.state"], ["block-0000.state"],
+    ]  # fmt: skip
+    seen.clear()
+    assert load_checkpoint(folder, run) == 1
+    assert seen == [nothing, nothing] and _in_memory(state) == nothing
+    run.close()
+
+
 @pytest.mark.parametrize("kind", ["block", "manifest"])
 def test_a_full_disk_leaves_the_last_checkpoint(
     kind: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,40 @@ def test_an_arena_is_as_long_as_asked() -> None:
     assert arena.tensor.numel() == 12345
     assert arena.problem is None
     assert int(arena.tensor.sum()) == 0
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_block_that_kept_its_slot_is_changed_after_it_has_left(
+    gpu: bool, streams: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no more blocks than slots none is loaded again: the step before may still be on its way home."""
+    weight = torch.randn(8, 32)
+    grid = place_grid(weight, GridConfig(3, 32))
+    placement = Placement("host")
+    if gpu:
+        placement._lanes = (Lane(torch.device("cuda")), Lane(torch.device("cuda")))
+    for index in range(2):
+        placement.add([WeightState(f"w{index}", grid, weight, None, state="u8", optimizer="sgd")])
+    placement.fetch(0)
+    leave, waited = threading.Event(), []
+    _, outward = placement._engines()
+    outward.submit(lambda: leave.wait(60) and None)
+    placement.write_back(0)
+    sent = placement._sent[0]
+    placement.fetch(0)  # to be read: both may read at once
+    assert not sent.done()
+    changing = threading.Thread(target=lambda: placement.fetch(0, change=True))
+    monkeypatch.setattr(
+        type(streams[0]), "wait_event", lambda _, event: waited.append(event)
+    ) if gpu else None
+    changing.start()
+    changing.join(0.2)
+    assert changing.is_alive()
+    leave.set()
+    changing.join(60)
+    assert not changing.is_alive() and sent.done()
+    assert not gpu or sent.result() in waited
+    placement.close()
 
 
 @pytest.mark.parametrize("where", ["resident", "host", "disk"])
