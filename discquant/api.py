@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from discquant import _extension
-from discquant.calibration import Windows, load_windows
+from discquant.calibration import Windows, given_windows, load_windows
 from discquant.config import ComputeDtype, QuantizeConfig
 from discquant.environment import compute_device
 from discquant.errors import ConfigError, MissingModelError
-from discquant.formats.checkpoint import read_json, stated_quantization
+from discquant.formats.checkpoint import check_finite, read_json, stated_quantization
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.registry import quantized as quantized_format
@@ -29,12 +30,17 @@ from discquant.run.checks import check_groups, check_ignore
 from discquant.run.directory import RunDirectory
 from discquant.run.served import load_run_model
 from discquant.run.summary import coded_layers
-from discquant.solver.chain import Chain, DecoderChain, ModuleChain
+from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
+from discquant.solver.layers import full_precision
 from discquant.solver.layerwise import layerwise_codes
+from discquant.solver.lent import lent
+from discquant.solver.module_chain import ModuleChain
 from discquant.solver.solve import TokenRows, lay_grids, solve
 from discquant.solver.solver import Solver, StepRecord
 from discquant.solver.usage import unseen_experts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Quantized:
         grids: Grid of each module, on the CPU.
         served: Dtype to which served weights are rounded.
         records: Record of every step (empty for layer-wise methods).
-        unseen: Expert matrices that no calibration token reached; they are rounded to nearest.
+        unseen: Expert matrices that no calibration token reached, and of gptq and greedy the layers that were never
+            called; they are rounded to nearest.
     """
 
     model: nn.Module
@@ -96,6 +103,27 @@ def _in_dtype(config: QuantizeConfig, dtype: torch.dtype) -> QuantizeConfig:
     return dataclasses.replace(config, solver=solver)
 
 
+def _served_dtype(function: str, argument: str, model: Any, config: Any) -> torch.dtype:
+    """Check what is given; return the dtype of the model's parameters, in which they are served.
+
+    Raises:
+        TypeError: It is no module, or the configuration is of another type.
+        ValueError: It has no parameters, or one of them is not finite.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function}: {argument} must be of type = nn.Module (see discquant.load), got {type(model).__name__}"
+        )
+    if config is not None and not isinstance(config, QuantizeConfig):
+        raise TypeError(f"{function}: config must be of type = QuantizeConfig, got {type(config).__name__}")
+    first = next(model.parameters(), None)
+    if first is None:
+        raise ConfigError(f"{function}: {type(model).__name__} has no parameters, so nothing to quantize")
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.detach())
+    return first.dtype
+
+
 def _run(
     chain: Chain,
     rows: TokenRows,
@@ -107,9 +135,13 @@ def _run(
     grids = lay_grids(chain, config.grid)
     if config.method != "discquant":
         batches = rows.batches(range(min(config.gptq_samples, len(rows))))
-        codes = layerwise_codes(chain, grids, batches, config.method, damp=config.gptq_damp, served=served)
+        unreached: set[str] = set()
+        codes = layerwise_codes(
+            chain, grids, batches, config.method, damp=config.gptq_damp, served=served, unreached=unreached
+        )
+        unseen = unseen_experts(chain, batches) | unreached
         # Held, not computed when asked for: `apply` changes the weights.
-        return Quantized(chain.model, dict(codes), grids, served, (), unseen_experts(chain, batches))
+        return Quantized(chain.model, dict(codes), grids, served, (), unseen)
     records: list[StepRecord] = []
 
     def note(solver: Solver, record: StepRecord) -> None:
@@ -134,8 +166,9 @@ def quantize(
     """Round the linear layers of a causal language model.
 
     Args:
-        model: A `transformers` decoder-only model. Its dtype is the compute dtype, whatever the configuration says
-            (load it in float32 for the CPU), and it is computed where it is: move it to a GPU to solve there.
+        model: A `transformers` decoder-only model of nn.Linear layers. Its dtype is the compute dtype, whatever the
+            configuration or autocast says (load it in float32 for the CPU), and it is computed where it is: move it to
+            a GPU to solve there. Its `training` and `requires_grad` are afterwards as they were.
         tokenizer: Its tokenizer; may be None with token ids or `config.data.dataset = "self"`.
         config: Everything else; default: DiscQuant, 4 bits, group 64, text sampled from the model itself.
         calibration: Windows, or token ids int64 [rows, seqlen]; None loads `config.data`.
@@ -145,29 +178,30 @@ def quantize(
         Quantized; call `.apply()` to put the rounded weights into the model.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: Bad configuration, data, a weight that is not finite, or a model in float16 with DiscQuant.
-        NotImplementedError: The model is no chain of decoder blocks with a linear head.
+        TypeError: `model` is no module, `config` no QuantizeConfig, or `calibration` neither windows nor a tensor.
+        ValueError: Bad configuration, data (empty, ids beyond the vocabulary, longer than the model's positions), a
+            weight that is not finite or made in inference mode, or a model in float16 with DiscQuant.
+        NotImplementedError: The model is no chain of decoder blocks with a linear head, or has other layers than
+            nn.Linear in them (GPT-2's Conv1D).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"quantize: model must be of type = nn.Module (see discquant.load), got {type(model).__name__}"
-        )
-    served = next(model.parameters()).dtype
+    served = _served_dtype("quantize", "model", model, config)
     config = _in_dtype(config or QuantizeConfig(), served)
     check_ignore(model, config.ignore)
-    chain = DecoderChain(model, config.ignore)
-    check_groups(chain, config.grid)
-    if calibration is None:
+    with lent(model):
+        chain = DecoderChain(model, config.ignore)
+        check_groups(chain, config.grid)
         data = config.data
-        calibration = load_windows(
-            data.dataset, tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed, model=model,
-            chat_template=data.chat_template, text_key=data.text_key,
+        windows = (
+            load_windows(
+                data.dataset, tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed, model=model,
+                chat_template=data.chat_template, text_key=data.text_key,
+            )
+            if calibration is None
+            else given_windows(calibration, model)
         )  # fmt: skip
-    windows = calibration if isinstance(calibration, Windows) else Windows.make(calibration)
-    chain.verify(windows.input_ids[:1])
-    rows = TokenRows(chain, windows.input_ids, windows.mask, config.solver.micro_batch)
-    return _run(chain, rows, config, served, on_step)
+        chain.verify(windows.input_ids[:1])
+        rows = TokenRows(chain, windows.input_ids, windows.mask, config.solver.micro_batch)
+        return _run(chain, rows, config, served, on_step)
 
 
 def quantize_module(
@@ -179,9 +213,13 @@ def quantize_module(
 ) -> Quantized:
     """Round the linear and convolution layers of any module that maps one tensor to logits.
 
+    These are nn.Linear and nn.Conv1d to nn.Conv3d, subclasses included. Other matrices stay at full precision, and one
+    warning of the logger names them: in_proj_weight of nn.MultiheadAttention (its out_proj is rounded), transposed
+    convolutions, recurrent layers, `transformers`' Conv1D, position tables. Embeddings stay without a word.
+
     Args:
         module: A vision transformer or convolutional network, say; a chain of one block, computed where it is and in
-            its dtype.
+            its dtype, whatever autocast says. Its `training` and `requires_grad` are afterwards as they were.
         inputs: Calibration inputs, [samples, ...].
         config: See `quantize`; `data` and `format` are not used.
         on_step: Called after every step.
@@ -190,14 +228,32 @@ def quantize_module(
         Quantized.
 
     Raises:
-        ValueError: Nothing to quantize, a weight that is not finite, or a module in float16 with DiscQuant.
+        TypeError: `module` is no module, `inputs` no tensor, or `config` no QuantizeConfig.
+        ValueError: Nothing to quantize, no inputs, logits that are not [samples, ..., classes], a weight that is not
+            finite or made in inference mode, or a module in float16 with DiscQuant.
+        NotImplementedError: The module gives no tensor, a weight is computed from others (weight_norm), or gptq and
+            greedy cannot gather the inputs of a layer of its kind.
     """
-    served = next(module.parameters()).dtype
+    served = _served_dtype("quantize_module", "module", module, config)
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"quantize_module: inputs must be of type = Tensor, got {type(inputs).__name__}")
+    if inputs.ndim == 0 or inputs.numel() == 0:
+        raise ConfigError(
+            f"quantize_module: inputs must be = [samples, ...], at least one, got {list(inputs.shape)}"
+        )
     config = _in_dtype(config or QuantizeConfig(ignore=()), served)
     check_ignore(module, config.ignore)
-    chain = ModuleChain(module, config.ignore)
-    rows = TokenRows(chain, inputs, None, config.solver.micro_batch)
-    return _run(chain, rows, config, served, on_step)
+    with lent(module):
+        chain = ModuleChain(module, config.ignore)
+        chain.verify(inputs[:1])
+        left = list(full_precision(module, [ref.parameter for ref in chain.weights[0]], config.ignore))
+        if left:
+            logger.warning(
+                "quantize_module: only nn.Linear and nn.Conv1d to nn.Conv3d are rounded; at full precision stay %s",
+                ", ".join(left),
+            )
+        rows = TokenRows(chain, inputs, None, config.solver.micro_batch)
+        return _run(chain, rows, config, served, on_step)
 
 
 def refine(

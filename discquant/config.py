@@ -43,6 +43,12 @@ def _whole(argument: str, least: int, actual: object) -> None:
     _check(argument, f"an integer, at least {least}", ok, actual)
 
 
+def _names(argument: str, actual: object) -> None:
+    # A str would be read letter by letter.
+    ok = isinstance(actual, (tuple, list)) and all(isinstance(name, str) and name for name in actual)
+    _check(argument, "a tuple of names", ok, actual)
+
+
 def _positive(argument: str, actual: float | None) -> None:
     ok = actual is None or (actual > 0 and math.isfinite(actual))
     _check(argument, "above 0 and finite, or None", ok, actual)
@@ -328,6 +334,8 @@ class QuantizeConfig:
             bool(self.formats or self.format == "none"),
             self.format,
         )
+        for name in ("ignore", "baselines"):
+            _names(name, getattr(self, name))
         known = all(name in get_args(Method) and name != "discquant" for name in self.baselines)
         _check("baselines", "a list of rtn, greedy, gptq", known, self.baselines)
         for name in ("validation_windows", "gptq_samples"):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import discquant
+from discquant.calibration import Windows
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
-from discquant.errors import ConfigError
+from discquant.errors import CalibrationError, ConfigError
 
 
 class TinyViT(nn.Module):
@@ -147,3 +148,205 @@ def test_quantize_from_the_models_own_samples() -> None:
         grid=GridConfig(4, 32), method="gptq", data=discquant.DataConfig("self", nsamples=4, seqlen=16)
     )
     assert len(discquant.quantize(model, config=config).codes) == 7
+
+
+def quick(method: str = "rtn", **options: Any) -> QuantizeConfig:
+    solver = SolverConfig(iters=3, batch_size=4, micro_batch=2, warmup=1, curvature_samples=4)
+    grid = options.pop("grid", GridConfig(3, 32))
+    return QuantizeConfig(grid=grid, method=method, solver=solver, **options)  # type: ignore[arg-type]
+
+
+def token_ids(rows: int = 8) -> Tensor:
+    return torch.randint(3, 61, (rows, 16), generator=torch.Generator().manual_seed(3))
+
+
+def _codes(result: discquant.Quantized) -> list[Tensor]:
+    return [result.codes[name] for name in sorted(result.codes)]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "discquant"])
+def test_the_model_comes_back_as_it_was(method: str) -> None:
+    """Mode of every submodule, what needs grad, also after a refusal; the served weights go into such parameters."""
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    model.model.norm.weight.requires_grad_(False)
+    module = TinyViT().train()
+    module.head.requires_grad_(False)
+
+    def state() -> list[Any]:
+        return [
+            ([part.training for part in whole.modules()], [p.requires_grad for p in whole.parameters()])
+            for whole in (model, module)
+        ]
+
+    before = state()
+    result = discquant.quantize(model, config=quick(method), calibration=token_ids())
+    images = discquant.quantize_module(module, torch.randn(8, 3, 16, 16), quick(method, ignore=()))
+    assert state() == before
+    with pytest.raises(ConfigError, match="group-size"):
+        discquant.quantize(model, config=quick(grid=GridConfig(3, 128)), calibration=token_ids())
+    with pytest.raises(RuntimeError):
+        discquant.quantize_module(module, torch.randn(8, 5, 16, 16), quick(ignore=()))
+
+    def stop(record: object) -> None:
+        raise KeyboardInterrupt
+
+    if method == "discquant":
+        with pytest.raises(KeyboardInterrupt):
+            discquant.quantize(model, config=quick(method), calibration=token_ids(), on_step=stop)
+    assert state() == before
+    for found in (result, images):
+        applied = found.apply()
+        assert all(
+            torch.equal(applied.get_submodule(layer.name).weight.flatten(1), layer.dequantize(torch.float32))
+            for layer in found.layers()
+        )
+    assert state() == before
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+
+
+@pytest.mark.parametrize("method", ["gptq", "discquant"])
+def test_what_is_set_around_changes_nothing(method: str) -> None:
+    module = TinyViT().eval()
+    images = torch.randn(8, 3, 16, 16)
+
+    def both() -> list[Tensor]:
+        one = discquant.quantize(tiny_llama(), config=quick(method), calibration=token_ids())
+        return _codes(one) + _codes(discquant.quantize_module(module, images, quick(method, ignore=())))
+
+    model = tiny_llama()
+    expected = both()
+    for around in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        with around:
+            found = both()
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    with torch.inference_mode():
+        result = discquant.quantize(model, config=quick(method), calibration=token_ids())
+        found = _codes(discquant.quantize_module(module, images.clone(), quick(method, ignore=())))
+        result.apply()
+        made = tiny_llama()
+    assert all(torch.equal(a, b) for a, b in zip(expected, _codes(result) + found, strict=True))
+    with pytest.raises(ValueError, match=r"made outside of torch.inference_mode, got model\.embed_tokens"):
+        discquant.quantize(made, config=quick(method), calibration=token_ids())
+
+
+def test_attentions_projection_is_rounded_and_what_is_not_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    module = TinyViT().eval()
+    images = torch.randn(64, 3, 16, 16)
+    found = {
+        method: discquant.quantize_module(module, images, quick(method, ignore=()))
+        for method in ("rtn", "gptq", "greedy")
+    }
+    name = "layer.self_attn.out_proj"
+    for method in ("gptq", "greedy"):
+        assert not torch.equal(found[method].codes[name], found["rtn"].codes[name])
+        assert not found[method].unseen
+    (text,) = {record.getMessage() for record in caplog.records}
+    assert text.endswith("at full precision stay layer.self_attn.in_proj_weight")
+
+    class Reading(TinyViT):
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.patches(images).flatten(2).transpose(1, 2)
+            return self.layer(tokens).mean(dim=1) @ self.head.weight.T
+
+    assert discquant.quantize_module(Reading().eval(), images, quick("gptq", ignore=())).unseen == {"head"}
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model, module = tiny_llama(), tiny_cnn()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 3] = torch.nan
+        module[0].weight[1, 2, 0, 0] = torch.inf
+    for config in (quick(), quick("discquant", data=discquant.DataConfig("self", nsamples=4, seqlen=16))):
+        with pytest.raises(
+            ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 values .* at \[0, 3\]"
+        ):
+            discquant.quantize(model, config=config)
+    with pytest.raises(ValueError, match=r"0\.weight holds 1 values .* at \[1, 2, 0, 0\]"):
+        discquant.quantize_module(module, torch.randn(2, 3, 16, 16), quick(ignore=()))
+
+
+def test_calibration_is_checked_as_a_file_is() -> None:
+    model = tiny_llama()
+    model.config.max_position_embeddings = 16
+    for given, error, words in (
+        (torch.full((8, 16), 61), CalibrationError, "token id 61, and the model's vocabulary has 61"),
+        (torch.zeros(0, 16, dtype=torch.int64), CalibrationError, r"no token that counts, \[0, 16\]"),
+        (torch.zeros(4, 0, dtype=torch.int64), CalibrationError, r"no token that counts, \[4, 0\]"),
+        (torch.full((2, 17), 3), ConfigError, "at most the model's 16 positions, got 17"),
+        ([[3, 4]], TypeError, "got list"),
+        (torch.rand(2, 16), ValueError, "must be integers"),
+        (torch.full((2, 16), -1), ValueError, "at least 0, got -1"),
+        (Windows.make(token_ids(), torch.zeros(8, 16, dtype=torch.bool)), CalibrationError, "no token that counts"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            discquant.quantize(model, config=quick(), calibration=given)  # type: ignore[arg-type]
+
+
+class _Giving(nn.Module):
+    def __init__(self, give: Any) -> None:
+        super().__init__()
+        self.layer, self.give = nn.Linear(32, 8), give
+
+    def forward(self, x: Tensor) -> Any:
+        return self.give(self.layer(x))
+
+
+def test_modules_and_inputs_that_will_not_do_are_told() -> None:
+    from torch.nn.utils.parametrizations import weight_norm
+
+    layer, x = nn.Linear(32, 8), torch.randn(4, 32)
+    for module, inputs, error, words in (
+        ("model", x, TypeError, "module must be of type = nn.Module .*, got str"),
+        (nn.ReLU(), x, ValueError, "ReLU has no parameters"),
+        (nn.Embedding(4, 4), torch.zeros(2, 3, dtype=torch.int64), ValueError, "no linear layer left"),
+        (layer, [x], TypeError, "inputs must be of type = Tensor, got list"),
+        (layer, torch.zeros(0, 32), ValueError, r"at least one, got \[0, 32\]"),
+        (layer, torch.tensor(1.0), ValueError, r"at least one, got \[\]"),
+        (_Giving(lambda y: {"logits": y}), x, NotImplementedError, "begins with one, got dict"),
+        (_Giving(lambda y: ()), x, NotImplementedError, "begins with one, got tuple"),
+        (_Giving(lambda y: y.sum(dim=-1)), x, ValueError, r"floating \[1, ..., classes\] .*, got torch.float32 \[1\]"),
+        (_Giving(lambda y: y.argmax(-1, keepdim=True)), x, ValueError, "got torch.int64"),
+        (nn.Sequential(weight_norm(layer)), x, NotImplementedError, r"^Chain: 0\.weight .*remove_parametrizations"),
+    ):  # fmt: skip
+        for method in ("rtn", "discquant"):
+            with pytest.raises(error, match=words):
+                discquant.quantize_module(module, inputs, quick(method, ignore=()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="config must be of type = QuantizeConfig, got dict"):
+        discquant.quantize_module(nn.Linear(32, 8), x, {"bits": 3})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Identity has no parameters"):
+        discquant.quantize(nn.Identity(), calibration=token_ids())
+
+
+def test_models_of_another_build_are_refused_truly(caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-2's layers and encoder-decoders, by what they are."""
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+    from transformers.pytorch_utils import Conv1D
+
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=61, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
+        )
+    )
+    with pytest.raises(
+        NotImplementedError, match=r"transformer\.h\.0\.attn\.c_attn \(4 .*pytorch_utils\.Conv1D.*nn\.Linear"
+    ):
+        discquant.quantize(gpt2, config=quick(), calibration=token_ids())
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    )
+    with pytest.raises(NotImplementedError, match="type t5 is an encoder-decoder"):
+        discquant.quantize(t5, config=quick(), calibration=token_ids())
+    x = torch.randn(4, 32)
+    with pytest.raises(NotImplementedError, match=r"Conv1D"):
+        discquant.quantize_module(nn.Sequential(Conv1D(8, 32)), x, quick(ignore=()))
+    mixed = nn.Sequential(Conv1D(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    assert list(discquant.quantize_module(mixed, x, quick(ignore=())).codes) == ["2"]
+    assert "at full precision stay 0.weight" in caplog.text
+
+
+def test_names_are_no_string() -> None:
+    for field in ("ignore", "baselines"):
+        for wrong in ("lm_head", ("rtn", 1), "", None):
+            with pytest.raises(ValueError, match=f"config: {field} must be a tuple of names"):
+                QuantizeConfig(**{field: wrong})  # type: ignore[arg-type]

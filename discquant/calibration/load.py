@@ -198,6 +198,36 @@ def _check(ids: Tensor, *, model: Any, tokenizer: Any, dataset: str) -> None:
         )
 
 
+def given_windows(windows: Windows | Tensor, model: Any) -> Windows:
+    """Check windows, or token ids [rows, seqlen], that a caller brings: as the rows of a token file.
+
+    Raises:
+        TypeError: Neither windows nor a tensor.
+        ValueError: No integers of two dimensions, or a negative id.
+        ConfigError: They are longer than the model's positions.
+        CalibrationError: Empty, nothing but padding, or ids beyond the vocabulary.
+    """
+    if not isinstance(windows, (Windows, Tensor)):
+        raise TypeError(
+            f"calibration: the windows must be of type = Windows or Tensor [rows, seqlen], got {type(windows).__name__}"
+        )
+    windows = windows if isinstance(windows, Windows) else Windows.make(windows)
+    if not windows.tokens:
+        raise CalibrationError(
+            f"calibration: the windows given hold no token that counts, {list(windows.input_ids.shape)}"
+        )
+    _check_length(windows.seqlen, model)
+    _check(windows.input_ids, model=model, tokenizer=None, dataset="the argument calibration")
+    return windows
+
+
+def _check_length(seqlen: int, model: Any) -> None:
+    positions = positions_of(getattr(model, "config", None))
+    note = positions.check(seqlen) if positions is not None else None
+    if note is not None:
+        logger.warning("%s", note)
+
+
 def load_windows(
     dataset: str,
     tokenizer: Any,
@@ -240,10 +270,7 @@ def load_windows(
         raise ValueError(f"load_windows: nsamples must be at least 1, got {nsamples}")
     if seqlen < 2:
         raise ValueError(f"load_windows: seqlen must be at least 2, got {seqlen}")
-    positions = positions_of(getattr(model, "config", None))
-    note = positions.check(seqlen) if positions is not None else None
-    if note is not None:
-        logger.warning("%s", note)
+    _check_length(seqlen, model)
     pad, eos = (sampling.special_id(name, tokenizer, model) for name in ("pad", "eos"))
     of_tokens = token_file(dataset)
     if dataset == "self":

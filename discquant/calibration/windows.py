@@ -46,7 +46,12 @@ class Windows:
         Raises:
             ValueError: Shapes or dtypes disagree, or an id is negative.
         """
-        if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        if (
+            input_ids.ndim != 2
+            or input_ids.is_floating_point()
+            or input_ids.is_complex()
+            or input_ids.dtype == torch.bool
+        ):
             raise ValueError(
                 "Windows: input_ids must be integers of shape [rows, seqlen], "
                 f"got {input_ids.dtype} {list(input_ids.shape)}"

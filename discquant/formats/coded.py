@@ -180,7 +180,7 @@ class Format(Protocol):
         """
         ...
 
-    def stored_wider(self, bits: int) -> str:
+    def stored_wider(self, bits: int, symmetric: bool = True) -> str:
         """Say so if codes of this width on a uniform grid take the room of wider ones; else empty."""
         ...
 

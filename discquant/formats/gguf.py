@@ -111,16 +111,17 @@ class Gguf:
                 yield ours, _unpermuted(file.plain(name), _rows_of(file, heads, module, tensor))
 
     def check(self, shape: tuple[int, int], grid: GridConfig, name: str = "layer") -> None:
-        """Refuse what no block type holds: see `gguf_blocks.fit_grid`."""
+        """Refuse what no block type holds, whatever its scales: see `gguf_blocks.fit_grid`."""
         if grid.kind in ("q4_0", "q4_1", "q4_k", "q3_k"):
             gguf_kind(grid.kind, shape[1], name)
             return
-        if grid.kind != "uniform" or not grid.sym:
-            kind = grid.kind if grid.kind != "uniform" else "asymmetric uniform"
+        if grid.kind != "uniform" or (not grid.sym and grid.bits > 4):
+            kind = grid.kind if grid.kind != "uniform" else f"{grid.bits}-bit asymmetric"
             raise UnrepresentableError(
                 f"{name}: GGUF has no place for {kind} grids; lay one of its own with kind q4_0, q4_1, q4_k or q3_k"
             )
-        gguf_kind("q4_0", shape[1], name)
+        # Whether a block type holds the minima of an asymmetric grid shows in their values: `check_grid`.
+        gguf_kind("q4_0" if grid.sym else "q4_1", shape[1], name)
         if grid.group_size != -1 and grid.group_size < shape[1] and grid.group_size % 32:
             raise UnrepresentableError(
                 f"{name}: GGUF has a scale per 32 columns, got group_size {grid.group_size}; take a multiple of 32"
@@ -136,12 +137,14 @@ class Gguf:
         """See `coded.Format`."""
         return check_source(source)
 
-    def stored_wider(self, bits: int) -> str:
+    def stored_wider(self, bits: int, symmetric: bool = True) -> str:
         """See `coded.Format`."""
         if bits >= 4:
             return ""
         own = "; its own 3-bit grid is --kind q3_k" if bits == 3 else ""
-        return f"{bits}-bit codes are stored in 4-bit blocks (4.5 bits per weight or more){own}"
+        # Q4_0; Q4_1, or Q4_K with its 4.5 where that holds the same grid.
+        size = "4.5" if symmetric else "up to 5"
+        return f"{bits}-bit codes are stored in 4-bit blocks ({size} bits per weight){own}"
 
     def space(self, source: Checkpoint, schemes: Mapping[str, Scheme]) -> int:
         """See `coded.Format`."""

@@ -163,9 +163,13 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
 
     Raises:
         CheckpointError: The configuration describes no causal language model.
+        NotImplementedError: It describes an encoder-decoder.
     """
     from transformers import AutoModelForCausalLM
 
+    from discquant.solver.chain import refuse_encoder_decoder
+
+    refuse_encoder_decoder(config)
     try:
         with without_memory():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

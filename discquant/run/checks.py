@@ -189,8 +189,11 @@ def plan_formats(
         chosen = registry.by_name(name)
         if not isinstance(chosen, SafetensorsFormat):
             written += chosen.space(source, schemes)
-            for bits in sorted({scheme.num_bits for scheme in schemes.values() if scheme.kind == "int"}):
-                if wider := chosen.stored_wider(bits):
+            widths = {
+                (scheme.num_bits, scheme.symmetric) for scheme in schemes.values() if scheme.kind == "int"
+            }
+            for bits, symmetric in sorted(widths):
+                if wider := chosen.stored_wider(bits, symmetric):
                     say(f"note: {name}: {wider}")
             continue
         plan = plan_export(source.path, target, schemes, name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as a chain: embedding -> block 1 .. block L -> head; any other module is a chain of one block.
+"""A model as a chain: embedding -> block 1 .. block L -> head; any other module is a chain of one (`module_chain`).
 
 The model's own code runs everywhere: blocks are called with the arguments that the model gives them
 (recorded while the blocks are bypassed), and their weights are substituted functionally.
@@ -11,14 +11,21 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from discquant.solver.calls import layer_by_layer
 from discquant.solver.experts import expert_refs, routes, settle_kernel
+from discquant.solver.layers import (
+    joined,
+    quantizable_modules,
+    refuse_transposed,
+    selected,
+    transposed_modules,
+)
 from discquant.solver.norms import fused, rms_norms
 from discquant.solver.weight_ref import LAZY
 from discquant.solver.weight_ref import WeightRef as WeightRef
@@ -79,9 +86,17 @@ def _replaced_forward(modules: Sequence[nn.Module], forwards: Sequence[Callable[
 
 
 def _first(output: Any) -> Tensor:
-    """Return the hidden state of a block's output (some return tuples)."""
-    hidden = output[0] if isinstance(output, (tuple, list)) else output
-    assert isinstance(hidden, Tensor)
+    """Return the hidden state of a block's output (some return tuples).
+
+    Raises:
+        NotImplementedError: It has none.
+    """
+    hidden = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(hidden, Tensor):
+        raise NotImplementedError(
+            "Chain: a block, or a module as a whole, must give = a tensor, or a tuple that begins with one, "
+            f"got {type(output).__name__}"
+        )
     return hidden
 
 
@@ -89,25 +104,6 @@ def _called(model: nn.Module, method: str) -> Any:
     """Return what an argument-free method of the model gives, None where it has no such method."""
     found = getattr(model, method, None)
     return found() if callable(found) else None
-
-
-def _joined(prefix: str, name: str) -> str:
-    return ".".join(part for part in (prefix, name) if part)
-
-
-def _selected(name: str, ignore: Sequence[str]) -> bool:
-    parts = name.split(".")
-    return not any(pattern in (name, parts[-1]) or fnmatch(name, pattern) for pattern in ignore)
-
-
-def quantizable_modules(root: nn.Module, prefix: str, ignore: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """Return (name below `root`, module) of its linear and convolution layers that are not ignored."""
-    return [
-        (name, module)
-        for name, module in root.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        and _selected(_joined(prefix, name), ignore)
-    ]
 
 
 class Chain:
@@ -137,11 +133,11 @@ class Chain:
             refs = []
             for name, module in quantizable_modules(block, prefix, ignore):
                 if not routers and routes(name, module):
-                    self.routers.append(_joined(prefix, name))
+                    self.routers.append(joined(prefix, name))
                     continue
-                assert isinstance(module.weight, nn.Parameter)
-                refs.append(WeightRef(_joined(prefix, name), _joined(name, "weight"), module.weight))
-            refs += expert_refs(self.model, block, prefix, lambda name: _selected(name, ignore))
+                assert isinstance(module.weight, nn.Parameter)  # as `quantizable_modules` promises
+                refs.append(WeightRef(joined(prefix, name), joined(name, "weight"), module.weight))
+            refs += expert_refs(self.model, block, prefix, lambda name: selected(name, ignore))
             self.weights.append([dataclasses.replace(ref, device=self.device) for ref in refs])
         seen: dict[tuple[object, ...], str] = {}
         for ref in (ref for refs in self.weights for ref in refs):
@@ -227,7 +223,7 @@ class Chain:
         On a GPU, norms are torch's kernel.
         """
         block = self.blocks[index]
-        with fused(self._fast_norms(index, hidden)):
+        with fused(self._fast_norms(index, hidden)), layer_by_layer():
             if weights is None:
                 return _first(block(hidden, *call.args, **call.kwargs))
             return _first(functional_call(block, dict(weights), (hidden, *call.args), call.kwargs))
@@ -236,6 +232,19 @@ class Chain:
 # How far the chain's logits may be from the model's: this many units in the last place of the largest logit, but never
 # more than this share of it. Those of every tested architecture are equal to the bit, or within one unit.
 LOGIT_ULPS, LOGIT_SHARE = 1e3, 0.05
+
+
+def refuse_encoder_decoder(config: Any) -> None:
+    """Refuse the configuration of an encoder-decoder.
+
+    Raises:
+        NotImplementedError: It is one.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"DecoderChain: a model of type {getattr(config, 'model_type', '?')} is an encoder-decoder, and only "
+            "decoder-only models are quantized"
+        )
 
 
 class DecoderChain(Chain):
@@ -252,9 +261,11 @@ class DecoderChain(Chain):
             routers: Quantize also what chooses and weighs experts, as files of other tools may.
 
         Raises:
-            NotImplementedError: No chain of blocks, or no linear head, was found.
+            NotImplementedError: No chain of blocks, or no linear head, was found; an encoder-decoder; layers of a kind
+                that is not quantized in the blocks (`transformers`' Conv1D).
             ValueError: Nothing is left to quantize.
         """
+        refuse_encoder_decoder(getattr(model, "config", None))
         self.model = model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -271,6 +282,8 @@ class DecoderChain(Chain):
             / float(getattr(config, "logits_scaling", None) or 1.0),
             getattr(config, "final_logit_softcapping", None),
         )
+        for prefix, block in zip(self.block_names, self.blocks, strict=True):
+            refuse_transposed(transposed_modules(block, prefix, ignore))
         self._collect(ignore, routers)
 
     @staticmethod
@@ -372,32 +385,3 @@ class DecoderChain(Chain):
                 f"DecoderChain: {type(self.model).__name__} is not a plain chain of blocks and a linear head: "
                 "its logits differ from the chain's, or are not finite"
             )
-
-
-class ModuleChain(Chain):
-    """Any module with one tensor in and logits out, as a chain of one block (a vision model, say)."""
-
-    def __init__(self, model: nn.Module, ignore: Sequence[str] = ()) -> None:
-        """Take the whole module as the only block.
-
-        Args:
-            model: Module mapping a tensor to logits [..., num_classes], in evaluation mode.
-            ignore: Module names, last name parts or glob patterns that stay untouched.
-
-        Raises:
-            ValueError: Nothing is left to quantize.
-        """
-        self.model = model.eval()
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        self.blocks, self.block_names = [model], [""]
-        self.head = None
-        self._collect(ignore, routers=True)  # names mean nothing here: a gate may be any layer
-
-    def prepare(self, inputs: Tensor, mask: Tensor | None = None) -> Prepared:
-        """Return the inputs as the block's input."""
-        return Prepared(inputs, [BlockCall((), {})], inputs, mask)
-
-    def finish(self, hidden: Tensor, prepared: Prepared) -> Tensor:
-        """Return the logits unchanged."""
-        return hidden

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from discquant.ops.reference.linear_kl import cap_logits
 from discquant.solver.boundaries import Boundaries
+from discquant.solver.calls import See, on_call
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.counted import counted_rows
 from discquant.solver.gradients import TeacherWeights
@@ -109,9 +110,9 @@ class _Watch:
         for ref in refs:
             module = None if ref.part is not None else chain.model.get_submodule(ref.name)
             if isinstance(module, nn.Linear):
-                self._handles.append(module.register_forward_hook(self._hook(ref.name)))
+                self._handles.append(on_call(chain.model, ref.name, self._hook(ref.name)))
 
-    def _hook(self, name: str) -> Callable[..., None]:
+    def _hook(self, name: str) -> See:
         sums = self._sums.setdefault(name, [None, None])
 
         def add(place: int, rows: Tensor) -> None:
@@ -119,8 +120,8 @@ class _Watch:
             before = sums[place]
             sums[place] = product if before is None else before + product
 
-        def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            rows = counted_rows(args[0], self.mask)
+        def see(x: Tensor, output: Tensor) -> None:
+            rows = counted_rows(x, self.mask)
             self._rows[name] = self._rows.get(name, 0) + rows.shape[0]
             add(0, rows)
             output.register_hook(lambda grad: add(1, grad.flatten(0, -2)))

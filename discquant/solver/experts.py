@@ -108,6 +108,10 @@ class RoutedInputs:
         self._inner = any(ref.param_name.endswith("down_proj") for ref in refs)
         self._handle = module.register_forward_pre_hook(self._see, with_kwargs=True)
 
+    def called(self, ref: WeightRef) -> bool:
+        """Say whether a token came to the expert of a matrix."""
+        return ref.part is not None and ref.part.expert in self.tokens
+
     def gathered(self, ref: WeightRef) -> Tensor | None:
         """Return X^T X of a matrix's inputs, float64, [in_features, in_features]; None where no token came."""
         assert ref.part is not None

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,28 @@ from torch import Tensor, nn
 from discquant.config import Method
 from discquant.grids import Grid
 from discquant.rounding import gptq, greedy
+from discquant.solver.calls import on_call
 from discquant.solver.chain import Chain, Prepared, WeightRef
 from discquant.solver.codes import NearestCodes, PackedCodes
 from discquant.solver.counted import counted_rows
 from discquant.solver.experts import RoutedInputs
 from discquant.solver.measure import served_weights
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 
 
 class _HessianHook:
-    """Accumulate X^T X of a module's input over counted positions; float64 sums of float32 products."""
+    """Accumulate X^T X of a layer's input over counted positions; float64 sums of float32 products."""
 
-    def __init__(self, module: nn.Module, strict: bool) -> None:
-        self.module = module
+    def __init__(self, model: nn.Module, name: str, strict: bool) -> None:
+        self.module = model.get_submodule(name)
         self.strict = strict
+        self._called = False
         self.hessian: Tensor | None = None
         self.mask: Tensor | None = None
-        self._handle = module.register_forward_pre_hook(self._see)
+        self._handle = on_call(model, name, self._see)
 
     def _rows(self, x: Tensor) -> Tensor:
         if isinstance(self.module, nn.Conv2d):
@@ -47,15 +51,20 @@ class _HessianHook:
             )
         return counted_rows(x, self.mask)
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _see(self, x: Tensor, output: Tensor) -> None:
+        self._called = True
         try:
-            rows = self._rows(args[0].detach()).float()
+            rows = self._rows(x.detach()).float()
         except NotImplementedError:
             if self.strict:
                 raise
             return
         product = rows.T @ rows
         self.hessian = product.double() if self.hessian is None else self.hessian.add_(product)
+
+    def called(self, ref: WeightRef) -> bool:
+        """Say whether the layer of a weight ever ran."""
+        return self._called
 
     def gathered(self, ref: WeightRef) -> Tensor | None:
         """Return X^T X of a weight's inputs, None where no token came; it is let go: nobody else asks for it."""
@@ -82,8 +91,7 @@ def watch_inputs(
     routed: dict[str, RoutedInputs] = {}
     for ref in refs:
         if ref.part is None:
-            module = chain.model.get_submodule(ref.name) if ref.name else chain.model
-            hooks[ref.name] = _HessianHook(module, strict)
+            hooks[ref.name] = _HessianHook(chain.model, ref.name, strict)
             continue
         owner = ref.part.owner
         if owner not in routed:
@@ -103,6 +111,7 @@ def layerwise_codes(
     damp: float = 0.01,
     served: torch.dtype = torch.float32,
     strict: bool = True,
+    unreached: set[str] | None = None,
     progress: Progress | None = None,
 ) -> Mapping[str, Tensor]:
     """Round block after block, each on the outputs of the rounded blocks before it.
@@ -115,6 +124,8 @@ def layerwise_codes(
         damp: Hessian damping.
         served: Dtype to which served weights are rounded.
         strict: Refuse layer kinds whose inputs cannot be gathered; otherwise they are rounded to nearest.
+        unreached: Gets the names of weights that gptq and greedy know no input of, and so round to nearest: experts
+            that no token came to, layers that were never called (their module reads the weight past them).
         progress: Called with (blocks done, blocks).
 
     Returns:
@@ -127,7 +138,9 @@ def layerwise_codes(
     if method == "rtn":
         return NearestCodes(chain, grids)
     hidden = [batch.hidden for batch in batches]
+    unseen = set[str]() if unreached is None else unreached
     codes = PackedCodes()
+    past: list[str] = []
     for index, refs in enumerate(chain.weights):
         hooks = watch_inputs(chain, refs, strict)
         try:
@@ -144,6 +157,9 @@ def layerwise_codes(
             matrix = ref.matrix()
             if hessian is None:  # never reached by a token: nothing to learn from
                 q = grid.nearest(matrix)
+                if not hooks[ref.name].called(ref):
+                    unseen.add(ref.name)
+                    past += [ref.name] if ref.part is None else []
             else:
                 round_matrix = gptq if method == "gptq" else greedy
                 q = round_matrix(matrix, hessian, grid, damp=damp)
@@ -155,4 +171,9 @@ def layerwise_codes(
         del weights
         if progress is not None:
             progress(index + 1, len(chain.weights))
+    if past:
+        logger.warning(
+            "%s knows no input of %d layers, whose weights the model reads without calling them, and rounds them to "
+            "nearest: %s, for one", method, len(past), past[0],
+        )  # fmt: skip
     return codes

@@ -268,7 +268,23 @@ def test_codes_that_a_format_stores_wider_are_told(
     assert "note: onnx: 3-bit codes are stored in 4 bits" in output + error
     gguf, plain = registry.by_name("gguf"), registry.by_name("gptq")
     assert "4-bit blocks" in gguf.stored_wider(3) and "--kind q3_k" in gguf.stored_wider(3)
+    assert "(4.5 bits" in gguf.stored_wider(3) and "(up to 5 bits" in gguf.stored_wider(3, symmetric=False)
     assert not gguf.stored_wider(4) and not plain.stored_wider(3)
+
+
+def test_an_encoder_decoder_is_refused_by_its_configuration(run: Run, tokens: str, tmp_path: Path) -> None:
+    """No weight is there to be read."""
+    from transformers import T5Config
+
+    T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4).save_pretrained(
+        tmp_path / "t5"
+    )
+    for words in (
+        ["quantize", str(tmp_path / "t5"), str(tmp_path / "out"), "--dataset", tokens],
+        ["plan", str(tmp_path / "t5")],
+    ):
+        status, _, error = run(*words)
+        assert status == 2 and "type t5 is an encoder-decoder" in error
 
 
 def test_generate_runs_and_unpickles_nothing_unasked(

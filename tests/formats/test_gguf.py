@@ -377,8 +377,10 @@ def test_refuses_before_any_work(tmp_path: Path) -> None:
         FORMAT.check((64, 172), GridConfig.of_kind("q3_k"))
     with pytest.raises(UnrepresentableError, match="multiple of 32"):
         FORMAT.check((64, 256), GridConfig(bits=4, group_size=16))
-    with pytest.raises(UnrepresentableError, match="asymmetric"):
-        FORMAT.check((64, 256), GridConfig(bits=4, group_size=32, sym=False))
+    with pytest.raises(UnrepresentableError, match="no place for 8-bit asymmetric"):
+        FORMAT.check((64, 256), GridConfig(bits=8, group_size=32, sym=False))
+    with pytest.raises(UnrepresentableError, match="multiple of 32"):
+        FORMAT.check((64, 256), GridConfig(bits=2, group_size=16, sym=False))
     with pytest.raises(UnrepresentableError, match="nvfp4"):
         FORMAT.check((64, 256), GridConfig.of_kind("nvfp4"))
     strange = make_model(tmp_path / "gemma", "GemmaForCausalLM")
@@ -387,6 +389,24 @@ def test_refuses_before_any_work(tmp_path: Path) -> None:
     scaled = make_model(tmp_path / "scaled", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(UnrepresentableError, match="dynamic"):
         FORMAT.check_source(scaled)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_asymmetric_codes_go_where_their_minima_do(tmp_path: Path, bits: int) -> None:
+    """Those of 2 and 3 bits have a float16 minimum; most of 4 have 12 significant bits, which is known once laid."""
+    source = make_model(tmp_path / "model", "LlamaForCausalLM")
+    config = GridConfig(bits=bits, group_size=64, sym=False)
+    if bits == 4:
+        with pytest.raises(
+            UnrepresentableError, match=r"neither Q4_1 .* holds this grid exactly; .*kind q4_1 or q4_k"
+        ):
+            solve(source, config)
+        return
+    layers = solve(source, config)
+    FORMAT.write(source, tmp_path / "out", layers, recipe={}, prove_from=lambda: layers)
+    stored = FORMAT.describe(tmp_path / "out").layers
+    size = sum(row.stored_bytes for row in stored) * 8 / sum(row.shape[0] * row.shape[1] for row in stored)
+    assert 4.5 <= size <= 5
 
 
 def test_damaged_files_are_told_not_trusted(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from discquant.solver.chain import DecoderChain, ModuleChain
+from discquant.solver.chain import DecoderChain
+from discquant.solver.module_chain import ModuleChain
 from discquant.solver.norms import rms_norms
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
-from discquant.solver.chain import DecoderChain, ModuleChain
+from discquant.solver.chain import DecoderChain
 from discquant.solver.curvature import Factors, kronecker_factors, rows_at_once
 from discquant.solver.kronecker import (
     curvature_gradient,
@@ -23,6 +23,7 @@ from discquant.solver.kronecker import (
     unpack_triangles,
 )
 from discquant.solver.measure import mean_kl
+from discquant.solver.module_chain import ModuleChain
 from discquant.solver.solve import Solve, TokenRows, lay_grids
 
 
@@ -306,3 +307,40 @@ def test_published_recipe_has_no_curvature() -> None:
     assert preset("paper", GridConfig(3, 64)).curvature == 0
     with pytest.raises(ValueError, match="curvature"):
         dataclasses.replace(SolverConfig(), curvature=-1.0)
+
+
+def test_attentions_projection_has_factors() -> None:
+    """Also that of torch's own attention, which never calls it: inputs and gradients come from the attention."""
+    torch.manual_seed(5)
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).double()
+
+    class Attending(torch.nn.Module):
+        def __init__(self, project: bool) -> None:
+            super().__init__()
+            self.attention = attention
+            self.project = torch.nn.Linear(8, 8).double() if project else None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = self.attention(x, x, x, need_weights=False)[0]
+            return found if self.project is None else self.project(found)
+
+    def factors(model: torch.nn.Module, name: str) -> Factors:
+        found: dict[str, Factors] = {}
+        chain = ModuleChain(model)
+        kronecker_factors(
+            chain, [chain.prepare(inputs)], lambda index, given: found.update(given), total=6, width=16,
+            generator=torch.Generator().manual_seed(2),
+        )  # fmt: skip
+        return found[name]
+
+    inputs = torch.randn(6, 5, 8, dtype=torch.float64)
+    within = factors(Attending(False), "attention.out_proj")
+    # The same function with its projection in a layer of its own, after the identity.
+    model = Attending(True)
+    assert model.project is not None
+    model.project.load_state_dict(attention.out_proj.state_dict())
+    with torch.no_grad():
+        attention.out_proj.weight.copy_(torch.eye(8))
+        attention.out_proj.bias.zero_()
+    for one, other in zip(within, factors(model, "project"), strict=True):
+        torch.testing.assert_close(one, other)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from discquant.solver.chain import Chain, DecoderChain, ModuleChain
+from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.gradients import block_gradients
 from discquant.solver.measure import mean_kl
+from discquant.solver.module_chain import ModuleChain
 
 
 def _student(chain: Chain) -> list[dict[str, Tensor]]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from discquant.grids import Grid, UniformGrid
 from discquant.ops import StepOptions, projected_step_, soft_linear_step_
 from discquant.ops.reference.soft_weight import expand_groups
-from discquant.solver.chain import BlockCall, Chain, DecoderChain, ModuleChain, Prepared
+from discquant.solver.chain import BlockCall, Chain, DecoderChain, Prepared
 from discquant.solver.gradients import block_gradients
+from discquant.solver.module_chain import ModuleChain
 from discquant.solver.soft_block import SoftWeights, grid_arguments
 from discquant.solver.state import WeightState
 from discquant.solver.weight_ref import assemble
@@ -353,3 +354,38 @@ def test_what_the_op_cannot_serve_stays_dense(
     module.forward = module.forward  # what an offloading hook does
     assert set(_soft(chain, states, single)(0)) == {chain.weights[0][0].param_name}
     del module.forward
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_torchs_encoder_layer_runs_layer_by_layer(
+    grad: bool, make_states: Callable[..., list[list[WeightState]]]
+) -> None:
+    """Its fused path reads weights past the layers, which are NaN meanwhile: also where nothing it sees needs grad."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).double().to(DEVICE)
+    chain = ModuleChain(model, ["out_proj"])
+    batch = chain.prepare(torch.randn(4, 3, 16, dtype=torch.float64, device=DEVICE))
+    states = make_states(chain)
+    soft = _soft(chain, states, torch.float64)(0)
+    assert set(soft.layers) == {"linear1.weight", "linear2.weight"}
+    with torch.set_grad_enabled(grad), soft.placed():
+        found = chain.run_block(0, batch.hidden, batch.calls[0], soft).detach()
+    expected = chain.run_block(
+        0, batch.hidden, batch.calls[0], _dense(chain, states, torch.float64)(0)
+    ).detach()
+    assert (found - expected).abs().max() <= 1e-12
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_attentions_projection_gets_gradients(make_states: Callable[..., list[list[WeightState]]]) -> None:
+    model = (
+        nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Flatten())
+        .double()
+        .to(DEVICE)
+    )
+    chain = ModuleChain(model)
+    batch = chain.prepare(torch.randn(4, 3, 16, dtype=torch.float64, device=DEVICE))
+    states = make_states(chain)
+    _, expected = _gradients(chain, _dense(chain, states, torch.float64), [batch])
+    _, found = _gradients(chain, _soft(chain, states, torch.float64), [batch])
+    assert expected[0]["0.self_attn.out_proj.weight"].any()
+    _assert_near(found, expected, 1e-12)
