@@ -25,7 +25,7 @@ from discquant.formats.registry import quantized as quantized_format
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.source import open_source
 from discquant.grids import Grid
-from discquant.ops.packed_linear import MODES, Mode
+from discquant.ops.packed_linear import MODES, Mode, modes_on
 from discquant.run.checks import check_groups, check_ignore
 from discquant.run.directory import RunDirectory
 from discquant.run.served import load_run_model
@@ -306,8 +306,8 @@ def load(
         dtype: Compute dtype; None keeps the checkpoint's, for GGUF and ONNX float32.
         mode: "exact": logits are those of the rounded model, bit for bit. "auto": the fast kernels. On the CPU a matmul
             then errs by at most the sum over its blocks of 2^-15 * largest activation * absolute weights, plus float32
-            rounding; on a GPU it is a float32 sum over weights in the compute dtype. "a8", "fp32": see
-            `packed_linear`. "plain": ordinary weights for all.
+            rounding; on a GPU it is a float32 sum over weights in the compute dtype. "a15", "a8", "fp32": on the CPU,
+            see `packed_linear`. "plain": ordinary weights for all.
         device: None is the CPU.
         trust_remote_code: Allow a model that brings code of its own; that code then runs.
         allow_pickle: Read .bin weights of an original with torch's restricted loader.
@@ -317,20 +317,46 @@ def load(
 
     Raises:
         FileNotFoundError: No model there, or nothing says what the model in a file is.
-        ValueError: A damaged checkpoint, or an unknown mode.
+        ValueError: A damaged checkpoint, an unknown mode or one that the device has not, or a device that is not there.
+        RuntimeError: "a15", "a8" or "fp32" without the compiled extension.
+
+    Note:
+        Threads may call it at once. transformers sets the default dtype of the whole process while it builds a model.
     """
     if mode not in (*MODES, "plain"):
         raise ConfigError(f"load: mode must be one of {[*MODES, 'plain']}, got {mode!r}")
+    target = None if device is None else _device_there(device)
+    known = (*modes_on(target or torch.device("cpu")), "plain")
+    if mode not in known:
+        raise ConfigError(f"load: mode on {target} must be one of {list(known)}, got {mode!r} (for the CPU)")
     trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    model = _open_model(Path(path), dtype, mode, device, trust)
-    return model if device is None else model.to(device)
+    model = _open_model(Path(path), dtype, mode, target, trust)
+    return model if target is None else model.to(target)
+
+
+def _device_there(device: torch.device | str) -> torch.device:
+    """The device that an argument means, once it is known to be there.
+
+    Raises:
+        ConfigError: torch knows no such device, has it not, or it holds no numbers (meta).
+    """
+    try:
+        found = torch.device(device)
+        if found.type == "cuda":
+            compute_device(str(found))
+        torch.empty(0, device=found)
+    except (AssertionError, ImportError, RuntimeError, TypeError) as cause:  # torch raises all of them
+        raise ConfigError(f"load: device must be one that torch has here, got {device!r}") from cause
+    if found.type == "meta":
+        raise ConfigError(f"load: device must hold numbers, got {device!r}")
+    return found
 
 
 def _open_model(
     place: Path,
     dtype: torch.dtype | None,
     mode: Mode | Literal["plain"],
-    device: torch.device | str | None,
+    device: torch.device | None,
     trust: Mapping[str, bool],
 ) -> nn.Module:
     from discquant.formats.load import load_quantized
@@ -350,10 +376,12 @@ def _open_model(
             raise MissingModelError(f"load: {place} is neither a model nor a run directory")
         original: nn.Module = open_source(place, dtype=dtype, **trust).model
         return original
-    if mode != "plain" and isinstance(chosen, SafetensorsFormat) and _extension.available():
-        packed: nn.Module | None = load_packed_model(
-            place, dtype, mode=mode, device=device, trust_remote_code=own_code
-        )
+    if mode != "plain" and isinstance(chosen, SafetensorsFormat):
+        if mode not in ("auto", "exact"):
+            _extension.load()  # a kernel that is asked for by name is not left out without a word
+        packed: nn.Module | None = None
+        if _extension.available():
+            packed = load_packed_model(place, dtype, mode=mode, device=device, trust_remote_code=own_code)
         if packed is not None:
             return packed
     loaded: nn.Module = load_quantized(place, dtype, original=original_of(place), trust_remote_code=own_code)

@@ -18,6 +18,11 @@ from discquant.modules import PackedReport
 from discquant.run.directory import RunDirectory
 from discquant.run.served import refined_model
 
+# Logits are divided by it in float32, and must stay finite there.
+LEAST_TEMPERATURE = 1e-30
+# What torch takes as a seed.
+SEEDS = (-(2**63), 2**64 - 1)
+
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
     """The tokenizer of what `load` opens: its own, or that of the original of the run that it lies in."""
@@ -37,6 +42,27 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
     )
 
 
+def _check(prompt: str, temperature: float, max_new_tokens: int, seed: int) -> None:
+    """Refuse what would fail, or come out as noise, only after the model is loaded."""
+    if not 0 <= temperature < math.inf or max_new_tokens < 1:
+        raise ValueError(
+            "generate: temperature must be finite and at least 0, max_new_tokens at least 1, "
+            f"got {temperature} and {max_new_tokens}"
+        )
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ConfigError(
+            f"generate: temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE}, got {temperature}"
+        )
+    if not SEEDS[0] <= seed <= SEEDS[1]:
+        raise ConfigError(f"generate: seed must be from -2**63 to 2**64 - 1, got {seed}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as cause:
+        raise ConfigError(
+            f"generate: prompt must be text that UTF-8 holds, got {prompt[cause.start]!a} at place {cause.start}"
+        ) from cause
+
+
 def stream(
     path: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, mode: str = "auto",
     device: str | None = None, trust_remote_code: bool = False, allow_pickle: bool = False,
@@ -47,8 +73,8 @@ def stream(
         path: Exported model (folder or file), run directory, or ordinary model folder.
         prompt: Text.
         max_new_tokens: Limit.
-        temperature: 0 is greedy.
-        seed: Of sampling.
+        temperature: 0 is greedy; else at least 1e-30.
+        seed: Of sampling, from -2**63 to 2**64 - 1.
         mode: How quantized layers are computed, see `discquant.load`.
         device: None is the GPU where there is one, else the CPU.
         trust_remote_code: As for `discquant.load`.
@@ -59,15 +85,12 @@ def stream(
 
     Raises:
         FileNotFoundError: No model or no tokenizer there.
-        ValueError: A negative temperature, an empty prompt, an unknown mode, or a device that is not there.
+        ValueError: A temperature, seed or number of tokens out of range, a prompt that is empty or no UTF-8, an unknown
+            mode or one that the device has not, or a device that is not there.
     """
     from transformers import TextStreamer
 
-    if not 0 <= temperature < math.inf or max_new_tokens < 1:
-        raise ValueError(
-            "generate: temperature must be finite and at least 0, max_new_tokens at least 1, "
-            f"got {temperature} and {max_new_tokens}"
-        )
+    _check(prompt, temperature, max_new_tokens, seed)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"generate: device must be cpu, there is no CUDA device here, got {device}")

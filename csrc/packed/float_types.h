@@ -33,11 +33,13 @@ __attribute__((always_inline)) inline uint16_t float_to_bfloat(float value) {
 }
 
 __attribute__((always_inline)) inline float half_to_float(uint16_t h) {
-  // Put the exponent and mantissa in place and multiply by 2^112: subnormals come out right, exactly.
-  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
-  const float scaled = float_of_bits(magnitude) * 5.192296858534828e33f;
-  const uint32_t special = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bits_of_float(scaled);
-  return float_of_bits(special | (static_cast<uint32_t>(h & 0x8000u) << 16));
+  // A subnormal is its integer times 2^-24, the unit of float32 at 0.5, so that the subtraction is exact. No float32 on
+  // the way is subnormal: in a thread that flushes those to zero (torch.set_flush_denormal) small scales would be lost.
+  const uint32_t magnitude = h & 0x7fffu;
+  const uint32_t small = bits_of_float(float_of_bits(0x3f000000u | magnitude) - 0.5f);
+  const uint32_t large = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  return float_of_bits((magnitude < 0x400u ? small : large) | sign);
 }
 
 __attribute__((always_inline)) inline uint16_t float_to_half(float value) {

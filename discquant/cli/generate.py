@@ -19,12 +19,12 @@ def generate(
     ],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed when sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; else at least 1e-30.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed when sampling, from -2**63 to 2**64 - 1.")] = 0,
     mode: Annotated[
         str,
         typer.Option(
-            help="Packed layers: auto (fast), exact (the rounded model's bits), a15, a8, fp32, or plain."
+            help="Packed layers: auto (fast), exact (the rounded model's bits), plain, or on the CPU a15, a8, fp32."
         ),
     ] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,

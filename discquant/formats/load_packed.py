@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.safetensors_format import SafetensorsFormat, inert
+from discquant.formats.source import BUILDING
 from discquant.grids import UniformGrid
 from discquant.modules import PackedReport, load_packed
 from discquant.ops.pack import SCALE_DTYPES
-from discquant.ops.packed_linear import Mode
+from discquant.ops.packed_linear import X_DTYPES, Mode
 
 
 def packable(layer: CodedLayer) -> QuantizedLinear | None:
@@ -41,19 +44,22 @@ def packable(layer: CodedLayer) -> QuantizedLinear | None:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without memory; buffers (rotary tables) are made as always."""
-    register = nn.Module.register_parameter
+    """Modules that this thread builds inside have parameters without memory; buffers (rotary tables) are as always."""
+    here = threading.get_ident()
 
-    def hollow(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
+    # torch calls it for the modules of all threads.
+    def hollow(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != here or param.device.type == "meta":
+            return None
+        return nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
-    nn.Module.register_parameter = hollow  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    # One at a time: a thread that walks several hooks would stumble over one that goes.
+    with BUILDING:
+        hook = register_module_parameter_registration_hook(hollow)  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
@@ -88,8 +94,9 @@ def load_packed_model(
 
     Returns:
         The model in evaluation mode, with its `PackedReport` as `packed_report` and a `save_pretrained` that refuses
-        (NotImplementedError); None if the file is of another kind,
-        or transformers names its weights differently (mixtures of experts, say): that model needs plain weights.
+        (NotImplementedError), as those of the models inside it do; None if the file is of another kind, the kernels do
+        not compute in the dtype (float64), or transformers names its weights differently (mixtures of experts, say):
+        that model needs plain weights.
 
     Raises:
         MissingModelError, CheckpointError: The directory cannot be read, or does not fill the model.
@@ -111,7 +118,7 @@ def load_packed_model(
     forget_quantization(config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
-    if model_class is None:
+    if model_class is None or dtype not in X_DTYPES:
         return None
     with _parameters_on_meta():
         model: Any = model_class._from_config(config, dtype=dtype)
@@ -160,14 +167,24 @@ def load_packed_model(
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.packed_report = report
-    model.save_pretrained = functools.partial(_refuse_saving, str(folder))
+    refuse_saving(model, folder)
     return (model if target is None else model.to(target)).eval()
+
+
+def refuse_saving(model: nn.Module, folder: Path) -> None:
+    """Let `save_pretrained` of a packed model that came from `folder` refuse, and those of the models inside it."""
+    import transformers
+
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            module.save_pretrained = functools.partial(_refuse_saving, str(folder))
 
 
 def _refuse_saving(folder: str, *args: Any, **kwargs: Any) -> None:
     # transformers would write packed words under the names of weights, and later make new weights in their place.
     raise NotImplementedError(
-        f"save_pretrained: a model on packed layers is not written; copy {folder}, or load it with mode='plain'"
+        f"save_pretrained: a model on packed layers is not written; copy {folder}, or load it with "
+        "discquant.load(..., mode='plain')"
     )
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ _HUB_PICKLES = "pytorch_model*.bin"
 # The same weights once more, in the layout of the model's makers.
 _HUB_DUPLICATES = ("consolidated*", "original/*")
 _CHUNK = 1 << 24
+# Held while transformers builds a model: the default dtype that it sets meanwhile, and its verbosity, are those of the
+# whole process, and two threads that put them back in turn would leave the other's for good.
+BUILDING = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,18 +196,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 @contextlib.contextmanager
 def quiet_library() -> Iterator[None]:
-    """Loading without transformers' progress bar and table of defects: what matters is in our own error."""
+    """Loading without transformers' progress bar and table of defects: what matters is in our own error.
+
+    One thread at a time.
+    """
     from transformers.utils import logging
 
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+    with BUILDING:
+        verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bar:
+                logging.enable_progress_bar()
 
 
 def _build(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: bool, pickled: bool) -> Any:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from discquant.errors import CheckpointError
+from discquant.errors import CheckpointError, ConfigError
 from discquant.formats import registry
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.load_packed import packable
+from discquant.formats.load_packed import packable, refuse_saving
 from discquant.modules import load_packed
-from discquant.ops.packed_linear import Mode
+from discquant.ops.packed_linear import MODES, X_DTYPES, modes_on
 
 NAME = "discquant"
 TAKEN_OVER = ("compressed-tensors", "gptq", "auto-round", "awq")
@@ -38,6 +38,13 @@ def _classes() -> tuple[Any, Any]:
         """Whatever a folder's quantization_config says, and `mode` (see `discquant.load`)."""
 
         def __init__(self, quant_method: str = NAME, mode: str = "exact", **said: Any) -> None:
+            """Take what is said.
+
+            Raises:
+                ConfigError: An unknown mode.
+            """
+            if mode not in (*MODES, "plain"):
+                raise ConfigError(f"discquant: mode must be one of {[*MODES, 'plain']}, got {mode!r}")
             self.quant_method = quant_method
             self.mode = mode
             for key, value in said.items():
@@ -86,23 +93,31 @@ def _classes() -> tuple[Any, Any]:
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             device = next(model.parameters()).device
             dtype = self.dtype or next(model.parameters()).dtype
+            mode: Any = getattr(self.quantization_config, "mode", "exact")
+            known = (*modes_on(device), "plain")
+            if mode not in known:
+                raise ConfigError(
+                    f"discquant: mode on {device} must be one of {list(known)}, got {mode!r} (for the CPU)"
+                )
+            plain = mode == "plain" or dtype not in X_DTYPES
             for name, shape in self.shapes.items():
                 hollow = nn.Parameter(torch.empty(shape, device="meta", dtype=dtype), requires_grad=False)
                 _linear(model, name).register_parameter("weight", hollow)
 
             def layers() -> Iterator[QuantizedLinear]:
                 for layer in self.format.read(self.folder):
-                    codes = packable(layer)
+                    codes = None if plain else packable(layer)
                     if codes is not None:
                         yield codes
                         continue
                     weight = layer.dequantize(dtype).to(device)
                     _linear(model, layer.name).weight = nn.Parameter(weight, requires_grad=False)
 
-            mode: Mode = getattr(self.quantization_config, "mode", "exact")
             # "exact" promises the rounded model's logits; fused rows may be summed in another order.
             model.packed_report = load_packed(model, layers(), device=device, mode=mode, fuse=mode != "exact")
-            return model
+            for child in model.children():  # of the whole model transformers refuses it
+                refuse_saving(child, self.folder)
+            return model.requires_grad_(False)
 
         def is_serializable(self) -> bool:
             """The folder it came from is the file to keep."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from discquant.ops import pack as packing
-from discquant.ops.packed_linear import MODES, Mode, check_packed, dequantize_packed, packed_linear
+from discquant.ops.packed_linear import MODES, X_DTYPES, Mode, check_packed, dequantize_packed, packed_linear
 
 
 def layout_for(device: torch.device) -> packing.Layout:
@@ -18,10 +18,19 @@ def layout_for(device: torch.device) -> packing.Layout:
     return "cpu" if device.type == "cpu" else "mma"
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a linear layer on x; None where it is off or leaves x alone (float64)."""
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind) if x.dtype in X_DTYPES else None
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + bias with W = scale * (q - zero_point), straight from packed codes; inference only.
 
-    Moving the module between CPU and GPU repacks the codes; casting it leaves the scales as they are.
+    Moving the module between CPU and GPU repacks the codes; casting it leaves the scales as they are. Under autocast x
+    and bias take its dtype, as in nn.Linear.
 
     Attributes:
         words: Packed codes, int32, one dimension.
@@ -107,8 +116,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in_features] by the weight."""
+        x, bias = self._cast(x)
         return packed_linear(
-            x, self.words, self.scale, self.zero_point, self.bias, out_features=self.out_features,
+            x, self.words, self.scale, self.zero_point, bias, out_features=self.out_features,
             in_features=self.in_features, num_bits=self.num_bits, group_size=self.group_size, layout=self.layout,
             mode=self.mode, settled=self._settled,
         )  # fmt: skip
@@ -117,6 +127,7 @@ class PackedLinear(nn.Module):
         """Outputs `start` to `stop` of `forward`, from their rows alone where `start` is a multiple of 64."""
         if start % packing.BLOCK_ROWS:
             return self.forward(x)[..., start:stop]
+        x, bias = self._cast(x)
         # Both layouts hold block after block of 64 rows.
         blocks = -(-self.out_features // packing.BLOCK_ROWS)
         first, last = start // packing.BLOCK_ROWS, -(-stop // packing.BLOCK_ROWS)
@@ -128,10 +139,17 @@ class PackedLinear(nn.Module):
         return packed_linear(
             x, of_rows(self.words), of_rows(self.scale),
             None if self.zero_point is None else of_rows(self.zero_point),
-            None if self.bias is None else self.bias[start:stop],
+            None if bias is None else bias[start:stop],
             out_features=stop - start, in_features=self.in_features, num_bits=self.num_bits,
             group_size=self.group_size, layout=self.layout, mode=self.mode, settled=self._settled,
         )  # fmt: skip
+
+    def _cast(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x and the bias in the dtype that a dense layer would take them in."""
+        dtype = autocast_dtype(x)
+        if dtype is None:
+            return x, self.bias
+        return x.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The served weight, [out_features, in_features]; a fresh full-size tensor, not kept."""
@@ -174,8 +192,14 @@ class PackedLinear(nn.Module):
         Raises:
             TypeError: A buffer is not a Tensor.
             ValueError: Another layout version, size, grid or dtype (scales are not rounded to this module's); a scale
-                that is not finite; a zero point that is no code; some of the buffers without the others.
+                that is not finite; a zero point that is no code; some of the buffers without the others; zero points or
+                a bias for a module that has none.
         """
+        for name in ("zero_point", "bias"):
+            if getattr(self, name) is None and prefix + name in state_dict:
+                raise ValueError(
+                    f"PackedLinear: the loaded state must hold no = {name}, which this module has not"
+                )
         names = [name for name in ("words", "scale", "zero_point") if getattr(self, name) is not None]
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if not found:
@@ -186,6 +210,8 @@ class PackedLinear(nn.Module):
         assign = bool(local_metadata.get("assign_to_params_buffers"))
         layout = self._stated_layout(state_dict.get(f"{prefix}_extra_state"))
         self._check_loaded(found, layout, assign)
+        if f"{prefix}bias" in state_dict:
+            self._check_bias(state_dict[f"{prefix}bias"])
         home = (found["words"] if assign else self.words).device
         target = layout if home.type == "meta" else layout_for(home)
         ours = {prefix + name: self._in_layout(name, t, layout, target) for name, t in found.items()}
@@ -229,17 +255,38 @@ class PackedLinear(nn.Module):
             return
         if not bool(torch.isfinite(scale).all()):
             raise ValueError("PackedLinear: scale of the loaded state must be = finite, got NaN or infinity")
-        largest = 0 if zero_point is None else int(zero_point.max())
+        largest = 0 if zero_point is None or not zero_point.numel() else int(zero_point.max())
         if largest >= 2**self.num_bits:
             raise ValueError(
                 f"PackedLinear: zero_point of the loaded state must be below = {2**self.num_bits}, got {largest}"
             )
 
+    def _check_bias(self, bias: object) -> None:
+        """Refuse what is no bias of this module's size."""
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"PackedLinear: bias must be of type = Tensor, got {type(bias).__name__}")
+        if list(bias.shape) != [self.out_features]:
+            raise ValueError(
+                f"PackedLinear: bias of the loaded state must have shape = [{self.out_features}], "
+                f"got {list(bias.shape)}"
+            )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.words.device
+        if scale.is_meta and device.type != "meta":
+            # Memory without values (`to_empty`), for a state to come: there is nothing to bring into another layout.
+            self.layout = layout_for(device)
+            side = packing.SCALE_ROWS[self.layout]
+            shape = (scale.shape[0] * scale.shape[2] // side, scale.shape[1], side)
+            self.scale = torch.empty(shape, dtype=scale.dtype, device=device)
+            if self.zero_point is not None:
+                self.zero_point = torch.empty(shape, dtype=torch.uint8, device=device)
+            self._settled = False
+            return self
         # A cast of the model must not round the scales a second time: only the device is taken over.
-        self.scale = scale.to(self.words.device)
+        self.scale = scale.to(device)
         self._relayout()
         self.settle()
         return self

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from discquant.modules.packed_linear import PackedLinear
+from discquant.modules.packed_linear import PackedLinear, autocast_dtype
 from discquant.ops.packed_linear import Mode
 
 # Siblings that decoder blocks call with one and the same tensor.
@@ -110,7 +110,7 @@ class _Shared:
             first = sum(self.sizes[:index])
             return self.packed.forward_rows(x, first, first + self.sizes[index])
         local = self._local
-        version = None if x.is_inference() else x._version
+        version = (None if x.is_inference() else x._version, autocast_dtype(x))
         parts: list[Tensor | None]
         kept, of_version, parts = getattr(local, "kept", (None, None, []))
         if kept is not x or of_version != version or parts[index] is None:

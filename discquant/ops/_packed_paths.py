@@ -235,6 +235,11 @@ def _gpu_linear(
     dense = not batch_invariant and not many and x.shape[0] >= table.dense_tokens(x.device, num_bits)
     # `exact` multiplies by the scale in the dtype of x: exact only if the scale has it. Size 0: the kernels cannot.
     if x.dtype == torch.float32 or dense or (exact and scale.dtype != x.dtype) or (out_features and not size):
+        if batch_invariant:  # the library's matmul is not
+            raise NotImplementedError(
+                "packed_linear: batch_invariant must go with what the kernel for few tokens takes = True, "
+                f"got x of {x.dtype}, scales of {scale.dtype} and {out_features} x {in_features} weights"
+            )
         return dense_linear(
             x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size
         )

@@ -19,6 +19,7 @@ LAYOUT_CODES: dict[Layout, int] = {"mma": 1, "cpu": 2}
 BLOCK_ROWS = (
     reference.BLOCK_ROWS
 )  # a whole number of these is one contiguous run of words, scales and zero points
+SCALE_ROWS = reference.SCALE_ROWS  # rows whose scales lie side by side, by layout
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -114,23 +115,32 @@ def cpp_problem(device: torch.device, operator: str) -> str | None:
 
 def choose(
     op: str, impl: str, device: torch.device, operator: str, *, cpp: str | None = None,
-    triton: str | None = "not implemented in Triton",
+    triton: str | None = "not implemented in Triton", reference: str | None = None,
 ) -> str:  # fmt: skip
     """Resolve `impl`; `auto` is C++ or CUDA where it covers the arguments and can run, then Triton, then the reference.
+
+    `cpp`, `triton` and `reference` say why these arguments rule the implementation out, None if they do not.
 
     Raises:
         ValueError: `impl` is not a known word.
         RuntimeError: An explicit implementation cannot run here.
-        NotImplementedError: An explicit implementation does not cover these arguments.
+        NotImplementedError: An explicit implementation, or with `auto` every one, does not cover these arguments.
     """
     words = ("auto", "reference", "triton", "cpp")
     registry.require(impl in words, op, "impl", "be one of", list(words), impl)
     if impl == "auto":
-        if cpp is None and cpp_problem(device, operator) is None:
+        here = cpp_problem(device, operator) if cpp is None else cpp
+        if here is None:
             return "cpp"
-        on_gpu = device.type == "cuda" and triton is None and registry.triton_problem(device) is None
-        return "triton" if on_gpu else "reference"
-    unsupported = {"triton": triton, "cpp": cpp}.get(impl)
+        if device.type == "cuda" and triton is None and registry.triton_problem(device) is None:
+            return "triton"
+        if reference is None:
+            return "reference"
+        raise NotImplementedError(
+            f"{op}: an implementation must cover these arguments = cpp or reference, got cpp: {here}; "
+            f"reference: {reference}"
+        )
+    unsupported = {"triton": triton, "cpp": cpp, "reference": reference}.get(impl)
     if unsupported is not None:
         raise NotImplementedError(f"{op}: impl must cover these arguments = {impl}, got {unsupported}")
     problem = None

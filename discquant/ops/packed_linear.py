@@ -15,7 +15,7 @@ from discquant.ops.reference import pack as packing
 from discquant.ops.reference import packed_linear as reference
 
 Mode = Literal["auto", "a15", "a8", "fp32", "exact"]
-MODES = ("auto", "a15", "a8", "fp32", "exact")
+MODES: tuple[Mode, ...] = ("auto", "a15", "a8", "fp32", "exact")
 _CPU_MODES = {"a8": 0, "a15": 1, "fp32": 2}
 # Instruction sets of the CPU kernels, worst first; -1 in the operator is the best that the processor has.
 ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "amx")
@@ -86,20 +86,47 @@ def check_packed(
     registry.require_device(op, words, scale=scale, zero_point=zero_point)
 
 
-def _cpp_problem(mode: str, layout: str, device: torch.device) -> str | None:
-    if device.type == "cpu" and layout != "cpu" and mode != "exact":
-        return f"layout {layout!r} on the CPU: repack to 'cpu'"
-    if device.type != "cpu" and layout != "mma":
+def modes_on(device: torch.device) -> tuple[Mode, ...]:
+    """The modes that there are on a device: those of integer or float32 activations are kernels for the CPU."""
+    # On meta there are no numbers, only shapes.
+    return MODES if device.type in ("cpu", "meta") else ("auto", "exact")
+
+
+def _cpp_problem(
+    mode: str, layout: str, device: torch.device, isa: str | None = None, batch_invariant: bool = False
+) -> str | None:
+    if device.type == "cpu":
+        if mode == "exact" and isa is not None:
+            return f"isa {isa!r} in exact mode: its matmul is torch's"
+        if mode == "exact" and batch_invariant:
+            return "batch_invariant in exact mode on the CPU: torch's matmul sums by the batch"
+        fits = layout == "cpu" or mode == "exact"
+        return None if fits else f"layout {layout!r} on the CPU: repack to 'cpu'"
+    if layout != "mma":
         return f"layout {layout!r} on {device.type}: repack to 'mma'"
-    if device.type != "cpu" and mode not in ("auto", "exact"):
-        return f"mode {mode!r} on {device.type}: it is for the CPU"
-    return None
+    return None if isa is None else f"isa {isa!r} on {device.type}: it is of the CPU's kernels"
 
 
-def _triton_problem(mode: str, layout: str) -> str | None:
+def _triton_problem(
+    mode: str, layout: str, isa: str | None = None, batch_invariant: bool = False
+) -> str | None:
     if layout != "mma":
         return f"layout {layout!r}: repack to 'mma'"
-    return None if mode in ("auto", "exact") else f"mode {mode!r}: it is for the CPU"
+    if mode not in ("auto", "exact"):
+        return f"mode {mode!r}: it is for the CPU"
+    if isa is not None:
+        return f"isa {isa!r}: it is of the CPU's kernels"
+    return "batch_invariant: its tiles go by the batch" if batch_invariant else None
+
+
+def _reference_problem(mode: str, device: torch.device, isa: str | None, batch_invariant: bool) -> str | None:
+    if device.type == "meta":
+        return None
+    if mode in ("a15", "a8"):
+        return f"mode {mode!r}: it takes activations as they are"
+    if isa is not None:
+        return f"isa {isa!r}: it has none"
+    return "batch_invariant: its matmul sums by the batch" if batch_invariant else None
 
 
 def dequantize_packed(
@@ -187,8 +214,8 @@ def packed_linear(
             ordinary matmul). "auto" on a GPU is the kernel for few tokens, whose scales multiply float32 sums, and
             for more tokens, by a measured table, one that rounds the weight as "exact" does.
         impl: "auto" | "reference" | "triton" | "cpp".
-        batch_invariant: On a GPU use the kernel for few tokens for every number, so that a row's result does not depend
-            on its batch. The CPU modes a15, a8 and fp32 are so always.
+        batch_invariant: A row's result does not depend on its batch: on a GPU the kernel for few tokens takes every
+            number. The CPU kernels of a15, a8 and fp32 are so always.
         settled: Promise that the kernel before this one in the stream does not write words, scale or zero_point:
             from sm_90 on they are read while it still runs. False is always right.
         isa: One of ISAS to force the CPU kernels of an instruction set; None is the best there is.
@@ -199,15 +226,18 @@ def packed_linear(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: A buffer has the wrong size, dtype, stride or device; an option is unknown.
-        NotImplementedError: The requested impl does not cover this mode or layout; a gradient is asked for;
-            batch_invariant on a GPU with float32 x, or in exact mode with scales of another dtype than x.
+        NotImplementedError: The requested impl, or with "auto" any, does not cover the mode, layout, isa or
+            batch_invariant that is asked for; a gradient is; batch_invariant on a GPU with float32 x, with a weight
+            too large for the kernel, or in exact mode with scales of another dtype than x.
         RuntimeError: The requested impl cannot run here.
 
     Note:
-        a15 and a8 give the same bits on every instruction set, batch size and thread count; fp32 too.
+        The CPU kernels of a15, a8 and fp32 give the same bits on every instruction set, batch size and thread count,
+        where all threads flush subnormals of float32 or none does (`torch.set_flush_denormal` is of one thread).
         "exact" on the CPU ignores autocast and keeps a scratch per calling thread: at most 40 MiB, 80 in float32, for
         weights of up to a million columns.
-        A NaN or infinity in x makes the outputs of its row NaN.
+        A NaN in x makes all outputs of its row NaN. So does an infinity in a15 and a8; in the other modes and on a GPU
+        it makes them infinite or NaN, as its products with the weights are.
     """
     op = "packed_linear"
     registry.require_tensors(op, x=x, bias=bias)
@@ -226,6 +256,10 @@ def packed_linear(
         raise NotImplementedError(
             f"{op}: x must be a constant = requires_grad False, got True (inference only)"
         )
+    if mode not in modes_on(x.device):
+        raise NotImplementedError(
+            f"{op}: mode on {x.device.type} must be one of = {list(modes_on(x.device))}, got {mode!r} (for the CPU)"
+        )
     if batch_invariant and x.device.type != "cpu":
         # cuBLAS, which these would need, chooses its order of summation by the batch.
         covered = x.dtype != torch.float32 and (mode != "exact" or scale.dtype == x.dtype)
@@ -236,8 +270,11 @@ def packed_linear(
             )
     on_cpu = "dequantize_packed_into" if mode == "exact" else op
     operator = on_cpu if x.device.type == "cpu" else "packed_linear_mma"
-    cpp = _cpp_problem(mode, layout, x.device)
-    chosen = choose(op, impl, x.device, operator, cpp=cpp, triton=_triton_problem(mode, layout))
+    chosen = choose(
+        op, impl, x.device, operator, cpp=_cpp_problem(mode, layout, x.device, isa, batch_invariant),
+        triton=_triton_problem(mode, layout, isa, batch_invariant),
+        reference=_reference_problem(mode, x.device, isa, batch_invariant),
+    )  # fmt: skip
     rows = x.reshape(-1, in_features)
     if chosen == "reference":
         y = reference.packed_linear(

@@ -311,6 +311,25 @@ def test_generate_runs_and_unpickles_nothing_unasked(
     assert asked == [(False, False), (True, False), (False, True)]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ("x", ("--temperature", "1e-40"), ("temperature", "at least 1e-30", "got 1e-40")),
+        ("x", ("--seed", str(2**64)), ("seed", "-2**63 to 2**64 - 1", f"got {2**64}")),
+        ("x", ("--seed", str(-(2**63) - 1)), ("seed", "-2**63 to 2**64 - 1")),
+        ("a\udcff", (), ("prompt", "UTF-8", r"'\udcff' at place 1")),
+        ("x", ("--mode", "int8"), ("mode", "'int8'", "'exact'")),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(
+    prompt: str, options: tuple[str, ...], words: tuple[str, ...], run: Run, model: Path, tmp_path: Path
+) -> None:
+    """In one line, before the model is read."""
+    (model / "model.safetensors").unlink()
+    result = run("generate", str(model), prompt, "--device", "cpu", *options)
+    _refused(result, tmp_path / "out", *words)
+
+
 def test_layerwise_methods_from_the_command_line(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
     """RTN, greedy and GPTQ write and prove a file; evaluate reads run directories and exports alike."""
     outs = []

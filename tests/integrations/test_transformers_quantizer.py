@@ -14,7 +14,7 @@ import torch
 import discquant
 from discquant import _extension
 from discquant.config import GridConfig
-from discquant.errors import CheckpointError
+from discquant.errors import CheckpointError, ConfigError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
@@ -90,11 +90,42 @@ def test_same_logits_on_packed_layers(original: Path, tmp_path: Path, name: str,
     reference = AutoModelForCausalLM.from_pretrained(original)
     reference.load_state_dict(weights, strict=False)
     ids = torch.randint(0, 61, (2, 12))
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, reference(ids).logits)
-        assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 15)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(ids).logits, reference(ids).logits)  # with gradients on: there are none
+    assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 15)
     with pytest.raises(ValueError, match="serializable"):
         model.save_pretrained(tmp_path / "again")
+    with pytest.raises(NotImplementedError, match="save_pretrained: a model on packed layers"):
+        model.model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@needs_extension
+@pytest.mark.usefixtures("_registered")
+def test_mode_chooses_kernels_or_plain_weights(original: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _export(original, tmp_path / "out", "compressed-tensors", GridConfig(4, 32, True))
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    ids = torch.randint(0, 61, (2, 12))
+
+    def loaded(dtype: torch.dtype, **mode: str) -> tuple[int, torch.Tensor]:
+        config.quantization_config = {**stated, **mode}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", config=config, dtype=dtype)
+        layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        assert {layer.mode for layer in layers} <= {mode.get("mode", "exact")}
+        return model.packed_report.layers, model(ids).logits
+
+    stated = dict(config.quantization_config)
+    layers, expected = loaded(torch.float32)
+    assert layers == 14 and loaded(torch.float32, mode="auto")[0] == 14
+    layers, logits = loaded(torch.float32, mode="plain")
+    assert layers == 0 and torch.equal(logits, expected)
+    layers, logits = loaded(torch.float64, mode="a8")  # no kernel computes in it
+    assert layers == 0 and logits.dtype == torch.float64
+    for mode in ("int8", None):
+        with pytest.raises(ConfigError, match=rf"discquant: mode must be one of .*'plain'\], got {mode!r}"):
+            loaded(torch.float32, mode=mode)
 
 
 _FRESH = """

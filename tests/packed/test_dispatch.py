@@ -134,6 +134,22 @@ def test_choice_of_the_kernel_for_many_tokens(
 
 
 @CPP
+@pytest.mark.parametrize("options", [{"size": 0}, {"dtype": torch.float32}, {"scale": torch.bfloat16}])
+def test_batch_invariance_is_kept_or_refused(
+    launches: list[dict[str, Any]], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel for few tokens cannot take goes to a matmul that sums by the batch."""
+    monkeypatch.setattr(paths, "_size", lambda *sizes: options.get("size", 1))
+    words, scale, _ = weight(70, 203, dtype=options.get("scale", HALF))
+    x = torch.randn(5, 203).to(options.get("dtype", HALF))
+    call = (x, words, scale, None, None, 70, 203, 4, 64, True)
+    assert paths._gpu_linear(*call, False, False).shape == (5, 70)
+    with pytest.raises(NotImplementedError, match="packed_linear: batch_invariant must go with"):
+        paths._gpu_linear(*call, True, False)
+    assert not launches
+
+
+@CPP
 def test_rows_of_any_stride_are_brought_in_line(launches: list[dict[str, Any]]) -> None:
     words, scale, _ = weight(64, 128)
     wide = torch.randn(6, 300).to(HALF)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 import discquant
 from discquant import _extension
 from discquant.calibration import arithmetic
-from discquant.errors import CheckpointError, ConfigError
+from discquant.errors import CheckpointError, ConfigError, ExtensionError, MissingModelError
 from discquant.formats import QuantizedLinear, export_compressed_tensors, load_quantized
 from discquant.formats import load_packed as loading
 from discquant.generation import stream
@@ -180,6 +182,69 @@ def test_generate_reports_speed_and_size(tiny_llama_dir: Path, capsys: pytest.Ca
     assert "tokens/s (plain weights, cpu)" in capsys.readouterr().err
 
 
+def test_threads_that_build_models_meanwhile_keep_their_weights() -> None:
+    entered, done = threading.Event(), threading.Event()
+
+    def build() -> nn.Module:
+        with loading._parameters_on_meta():
+            entered.set()
+            assert done.wait(60)
+            return nn.Linear(4, 4)
+
+    register = nn.Module.register_parameter
+    with ThreadPoolExecutor(1) as pool:
+        hollow = pool.submit(build)
+        assert entered.wait(60)
+        solid = nn.Linear(4, 4)
+        done.set()
+        assert hollow.result().weight.is_meta and hollow.result().bias.is_meta
+    assert not solid.weight.is_meta
+    assert not nn.Linear(4, 4).weight.is_meta
+    assert nn.Module.register_parameter is register
+    assert not nn.modules.module._global_parameter_registration_hooks
+
+
+def test_threads_load_at_once(tmp_path: Path) -> None:
+    """Nothing of the process is left as another thread had it for a while: not even the default dtype."""
+    out = export(tmp_path, torch.bfloat16, {})
+    expected = logits(discquant.load(out))
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda mode: discquant.load(out, mode=mode), ["exact", "plain"] * 4))
+    assert all(torch.equal(logits(model), expected) for model in models)
+    assert torch.get_default_dtype() == torch.float32
+    assert not nn.Linear(4, 4).weight.is_meta
+
+
+def test_a_dtype_that_kernels_lack_is_plain(tmp_path: Path) -> None:
+    out = export(tmp_path, torch.float32, {})
+    model, plain = (discquant.load(out, torch.float64, mode=mode) for mode in ("exact", "plain"))
+    assert logits(model).dtype == torch.float64 and torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize(
+    "device", ["cuda", "cuda:9", "nonsense", "meta", torch.device("meta"), "mps", -1, 1.5]
+)
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, device: Any) -> None:
+    if torch.cuda.is_available() and device == "cuda":
+        pytest.skip("it is there")
+    with pytest.raises(ConfigError, match=f"device.*{device}") as caught:
+        discquant.load(tmp_path, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_modes_of_the_cpu_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is read, with the modes that there are."""
+    monkeypatch.setattr("discquant.api._device_there", lambda device: torch.device("cuda", 0))
+    for mode in ("a15", "a8", "fp32"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"load: mode on cuda:0 must be one of \['auto', 'exact', 'plain'\], got '{mode}'",
+        ):
+            discquant.load(tmp_path, mode=mode, device="cuda")
+    with pytest.raises(MissingModelError):
+        discquant.load(tmp_path, mode="exact", device="cuda")
+
+
 def test_fused_siblings_share_one_buffer(tmp_path: Path) -> None:
     model = discquant.load(export(tmp_path, torch.float32, {}), mode="auto")
     attention = model.model.layers[0].self_attn
@@ -195,6 +260,10 @@ def test_without_the_extension_weights_are_plain(tmp_path: Path, monkeypatch: py
     model = discquant.load(out)
     assert not hasattr(model, "packed_report")
     assert torch.equal(logits(model), expected)
+    monkeypatch.setattr(_extension, "_attempt", lambda: (None, "ImportError: not built"))
+    for mode in ("a15", "a8", "fp32"):
+        with pytest.raises(ExtensionError, match=r"not usable .*not built"):
+            discquant.load(out, mode=mode)
 
 
 def test_rejects_bad_input(tmp_path: Path) -> None:
@@ -205,10 +274,11 @@ def test_rejects_bad_input(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="generate: temperature must be finite and at least 0"):
             stream(out, "x", max_new_tokens=1, temperature=temperature, seed=0, device="cpu")
     packed = discquant.load(out)
-    with pytest.raises(
-        NotImplementedError, match=r"save_pretrained: a model on packed layers .* mode='plain'"
-    ):
-        packed.save_pretrained(tmp_path / "saved")
+    for part in (packed, packed.model):
+        with pytest.raises(
+            NotImplementedError, match=r"save_pretrained: a model on packed layers .* mode='plain'"
+        ):
+            part.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="generate: device must be cpu"):

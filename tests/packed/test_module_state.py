@@ -136,6 +136,67 @@ def test_a_bad_state_changes_nothing(name: str, error: type[Exception], message:
     assert torch.equal(weight(module), before) and module.layout == "cpu"
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("name", ["zero_point", "bias"])
+def test_a_state_with_more_than_the_module_has_changes_nothing(name: str, assign: bool, strict: bool) -> None:
+    """Codes without the zero points or the bias that belong to them would be another layer."""
+    module, other = make(), make(symmetric=name == "bias", seed=1).state_dict()
+    if name == "bias":
+        module.bias = None
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    for state in (other, {name: other[name]}):
+        with pytest.raises(ValueError, match=f"PackedLinear: the loaded state must hold no = {name}"):
+            module.load_state_dict(state, strict=strict, assign=assign)
+    after = module.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"bias": torch.zeros(39)},
+            ValueError,
+            r"bias of the loaded state must have shape = \[40\], got \[39\]",
+        ),
+        ({"bias": [0.0]}, TypeError, "bias must be of type = Tensor, got list"),
+    ],
+)
+def test_a_bad_bias_changes_nothing(change: State, error: type[Exception], message: str) -> None:
+    module, state = make(), make(seed=1).state_dict()
+    before = weight(module)
+    with pytest.raises(error, match=message):
+        module.load_state_dict(state | change)
+    assert torch.equal(weight(module), before)
+
+
+@pytest.mark.parametrize("layout", ["cpu", "mma"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_memory_without_values_takes_a_state(symmetric: bool, layout: packing.Layout) -> None:
+    """meta -> to_empty -> load_state_dict, as large models come into memory."""
+    source = nn.Sequential(nn.Linear(100, 100), make(symmetric))
+    hollow = nn.Sequential(nn.Linear(100, 100), make(symmetric, layout=layout, seed=1)).to("meta")
+    model = hollow.to_empty(device="cpu")
+    assert model[1].layout == "cpu"
+    model.load_state_dict(source.state_dict())
+    assert torch.equal(weight(model[1]), weight(source[1]))
+    x = torch.randn(2, 100)
+    with torch.no_grad():
+        assert torch.equal(model(x), source(x))
+    with pytest.raises(NotImplementedError, match="meta"):
+        make(symmetric).to("meta").to("cpu")
+
+
+def test_no_rows_at_all() -> None:
+    empty = PackedLinear.from_codes(
+        torch.zeros(0, 64, dtype=torch.uint8), torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.uint8),
+        num_bits=4, group_size=64,
+    )  # fmt: skip
+    empty.load_state_dict(empty.state_dict())
+    assert empty(torch.ones(2, 64)).shape == (2, 0)
+
+
 def test_buffers_come_together_or_not_at_all() -> None:
     module, other = make(), make(seed=1).state_dict()
     before = weight(module)

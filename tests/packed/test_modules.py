@@ -239,6 +239,47 @@ def test_fused_projections_compile_whole(rows: int) -> None:
 
 
 @CPP
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast_is_that_of_a_dense_layer(dtype: torch.dtype, bias: bool) -> None:
+    """x, weight and bias in the dtype of autocast, as nn.Linear takes them: whole, by rows and compiled."""
+    dense = nn.Linear(100, 130, bias=bias)
+    layer = coded("x", dense.weight.detach())
+    packed = PackedLinear.from_codes(
+        layer.q, layer.scale, layer.zero_point, dense.bias, num_bits=3, group_size=64, mode="exact"
+    )
+    dense.weight.data = packed.dequantize(torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=False)
+    for x in (torch.randn(3, 100), torch.randn(3, 100).bfloat16(), torch.randn(3, 100).half()):
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            expected = dense(x)
+            assert expected.dtype == dtype
+            assert torch.equal(packed(x), expected)
+            assert torch.equal(packed.forward_rows(x, 64, 130), expected[:, 64:])
+            packed.mode = "auto"
+            assert packed(x).dtype == dtype
+            packed.mode = "exact"
+            with pytest.raises(ValueError, match="x must have a dtype"):
+                packed(x.double())  # autocast leaves it alone
+    x = torch.randn(3, 100)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), dense(x))
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(compiled(x), dense(x))
+
+
+@CPP
+def test_fused_projections_in_and_out_of_autocast() -> None:
+    fused, alone = gate_and_up()
+    x = torch.randn(2, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        gate = fused.gate_proj(x)
+        assert gate.dtype == torch.bfloat16 and torch.equal(gate, alone.gate_proj(x))
+    assert torch.equal(fused.up_proj(x), alone.up_proj(x))
+
+
+@CPP
 def test_mixed_grids_are_not_fused() -> None:
     parent = nn.Module()
     parent.gate_proj, parent.up_proj = nn.Linear(64, 16), nn.Linear(64, 16)

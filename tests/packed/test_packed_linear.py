@@ -323,16 +323,62 @@ def test_triton_matches_float64(bits: int, symmetric: bool) -> None:
 
 
 @CPP
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "exact"])
 def test_special_activations(mode: str) -> None:
-    """Zeros give zeros, tiny values no NaN, and a NaN or infinity shows in its own row only."""
+    """Zeros give zeros, tiny values no NaN, and a NaN or infinity shows in its own row only.
+
+    A NaN makes its whole row NaN, in a15 and a8 an infinity too; elsewhere that gives what its products are.
+    """
     case = make(40, 256, 4, 64, True)
     x = torch.randn(5, 256)
     x[0], x[1] = 0.0, 1e-38
     x[2, 100], x[3, 7] = float("nan"), float("inf")
     y = packed_linear(x, *case.tensors, **case.sizes, mode=mode, impl="cpp")
     assert not y[0].any() and y[1].isfinite().all() and y[4].isfinite().all()
-    assert y[2].isnan().all() and not y[3].isfinite().any()
+    assert y[2].isnan().all()
+    product = float("inf") * case.weight()[:, 7].float()
+    expected = torch.full_like(product, float("nan")) if mode in ("a15", "a8") else product
+    assert expected.isnan().any() and torch.equal(y[3].nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@CPP
+def test_float16_in_a_thread_that_flushes_subnormals() -> None:
+    """torch.set_flush_denormal reaches float32 only: small scales and activations in float16 keep their bits."""
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    halves = halves[halves.isfinite()][:, None]
+    n = len(halves)
+    one = packing.pack(torch.full((n, 1), 9, dtype=torch.uint8), num_bits=4, group_size=-1, layout="cpu")
+    scales = packing.pack_groups(halves, layout="cpu")
+    sizes = {"out_features": n, "in_features": 1, "num_bits": 4, "group_size": -1, "layout": "cpu"}
+    small = make(40, 200, 4, 64, False)
+    step = (small.tensors[1].float() * 1e-4).half()  # below 2^-14
+    calls = [
+        {"x": x, "scale": scale, "mode": mode, "isa": isa}
+        for mode, isa in itertools.product(MODES, isas())
+        for x, scale in (
+            (torch.randn(3, 200), step),
+            ((torch.randn(3, 200) * 1e-5).half(), small.tensors[1]),
+        )
+    ]
+
+    def results() -> list[Tensor]:
+        words, _, zero = small.tensors
+        products = [packed_linear(words=words, zero_point=zero, **small.sizes, **call) for call in calls]
+        return [
+            *(y.view(torch.int32 if y.dtype == torch.float32 else torch.int16) for y in products),
+            dequantize_packed(one, scales, **sizes, dtype=torch.float32).view(torch.int32),
+            dequantize_packed(one, scales, **sizes, dtype=torch.float16).view(torch.int16),
+        ]
+
+    expected = results()
+    assert torch.equal(expected[-2], halves.float().view(torch.int32))
+    assert torch.equal(expected[-1], halves.view(torch.int16))
+    try:
+        torch.set_flush_denormal(True)
+        flushed = results()
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(a, b) for a, b in zip(expected, flushed, strict=True))
 
 
 @CPP

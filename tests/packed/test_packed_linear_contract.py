@@ -11,7 +11,7 @@ from torch import Tensor
 
 from discquant import _extension
 from discquant.ops import pack as packing
-from discquant.ops.packed_linear import packed_linear
+from discquant.ops.packed_linear import MODES, modes_on, packed_linear
 
 CPP = pytest.mark.skipif(not _extension.available(), reason="discquant._C is not built")
 SIZES = {"out_features": 20, "in_features": 100, "num_bits": 4, "group_size": 32, "layout": "cpu"}
@@ -83,6 +83,71 @@ def bad_calls() -> list[Any]:
 def test_rejects_bad_input(call: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"packed_linear: .*{message}"):
         packed_linear(**call)
+
+
+def unhonoured_calls() -> list[Any]:
+    words, scale = weight()
+    good = {"x": torch.zeros(2, 100), "words": words, "scale": scale, **SIZES}
+    mma = good | {"layout": "mma", "scale": scale.view(1, 4, 64)}
+    batch, isa = {"batch_invariant": True}, {"isa": "scalar"}
+    # layout "mma" on the CPU is the reference's; on a GPU the modes of the CPU's kernels are no one's.
+    changes = [
+        (mma | {"mode": "a8"}, "cpp: layout 'mma' on the CPU.*reference: mode 'a8': it takes activations"),
+        (mma | {"mode": "a15"}, "reference: mode 'a15'"),
+        (mma | isa, "reference: isa 'scalar': it has none"),
+        (mma | batch, "reference: batch_invariant: its matmul sums by the batch"),
+        (good | isa | {"mode": "exact"}, "cpp: isa 'scalar' in exact mode: its matmul is torch's"),
+        (good | batch | {"mode": "exact"}, "cpp: batch_invariant in exact mode on the CPU"),
+        *(
+            (good | {"impl": "reference"} | given, f"impl must cover .* = reference, got {word}")
+            for given, word in (({"mode": "a8"}, "mode"), (isa, "isa"), (batch, "batch_invariant"))
+        ),
+        *(
+            (mma | {"impl": "triton"} | given, f"impl must cover .* = triton, got {word}")
+            for given, word in (({"mode": "a8"}, "mode"), (isa, "isa"), (batch, "batch_invariant"))
+        ),
+    ]
+    return [
+        pytest.param(call, text, id=f"{i}-{text.split()[1].strip(':')}")
+        for i, (call, text) in enumerate(changes)
+    ]
+
+
+@CPP
+@pytest.mark.parametrize(("call", "message"), unhonoured_calls() if _extension.available() else [])
+def test_nothing_that_is_asked_for_is_left_out(call: dict[str, Any], message: str) -> None:
+    """An explicit mode, isa or batch_invariant is honoured or refused, also with impl="auto"."""
+    with pytest.raises(NotImplementedError, match=f"packed_linear: .*{message}"):
+        packed_linear(**call)
+
+
+@CPP
+def test_what_the_reference_covers_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, scale = weight()
+    x = torch.randn(2, 100)
+    mma = SIZES | {"layout": "mma"}
+    moved = packing.repack(
+        words, out_features=20, in_features=100, num_bits=4, layout="cpu", new_layout="mma"
+    )
+    steps = packing.pack_groups(packing.unpack_groups(scale, out_features=20), layout="mma")
+    expected = packed_linear(x, words, scale, **SIZES, impl="reference")
+    for mode in ("auto", "fp32"):
+        assert torch.equal(packed_linear(x, moved, steps, **mma, mode=mode), expected)
+    hollow = [t.to("meta") for t in (x, words, scale)]
+    assert packed_linear(*hollow, **SIZES, mode="a8").shape == (2, 20)
+    # Without the extension, only what no kernel is needed for.
+    monkeypatch.setattr(_extension, "failure", lambda: "ImportError: it is not there")
+    for mode in ("auto", "fp32", "exact"):
+        assert torch.equal(packed_linear(x, words, scale, **SIZES, mode=mode), expected)
+    with pytest.raises(
+        NotImplementedError, match="got cpp: ImportError: it is not there; reference: mode 'a8'"
+    ):
+        packed_linear(x, words, scale, **SIZES, mode="a8")
+
+
+def test_modes_of_a_device() -> None:
+    assert modes_on(torch.device("cpu")) == MODES
+    assert modes_on(torch.device("cuda", 0)) == ("auto", "exact")
 
 
 @CPP
