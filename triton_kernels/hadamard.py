@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES, cast
+from .common import DTYPES, adjacent, cast
 
 
 @triton.jit
@@ -81,11 +81,12 @@ def hadamard_fwd(x: Tensor, signs: Tensor | None, matrix: Tensor, inverse: bool)
     one = torch.ones_like(scale)
     block_r = max(1, min(8, 2048 // run))
     block_c = max(16, min(128, triton.next_power_of_2(run), 8192 // triton.next_power_of_2(order)))
+    flips = adjacent(signs, x)
     middle = torch.empty_like(x, dtype=acc) if order > 1 else out
 
     def turn_runs(target: Tensor, source: Tensor, factor: Tensor) -> None:
         _hadamard_run_kernel[(triton.cdiv(rows * order, block_r),)](
-            target, source, x if signs is None else signs, rows * order, order, factor,
+            target, source, flips, rows * order, order, factor,
             HAS_SIGNS=signs is not None, SIGNS_FIRST=not inverse, ACC=DTYPES[acc],
             RUN=run, STAGES=run.bit_length() - 1, BLOCK_R=block_r, num_warps=4 if run <= 4096 else 16,
         )  # fmt: skip

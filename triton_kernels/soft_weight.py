@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES, adjacent, cast, decode_position, load_codes, load_codes_minus, load_masked
+from .common import adjacent, cast, decode_position, load_codes, load_codes_minus, load_masked
 from .grid_tile import group_mode, interpolate, load_grouped, load_slope, weight_arguments
 
 
@@ -120,7 +120,7 @@ def soft_weight_fwd(
         return out
     block_m, block_k = tile(cols, transpose, block)
     mode, group = group_mode(group_size, cols, block_k, scale, g_idx)
-    wide = any(t is not None and t.dtype == torch.float64 for t in (frac, scale, minimum))
+    wide = any(t is not None and t.dtype == torch.float64 for t in (frac, scale, zero_point, table, minimum))
     zero, strides, constants = weight_arguments(
         q_down, frac, scale, zero_point, table, num_bits, is_reference, minimum
     )
@@ -148,14 +148,17 @@ def soft_weight_bwd(
         return out
     block_m, block_k = tile(cols, block=block)
     mode, group = group_mode(group_size, cols, block_k, scale, g_idx)
-    acc = torch.float64 if torch.float64 in (grad_weight.dtype, scale.dtype, dtype) else torch.float32
+    wide = dtype == torch.float64 or any(
+        t is not None and t.dtype == torch.float64 for t in (grad_weight, scale, table)
+    )
     row_axis, grid = _grid(rows, cols, block_m, block_k)
     _soft_weight_bwd_kernel[grid](
         out, grad_weight, q_down, scale, adjacent(table, scale), adjacent(g_idx),
         rows, cols,
         *out.stride(), *grad_weight.stride(), *q_down.stride(), *scale.stride(),
         LEVELS=2**num_bits, PACKED=q_down.shape[1] != cols, HAS_TABLE=table is not None,
-        MODE=mode, GROUP=group, ACC=DTYPES[acc], ROW_AXIS=row_axis, BLOCK_M=block_m, BLOCK_K=block_k,
+        MODE=mode, GROUP=group, ACC=tl.float64 if wide else tl.float32,
+        ROW_AXIS=row_axis, BLOCK_M=block_m, BLOCK_K=block_k,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from discquant.ops.reference.settled import settled
 
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Floating as well: a zero may lie between codes.
-ZERO_DTYPES = (torch.uint8, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ZERO_DTYPES = (torch.uint8, *FLOAT_DTYPES)
 INDEX_DTYPES = (torch.int32, torch.int64)
 Impl = Literal["auto", "reference", "triton", "cpp"]
 
@@ -86,10 +88,14 @@ def triton_problem(device: torch.device) -> str | None:
 
 def cpp_problem(device: torch.device, operator: str) -> str | None:
     """Say why the compiled extension cannot run `operator` on tensors of `device`, or None if it can."""
-    from discquant import _extension
-
     if device.type != "cpu":
         return f"there is no C++ implementation for {device.type} tensors"
+    return _missing(operator)
+
+
+def _missing(operator: str) -> str | None:
+    from discquant import _extension
+
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"discquant::{operator}", "CPU"):
         # The check comes first because loading is slow the first time and never needed the second.
         reason = _extension.failure()
@@ -99,6 +105,11 @@ def cpp_problem(device: torch.device, operator: str) -> str | None:
             reason = f"the extension was built without {operator}; build it again"
         return reason
     return None
+
+
+# torch.compile cannot trace a look at the dispatcher, and takes the answer for a constant. This is all that
+# torch.compiler.assume_constant_result does, but for an import that takes seconds.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(
@@ -205,6 +216,13 @@ def require_numbers(op: str, kind: type, **arguments: object) -> None:
             raise TypeError(f"{op}: {name} must be of type = {kind.__name__}, got {type(value).__name__}")
 
 
+def require_constant(op: str, contract: str = "a constant", **arguments: Tensor | None) -> None:
+    """Raise NotImplementedError for the first tensor of which a gradient is asked for."""
+    for name, tensor in arguments.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"{op}: {name} must be {contract} = requires_grad False, got True")
+
+
 def require_apart(op: str, argument: str, matrix: Tensor) -> None:
     """Raise ValueError where elements of a matrix that is to be changed share an address: its threads would race."""
     if matrix.is_contiguous():
@@ -215,6 +233,41 @@ def require_apart(op: str, argument: str, matrix: Tensor) -> None:
     require(
         by_row or by_column, op, argument, "hold each element at", "its own address", f"strides {[row, col]}"
     )
+
+
+def require_separate(op: str, **matrices: Tensor | None) -> None:
+    """Raise ValueError where two matrices that are to be changed share an address; views side by side do not."""
+    # Addresses cannot be traced.
+    if torch.compiler.is_compiling():
+        return
+    given = [(name, matrix) for name, matrix in matrices.items() if matrix is not None and matrix.numel()]
+    for (name, matrix), (other, second) in itertools.combinations(given, 2):
+        require(not _overlap(matrix, second), op, other, "share no address with", name, "one storage")
+
+
+def _overlap(left: Tensor, right: Tensor) -> bool:
+    """Whether a byte belongs to both matrices."""
+    if left.untyped_storage()._cdata != right.untyped_storage()._cdata:
+        return False
+    # First byte, strides in bytes, byte after the last.
+    views = []
+    for tensor in (left, right):
+        size = tensor.element_size()
+        first, strides = tensor.storage_offset() * size, [stride * size for stride in tensor.stride()]
+        reach = sum((count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True))
+        views.append((first, strides, first + reach + size))
+    (begin, _, end), (other_begin, _, other_end) = views
+    if end <= other_begin or other_end <= begin:
+        return False
+    # Only views between one another's rows or columns come here: look at every byte.
+    begin, end = min(begin, other_begin), max(end, other_end)
+    taken = torch.zeros(end - begin, dtype=torch.bool, device="cpu")
+    left_bytes, right_bytes = (
+        taken.as_strided((*tensor.shape, tensor.element_size()), (*strides, 1), first - begin)
+        for tensor, (first, strides, _) in zip((left, right), views, strict=True)
+    )
+    left_bytes.fill_(True)
+    return bool(right_bytes.any())
 
 
 def require_group_size(op: str, group_size: int) -> None:
@@ -258,10 +311,10 @@ def require_grid(
         require(named, op, "scale", "with g_idx have shape [out_features, num_groups]", expected, scale.shape)
         require(g_idx.shape == (shape[1],), op, "g_idx", "have shape", [shape[1]], g_idx.shape)
         require_dtype(op, "g_idx", g_idx, INDEX_DTYPES)
-    require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
+    require_dtype(op, "scale", scale, FLOAT_DTYPES)
     for name, offset, dtypes in (
         ("zero_point", zero_point, ZERO_DTYPES),
-        ("minimum", minimum, ZERO_DTYPES[1:]),
+        ("minimum", minimum, FLOAT_DTYPES),
     ):
         if offset is not None:
             require(
@@ -274,7 +327,7 @@ def require_grid(
     if table is not None:
         require(table.shape == (2**num_bits,), op, "table", "have shape", [2**num_bits], table.shape)
         require(zero_point is None, op, "zero_point", "with a table be", None, "a Tensor")
-        require(table.is_floating_point(), op, "table", "have a dtype that is", "floating", table.dtype)
+        require_dtype(op, "table", table, FLOAT_DTYPES)
     require_device(op, q_down, scale=scale, zero_point=zero_point, table=table, minimum=minimum, g_idx=g_idx)
 
 

@@ -14,12 +14,13 @@ from discquant.ops.reference.counter_rng import step_key
 from discquant.ops.reference.projected_step import StepOptions, bias_corrected
 from discquant.ops.reference.soft_weight import accumulate_dtype, slope
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FRAC_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.uint16)
 FRAC_REF_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-GRADIENT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GRADIENT_DTYPES = registry.FLOAT_DTYPES
 # Every scalar reaches the kernels in float32. math.isfinite would break the graph of a compiled caller.
 LARGEST = 3.4028234663852886e38
+# The smallest whose inverse float32 holds, in numbers that no device takes for zero.
+SMALLEST = 2.0**-126
 # Beyond these an 8-bit moment's unit or its inverse leaves float32.
 MOMENT_BOUNDS = (2.0**-100, 2.0**100)
 OPTIMIZERS = ("adamw", "momentum", "lion", "sgd")
@@ -101,8 +102,15 @@ def _check_scalars(op: str, options: StepOptions) -> None:
     low, high = MOMENT_BOUNDS
     bound = options.moment_bound
     registry.require(low <= bound <= high, op, "moment_bound", "be in", "[2^-100, 2^100]", bound)
+    clamp = options.grad_clamp
     # Infinite: no clamp.
-    registry.require(options.grad_clamp >= 0, op, "grad_clamp", "be at least", 0, options.grad_clamp)
+    bounded = 0 <= clamp <= LARGEST or clamp == float("inf")
+    registry.require(bounded, op, "grad_clamp", "in float32 be infinite, or finite and at least", 0, clamp)
+    if options.optimizer == "adamw":
+        # A coordinate that never had a gradient is divided by it alone.
+        _, eps = bias_corrected(options.lr, (betas[0], betas[1]), options.eps, options.step)
+        contract = "for adamw, times its bias correction, be at least"
+        registry.require(eps >= SMALLEST, op, "eps", contract, SMALLEST, options.eps)
 
 
 def check_state(
@@ -122,7 +130,7 @@ def check_state(
     )
     registry.require_group_size(op, group_size)
     registry.require_groups(op, scale, "scale", frac.shape, group_size)
-    registry.require(scale.is_floating_point(), op, "scale", "have a dtype that is", "floating", scale.dtype)
+    registry.require_dtype(op, "scale", scale, registry.FLOAT_DTYPES)
     registry.require(
         options.optimizer in OPTIMIZERS, op, "optimizer", "be one of", OPTIMIZERS, options.optimizer
     )
@@ -132,10 +140,10 @@ def check_state(
         0 <= options.first_index and last <= 2**32, op, "first_index", "keep indices in", "[0, 2^32)", last
     )
     registry.require_apart(op, "frac", frac)
-    needs = {"adamw": (True, True), "momentum": (True, False), "lion": (True, False), "sgd": (False, False)}
+    needs = (options.optimizer != "sgd", options.optimizer == "adamw")
     for name, moment, needed, code in (
-        ("momentum", momentum, needs[options.optimizer][0], torch.int8),
-        ("second_moment", second_moment, needs[options.optimizer][1], torch.uint8),
+        ("momentum", momentum, needs[0], torch.int8),
+        ("second_moment", second_moment, needs[1], torch.uint8),
     ):
         if moment is None:
             registry.require(not needed, op, name, f"for {options.optimizer} be", "a Tensor", None)
@@ -143,11 +151,15 @@ def check_state(
         registry.require(
             moment.shape == frac.shape, op, name, "have the shape of frac", frac.shape, moment.shape
         )
-        registry.require_dtype(op, name, moment, (torch.float64, *_FLOATS, code))
+        registry.require_dtype(op, name, moment, (*registry.FLOAT_DTYPES, code))
         if needed:
             registry.require_apart(op, name, moment)
     registry.require_device(
         op, frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment
+    )
+    changed = {"momentum": momentum, "second_moment": second_moment}
+    registry.require_separate(
+        op, frac=frac, **{name: changed[name] for name, needed in zip(changed, needs, strict=True) if needed}
     )
 
 
@@ -160,7 +172,7 @@ def check_table(op: str, frac: Tensor, q_down: Tensor | None, table: Tensor | No
     registry.require(
         table.dim() == 1 and table.shape[0] in sizes, op, "table", "have a length of", sizes, table.shape
     )
-    registry.require(table.is_floating_point(), op, "table", "have a dtype that is", "floating", table.dtype)
+    registry.require_dtype(op, "table", table, registry.FLOAT_DTYPES)
     if q_down is None:
         raise ValueError(f"{op}: q_down must with a table be = a Tensor, got None")
     registry.require_codes(op, q_down, frac.shape, table.shape[0].bit_length() - 1)

@@ -36,9 +36,7 @@ def check(
     registry.require(
         weight_dtype in WEIGHT_DTYPES, op, "dtype", "be one of", list(WEIGHT_DTYPES), weight_dtype
     )
-    for name, tensor in (("scale", scale), ("table", table), ("minimum", minimum)):
-        if tensor is not None and tensor.requires_grad:
-            raise NotImplementedError(f"{op}: {name} must be a constant = requires_grad False, got True")
+    registry.require_constant(op, scale=scale, zero_point=zero_point, table=table, minimum=minimum)
     return weight_dtype
 
 
@@ -48,9 +46,8 @@ def reference_weight(
     minimum: Tensor | None = None, g_idx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The reference with this op's two additions: `frac_ref` codes and a transposed result."""
-    position = (
-        decode_frac_ref(frac, reference.accumulate_dtype(frac, scale, minimum)) if is_reference else frac
-    )
+    compute = reference.accumulate_dtype(frac, scale, zero_point, table, minimum)
+    position = decode_frac_ref(frac, compute) if is_reference else frac
     weight = reference.soft_weight(
         q_down,
         position,

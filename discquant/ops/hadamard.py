@@ -41,7 +41,8 @@ def _mixing_matrix(size: int, runs: int, device: torch.device) -> Tensor:
     """[runs, runs] matrix across the kernel's runs, kept: a copy from the host at every launch would stop the stream.
 
     Where a run is shorter than the power of two, Sylvester's matrix is a Kronecker product of smaller ones: the first
-    goes to the matrix across runs. Made on the CPU, so that the copy is done before any stream reads it.
+    goes to the matrix across runs. Made on the CPU, so that the copy is done before any stream reads it, and by the
+    launcher alone: below every mode whose tensors must not be kept.
     """
     matrix = _matrix(size, CPU)
     rest = runs // matrix.shape[0]
@@ -56,9 +57,8 @@ def _fake(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
 
 def _launch(x: Tensor, signs: Tensor | None, inverse: bool) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    flips = None if signs is None else signs.contiguous()
     matrix = _mixing_matrix(x.shape[-1], _runs(x), x.device)
-    out: Tensor = registry.triton_module("hadamard").hadamard_fwd(flat, flips, matrix, inverse)
+    out: Tensor = registry.triton_module("hadamard").hadamard_fwd(flat, signs, matrix, inverse)
     return out.reshape(x.shape)
 
 
@@ -129,8 +129,7 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, i
         )
         registry.require_dtype(_OP, "signs", signs, (torch.int8, *_DTYPES))
         registry.require_device(_OP, x, signs=signs)
-        if signs.requires_grad:
-            raise NotImplementedError(f"{_OP}: signs must be a constant = requires_grad False, got True")
+        registry.require_constant(_OP, signs=signs)
     unsupported = f"{_runs(x)} runs" if _runs(x) > _MAX_RUNS else None
     use_triton = registry.choose(_OP, impl, x.device, triton=unsupported) == "triton"
     out: Tensor = registry.differentiable(HadamardFunction, x, signs, inverse, use_triton)

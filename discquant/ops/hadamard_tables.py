@@ -14,7 +14,7 @@ from torch import Tensor
 # order -> (length of the circulants, first halves of their symmetric first rows; a set bit, highest first, is -1).
 _WILLIAMSON = {92: (23, (309, 212, 611, 1149)), 172: (43, (730052, 1698736, 1627778, 1433865))}
 _LARGEST = 2048
-# Tables are kept for good, whatever the caller's default device.
+# Whatever the caller's default device.
 CPU = torch.device("cpu")
 
 
@@ -32,7 +32,7 @@ def _prime_root(n: int) -> tuple[int, int] | None:
 
 def _quadratic_characters(p: int, degree: int) -> Tensor:
     """Matrix of chi(a - b) over the field of p^degree elements: 0, 1 for squares, -1 for the others."""
-    chi = torch.full((p,), -1, dtype=torch.int64, device=CPU)
+    chi = torch.full((p,), -1, dtype=torch.int8, device=CPU)
     chi[[i * i % p for i in range(1, p)]] = 1
     chi[0] = 0
     index = torch.arange(p**degree, device=CPU)
@@ -45,34 +45,37 @@ def _quadratic_characters(p: int, degree: int) -> Tensor:
     return chi[norm % p]
 
 
-def _paley(order: int) -> Tensor | None:
+def _paley_field(order: int) -> tuple[int, int, int] | None:
+    """(kind, p, degree) of Paley's construction of this order, over the field of p^degree elements; None for none."""
     for q, kind in ((order - 1, 1), (order // 2 - 1, 2)):
         field = _prime_root(q)
-        if field is None or order % 4 or q % 4 != (3 if kind == 1 else 1):
-            continue
-        characters = _quadratic_characters(*field)
-        border = torch.ones(q, 1, dtype=torch.int64, device=CPU)
-        corner = torch.zeros(1, 1, dtype=torch.int64, device=CPU)
-        identity = torch.eye(q + 1, dtype=torch.int64, device=CPU)
-        if kind == 1:
-            conference = torch.cat((torch.cat((corner, border.t()), 1), torch.cat((-border, characters), 1)))
-            return identity + conference
-        conference = torch.cat((torch.cat((corner, border.t()), 1), torch.cat((border, characters), 1)))
-        top = torch.cat((conference + identity, conference - identity), 1)
-        return torch.cat((top, torch.cat((conference - identity, -conference - identity), 1)))
+        if order > 2 and order % 4 == 0 and field is not None and q % 4 == (3 if kind == 1 else 1):
+            return kind, *field
     return None
 
 
-def _williamson(order: int) -> Tensor | None:
-    if order not in _WILLIAMSON:
-        return None
+def _paley(kind: int, p: int, degree: int) -> Tensor:
+    characters, q = _quadratic_characters(p, degree), p**degree
+    border = torch.ones(q, 1, dtype=torch.int8, device=CPU)
+    corner = torch.zeros(1, 1, dtype=torch.int8, device=CPU)
+    identity = torch.eye(q + 1, dtype=torch.int8, device=CPU)
+    if kind == 1:
+        conference = torch.cat((torch.cat((corner, border.t()), 1), torch.cat((-border, characters), 1)))
+        return identity + conference
+    conference = torch.cat((torch.cat((corner, border.t()), 1), torch.cat((border, characters), 1)))
+    top = torch.cat((conference + identity, conference - identity), 1)
+    return torch.cat((top, torch.cat((conference - identity, -conference - identity), 1)))
+
+
+def _williamson(order: int) -> Tensor:
     length, rows = _WILLIAMSON[order]
     half = (length + 1) // 2
     place = torch.arange(length, device=CPU)
     shift = (place[None, :] - place[:, None]) % length
     blocks = []
     for bits in rows:
-        first = torch.tensor([1 - 2 * (bits >> (half - 1 - i) & 1) for i in range(half)], device=CPU)
+        signs = [1 - 2 * (bits >> (half - 1 - i) & 1) for i in range(half)]
+        first = torch.tensor(signs, dtype=torch.int8, device=CPU)
         blocks.append(torch.cat((first, first[1:].flip(0)))[shift])
     a, b, c, d = blocks
     return torch.cat((
@@ -81,15 +84,21 @@ def _williamson(order: int) -> Tensor | None:
     ))  # fmt: skip
 
 
-@functools.cache
+def _is_known(order: int) -> bool:
+    return order == 1 or order in _WILLIAMSON or _paley_field(order) is not None
+
+
 def hadamard_matrix(order: int) -> Tensor | None:
-    """Hadamard matrix of an order that is no power of two, int8, on the CPU; None if no construction is known here."""
+    """Hadamard matrix of an order that is no power of two, int8, on the CPU; None if no construction is known here.
+
+    Made anew, never kept: made while a mode is active (fake tensors, functionalize, inference) it is one of that mode.
+    """
     if order == 1:
         return torch.ones(1, 1, dtype=torch.int8, device=CPU)
-    matrix = _paley(order) if order > 2 else None
-    if matrix is None:
-        matrix = _williamson(order)
-    return None if matrix is None else matrix.to(torch.int8)
+    field = _paley_field(order)
+    if field is not None:
+        return _paley(*field)
+    return _williamson(order) if order in _WILLIAMSON else None
 
 
 @functools.cache
@@ -101,7 +110,7 @@ def factor(size: int) -> tuple[int, int] | None:
     while order % 2 == 0:
         order, power = order // 2, power * 2
     while order <= _LARGEST:
-        if hadamard_matrix(order) is not None:
+        if _is_known(order):
             return order, power
         if power == 1:
             return None

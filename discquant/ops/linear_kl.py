@@ -11,6 +11,7 @@ from torch import Tensor
 from discquant.ops import _registry as registry
 from discquant.ops.reference import linear_kl as reference
 from discquant.ops.reference.linear_kl import LinearKLResult
+from discquant.ops.reference.soft_weight import accumulate_dtype
 
 _OP = "linear_kl"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +53,8 @@ class LinearKLFunction(torch.autograd.Function):
         loss, per_token, grad = run(
             student, teacher, weight, bias, mask, normalizer, logit_scale, softcap, chunk_size, use_triton
         )
-        ctx.save_for_backward(grad)
+        # The student for `once` alone: its second derivative is what the gradient lacks.
+        ctx.save_for_backward(grad, student)
         ctx.dtype = student.dtype
         ctx.mark_non_differentiable(per_token, grad)
         return loss, per_token, grad
@@ -61,7 +63,7 @@ class LinearKLFunction(torch.autograd.Function):
     @registry.once(_OP)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Scale the stored gradient."""
-        (grad,) = ctx.saved_tensors
+        grad, _ = ctx.saved_tensors
         return ((grads[0] * grad).to(ctx.dtype) if ctx.needs_input_grad[0] else None, *(None,) * 9)
 
 
@@ -125,21 +127,30 @@ def _check(
         registry.require_dtype(_OP, "mask", mask, (torch.bool,))
     whole = isinstance(chunk_size, int) and chunk_size >= 1
     registry.require(whole, _OP, "chunk_size", "be an integer of at least", 1, chunk_size)
+    _check_scalars(accumulate_dtype(student, weight), normalizer, logit_scale, softcap)
+    registry.require_device(_OP, student, teacher=teacher, weight=weight, bias=bias, mask=mask)
+    registry.require_constant(_OP, "frozen", teacher=teacher, weight=weight, bias=bias)
+
+
+def _check_scalars(
+    dtype: torch.dtype, normalizer: float | None, logit_scale: float, softcap: float | None
+) -> None:
+    """Each scalar, and what is divided by it, must be a number of the dtype that is computed in."""
+    limits = torch.finfo(dtype)
     registry.require_numbers(_OP, float, logit_scale=logit_scale)
-    registry.require(abs(logit_scale) < float("inf"), _OP, "logit_scale", "be", "finite", logit_scale)
+    registry.require(
+        abs(logit_scale) <= limits.max, _OP, "logit_scale", f"in {dtype} be", "finite", logit_scale
+    )
     if normalizer is not None:
         registry.require_numbers(_OP, float, normalizer=normalizer)
-        fits = 0 <= normalizer < float("inf")
-        registry.require(fits, _OP, "normalizer", "be finite and at least", 0, normalizer)
+        fits = normalizer == 0 or limits.tiny <= normalizer <= limits.max
+        expected = f"in {dtype} be finite, as its inverse, and at least"
+        registry.require(fits, _OP, "normalizer", expected, 0, normalizer)
     if softcap is not None:
         registry.require_numbers(_OP, float, softcap=softcap)
-        registry.require(
-            0 < softcap < float("inf"), _OP, "softcap", "be None or finite and above", 0, softcap
-        )
-    registry.require_device(_OP, student, teacher=teacher, weight=weight, bias=bias, mask=mask)
-    for name, tensor in (("teacher", teacher), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.requires_grad:
-            raise NotImplementedError(f"{_OP}: {name} must be frozen = requires_grad False, got True")
+        fits = limits.tiny <= softcap <= limits.max and abs(logit_scale) / softcap <= limits.max
+        expected = f"in {dtype} be None or finite, as logit_scale / softcap, and above"
+        registry.require(fits, _OP, "softcap", expected, 0, softcap)
 
 
 def linear_kl(
@@ -168,7 +179,8 @@ def linear_kl(
         weight: Frozen head, floating, [vocab_size, hidden_size].
         bias: Head bias, floating, [vocab_size].
         mask: True where a token counts, bool, [num_tokens]; None counts all.
-        normalizer: Divisor of the sum, number of tokens that count in the whole step; None takes this call's.
+        normalizer: Divisor of the sum, number of tokens that count in the whole step; None takes this call's;
+            0 is taken for 1.
         logit_scale: Factor on the logits, unitless.
         softcap: Gemma's cap: z = softcap * tanh(z / softcap); None for no cap.
         chunk_size: Tokens per chunk; Triton takes fewer where the chunk would need more than 1.1 GB.
@@ -181,7 +193,8 @@ def linear_kl(
 
     Raises:
         TypeError: An argument is not a Tensor, or a scalar no number.
-        ValueError: Shapes, dtypes or devices disagree, or a scalar is out of range.
+        ValueError: Shapes, dtypes or devices disagree, or a scalar, or what is divided by it, leaves the range of the
+            dtype that is computed in.
         NotImplementedError: A gradient of teacher, weight or bias, or a second derivative, is asked for, or impl="cpp".
         RuntimeError: The requested impl cannot run here.
 

@@ -75,7 +75,7 @@ def _cpp_launch(
 def _run(
     frac: Tensor, frac_ref: Tensor, weight_grad: Tensor, scale: Tensor | None, group_size: int, options: StepOptions,
     momentum: Tensor | None, second_moment: Tensor | None, q_down: Tensor | None, table: Tensor | None, impl: str,
-) -> Tensor | StepCounts:  # fmt: skip
+) -> Tensor:  # fmt: skip
     registry.require_given(_OP, frac=frac, weight_grad=weight_grad)
     registry.require_tensors(_OP, scale=scale, table=table)
     if scale is None:
@@ -176,7 +176,7 @@ def projected_step_(
     Raises:
         TypeError: An argument is not a Tensor, options no StepOptions, or a scalar of it no number (no integer).
         ValueError: Shapes, dtypes or devices disagree, a moment is missing, a scalar is out of range, or elements of
-            what is to be changed share an address.
+            what is to be changed share an address, of one tensor or of two.
         NotImplementedError: An explicit impl does not cover these dtypes or strides.
         RuntimeError: The requested impl cannot run here.
 
@@ -191,7 +191,7 @@ def projected_step_(
     counts = _run(
         frac, frac_ref, weight_grad, scale, group_size, options, momentum, second_moment, q_down, table, impl
     )
-    return counts if isinstance(counts, StepCounts) else StepCounts(*counts.tolist())
+    return StepCounts(*counts.tolist())
 
 
 def projected_step_deferred_(
@@ -213,7 +213,6 @@ def projected_step_deferred_(
     Returns:
         int64, [5], on the device of `frac`: live, fractional, moved, saturated, nan.
     """
-    counts = _run(
+    return _run(
         frac, frac_ref, weight_grad, scale, group_size, options, momentum, second_moment, q_down, table, impl
     )
-    return torch.tensor(counts, device=frac.device) if isinstance(counts, StepCounts) else counts

@@ -21,6 +21,7 @@ from discquant.ops.reference.projected_step import decode_frac_ref
 from discquant.ops.reference.soft_weight import accumulate_dtype
 
 _OP = "soft_linear"
+_PASSES = ("forward", "dx", "dfrac")
 
 
 class SoftLinearFunction(torch.autograd.Function):
@@ -98,7 +99,19 @@ def soft_linear_strategy(x: Tensor, stage: str, shape: tuple[int, int]) -> str:
 
     Returns:
         "fused" or "materialise".
+
+    Raises:
+        TypeError: x is not a Tensor, or shape holds no integers.
+        ValueError: x has no dimension or another dtype, or stage or the length of shape is none of these.
     """
+    op = "soft_linear_strategy"
+    registry.require_given(op, x=x)
+    registry.require_dtype(op, "x", x, X_DTYPES)
+    registry.require(x.dim() >= 1, op, "x", "have at least dimensions", 1, x.dim())
+    registry.require(stage in _PASSES, op, "stage", "be one of", _PASSES, stage)
+    registry.require(len(shape) == 2, op, "shape", "have a length of", 2, len(shape))
+    for size in shape:
+        registry.require_numbers(op, int, shape=size)
     return chosen(x, stage, shape)[0]
 
 
@@ -148,8 +161,8 @@ def soft_linear(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: A gradient of scale, table or minimum, or a second derivative of a kernel's result, is
-            asked for; impl="cpp", or float64 is to be fused on CUDA (Triton has no such matmul there).
+        NotImplementedError: A gradient of scale, zero_point, table or minimum, or a second derivative of a kernel's
+            result, is asked for; impl="cpp", or float64 is to be fused on CUDA (Triton has no such matmul there).
         RuntimeError: The requested impl cannot run here.
 
     Note:
@@ -171,7 +184,8 @@ def soft_linear(
         registry.require(bias.shape == frac.shape[:1], _OP, "bias", "have shape", expected, bias.shape)
         registry.require_dtype(_OP, "bias", bias, X_DTYPES)
     if _choose(_OP, impl, strategy, x) == "reference":
-        position = decode_frac_ref(frac, accumulate_dtype(frac, scale, minimum)) if is_reference else frac
+        compute = accumulate_dtype(frac, scale, zero_point, table, minimum)
+        position = decode_frac_ref(frac, compute) if is_reference else frac
         grid: dict[str, Any] = {
             "num_bits": num_bits, "group_size": group_size, "table": table, "minimum": minimum, "g_idx": g_idx,
         }  # fmt: skip

@@ -30,7 +30,7 @@ def _run(
     grad_output: Tensor, x: Tensor, frac: Tensor, frac_ref: Tensor, scale: Tensor, group_size: int,
     options: StepOptions, momentum: Tensor | None, second_moment: Tensor | None, q_down: Tensor | None,
     table: Tensor | None, impl: str,
-) -> Tensor | StepCounts:  # fmt: skip
+) -> Tensor:  # fmt: skip
     check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
     check_pair(_OP, grad_output, x, *frac.shape)
     registry.require_device(_OP, frac, x=x, grad_output=grad_output)
@@ -95,7 +95,7 @@ def soft_linear_step_(
     Raises:
         TypeError: An argument is not a Tensor, options no StepOptions, or a scalar of it no number (no integer).
         ValueError: Shapes, dtypes or devices disagree, a moment is missing, a scalar is out of range, or elements of
-            what is to be changed share an address.
+            what is to be changed share an address, of one tensor or of two.
         NotImplementedError: float64 with impl="triton", or impl="cpp".
         RuntimeError: The requested impl cannot run here.
 
@@ -107,7 +107,7 @@ def soft_linear_step_(
     counts = _run(
         grad_output, x, frac, frac_ref, scale, group_size, options, momentum, second_moment, q_down, table, impl
     )  # fmt: skip
-    return counts if isinstance(counts, StepCounts) else StepCounts(*counts.tolist())
+    return StepCounts(*counts.tolist())
 
 
 def soft_linear_step_deferred_(
@@ -130,7 +130,6 @@ def soft_linear_step_deferred_(
     Returns:
         int64, [5], on the device of `frac`: live, fractional, moved, saturated, nan.
     """
-    counts = _run(
+    return _run(
         grad_output, x, frac, frac_ref, scale, group_size, options, momentum, second_moment, q_down, table, impl
     )  # fmt: skip
-    return torch.tensor(counts, device=frac.device) if isinstance(counts, StepCounts) else counts

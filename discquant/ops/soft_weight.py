@@ -180,8 +180,8 @@ def soft_weight(
     Raises:
         TypeError: An argument is not a Tensor.
         ValueError: Shapes, dtypes or devices disagree.
-        NotImplementedError: A gradient of scale, table or minimum is asked for, or of `frac` through impl="cpp", or a
-            second derivative of a kernel's result.
+        NotImplementedError: A gradient of scale, zero_point, table or minimum is asked for, or of `frac` through
+            impl="cpp", or a second derivative of a kernel's result.
         RuntimeError: The requested impl cannot run here.
 
     Note:
@@ -219,5 +219,7 @@ def soft_weight(
         return out
     out = _fake(*args)
     weight = (q_down, frac, scale, zero_point, table, num_bits, group_size, is_reference, transpose)
-    _cpp_op(out, *weight, minimum, None if g_idx is None else g_idx.to(torch.int32))
+    # The nearest group first: int32 would wrap an entry that is far off into another.
+    index = None if g_idx is None else g_idx.clamp(0, scale.shape[1] - 1).to(torch.int32)
+    _cpp_op(out, *weight, minimum, index)
     return out

@@ -194,8 +194,8 @@ def steps() -> None:
                     f"{where}: {len(differ)} of {name} differ, first at {differ[0].tolist()}: "
                     + (f"{tensor[tuple(differ[0])]} for {expected[name][tuple(differ[0])]}")
                 )
-        assert counts.tolist() == list(wanted), f"{where}: counts {counts.tolist()} for {list(wanted)}"
-        print(where, list(wanted))
+        assert torch.equal(counts, wanted), f"{where}: counts {counts.tolist()} for {wanted.tolist()}"
+        print(where, wanted.tolist())
 
 
 if __name__ == "__main__":

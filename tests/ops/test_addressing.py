@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from discquant.triton_kernels import hadamard as hadamard_kernels
 from discquant.triton_kernels import soft_linear as kernels
 from discquant.triton_kernels.soft_linear_tiles import CONFIGS
 from torch import Tensor
@@ -95,6 +96,9 @@ def test_groups_that_are_not_there(dtype, make_grid, assert_equal, device):
     grid = make_grid((ROWS, COLS), group_size=8, minimum=torch.float32, index=True)
     index = grid.g_idx.to(dtype)
     index[::3], index[1::5] = -1, 4
+    if dtype == torch.int64:
+        # What 32 bits would wrap into another group.
+        index[2::7], index[4::9] = 2**32, -(2**32) + 1
     x = torch.linspace(-1, 1, TOKENS * COLS, device=device).view(TOKENS, COLS)
     dy = torch.linspace(2, -1, TOKENS * ROWS, device=device).view(TOKENS, ROWS)
     common: dict[str, Any] = {"num_bits": 4, "group_size": 8}
@@ -153,6 +157,11 @@ def test_hadamard_of_strided_inputs(size, assert_equal, device):
         expected = hadamard(x, signs, inverse=inverse, impl="triton")
         found = hadamard(_spread(x), _spread(signs), inverse=inverse, impl="triton")
         assert_equal(found, expected)
+        if size == 32:
+            # The launcher alone: K = 1, so the matrix is one entry.
+            one = torch.ones(1, 1, dtype=torch.int8, device=device)
+            flat = hadamard_kernels.hadamard_fwd(x.view(12, size), _spread(signs), one, inverse)
+            assert_equal(flat.view_as(x), expected)
         turned = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
         assert_equal(hadamard(turned, signs, inverse=inverse, impl="triton"), expected)
 

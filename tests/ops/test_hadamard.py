@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from discquant.ops import hadamard
 from discquant.ops.hadamard_tables import factor, hadamard_matrix
@@ -90,12 +91,41 @@ def test_matrix_is_kept(monkeypatch, device):
 
 
 def test_default_device(device):
-    """Tables are made on the CPU and kept, whatever device is the default."""
-    hadamard_matrix.cache_clear()
+    """Tables are made on the CPU, whatever device is the default."""
     x = torch.randn(2, 12, device=device)
     with torch.device("meta"):
         out = hadamard(x)
     assert torch.equal(out, hadamard(x)) and hadamard_matrix(12).device.type == "cpu"
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("mode", ["fake", "functionalize", "inference", "export"])
+def test_modes_leave_nothing(mode, impl, device):
+    """A first call under a mode leaves no tensor of that mode to later calls."""
+    x = torch.randn(2, 24, device=device, requires_grad=True)
+    expected = hadamard(x, impl=impl)
+
+    class Rotation(torch.nn.Module):
+        def forward(self, x):
+            return hadamard(x, impl=impl)
+
+    for name in ("hadamard", "hadamard_tables"):
+        for kept in vars(importlib.import_module(f"discquant.ops.{name}")).values():
+            getattr(kept, "cache_clear", lambda: None)()
+    if mode == "fake":
+        with FakeTensorMode():
+            assert type(hadamard(torch.empty(2, 24, device=device), impl=impl)) is FakeTensor
+    elif mode == "functionalize":
+        turned = torch.func.functionalize(lambda x: OP(x, None, False) * hadamard_matrix(12)[0, 0])
+        assert type(turned(x.detach())) is torch.Tensor
+    elif mode == "inference":
+        with torch.inference_mode():
+            hadamard(x.detach(), impl=impl)
+    else:
+        torch.export.export(Rotation(), (x.detach(),))
+    found = hadamard(x, impl=impl)
+    assert type(found) is torch.Tensor and torch.equal(found, expected)
+    found.sum().backward()
 
 
 @pytest.mark.parametrize("inverse", [False, True])

@@ -201,7 +201,7 @@ def test_rejects_bad_input(make_problem):
         (ValueError, r"linear_kl: bias must have shape = \[256\], got \[1\]", good, {"bias": torch.ones(1)}),
         (
             ValueError,
-            "linear_kl: softcap must be None or finite and above = 0, got 0.0",
+            "linear_kl: softcap must in torch.float64 be None or finite, as .* and above = 0, got 0.0",
             good,
             {"softcap": 0.0},
         ),
@@ -236,7 +236,7 @@ def test_rejects_bad_input(make_problem):
         (ValueError, "linear_kl: impl must be one of", good, {"impl": "cuda"}),
         (
             ValueError,
-            "linear_kl: normalizer must be finite and at least = 0, got -1",
+            "linear_kl: normalizer must in torch.float64 be finite, as its inverse, and at least = 0, got -1",
             good,
             {"normalizer": -1},
         ),
@@ -248,7 +248,8 @@ def test_rejects_bad_input(make_problem):
             good,
             {"logit_scale": None},
         ),
-        (ValueError, "linear_kl: logit_scale must be = finite, got inf", good, {"logit_scale": float("inf")}),
+        (ValueError, "linear_kl: logit_scale must in torch.float64 be = finite, got inf", good,
+         {"logit_scale": float("inf")}),
         (
             NotImplementedError,
             "linear_kl: weight must be frozen = requires_grad False, got True",
@@ -256,7 +257,14 @@ def test_rejects_bad_input(make_problem):
             {},
         ),
         (NotImplementedError, "linear_kl: impl must cover these arguments = cpp", good, {"impl": "cpp"}),
-    ]
+        *(
+            (ValueError, f"linear_kl: {name} must in torch.float32 be .* got", [t.float() for t in good], {name: value})
+            for name, values in {
+                "normalizer": (1e-40, 1e39), "softcap": (1e-46, 1e-39, 1e300), "logit_scale": (1e300, -1e39),
+            }.items()
+            for value in values
+        ),
+    ]  # fmt: skip
     for error, message, args, kwargs in bad:
         with pytest.raises(error, match=message):
             linear_kl(*args, **{"impl": "triton", **kwargs})

@@ -119,6 +119,11 @@ def test_rejects_bad_input(make_state, step_options):
         ),
         (ValueError, "projected_step_: weight_grad must have a dtype of", {"weight_grad": state["frac"]}),
         (ValueError, "projected_step_: frac must have a dtype of", {"frac": state["frac"].int()}),
+        (
+            ValueError,
+            "projected_step_: scale must have a dtype of = .* got torch.float8_e4m3fn",
+            {"scale": state["scale"].to(torch.float8_e4m3fn), "impl": "auto"},
+        ),
         (ValueError, "projected_step_: momentum must for adamw be = a Tensor, got None", {"momentum": None}),
         (
             ValueError,
@@ -167,7 +172,7 @@ def test_rejects_bad_input(make_state, step_options):
         ),
         (
             ValueError,
-            "projected_step_: grad_clamp must be at least = 0, got -1",
+            "projected_step_: grad_clamp must in float32 be infinite, or finite and at least = 0, got -1",
             {"options": dataclasses.replace(step_options, grad_clamp=-1.0)},
         ),
         (
@@ -195,6 +200,6 @@ def test_frac_ref_code(assert_equal):
     assert_equal(
         encode_frac_ref(torch.tensor([0.0, 0.5, 1.0])), torch.tensor([63, 126, 189], dtype=torch.uint8)
     )
-    for value in (-0.51, 1.53):
+    for value in (-0.51, 1.53, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="encode_frac_ref: frac_ref must lie in"):
             encode_frac_ref(torch.tensor([value]))

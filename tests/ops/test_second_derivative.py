@@ -61,10 +61,42 @@ def test_refused(name, impl, squared, device):
         (gradient.square().sum() + leaf.square().sum()).backward()
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_hessian_of_linear_kl_is_refused(impl, device):
+    """Also where nothing but the student leads from the gradient to the leaf: it was zero, without a word."""
+    function, leaf = _ops(impl, device)["linear_kl"]
+    refused = pytest.raises(
+        NotImplementedError, match="linear_kl: order of the derivative must be at most = 1"
+    )
+    (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+    with refused:
+        torch.autograd.grad(gradient.square().sum(), leaf, allow_unused=True)
+    with refused:
+        torch.autograd.functional.hvp(function, leaf.detach(), torch.ones_like(leaf))
+
+
+def test_autocast_changes_no_second_derivative(device):
+    """Of the references, which have one: their matmuls in it know no autocast either."""
+
+    def derivatives(autocast: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        function, leaf = _ops("reference", device)["soft_linear"]
+        # In float32: autocast leaves float64 alone.
+        x = leaf.detach().float().requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            (first,) = torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), x)
+        return [first, second]
+
+    for left, right in zip(derivatives(False), derivatives(True), strict=True):
+        assert torch.equal(left, right)
+
+
 @pytest.mark.parametrize(
     ("name", "impl"),
     [
         ("soft_linear", "reference"),
+        ("soft_linear by frac", "reference"),
         ("soft_weight", "reference"),
         ("soft_weight of a minimum", "reference"),
         ("hadamard", "reference"),

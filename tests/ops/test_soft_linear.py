@@ -10,6 +10,7 @@ import torch
 
 from discquant.ops import (
     StepOptions,
+    projected_step_,
     soft_linear,
     soft_linear_dfrac,
     soft_linear_dx,
@@ -163,6 +164,36 @@ def test_integer_state_gets_no_gradient(make_grid, assert_close, device):
         grads.append(x.grad)
     weight = soft_weight(*grid[:2], grid.scale.double(), **kwargs, impl="reference")
     assert_close(grads[0], weight.sum(0).expand(3, -1), grads[1])
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_sums_over_tokens_are_float32(impl, make_grid, device):
+    """Gradients of float32 frac and bias leave float16's range and keep what it would round."""
+    grid = make_grid((4, 8), group_size=-1)
+    frac, bias = grid.frac.clone().requires_grad_(), torch.zeros(4, device=device, requires_grad=True)
+    x = torch.randn(3000, 8, device=device).half() + 30
+    options = {"num_bits": 4, "group_size": -1, "strategy": "materialise", "impl": impl}
+    grad = torch.rand(3000, 4, device=device).half()
+    soft_linear(x, grid.q_down, frac, grid.scale, None, bias, **options).backward(grad)
+    eps = 64 * torch.finfo(torch.float32).eps
+    for found, exact in (
+        (frac.grad, grid.scale.double() * (grad.double().t() @ x.double())),
+        (bias.grad, grad.double().sum(0)),
+    ):
+        assert (found - exact).abs().max() <= eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_no_rows_of_packed_codes(impl, device):
+    q_down = torch.zeros(0, 4, dtype=torch.uint8, device=device)
+    frac, scale, x = (torch.zeros(*shape, device=device) for shape in ((0, 8), (0, 1), (2, 8)))
+    kwargs = {"num_bits": 4, "group_size": -1, "impl": impl}
+    table = torch.arange(16.0, device=device)
+    assert soft_weight(q_down, frac, scale, **kwargs).shape == (0, 8)
+    assert soft_linear(x, q_down, frac, scale, **kwargs).shape == (2, 0)
+    assert soft_linear_dfrac(x[:, :0], x, q_down, scale, table=table, **kwargs).shape == (0, 8)
+    step = {"group_size": -1, "options": StepOptions(optimizer="sgd"), "impl": impl}
+    assert projected_step_(frac, frac, frac, scale, q_down=q_down, table=table, **step).live == 0
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from discquant.ops import StepOptions, soft_linear, soft_linear_dfrac, soft_linear_dx, soft_linear_step_
+from discquant.ops import (
+    StepOptions,
+    soft_linear,
+    soft_linear_dfrac,
+    soft_linear_dx,
+    soft_linear_step_,
+    soft_linear_strategy,
+)
 from discquant.ops._steps import flatten_options
 
 OPS = torch.ops.discquant
@@ -100,6 +107,10 @@ def test_rejects_bad_input(make_grid, device):
         (NotImplementedError, "soft_linear: impl must cover these arguments = cpp", {"impl": "cpp"}),
         (NotImplementedError, "soft_linear: scale must be a constant = requires_grad False, got True",
          {"scale": grid.scale.clone().requires_grad_()}),
+        (NotImplementedError, "soft_linear: zero_point must be a constant = requires_grad False, got True",
+         {"zero_point": grid.scale.clone().requires_grad_()}),
+        (ValueError, "soft_linear: scale must have a dtype of = .* got torch.float8_e4m3fn",
+         {"scale": grid.scale.to(torch.float8_e4m3fn)}),
         (NotImplementedError, "soft_linear: minimum must be a constant = requires_grad False, got True",
          {"minimum": grid.scale.clone().requires_grad_()}),
         (ValueError, "soft_linear: zero_point must with a minimum be = None, got a Tensor",
@@ -160,6 +171,8 @@ def test_step_rejects_bad_input(device):
         (ValueError, "soft_linear_step_: q_down must with a table be = a Tensor, got None", {"table": table}),
         (ValueError, r"soft_linear_step_: table must have a length of = .* got \[15\]",
          {"table": table[:15], "q_down": codes}),
+        (ValueError, "soft_linear_step_: table must have a dtype of = .* got torch.float8_e4m3fn",
+         {"table": table.to(torch.float8_e4m3fn), "q_down": codes}),
         (ValueError, "soft_linear_step_: q_down must have a dtype of = .* got torch.float32",
          {"table": table, "q_down": codes.float()}),
         (NotImplementedError, "soft_linear_step_: impl must cover these arguments = triton, got float64",
@@ -169,3 +182,19 @@ def test_step_rejects_bad_input(device):
     for error, message, change in bad:
         with pytest.raises(error, match=message):
             soft_linear_step_(**{**good, **change})
+
+
+def test_strategy_rejects_bad_input():
+    x = torch.zeros(2, 64)
+    bad: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
+        (TypeError, "x must be of type = Tensor, got int", (3, "dx", (1, 4))),
+        (TypeError, "shape must be of type = int, got float", (x, "dx", (1, 4.0))),
+        (ValueError, "x must have a dtype of = .* got torch.int64", (x.long(), "dx", (1, 4))),
+        (ValueError, "x must have at least dimensions = 1, got 0", (x[0, 0], "dx", (1, 4))),
+        (ValueError, "stage must be one of = .* got backward", (x, "backward", (1, 4))),
+        (ValueError, "shape must have a length of = 2, got 1", (x, "forward", (4,))),
+    ]
+    for error, message, args in bad:
+        with pytest.raises(error, match=f"soft_linear_strategy: {message}"):
+            soft_linear_strategy(*args)
+    assert soft_linear_strategy(x, "dfrac", (8, 64)) in STRATEGIES

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from discquant.ops import _registry as registry
-from discquant.ops import soft_weight
+from discquant.ops import soft_linear, soft_weight
 from discquant.ops.reference import soft_weight as reference
 from discquant.ops.reference.projected_step import decode_frac_ref
 
@@ -102,6 +102,36 @@ def test_gradcheck(kind, transpose, make_grid):
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(weight, (frac,))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_gradient_of_a_table_at_both_ends(impl, make_grid, device):
+    """The gap to the upper level, also where that level is taken as it is."""
+    grid = make_grid((3, 32), table=True, packed=True)
+    kwargs = {"num_bits": 4, "group_size": 32, "table": grid.table, "impl": impl}
+    codes, one = grid.codes.long(), torch.ones(1, 32, device=device)
+    gap = grid.scale * (grid.table[codes + 1] - grid.table[codes])
+    for layer in (
+        lambda frac: soft_weight(grid.q_down, frac, grid.scale, **kwargs),
+        lambda frac: soft_linear(one, grid.q_down, frac, grid.scale, **kwargs),
+    ):
+        for place in (0.0, 0.5, 1.0):
+            frac = torch.full((3, 32), place, device=device, requires_grad=True)
+            layer(frac).sum().backward()
+            assert torch.equal(frac.grad, gap), place
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("name", ["table", "zero_point"])
+def test_float64_of_a_grid(name, impl, make_grid):
+    """One float64 input is enough: nothing is rounded to float32 on the way."""
+    grid = make_grid((3, 32))
+    value = torch.rand((16,) if name == "table" else (3, 1), dtype=torch.float64, device=grid.scale.device)
+    kwargs = {"num_bits": 4, "group_size": 32, "dtype": torch.float64, name: value.sort(0).values}
+    found = soft_weight(grid.q_down, torch.zeros_like(grid.frac), grid.scale, **kwargs, impl=impl)
+    code = grid.codes.long()
+    expected = kwargs[name][code] if name == "table" else code - kwargs[name]
+    assert torch.equal(found, grid.scale.double() * expected)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])

@@ -102,8 +102,26 @@ def test_rejects_bad_input(make_grid):
         ),
         (
             ValueError,
-            "soft_weight: scale must have a dtype that is = floating, got torch.int32",
+            "soft_weight: scale must have a dtype of = .* got torch.int32",
             (grid.q_down, grid.frac, grid.scale.int()),
+            good,
+        ),
+        (
+            ValueError,
+            "soft_weight: scale must have a dtype of = .* got torch.float8_e4m3fn",
+            (grid.q_down, grid.frac, grid.scale.to(torch.float8_e4m3fn)),
+            {**good, "dtype": torch.float32},
+        ),
+        (
+            ValueError,
+            "soft_weight: table must have a dtype of = .* got torch.float8_e4m3fn",
+            (grid.q_down, grid.frac, grid.scale),
+            {**good, "table": torch.zeros(16, device=grid.frac.device).to(torch.float8_e4m3fn)},
+        ),
+        (
+            NotImplementedError,
+            "soft_weight: zero_point must be a constant = requires_grad False, got True",
+            (grid.q_down, grid.frac, grid.scale, grid.scale.clone().requires_grad_()),
             good,
         ),
         (
@@ -159,3 +177,14 @@ def test_rejects_bad_input(make_grid):
     for error, message, args, kwargs in bad:
         with pytest.raises(error, match=message):
             soft_weight(*args, **{"impl": "triton", **kwargs})
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton", "auto"])
+def test_parameters_of_a_grid_without_gradients(impl, make_grid):
+    """Where no gradient is recorded none is asked for: a module's parameters may describe the grid."""
+    grid = make_grid((4, 64), zero=True)
+    scale, zero = (torch.nn.Parameter(t.float()) for t in (grid.scale, grid.zero_point))
+    options = {"num_bits": 4, "group_size": 32, "impl": impl}
+    with torch.no_grad():
+        weight = soft_weight(grid.q_down, grid.frac, scale, zero, **options)
+    assert torch.equal(weight, soft_weight(*grid[:2], scale.detach(), zero.detach(), **options))

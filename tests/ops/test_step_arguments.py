@@ -31,8 +31,11 @@ SCALARS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "eps must in float32 be finite and at least = 0, got inf", {"eps": float("inf")}),
     (ValueError, "moment_bound must be in = [2^-100, 2^100], got inf", {"moment_bound": float("inf")}),
     (ValueError, "moment_bound must be in = [2^-100, 2^100], got 1e-300", {"moment_bound": 1e-300}),
-    (ValueError, "grad_clamp must be at least = 0, got nan", {"grad_clamp": float("nan")}),
-]
+    (ValueError, "grad_clamp must in float32 be infinite, or finite and at least = 0, got nan",
+     {"grad_clamp": float("nan")}),
+    (ValueError, "grad_clamp must in float32 be infinite, or finite and at least = 0, got 1e+300",
+     {"grad_clamp": 1e300}),
+]  # fmt: skip
 
 
 def _take(
@@ -41,6 +44,8 @@ def _take(
     """Step a momentum state of [4, 8]; return its bytes."""
     codes = torch.full((4, 8), 100, dtype=torch.uint8, device=device)
     state = {"frac": codes.clone(), "frac_ref": codes, "momentum": torch.zeros_like(codes, dtype=torch.int8)}
+    if options.optimizer == "adamw":
+        state["second_moment"] = torch.zeros_like(codes)
     state |= changed
     gradient = {"weight_grad": torch.ones(4, 8, device=device)}
     if op is soft_linear_step_:
@@ -90,3 +95,56 @@ def test_elements_share_no_address(name, op, impl, device):
         for strides in ((9, 1), (8, 1), (1, 4), (2, 8), (40, 3)):
             apart = storage.clone().as_strided((4, 8), strides)
             assert torch.equal(_take(op, impl, options, device, **{name: apart}), plain), strides
+
+
+@pytest.mark.parametrize(("op", "impl"), OPS)
+def test_epsilon_of_adamw(op, impl, device):
+    """A coordinate that never had a gradient is divided by it: 0 / 0 where float32 does not hold it."""
+    if impl == "cpp" and device.type != "cpu":
+        pytest.skip("cpp is for CPU tensors")
+    for eps in (0.0, 0, 1e-40):
+        with pytest.raises(
+            ValueError, match=f"{op.__name__}: eps must for adamw, times its bias correction, be"
+        ):
+            _take(op, impl, StepOptions(eps=eps), device)
+    _take(op, impl, StepOptions(eps=1e-30), device)
+    _take(op, impl, StepOptions(optimizer="momentum", eps=0.0), device)
+
+
+@pytest.mark.parametrize(("op", "impl"), OPS)
+def test_tensors_share_no_address(op, impl, device):
+    """Two tensors that are changed: refused if they overlap, taken if they lie side by side in one storage."""
+    if impl == "cpp" and device.type != "cpu":
+        pytest.skip("cpp is for CPU tensors")
+    options = StepOptions()
+    plain = _take(op, impl, options, device)
+    blob = torch.zeros(400, dtype=torch.uint8, device=device)
+
+    def views(frac: tuple[int, ...], momentum: tuple[int, ...], second: tuple[int, ...]) -> dict[str, Any]:
+        """Views of the blob, each by (first element, row stride, column stride)."""
+        blob.fill_(100)
+        at = [blob.as_strided((4, 8), strides, first) for first, *strides in (frac, momentum, second)]
+        names = ("frac", "momentum", "second_moment")
+        return dict(zip(names, (at[0], at[1].view(torch.int8), at[2]), strict=True))
+
+    for refused, name, other in (
+        (((0, 8, 1), (0, 8, 1), (200, 8, 1)), "momentum", "frac"),
+        (((0, 8, 1), (31, 8, 1), (200, 8, 1)), "momentum", "frac"),
+        (((0, 8, 1), (40, 8, 1), (71, 1, 4)), "second_moment", "momentum"),
+        (((0, 16, 1), (100, 16, 1), (7, 16, 1)), "second_moment", "frac"),
+    ):
+        message = f"{op.__name__}: {name} must share no address with = {other}, got one storage"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            _take(op, impl, options, device, **views(*refused))
+        assert bool((blob == 100).all())
+    for taken in (
+        ((0, 8, 1), (32, 8, 1), (64, 8, 1)),
+        ((0, 24, 1), (8, 24, 1), (16, 24, 1)),
+        ((0, 24, 3), (1, 24, 3), (2, 24, 3)),
+    ):
+        if impl == "cpp" and taken[0][1] != 8:
+            continue
+        state = views(*taken)
+        for key, value in state.items():
+            value.fill_(100 if key == "frac" else 0)
+        assert torch.equal(_take(op, impl, options, device, **state), plain), taken

@@ -57,7 +57,8 @@ def linear_kl(
     compute = accumulate_dtype(student, weight)
     num_tokens = student.shape[0]
     counted = torch.ones(num_tokens, dtype=torch.bool, device=student.device) if mask is None else mask
-    divisor = float(counted.sum()) if normalizer is None else float(normalizer)
+    # A tensor, where it is one: reading it would wait for the device.
+    divisor = counted.sum().clamp(min=1).to(compute) if normalizer is None else float(normalizer) or 1.0
     per_token = student.new_zeros(num_tokens, dtype=compute)
     grad = torch.zeros_like(student, dtype=gradient_dtype(student))
     head = weight.to(compute)
@@ -77,9 +78,8 @@ def linear_kl(
         kl = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=-1)
         per_token[rows] = torch.where(counted[rows], kl, torch.zeros_like(kl))
         d_logits = (log_q.exp() - p) * (logit_scale if slope is None else slope)
-        d_hidden = (d_logits @ head) * (keep / divisor if divisor else keep).unsqueeze(1)
+        d_hidden = (d_logits @ head) * (keep / divisor).unsqueeze(1)
         grad[rows] = torch.where(counted[rows].unsqueeze(1), d_hidden, torch.zeros_like(d_hidden)).to(
             grad.dtype
         )
-    loss = per_token.sum() / divisor if divisor else per_token.sum()
-    return LinearKLResult(loss, per_token, grad)
+    return LinearKLResult(per_token.sum() / divisor, per_token, grad)

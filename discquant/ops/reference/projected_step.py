@@ -78,10 +78,10 @@ def encode_frac_ref(frac_ref: Tensor) -> Tensor:
     """Round floating `frac_ref` to its uint8 code.
 
     Raises:
-        ValueError: A value lies outside [-0.5, 1.524], the range of the code.
+        ValueError: A value is NaN or lies outside [-0.5, 1.524], the range of the code.
     """
     code = torch.round(frac_ref.double() * FRAC_REF_RANGE) + FRAC_REF_ZERO
-    if bool((code < 0).any()) or bool((code > 255).any()):
+    if not bool(((code >= 0) & (code <= 255)).all()):  # false for NaN too
         low, high = frac_ref.min().item(), frac_ref.max().item()
         raise ValueError(
             f"encode_frac_ref: frac_ref must lie in [-0.5, 1.52] = range of its uint8 code, got [{low:g}, {high:g}]"
@@ -91,7 +91,7 @@ def encode_frac_ref(frac_ref: Tensor) -> Tensor:
 
 def _fast_quotient(code: Tensor, denominator: int) -> Tensor:
     """Quotient by the rounded reciprocal: exact at 0 and 1; elsewhere the last bit cannot matter to a step."""
-    return code * torch.tensor(1.0 / denominator, dtype=code.dtype, device=code.device)
+    return code * torch.full((), 1.0 / denominator, dtype=code.dtype, device=code.device)
 
 
 def _place(frac: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,7 +170,7 @@ def projected_step_(
     options: StepOptions,
     momentum: Tensor | None = None,
     second_moment: Tensor | None = None,
-) -> StepCounts:
+) -> Tensor:
     """Take one projected step in place; formula and contract are those of `discquant.ops.projected_step_`.
 
     Args:
@@ -184,16 +184,16 @@ def projected_step_(
         second_moment: Second moment; changed in place.
 
     Returns:
-        StepCounts over this tensor.
+        Counts over this tensor in the order of StepCounts, int64, [5]: nothing here waits for the device.
 
     Source:
         DiscQuant, arXiv 2501.06417, update rule; 8-bit layout and hardening are this project's.
     """
     rows = max(1, SLICE // max(1, frac.shape[1]))
-    counts = StepCounts(0, 0, 0, 0, 0)
+    counts = torch.zeros(len(StepCounts._fields), dtype=torch.int64, device=frac.device)
     for begin in range(0, frac.shape[0], rows):
         part = slice(begin, begin + rows)
-        found = _step_rows_(
+        counts += _step_rows_(
             frac[part],
             frac_ref[part],
             weight_grad[part],
@@ -203,7 +203,6 @@ def projected_step_(
             None if momentum is None else momentum[part],
             None if second_moment is None else second_moment[part],
         )
-        counts = StepCounts(*(a + b for a, b in zip(counts, found, strict=True)))
     return counts
 
 
@@ -216,7 +215,7 @@ def _step_rows_(
     options: StepOptions,
     momentum: Tensor | None,
     second_moment: Tensor | None,
-) -> StepCounts:
+) -> Tensor:
     """Take the step of some rows; see `projected_step_`."""
     compute = accumulate_dtype(frac, weight_grad)
     position = _place(frac, compute)
@@ -258,10 +257,7 @@ def _step_rows_(
     frac.copy_(torch.where(moves, frac.to(compute), unmoved.to(compute)))
 
     after = _place(frac, compute)
-    return StepCounts(
-        live=int(live.sum()),
-        fractional=int((live & (after > 0.01) & (after < 0.99)).sum()),
-        moved=int((live & ((after > 0.5) != (reference > 0.5))).sum()),
-        saturated=int((moves & (excess >= 0)).sum()),
-        nan=int((live & ~defined).sum()),
-    )
+    fractional = live & (after > 0.01) & (after < 0.99)
+    moved = live & ((after > 0.5) != (reference > 0.5))
+    saturated, nan = moves & (excess >= 0), live & ~defined
+    return torch.stack([which.sum() for which in (live, fractional, moved, saturated, nan)])

@@ -19,27 +19,40 @@ def tokens(x: Tensor) -> Tensor:
 
 
 class _LinearFunction(torch.autograd.Function):
-    """x W^T + b, whose gradients keep the dtype of x as well where the caller's autocast would round them."""
+    """x W^T + b with W and b rounded to the dtype of x, whose derivatives of every order know no autocast.
+
+    W and b come unrounded: torch would round the gradients of 16-bit ones to 16 bits.
+    """
 
     @staticmethod
     @settled
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply."""
         ctx.save_for_backward(x, weight)
-        return torch.nn.functional.linear(x, weight, bias)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @settled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of torch operators, so that it can be differentiated again."""
+        """Products by this Function, so that they can be differentiated again."""
         x, weight = ctx.saved_tensors
         (grad,) = grads
-        flat, wanted = tokens(grad), ctx.needs_input_grad
-        return (
-            grad @ weight if wanted[0] else None,
-            flat.t() @ tokens(x) if wanted[1] else None,
-            flat.sum(0) if wanted[2] else None,
-        )
+        compute = accumulate_dtype(x)
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _linear(grad, weight.t())
+        if ctx.needs_input_grad[1]:
+            dweight = _linear(tokens(grad).to(compute).t(), tokens(x).to(compute).t()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = tokens(grad).sum(0, dtype=compute).to(ctx.bias_dtype)
+        return dx, dweight, dbias
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    function: Any = _LinearFunction  # torch leaves apply untyped
+    y: Tensor = function.apply(x, weight, bias)
+    return y
 
 
 def soft_linear(
@@ -58,12 +71,10 @@ def soft_linear(
 ) -> Tensor:
     """y = x W(frac)^T + b, with W rounded to the dtype of x; the contract is `discquant.ops.soft_linear`."""
     weight = soft_weight(
-        q_down, frac, scale, zero_point, num_bits=num_bits, group_size=group_size, table=table, dtype=x.dtype,
-        minimum=minimum, g_idx=g_idx,
+        q_down, frac, scale, zero_point, num_bits=num_bits, group_size=group_size, table=table,
+        dtype=accumulate_dtype(frac, scale, zero_point, table, minimum), minimum=minimum, g_idx=g_idx,
     )  # fmt: skip
-    function: Any = _LinearFunction  # torch leaves apply untyped
-    y: Tensor = function.apply(x, weight, None if bias is None else bias.to(x.dtype))
-    return y
+    return _linear(x, weight, bias)
 
 
 @settled

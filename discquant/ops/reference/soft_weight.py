@@ -34,7 +34,8 @@ def decode_frac(frac: Tensor, dtype: torch.dtype) -> Tensor:
 def unpack_nibbles(q_packed: Tensor, in_features: int) -> Tensor:
     """Unpack two 4-bit codes per byte (low nibble first) to uint8 codes, [out_features, in_features]."""
     pair = torch.stack((q_packed & 15, q_packed >> 4), dim=-1)
-    return pair.reshape(q_packed.shape[0], -1)[:, :in_features]
+    rows, width = q_packed.shape
+    return pair.reshape(rows, 2 * width)[:, :in_features]
 
 
 def expand_groups(
@@ -94,11 +95,11 @@ def _between(position: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 class _BetweenFunction(torch.autograd.Function):
-    """`_between` rounded levels, whose rounding is passed straight through: the derivative is the step itself."""
+    """`_between`, whose derivative by the position is `step` everywhere: at 1 too, and where levels are rounded."""
 
     @staticmethod
     def forward(ctx: Any, position: Tensor, lower: Tensor, upper: Tensor, step: Tensor) -> Tensor:
-        """`step` is what upper - lower would be without rounding."""
+        """`step` is upper - lower, or what that would be if the levels were not rounded."""
         ctx.save_for_backward(step)
         return _between(position, lower, upper)
 
@@ -107,6 +108,12 @@ class _BetweenFunction(torch.autograd.Function):
         """Of torch operators, so that it can be differentiated again."""
         (step,) = ctx.saved_tensors
         return grads[0] * step, None, None, None
+
+
+def _between_steps(position: Tensor, lower: Tensor, upper: Tensor, step: Tensor) -> Tensor:
+    function: Any = _BetweenFunction  # torch leaves apply untyped
+    between: Tensor = function.apply(position, lower, upper, step)
+    return between
 
 
 def affine_weight(q_down: Tensor, position: Tensor, step: Tensor, minimum: Tensor) -> Tensor:
@@ -129,10 +136,7 @@ def affine_weight(q_down: Tensor, position: Tensor, step: Tensor, minimum: Tenso
         return (product + minimum.to(compute)).to(engine).to(compute)
 
     code = q_down.to(compute)
-    lower, upper = level(code), level(code + 1)
-    function: Any = _BetweenFunction  # torch leaves apply untyped
-    weight: Tensor = function.apply(position, lower, upper, step)
-    return weight
+    return _between_steps(position, level(code), level(code + 1), step)
 
 
 def soft_weight(
@@ -152,13 +156,13 @@ def soft_weight(
 
     Note:
         At frac 0 and 1 the result equals the grid's own dequantisation bit for bit. Differentiable in every floating
-        argument; with a minimum in `frac` alone.
+        argument but a table; with a minimum in `frac` alone.
 
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.
     """
     in_features = frac.shape[1]
-    compute = accumulate_dtype(frac, scale, minimum)
+    compute = accumulate_dtype(frac, scale, zero_point, table, minimum)
     if q_down.shape[1] != in_features:
         q_down = unpack_nibbles(q_down, in_features)
     position = decode_frac(frac, compute)
@@ -178,5 +182,5 @@ def soft_weight(
         index = q_down.long()
         lower = levels[index]
         upper = levels[(index + 1).clamp(max=levels.numel() - 1)]
-        weight = step * _between(position, lower, upper)
+        weight = step * _between_steps(position, lower, upper, upper - lower)
     return weight.to(scale.dtype if dtype is None else dtype)
