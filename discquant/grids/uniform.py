@@ -24,7 +24,7 @@ class UniformGrid(Grid):
         group_size: Columns per scale, -1 for the row; the last group may be short.
         symmetric: True means the zero point is 2^(b-1) and `zero_point` is None.
         scale: Grid step in weight units, [out_features, num_groups], in the dtype the file stores; may be negative
-            (Q4_0, Q3_K), and zero where a group has one level only.
+            (searched, Q4_0, Q3_K), and zero where a group has one level only.
         zero_point: Code of weight zero, uint8, [out_features, num_groups], or None.
         g_idx: Group of each column, integer, [in_features], where groups are not contiguous (act-order); or None.
     """
