@@ -62,8 +62,8 @@ class GridConfig:
         bits: Code width, 2 to 8.
         group_size: Columns that share a scale; -1 is the whole row.
         sym: Symmetric grid (zero point fixed at 2^(bits-1)).
-        grid: `absmax` covers the largest weight of the group; `search` picks the scale of least squared error, of either
-            sign where levels are symmetric.
+        grid: `absmax` covers the largest weight of the group; `search` picks the scale of least squared error, of
+            either sign where levels are symmetric.
         kind: `uniform`, or a format's own grid: look-up tables (nf4, mxfp4, nvfp4) and GGUF block types (q4_0, q4_1,
             q4_k, q3_k); these fix bits, group size and symmetry (`of_kind` fills them in).
     """
