@@ -11,6 +11,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from table_text import MISSING, RESULTS, ROOT, load, table
 
+STEPS = 256  # of DiscQuant in the sweep
+
 
 def quickstart() -> str:
     """What `make quickstart` printed."""
@@ -47,35 +49,38 @@ def quickstart() -> str:
 
 
 def sweep() -> str:
-    """The bundled model at 2, 3 and 4 bits."""
-    found = load(RESULTS / "tiny_llama_sweep.json")
-    if found is None:
-        return MISSING
-    by: dict[tuple[int, int], dict[str, float]] = {}
-    for row in found["rows"]:
-        method = "paper" if row.get("preset") == "paper" else row["method"]
-        by.setdefault((row["bits"], row["group_size"]), {})[method] = row["kl"]
+    """The bundled model at 2, 3 and 4 bits; on the former grid of positive scales where the present is not measured."""
+    now, before = (_by_setting(f"tiny_llama_sweep{name}") for name in ("", "_positive"))
     body = []
-    for (bits, group), kl in sorted(by.items(), key=lambda item: (item[0][0], item[0][1] % 10_000)):
-        if {"rtn", "gptq", "discquant"} <= kl.keys():
-            name = f"{bits} bits, {'whole row' if group == -1 else f'group {group}'}"
-            body.append(
-                [
-                    name,
-                    *(
-                        f"{kl[m]:.5f}" if m in kl else ""
-                        for m in ("rtn", "greedy", "gptq", "paper", "discquant")
-                    ),
-                    f"{kl['discquant'] / kl['gptq']:.2f}",
-                ]
-            )
-    steps = {row["iters"] for row in found["rows"] if row["method"] == "discquant"}
+    for setting in sorted(now | before, key=lambda item: (item[0], item[1] % 10_000)):
+        kl, former = now.get(setting, before.get(setting, {})), before.get(setting, {})
+        name = f"{setting[0]} bits, {'whole row' if setting[1] == -1 else f'group {setting[1]}'}"
+        if setting not in now:
+            name, former = f"{name}, positive scales", {}
+        cells = [
+            "" if m not in kl else f"{kl[m]:.5f} ({kl[m] / former[m]:.2f})" if m in former else f"{kl[m]:.5f}"
+            for m in ("rtn", "greedy", "gptq", "paper", "discquant")
+        ]
+        body.append([name, *cells, f"{kl['discquant'] / kl['gptq']:.2f}"])
+    if not body:
+        return MISSING
     note = (
-        f"Mean KL to the original on held-out text, nats per token; {', '.join(map(str, sorted(steps)))} steps, of the "
-        "`paper` preset, too."
+        f"Mean KL to the original on held-out text, nats per token; {STEPS} steps, of the `paper` preset, too. In "
+        "brackets: of the same method on scales that were positive alone, as they were before; rows that say so are of "
+        "that code."
     )
     header = ["bundled model", "RTN", "greedy", "GPTQ", "`paper`", "**`default`**", "ratio to GPTQ"]
     return f"{table(header, body)}\n\n{note}"
+
+
+def _by_setting(name: str) -> dict[tuple[int, int], dict[str, float]]:
+    """KL by (bits, group size) and method, of the settings that have RTN, GPTQ and DiscQuant."""
+    by: dict[tuple[int, int], dict[str, float]] = {}
+    for row in (load(RESULTS / f"{name}.json") or {"rows": []})["rows"]:
+        if row.get("iters", STEPS) == STEPS:
+            method = "paper" if row.get("preset") == "paper" else row["method"]
+            by.setdefault((row["bits"], row["group_size"]), {})[method] = row["kl"]
+    return {setting: kl for setting, kl in by.items() if {"rtn", "gptq", "discquant"} <= kl.keys()}
 
 
 def rotation() -> str:
