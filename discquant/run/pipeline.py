@@ -43,7 +43,7 @@ from discquant.run.planned import compare_run, place_run, plan_run
 from discquant.run.served import served_dtype
 from discquant.run.solving import Codes, Solving
 from discquant.run.stored import room_for
-from discquant.run.summary import coded_layers, summarize_run
+from discquant.run.summary import beaten, coded_layers, summarize_run
 from discquant.run.windows import CALIBRATION, few_windows, keep_windows, run_windows, split_windows
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
@@ -196,6 +196,8 @@ class Pipeline:
             summary = summarize_run(
                 self.directory, source, chain, grids, codes, baselines, held, solve, self._served(source)
             )
+            if (better := beaten(summary)) is not None:
+                self.events.say(f"note: {better}")
         with self._phase("export"):
             self._export(source, codes, grids, summary)
         summary["phases"] = self.phases.records

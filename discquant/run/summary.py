@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -71,6 +72,19 @@ def layer_table(
                 }
             )
     return table
+
+
+def beaten(summary: Mapping[str, Any]) -> str | None:
+    """Say which baseline has a lower KL than the run's own method, if one has: few steps or little text, mostly."""
+    kl = {name: found["kl_mean"] for name, found in summary["methods"].items()}
+    # None: not finite.
+    ranked = {name: math.inf if value is None else value for name, value in kl.items()}
+    method, best = summary["method"], min(ranked, key=lambda name: ranked[name])
+    if ranked[best] >= ranked[method]:
+        return None
+    own = "one that is not finite" if kl[method] is None else f"{kl[method]:.4f}"
+    advice = ": more steps (--iters) and text (--nsamples) lower it" if method == "discquant" else ""
+    return f"{best} has the lower KL on held-out text, {kl[best]:.4f}; {method} has {own}{advice}"
 
 
 def summarize_run(

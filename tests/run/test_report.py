@@ -13,6 +13,7 @@ import pytest
 from discquant.errors import MissingModelError
 from discquant.run import plots
 from discquant.run.report import read_metrics, write_report
+from discquant.run.summary import beaten
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -202,3 +203,21 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(MissingModelError, match="no run directory"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kl", "said"),
+    [
+        ({"rtn": 0.06, "gptq": 0.03, "discquant": 0.01}, None),
+        ({"discquant": 0.01}, None),
+        ({"rtn": None, "gptq": 0.03, "discquant": 0.04}, "gptq has the lower KL"),
+        ({"rtn": 0.02, "gptq": 0.03, "discquant": 0.04}, "rtn has the lower KL"),
+        ({"gptq": 0.03, "discquant": None}, "discquant has one that is not finite"),
+    ],
+)
+def test_a_baseline_that_wins_is_told(kl: dict[str, float | None], said: str | None) -> None:
+    """Few steps round worse than gptq: whoever takes the file has to know."""
+    found = beaten(
+        {"method": "discquant", "methods": {name: {"kl_mean": value} for name, value in kl.items()}}
+    )
+    assert found is None if said is None else found is not None and said in found and "--iters" in found
