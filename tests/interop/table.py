@@ -26,7 +26,7 @@ its shapes allow), exports the codes, and asks the tool itself. CPU only; nothin
 - **KL**: KL(rounded || tool), beside KL(original || rounded), which is what rounding itself costs, in nats.
 
 The codes come from {iters} solver steps, enough to differ from the nearest ones: agreement is measured here, not
-quality.
+quality. Integer rows made from 2026-11-30 on have searched scales, some of them negative; earlier ones abs-max scales.
 """
 REFINED = """
 ## Refine: files made by other tools
@@ -47,7 +47,7 @@ def document(results: Mapping[str, Any]) -> str:
     text = INTRODUCTION.format(positions=f"{WINDOWS * SEQLEN:,}", iters=SOLVER.iters)
     head = (
         "| tool | format | model and grid | codes | bits | max logit difference | bound | KL | rounding's KL | "
-        "perplexity: tool, rounded | ok |"
+        "perplexity: tool, rounded | ok | made |"
     )
     text += _table(head, (_consumer(name, row) for name, row in consumers.items()))
     options = ", ".join(
@@ -55,7 +55,7 @@ def document(results: Mapping[str, Any]) -> str:
         for bits, taken in REFINE.items()
     )
     text += REFINED.format(calibration=CALIBRATION_WINDOWS, seqlen=SEQLEN, options=options)
-    head = "| made by | file | KL before | KL after | ratio | bar | bytes outside the codes | ok |"
+    head = "| made by | file | KL before | KL after | ratio | bar | bytes outside the codes | ok | made |"
     text += _table(head, (_refined(row) for row in refined.values()))
     failed = [(name, row) for name, row in rows.items() if "message" in row]
     if failed:
@@ -91,25 +91,25 @@ def _consumer(name: str, row: Mapping[str, Any]) -> list[str]:
         metrics = ", ".join(
             f"{key} {value:.5g} ({row['rounded'][key]:.5g})" for key, value in row["quantized"].items()
         )
-        return [*cells, "", "", "", "", "", "", f"{metrics}", _ok(row)]
+        return [*cells, "", "", "", "", "", "", f"{metrics}", *_ok(row)]
     cells.append(f"{row['codes_equal']:,} of {row['weights']:,}" if "weights" in row else "")
     cells.append(f"{row['bits_equal']:,} ({row['bits_equal_as']})" if "weights" in row else "")
     for key in ("difference", "bound", "kl_rounded_tool", "kl_original_rounded"):
         cells.append(f"{row[key]:.2e}" if key in row else "")
     both = "perplexity_tool" in row
     cells.append(f"{row['perplexity_tool']:.4f}, {row['perplexity_rounded']:.4f}" if both else "")
-    return [*cells, _ok(row)]
+    return [*cells, *_ok(row)]
 
 
 def _refined(row: Mapping[str, Any]) -> list[str]:
     label = f"{row['label']} ({row['format']})"
     if "ratio" not in row:
-        return [row["tool"], label, "", "", "", "", "", _ok(row)]
+        return [row["tool"], label, "", "", "", "", "", *_ok(row)]
     changed = row["outside_codes_changed"]
     same = "the same" if not changed else "changed: " + ", ".join(changed[:3])
     numbers = [f"{row['kl_before']:.5f}", f"{row['kl_after']:.5f}", f"{row['ratio']:.3f}", f"{row['bar']}"]
-    return [row["tool"], label, *numbers, same, _ok(row)]
+    return [row["tool"], label, *numbers, same, *_ok(row)]
 
 
-def _ok(row: Mapping[str, Any]) -> str:
-    return "yes" if row["ok"] else "**no**"
+def _ok(row: Mapping[str, Any]) -> list[str]:
+    return ["yes" if row["ok"] else "**no**", row.get("made", "")]
