@@ -25,16 +25,8 @@ _SYMMETRIC_RATIOS = [0.22, 0.28, 0.34, *torch.linspace(0.40, 1.05, 16, device="c
 _ASYMMETRIC_RATIOS = [0.25, 0.35, *torch.linspace(0.45, 1.10, 10, device="cpu").tolist()]
 _SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # of the zero point
 _REFITS = 2
-_NEARBY = (
-    0.97,
-    0.98,
-    0.985,
-    0.99,
-    0.995,
-    1.005,
-    1.01,
-    1.02,
-)  # of the scale that was found; counts from 5 bits on
+# Multiples of the scale that was found, tried next; they count from 5 bits on.
+_NEARBY = (0.97, 0.98, 0.985, 0.99, 0.995, 1.005, 1.01, 1.02)
 # Weights that are taken at a time: on a CPU the scratch of a candidate then stays in the cache.
 _CHUNK, _CHUNK_GPU = 1 << 17, 1 << 24
 
