@@ -29,7 +29,7 @@ class Device:
         memory: Device memory in bytes; None on the CPU, which has host memory only.
         source: Where the numbers are from.
         measured: Whether they were timed on this machine.
-        float32, float64: The rate in these; None where it is the same.
+        float32, float64: The vendor's peak in these, FLOP/s; None where the rate is the same.
     """
 
     name: str
@@ -43,9 +43,10 @@ class Device:
 
     def computing(self, dtype: ComputeDtype) -> Device:
         """Return the device at its rate in a dtype."""
-        rate = {"bfloat16": None, "float32": self.float32, "float64": self.float64}[dtype]
-        if rate is None:
+        peak = {"bfloat16": None, "float32": self.float32, "float64": self.float64}[dtype]
+        if peak is None:
             return self
+        rate = WIDE_SHARE * peak
         source = f"{self.source}; {rate / 1e12:.3g} TFLOP/s in {dtype}, {WIDE_SHARE:.0%} of the vendor's"
         return dataclasses.replace(self, flops=rate, source=source)
 
@@ -66,8 +67,8 @@ DEVICES: dict[str, Device] = {
             55 * GB,
             80 * GB,
             "memory.md 4 and 5: 600 TFLOP/s assumed, PCIe gen5 55.7 published",
-            float32=WIDE_SHARE * 67e12,
-            float64=WIDE_SHARE * 67e12,
+            float32=67e12,
+            float64=67e12,
         ),
         Device(
             "h200",
@@ -75,8 +76,8 @@ DEVICES: dict[str, Device] = {
             55 * GB,
             139 * GIB,
             "memory.md 4, 5 and 9: as H100, 139 GiB",
-            float32=WIDE_SHARE * 67e12,
-            float64=WIDE_SHARE * 67e12,
+            float32=67e12,
+            float64=67e12,
         ),
         Device(
             "a100",
@@ -84,8 +85,8 @@ DEVICES: dict[str, Device] = {
             24.8 * GB,
             80 * GB,
             "memory.md 4 and 5: 230 TFLOP/s assumed, PCIe gen4 24.8",
-            float32=WIDE_SHARE * 19.5e12,
-            float64=WIDE_SHARE * 19.5e12,
+            float32=19.5e12,
+            float64=19.5e12,
         ),
         Device(
             "4090",
@@ -93,8 +94,8 @@ DEVICES: dict[str, Device] = {
             24.8 * GB,
             24 * GIB,
             "memory.md 4 and 5: 140 TFLOP/s assumed (155.8 published)",
-            float32=WIDE_SHARE * 82.6e12,
-            float64=WIDE_SHARE * 82.6e12 / 64,
+            float32=82.6e12,
+            float64=82.6e12 / 64,
         ),
         Device(
             "l40s",
@@ -102,8 +103,8 @@ DEVICES: dict[str, Device] = {
             24.8 * GB,
             48 * GB,
             "our assumption: 55 % of the vendor's 362 TFLOP/s, PCIe gen4",
-            float32=WIDE_SHARE * 91.6e12,
-            float64=WIDE_SHARE * 91.6e12 / 64,
+            float32=91.6e12,
+            float64=91.6e12 / 64,
         ),
         Device(
             "cpu",
