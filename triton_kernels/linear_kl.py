@@ -123,8 +123,9 @@ def _linear_kl_fwd_kernel(
         log_q = (z_s - max_s) - log_sum_s
         log_p = (z_t - max_t) - log_sum_t
         p = tl.exp(log_p)
-        # A logit of -inf has probability zero and contributes nothing; inf - inf would be NaN.
-        kl += tl.where(inside & (p > 0.0), p * (log_p - log_q), 0.0)
+        # A logit of -inf has probability zero and contributes nothing; inf - inf would be NaN. A probability that is
+        # NaN stays: a teacher that overflowed must not look like a perfect student.
+        kl += tl.where(inside & (p != 0.0), p * (log_p - log_q), 0.0)
         diff = tl.where(inside, (tl.exp(log_q) - p) * (slope * UNIT), 0.0)
         tl.store(diff_ptr + row * stride_d + offs, cast(diff, diff_ptr.dtype.element_ty), mask=stored)
     tl.store(kl_ptr + row, tl.sum(kl, axis=0))

@@ -26,6 +26,7 @@ from .step_tile import (
     add_counts,
     in_bytes,
     launch_scalars,
+    normal_moments,
     step_terms,
     update_tile,
 )
@@ -41,7 +42,7 @@ def _projected_step_kernel(
     linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
     noise_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
-    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, BYTES: tl.constexpr,
+    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, NORMAL: tl.constexpr, BYTES: tl.constexpr,
     LINEAR: tl.constexpr, HARDEN: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
     EVEN: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -72,7 +73,7 @@ def _projected_step_kernel(
             lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
             linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
             noise_key, pair, other, nan,
-            OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, BYTES, LINEAR, HARDEN, DECAY,
+            OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, NORMAL, BYTES, LINEAR, HARDEN, DECAY,
         )  # fmt: skip
     slot = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) % SLOTS
     add_counts(counts_ptr, slot, pair, other, nan, BYTES)
@@ -130,7 +131,7 @@ def projected_step_fwd(
         *launch_scalars(scalars, keys),
         OPTIMIZER=OPTIMIZERS[optimizer], FRAC_KIND=frac_kind(frac.dtype, False),
         REF_KIND=frac_kind(frac_ref.dtype, True),
-        FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8,
+        FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8, NORMAL=normal_moments(scalars),
         BYTES=bytewise, LINEAR=linear, HARDEN=harden, DECAY=decays, MODE=mode, GROUP=group,
         HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
         EVEN=rows % block_m == 0 and cols % (block_k * tiles) == 0,

@@ -27,6 +27,7 @@ from .step_tile import (
     WEIGHTED,
     add_counts,
     launch_scalars,
+    normal_moments,
     update_tile,
 )
 
@@ -172,7 +173,7 @@ def _soft_linear_step_kernel(
     linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
     noise_key, first_index,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
-    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, NORMAL: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
     HAS_TABLE: tl.constexpr, LEVELS: tl.constexpr, PACKED: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -207,8 +208,8 @@ def _soft_linear_step_kernel(
                 lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, kl_weight, grad_clamp,
                 linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
                 noise_key, zeros, zeros, zeros,
-                OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, BYTES=False, LINEAR=WEIGHTED, HARDEN=True,
-                DECAY=True,
+                OPTIMIZER, FRAC_KIND, REF_KIND, FIRST_INT, SECOND_INT, NORMAL, BYTES=False, LINEAR=WEIGHTED,
+                HARDEN=True, DECAY=True,
             )  # fmt: skip
             # At once: counts carried over the quarters would spill.
             add_counts(counts_ptr, tl.program_id(0) % SLOTS, pair, other, nan, False)
@@ -314,7 +315,8 @@ def soft_linear_step(
         *launch_scalars(scalars, keys),
         OPTIMIZER=OPTIMIZERS[optimizer], FRAC_KIND=frac_kind(frac.dtype, False),
         REF_KIND=frac_kind(frac_ref.dtype, True),
-        FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8, MODE=mode, GROUP=group,
+        FIRST_INT=first.dtype == torch.int8, SECOND_INT=second.dtype == torch.uint8,
+        NORMAL=normal_moments(scalars), MODE=mode, GROUP=group,
         HAS_TABLE=table is not None, LEVELS=1 if table is None else table.shape[0], PACKED=codes.shape[1] != cols,
         SLOTS=COUNT_SLOTS, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,

@@ -123,7 +123,7 @@ def update_tile(
     linear_weight, hardening, first_beta1, first_beta2, first_inverse, second_beta2, second_inverse,
     noise_key, pair, other, nan,
     OPTIMIZER: tl.constexpr, FRAC_KIND: tl.constexpr, REF_KIND: tl.constexpr,
-    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, BYTES: tl.constexpr,
+    FIRST_INT: tl.constexpr, SECOND_INT: tl.constexpr, NORMAL: tl.constexpr, BYTES: tl.constexpr,
     LINEAR: tl.constexpr, HARDEN: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Update one tile given its weight gradient and d weight / d frac; `index` counts in the unsharded tensor.
@@ -131,7 +131,8 @@ def update_tile(
     `mask` is None where the tile lies inside the tensor. Returns `pair`, `other` and `nan`, int32 tiles for
     `add_counts`, with this tile's counts added: live and fractional, moved and saturated, NaN. BYTES (all state 8-bit,
     clamp below 2^126) takes four elements per instruction where that is possible and gives the same bits; LINEAR,
-    HARDEN and DECAY leave out terms of weight 0 and products by 1, which no stored code shows (`step_terms`).
+    HARDEN and DECAY leave out terms of weight 0 and products by 1, which no stored code shows (`step_terms`). NORMAL
+    takes the root of an 8-bit second moment, and its reciprocal, by Newton steps (`normal_moments`).
     """
     code = load_masked(frac_ptr + offset_f, mask)
     # In bytes masked elements read as frozen ones; else the mask itself excludes them.
@@ -182,9 +183,8 @@ def update_tile(
                     else stored_second.to(tl.float32) * second_beta2
                 )
                 second = kept * kept + (one_minus_beta2 * g) * g
-                # Bounded moments stay away from subnormal numbers but for zero.
-                root = root_normal(second)
-                direction = first * reciprocal_normal(root + eps)
+                root = root_normal(second) if NORMAL else tl.sqrt_rn(second)
+                direction = first * (reciprocal_normal(root + eps) if NORMAL else reciprocal(root + eps))
                 scaled = add_noise(root * second_inverse, hashed, SECOND_STREAM)
                 rounded = bytes_of_numbers(scaled, tl.uint8) if BYTES else floor_to(scaled, tl.uint8)
             else:
@@ -251,6 +251,17 @@ def in_bytes(frac: Tensor, frac_ref: Tensor, momentum: Tensor, second_moment: Te
         and (optimizer != "adamw" or second_moment.dtype == byte)
         and scalars["grad_clamp"] < 2.0**126
     )  # fmt: skip
+
+
+def normal_moments(scalars: Mapping[str, float]) -> bool:
+    """Whether `update_tile` may take NORMAL: no square overflows, and a root that is inexact does not show.
+
+    A square below 2^-126 gives an inexact root, of 2^-63 at most: beside epsilon, and in units of the 8-bit moment,
+    that is below what rounds.
+    """
+    pull = scalars["grad_clamp"] + abs(scalars["linear_weight"]) + abs(scalars["hardening"])
+    unit = 1 / scalars["second_inverse"]  # of the second moment's root
+    return pull < 2.0**60 and scalars["eps"] >= 2.0**-36 and 2.0**-40 <= unit < 2.0**50
 
 
 def step_terms(scalars: Mapping[str, float], bytewise: bool) -> tuple[int, bool, bool]:

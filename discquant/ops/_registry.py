@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -235,13 +235,20 @@ def require_apart(op: str, argument: str, matrix: Tensor) -> None:
     )
 
 
-def require_separate(op: str, **matrices: Tensor | None) -> None:
-    """Raise ValueError where two matrices that are to be changed share an address; views side by side do not."""
+def require_separate(op: str, read: Mapping[str, Tensor | None], **changed: Tensor | None) -> None:
+    """Raise ValueError where a matrix that is to be changed shares an address with another one, changed or only read.
+
+    Views side by side do not.
+    """
     # Addresses cannot be traced.
     if torch.compiler.is_compiling():
         return
-    given = [(name, matrix) for name, matrix in matrices.items() if matrix is not None and matrix.numel()]
-    for (name, matrix), (other, second) in itertools.combinations(given, 2):
+    given, beside = (
+        [(name, matrix) for name, matrix in group.items() if matrix is not None and matrix.numel()]
+        for group in (changed, read)
+    )
+    pairs = itertools.chain(itertools.combinations(given, 2), itertools.product(given, beside))
+    for (name, matrix), (other, second) in pairs:
         require(not _overlap(matrix, second), op, other, "share no address with", name, "one storage")
 
 

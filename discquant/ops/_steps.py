@@ -115,9 +115,9 @@ def _check_scalars(op: str, options: StepOptions) -> None:
 
 def check_state(
     op: str, frac: Tensor, frac_ref: Tensor, scale: Tensor, momentum: Tensor | None, second_moment: Tensor | None,
-    group_size: int, options: StepOptions,
+    group_size: int, options: StepOptions, **read: Tensor | None,
 ) -> None:  # fmt: skip
-    """Validate the state and the scalars of a step."""
+    """Validate the state and the scalars of a step; `read` are its further tensors, which it must not change."""
     registry.require_given(op, frac=frac, frac_ref=frac_ref, scale=scale)
     registry.require_tensors(op, momentum=momentum, second_moment=second_moment)
     if not isinstance(options, StepOptions):
@@ -159,7 +159,10 @@ def check_state(
     )
     changed = {"momentum": momentum, "second_moment": second_moment}
     registry.require_separate(
-        op, frac=frac, **{name: changed[name] for name, needed in zip(changed, needs, strict=True) if needed}
+        op,
+        {"frac_ref": frac_ref, "scale": scale, **read},
+        frac=frac,
+        **{name: changed[name] for name, needed in zip(changed, needs, strict=True) if needed},
     )
 
 

@@ -82,7 +82,18 @@ def _run(
         registry.require(table is None, _OP, "table", "without scale be", None, "a Tensor")
         # The gradient is by frac already: the factor 1 for every row.
         scale, group_size = frac.new_ones((frac.shape[0], 1), dtype=torch.float32), -1
-    check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
+    check_state(
+        _OP,
+        frac,
+        frac_ref,
+        scale,
+        momentum,
+        second_moment,
+        group_size,
+        options,
+        weight_grad=weight_grad,
+        table=table,
+    )
     registry.require_dtype(_OP, "weight_grad", weight_grad, GRADIENT_DTYPES)
     shape = weight_grad.shape
     registry.require(shape == frac.shape, _OP, "weight_grad", "have the shape of frac", frac.shape, shape)
@@ -176,7 +187,7 @@ def projected_step_(
     Raises:
         TypeError: An argument is not a Tensor, options no StepOptions, or a scalar of it no number (no integer).
         ValueError: Shapes, dtypes or devices disagree, a moment is missing, a scalar is out of range, or elements of
-            what is to be changed share an address, of one tensor or of two.
+            what is to be changed share an address, of one tensor or of two, or with what is only read.
         NotImplementedError: An explicit impl does not cover these dtypes or strides.
         RuntimeError: The requested impl cannot run here.
 

@@ -31,7 +31,11 @@ def _run(
     options: StepOptions, momentum: Tensor | None, second_moment: Tensor | None, q_down: Tensor | None,
     table: Tensor | None, impl: str,
 ) -> Tensor:  # fmt: skip
-    check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
+    registry.require_given(_OP, grad_output=grad_output, x=x)
+    check_state(
+        _OP, frac, frac_ref, scale, momentum, second_moment, group_size, options,
+        grad_output=grad_output, x=x, table=table,
+    )  # fmt: skip
     check_pair(_OP, grad_output, x, *frac.shape)
     registry.require_device(_OP, frac, x=x, grad_output=grad_output)
     check_table(_OP, frac, q_down, table)
@@ -95,7 +99,7 @@ def soft_linear_step_(
     Raises:
         TypeError: An argument is not a Tensor, options no StepOptions, or a scalar of it no number (no integer).
         ValueError: Shapes, dtypes or devices disagree, a moment is missing, a scalar is out of range, or elements of
-            what is to be changed share an address, of one tensor or of two.
+            what is to be changed share an address, of one tensor or of two, or with what is only read.
         NotImplementedError: float64 with impl="triton", or impl="cpp".
         RuntimeError: The requested impl cannot run here.
 

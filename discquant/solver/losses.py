@@ -50,7 +50,10 @@ def kl_of_logits(student: Tensor, teacher: Tensor) -> Tensor:
     """Return KL(teacher || student) along the last dimension, in float32 or float64."""
     log_q = torch.log_softmax(student.float() if student.dtype != torch.float64 else student, dim=-1)
     log_p = torch.log_softmax(teacher.to(log_q.dtype), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    # A class of probability zero contributes nothing, to the gradient neither, also where both logits are -inf.
+    p = log_p.exp()
+    gap = log_p.masked_fill(p == 0, 0.0) - log_q.masked_fill(p == 0, 0.0)
+    return (p * gap).sum(dim=-1)
 
 
 def positions_per_item(logits: Tensor) -> int:

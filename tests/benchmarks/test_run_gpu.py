@@ -109,6 +109,20 @@ def test_decode_has_a_process_before_all_others(run_gpu: ModuleType, chosen: str
     assert not any("--deselect" in command.arguments for command in alone.commands)
 
 
+@pytest.mark.parametrize("stems", [["linear_kl"], ["linear_kl", "hadamard"], []])
+def test_benchmarks_are_compiled_beside_the_tests(
+    run_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, stems: list[str]
+) -> None:
+    """Each such command names its files: without one pytest would take every test of the project."""
+    monkeypatch.setattr(run_gpu, "_collected", lambda dry: ["tests/a.py::test_a"])
+    options = argparse.Namespace(dry_run=False, tune=False, benches=stems, set="default", seconds=500)
+    tests, _ = run_gpu.steps(options, ["tests", "benchmarks"])
+    warm = [command.arguments for command in tests.commands if command.log.startswith("warm")]
+    named = [part for arguments in warm for part in arguments if part.startswith("benchmarks/")]
+    assert sorted(named) == sorted(f"benchmarks/bench_{stem}.py" for stem in stems or run_gpu.BENCHES)
+    assert all(any(part.startswith("benchmarks/") for part in arguments) for arguments in warm)
+
+
 def test_rows_of_an_earlier_day_are_told(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = _load(repo_root, "targets", monkeypatch)
     days = {"a": "2026-11-27", "b": "2026-11-28", "c": "2026-11-29"}

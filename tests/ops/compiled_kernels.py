@@ -151,6 +151,7 @@ def main() -> None:
     weights()
     other_weights()
     steps()
+    far_steps()
 
 
 def steps() -> None:
@@ -196,6 +197,34 @@ def steps() -> None:
                 )
         assert torch.equal(counts, wanted), f"{where}: counts {counts.tolist()} for {wanted.tolist()}"
         print(where, wanted.tolist())
+
+
+def far_steps() -> None:
+    """8-bit AdamW where squares leave float32's normal numbers, which the Newton steps do not cover."""
+    for value, further in (
+        (1e22, {"grad_clamp": 1e30}),
+        (1e22, {"grad_clamp": 1e30, "moment_bound": 1e25}),
+        (1e-19, {"eps": 1e-30, "linear_weight": 0.0}),
+        (1e-19, {"eps": 1e-10, "linear_weight": 0.0}),
+    ):
+        options = StepOptions(optimizer="adamw", kl_weight=1.0, **further)
+        frac, ref = (torch.full((8, 128), code, dtype=torch.uint8) for code in (128, 100))
+        found = {
+            "frac": frac, "momentum": torch.zeros(8, 128, dtype=torch.int8),
+            "second_moment": torch.zeros(8, 128, dtype=torch.uint8),
+        }  # fmt: skip
+        expected = {name: tensor.clone() for name, tensor in found.items()}
+        read = {"frac_ref": ref, "weight_grad": torch.full((8, 128), value), "scale": torch.ones(8, 1)}
+        wanted = reference.projected_step_(**expected, **read, group_size=-1, options=options)
+        counts = projected_step_fwd(
+            found["frac"], *read.values(), found["momentum"], found["second_moment"], None, None, -1,
+            *launch_arguments(*flatten_options(options)),
+        )  # fmt: skip
+        where = f"gradients of {value}, {further}"
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), f"{where}: {name}"
+        assert torch.equal(counts, wanted), where
+        print(where)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def _float_operations() -> dict[str, Callable[..., Any]]:
 
     return {
         "add.rn.f32": np.add, "sub.rn.f32": np.subtract, "mul.rn.f32": np.multiply, "abs.f32": np.abs,
-        "neg.f32": np.negative, "fma.rn.f32": _fma, "add.rm.f32": add_down, "min.f32": np.fmin, "max.f32": np.fmax,
+        "neg.f32": np.negative, "sqrt.rn.f32": np.sqrt, "div.rn.f32": np.divide, "fma.rn.f32": _fma,
+        "add.rm.f32": add_down, "min.f32": np.fmin, "max.f32": np.fmax,
         "min.NaN.f32": propagate(np.minimum), "max.NaN.f32": propagate(np.maximum),
         "mul.rn.sat.f32": lambda a, b: clamp(a * b), "add.sat.f32": lambda a, b: clamp(a + b),
         "sub.sat.f32": lambda a, b: clamp(a - b),

@@ -38,7 +38,7 @@ def test_equals_reference(repo_root, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     steps = [line for line in done.stdout.splitlines() if not line.startswith("weight ")]
-    assert len(steps) == 28 and len(done.stdout.splitlines()) >= 28 + 50 + 32
+    assert len(steps) == 28 + 4 and len(done.stdout.splitlines()) >= 28 + 4 + 50 + 32
 
 
 def test_emulated_arithmetic(ptx):

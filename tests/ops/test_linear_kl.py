@@ -307,6 +307,19 @@ class TestProperties:
         assert nothing.loss == 0
         assert not nothing.grad_student.any()
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_teacher_that_is_not_finite_shows(self, impl, device, value):
+        """An overflown teacher is no perfect student: NaN for its token, the others as they were."""
+        student, teacher = torch.randn(3, 4, device=device), torch.randn(3, 4, device=device)
+        weight = torch.randn(7, 4, device=device)
+        expected = linear_kl(student, teacher, weight, impl=impl).per_token
+        teacher[1] = value
+        actual = linear_kl(student, teacher, weight, impl=impl)
+        assert actual.loss.isnan() and actual.per_token[1].isnan()
+        assert torch.equal(actual.per_token[[0, 2]], expected[[0, 2]])
+        counted = torch.tensor([True, False, True], device=device)
+        assert linear_kl(student, teacher, weight, mask=counted, impl=impl).loss.isfinite()
+
     def test_extreme_logits(self, impl, device):
         """Logits of +-1e4: probabilities 0 and 1, KL the difference of logits, nothing NaN."""
         weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], device=device)

@@ -137,6 +137,12 @@ def test_tensors_share_no_address(op, impl, device):
         with pytest.raises(ValueError, match=re.escape(message)):
             _take(op, impl, options, device, **views(*refused))
         assert bool((blob == 100).all())
+    state = views((0, 8, 1), (32, 8, 1), (64, 8, 1))
+    for name in ("frac", "second_moment"):
+        message = f"{op.__name__}: frac_ref must share no address with = {name}, got one storage"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            _take(op, impl, options, device, **state, frac_ref=state[name])
+    assert bool((blob == 100).all())
     for taken in (
         ((0, 8, 1), (32, 8, 1), (64, 8, 1)),
         ((0, 24, 1), (8, 24, 1), (16, 24, 1)),

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.gradients import block_gradients
+from discquant.solver.losses import kl_of_logits
 from discquant.solver.measure import mean_kl
 from discquant.solver.module_chain import ModuleChain
 
@@ -268,6 +269,21 @@ def test_plain_module_equals_autograd() -> None:
     assert got == pytest.approx(value.item(), rel=1e-12)
     for name, leaf in leaves.items():
         assert (found[0][name] - leaf.grad).abs().max() <= 1e-12 * leaf.grad.abs().max()
+
+
+def test_masked_classes_of_a_module() -> None:
+    """A class whose logit is -inf in both counts for nothing, in the KL and in its gradient."""
+    teacher, student = torch.randn(2, 3, 5, dtype=torch.float64)
+    expected_leaf = student.clone().requires_grad_()
+    expected = kl_of_logits(expected_leaf, teacher)
+    expected.sum().backward()
+    wider = torch.full((3, 1), -torch.inf, dtype=torch.float64)
+    leaf = torch.cat([student, wider], dim=1).requires_grad_()
+    found = kl_of_logits(leaf, torch.cat([teacher, wider], dim=1))
+    found.sum().backward()
+    assert torch.equal(found, expected)
+    assert leaf.grad is not None and expected_leaf.grad is not None
+    assert torch.equal(leaf.grad[:, :5], expected_leaf.grad) and not leaf.grad[:, 5].any()
 
 
 def test_nothing_to_count_is_refused(make_model: Callable[..., Any], token_ids: Tensor) -> None:

@@ -74,8 +74,8 @@ def linear_kl(
         p = log_p.exp()
         keep = counted[rows].to(compute)
         # where, not a product: a padded token may hold an infinite or NaN logit.
-        # An entry of probability zero contributes nothing, also where both logits are -inf.
-        kl = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=-1)
+        # An entry of probability zero contributes nothing, also where both logits are -inf; one that is NaN is kept.
+        kl = torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q)).sum(dim=-1)
         per_token[rows] = torch.where(counted[rows], kl, torch.zeros_like(kl))
         d_logits = (log_q.exp() - p) * (logit_scale if slope is None else slope)
         d_hidden = (d_logits @ head) * (keep / divisor).unsqueeze(1)
