@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality of every rounding method on the same grids: `python benchmarks/quality.py stories260k|sweep|rotation`.
+"""Quality of every rounding method on the same grids: `benchmarks/quality.py stories260k|sweep|rotation|autoround`.
 
 Writes benchmarks/results/<name>.json after every measurement and continues from it, so that it can be stopped.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from discquant import environment
 from discquant.calibration import load_windows
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig, preset
+from discquant.formats import registry
 from discquant.formats.source import open_source
 from discquant.rotation import rotate
 from discquant.run.served import served_dtype
@@ -88,9 +90,11 @@ class Bench:
         codes = layerwise_codes(self.chain, grids, batches, method, damp=damp, served=self.served)  # type: ignore[arg-type]
         return {"method": method, **dataclasses.asdict(grid), "kl": self.kl(grids, codes), "samples": samples}
 
-    def solve(self, grid: GridConfig, solver: SolverConfig, seed: int = 0) -> dict[str, Any]:
-        """Measure DiscQuant before and after the last rounding."""
-        grids = lay_grids(self.chain, grid)
+    def solve(
+        self, grid: GridConfig, solver: SolverConfig, seed: int = 0, grids: Any = None
+    ) -> dict[str, Any]:
+        """Measure DiscQuant before and after the last rounding, on `grids` where they are given."""
+        grids = lay_grids(self.chain, grid) if grids is None else grids
         config = QuantizeConfig(grid=grid, solver=solver, seed=seed)
         run = Solve(self.chain, grids, self.calibration, config, served=self.served)
         moved = fractional = 0.0
@@ -213,6 +217,65 @@ def rotation(iters: int) -> None:
                 )
 
 
+# Bits and AutoRound's steps per block: its default, and what its documentation recommends for best quality.
+_AUTOROUND = ((3, 200), (4, 200), (3, 1000))
+_AUTOROUND_WINDOWS = 1024  # as many tokens as its default of 128 windows of 2048
+
+
+def autoround(iters: int) -> None:
+    """AutoRound itself on the bundled model, in groups of 64, and DiscQuant on the very grid that AutoRound has tuned.
+
+    It runs in the environment that `make interop` builds for it, on the calibration windows of the sweep.
+    """
+    bench, store = _tiny_llama(TINY), Store("autoround")
+    python = ROOT / ".venvs" / "autoround" / "bin" / "python"
+    if not python.exists():
+        raise SystemExit(
+            'quality: AutoRound is not here; `make interop INTEROP_ARGS="--build autoround"` installs it'
+        )
+    mask = bench.calibration.mask
+    whole = torch.ones(len(bench.calibration), dtype=torch.bool) if mask is None else mask.all(dim=1)
+    windows = bench.calibration.input_ids[whole][:_AUTOROUND_WINDOWS]
+    for bits, steps in _AUTOROUND:
+        name = f"{bits} bits, group 64, autoround {steps}"
+        folder = RESULTS.parent.parent / "build" / "autoround" / f"{bits}-{steps}"
+        facts = {"bits": bits, "group_size": 64, "iters": steps, "windows": len(windows)}
+
+        def produce(folder: Path = folder, facts: dict[str, Any] = facts) -> dict[str, Any]:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"input_ids": windows.contiguous()}, folder / "tokens.safetensors")
+            request = {"model": str(TINY), "tokens": str(folder / "tokens.safetensors"), "out": str(folder / "out"),
+                       "bits": facts["bits"], "group_size": 64, "iters": facts["iters"], "batch_size": 8}  # fmt: skip
+            (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+            tool = ROOT / "tests" / "interop" / "tools" / "produce_autoround.py"
+            subprocess.run([str(python), str(tool), str(folder)], check=True)
+            versions = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["versions"]
+            grids, codes = _of_file(folder / "out")
+            return {
+                "method": "autoround",
+                **facts,
+                "kl": bench.kl(grids, codes),
+                "tool": versions["auto-round"],
+            }
+
+        def better(folder: Path = folder, bits: int = bits) -> dict[str, Any]:
+            solver = SolverConfig(iters=iters, warmup=max(1, iters // 8))
+            return bench.solve(
+                GridConfig(bits, 64, True, "absmax"), solver, grids=_of_file(folder / "out")[0]
+            )
+
+        if not (folder / "out").exists():  # DiscQuant needs AutoRound's file itself
+            store.rows = [row for row in store.rows if not row["key"].startswith(name)]
+        store.measure(name, produce)
+        store.measure(f"{name}, discquant on its grid", better)
+
+
+def _of_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Grids and codes of a quantized model by layer."""
+    layers = list(registry.find(path).read(path))
+    return {layer.name: layer.grid for layer in layers}, {layer.name: layer.q for layer in layers}
+
+
 @torch.no_grad()
 def _kl_of_model(original: Bench, other: Bench) -> float:
     """Mean KL of an unquantized model to the original on the held-out rows, both computed in float32."""
@@ -231,15 +294,18 @@ def _kl_of_model(original: Bench, other: Bench) -> float:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("stories260k", "sweep", "rotation"))
+    parser.add_argument("what", choices=("stories260k", "sweep", "rotation", "autoround"))
     parser.add_argument("--model", type=Path, help="folder of stories260k (shared test data)")
-    parser.add_argument("--iters", type=int, default=256, help="DiscQuant steps of sweep and rotation")
+    parser.add_argument(
+        "--iters", type=int, default=256, help="DiscQuant steps of sweep, rotation and autoround"
+    )
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.what in ("sweep", "rotation"):
-        {"sweep": sweep, "rotation": rotation}[arguments.what](arguments.iters)
+    chosen = {"sweep": sweep, "rotation": rotation, "autoround": autoround}.get(arguments.what)
+    if chosen is not None:
+        chosen(arguments.iters)
         return
     shared = environment.variable("DISCQUANT_SHARED")
     model = arguments.model or Path(shared or ROOT.parent / "shared") / "models" / "stories260k"

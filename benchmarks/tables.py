@@ -245,6 +245,7 @@ def cpu_scale() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "quickstart": quality.quickstart,
     "sweep": quality.sweep,
+    "autoround": quality.autoround,
     "rotation": quality.rotation,
     "stories260k": quality.stories,
     "training": quality.training,

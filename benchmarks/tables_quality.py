@@ -83,6 +83,35 @@ def _by_setting(name: str) -> dict[tuple[int, int], dict[str, float]]:
     return {setting: kl for setting, kl in by.items() if {"rtn", "gptq", "discquant"} <= kl.keys()}
 
 
+def autoround() -> str:
+    """AutoRound itself, DiscQuant on the grid that it has tuned, and on the project's own."""
+    found = load(RESULTS / "autoround.json")
+    if found is None:
+        return MISSING
+    rows = {row["key"]: row for row in found["rows"]}
+    own = _by_setting("tiny_llama_sweep")
+    body = []
+    for key, row in rows.items():
+        better = rows.get(f"{key}, discquant on its grid")
+        ours = own.get((row["bits"], row["group_size"]), {}).get("discquant")
+        if row["method"] != "autoround" or better is None:
+            continue
+        body.append([
+            f"{row['bits']} bits, group {row['group_size']}, {row['iters']} steps per block", f"{row['kl']:.5f}",
+            f"{better['kl']:.5f} ({better['kl'] / row['kl']:.2f})",
+            "" if ours is None else f"{ours:.5f} ({ours / row['kl']:.2f})",
+        ])  # fmt: skip
+    if not body:
+        return MISSING
+    first = next(row for row in rows.values() if row["method"] == "autoround")
+    note = (
+        f"KL on the held-out text of the table above; auto-round {first['tool']} on {first['windows']} windows of 256 "
+        f"tokens of the same calibration text, 8 a step; in brackets: of AutoRound's. DiscQuant took {STEPS} steps."
+    )
+    header = ["bundled model", "AutoRound", "DiscQuant on AutoRound's grid", "DiscQuant on its own"]
+    return f"{table(header, body)}\n\n{note}"
+
+
 def rotation() -> str:
     """The bundled model as it is and rotated."""
     found = load(RESULTS / "rotation.json")

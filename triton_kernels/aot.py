@@ -4,7 +4,8 @@
 The launchers run on meta tensors while `JITFunction.run` only records; each recorded launch is then compiled for every
 target, and registers, spills, shared memory, tensor-core instructions and (of elementwise kernels) instructions per
 element are read from the machine code. Results are kept by content hash (source of the kernel and of all it calls,
-types, constants, options, Triton, target, what is read).
+types, constants, options, Triton, target, what is read), which also stands in the report: `--known` takes rows from an
+earlier report whose hash is the same.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,14 @@ TYPES = {
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
 FIELDS = (
     "case", "kernel", "target", "default", "registers", "spill_bytes", "shared_bytes", "tensor_core", "ptx_lines",
-    "instructions_per_element", "slow_per_element", "triton",
+    "instructions_per_element", "slow_per_element", "triton", "digest",
+)  # fmt: skip
+
+
+# What `compile_launch` reads.
+FACTS = (
+    "registers", "spill_bytes", "shared_bytes", "tensor_core", "ptx_lines", "instructions_per_element",
+    "slow_per_element",
 )  # fmt: skip
 
 
@@ -57,7 +65,7 @@ class Launch(NamedTuple):
         """Content hash of everything that decides the machine code."""
         constants = sorted((name, str(value)) for name, value in self.constants.items())
         parts = (self.kernel.cache_key, sorted(self.signature.items()), constants, sorted(self.attributes.items()),
-                 sorted(self.options.items()), capability, triton.__version__, FIELDS)  # fmt: skip
+                 sorted(self.options.items()), capability, triton.__version__, FACTS)  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -149,11 +157,30 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
     }
 
 
-def report(cache: Path, targets: list[int], everything: bool, only: str = "") -> list[dict[str, Any]]:
-    """Compile the cases (the default ones, or all) that are not in the cache; one row per case and target."""
+def read_report(path: Path) -> dict[str, dict[str, Any]]:
+    """Facts of a report's rows by their hash, numbers as numbers."""
+    with path.open(newline="") as file:
+        return {
+            row["digest"]: {name: int(row[name]) if row[name].isdigit() else row[name] for name in FACTS}
+            for row in csv.DictReader(file)
+        }
+
+
+def report(
+    cache: Path,
+    targets: list[int],
+    everything: bool,
+    only: str = "",
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Compile the cases (the default ones, or all) that are not in the cache; one row per case and target.
+
+    Facts of `known` by hash stand for a compilation, but for each kernel's first one on a target, which must agree.
+    """
     from .aot_cases import cases
 
     cache.mkdir(parents=True, exist_ok=True)
+    known, tried = known or {}, set()
     rows = []
     for case in cases():
         if not (case.default or everything) or only not in case.name:
@@ -163,17 +190,26 @@ def report(cache: Path, targets: list[int], everything: bool, only: str = "") ->
             for capability in targets:
                 if case.targets and capability not in case.targets:
                     continue
-                entry = cache / f"{launch.digest(capability)}.json"
-                if entry.exists():
+                digest = launch.digest(capability)
+                entry = cache / f"{digest}.json"
+                first = (launch.kernel.__name__, capability) not in tried
+                tried.add((launch.kernel.__name__, capability))
+                if digest in known and not first:
+                    facts = known[digest]
+                elif entry.exists():
                     facts = json.loads(entry.read_text())
                 else:
                     facts = compile_launch(launch, capability)
                     partial = entry.with_suffix(f".{id(entry)}.tmp")
                     partial.write_text(json.dumps(facts))
                     partial.replace(entry)
+                if facts != known.get(digest, facts):
+                    raise RuntimeError(
+                        f"aot: {case.name} sm_{capability} is {facts}, and {known[digest]} in the report"
+                    )
                 rows.append({
                     "case": case.name, "kernel": launch.kernel.__name__.strip("_"), "target": f"sm_{capability}",
-                    "default": int(case.default), **facts, "triton": triton.__version__,
+                    "default": int(case.default), **facts, "triton": triton.__version__, "digest": digest,
                 })  # fmt: skip
     return rows
 
@@ -202,8 +238,14 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every configuration, not only the default ones")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--csv", type=Path, help="write the rows here")
+    parser.add_argument(
+        "--known", type=Path, help="an earlier report: what has not changed since is not compiled again"
+    )
     options = parser.parse_args()
-    rows = report(options.cache, [int(t) for t in options.targets.split(",")], options.all, options.only)
+    known = read_report(options.known) if options.known else None
+    rows = report(
+        options.cache, [int(t) for t in options.targets.split(",")], options.all, options.only, known
+    )
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

@@ -24,7 +24,7 @@ def produce(request, tokens):
         dataset=list(torch.from_numpy(tokens).split(1)),
         seqlen=tokens.shape[1],
         nsamples=len(tokens),
-        batch_size=4,
+        batch_size=request.get("batch_size", 4),
         iters=request.get("iters", 40),
         device_map="cpu",
         amp=False,
