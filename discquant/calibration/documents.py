@@ -130,7 +130,8 @@ def rows(dataset: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         raise CalibrationError(f"calibration: there is no file {dataset}")
     if path.suffix.lower() == ".txt":
         try:
-            yield str(path), {"text": path.read_text(encoding="utf-8")}
+            # A byte-order mark is no text.
+            yield str(path), {"text": path.read_text(encoding="utf-8-sig")}
         except UnicodeDecodeError as cause:
             raise CalibrationError(f"calibration: {dataset} is not UTF-8 text: {cause}") from cause
     elif path.suffix.lower() == ".jsonl":

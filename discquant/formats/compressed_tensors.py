@@ -7,6 +7,7 @@ and later); the reader also takes the older layout of 3, 5, 6 and 7 bits, told a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -154,8 +155,10 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
     Args:
         schemes: Scheme of every quantized module. If all agree, one group targets `Linear`; else each group names its
             modules.
-        ignore: Modules that stay as they are.
+        ignore: Modules that stay as they are; of one that holds experts, all that engines make of it.
     """
+    ignored = [*ignore]
+    ignored += [f"re:^{re.escape(name)}\\..*" for name in ignored if name.endswith(".experts")]
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
@@ -166,7 +169,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": list(ignore),
+        "ignore": ignored,
         "config_groups": {
             f"group_{number}": {
                 "targets": ["Linear"] if len(groups) == 1 else names,

@@ -321,10 +321,10 @@ def _joined(name: str) -> str:
 
 def _pattern(whole: str, names: Sequence[str]) -> str:
     """An expression that matches these names, and where they are several the module `whole` that they make."""
+    if whole.endswith(".experts") and (len(names) > 1 or names[0] == whole):
+        return f"^{re.escape(whole)}(?:\\.|$)"  # there are hundreds
     if len(names) == 1:
         return f"^{re.escape(names[0])}$"
-    if whole.endswith(".experts"):
-        return f"^{re.escape(whole)}(?:\\.|$)"  # there are hundreds
     parent, dot, last = whole.rpartition(".")
     lasts = [*(name.rpartition(".")[2] for name in names), last]
     return f"^{re.escape(parent + dot)}(?:{'|'.join(map(re.escape, lasts))})$"

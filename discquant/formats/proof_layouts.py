@@ -257,7 +257,9 @@ def _claimed_by_extra(said: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _claimed_by_group(said: Mapping[str, Any], name: str) -> Claim:
-    _require(name not in said.get("ignore", []), f"config.json tells engines to ignore {name}")
+    for rule in said.get("ignore", []):
+        matches = re.match(rule[3:], name) is not None if rule.startswith("re:") else rule == name
+        _require(not matches, f"config.json tells engines to ignore {name}")
     for target in (name, "Linear"):
         for group in said.get("config_groups", {}).values():
             if target not in group["targets"]:

@@ -7,6 +7,7 @@ One writer for every safetensors format; its `Layout` says how a layer's tensors
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -199,6 +200,12 @@ def weight_shape(source: Checkpoint, name: str) -> tuple[int, int]:
         UnrepresentableError: It has no weight matrix of its own.
     """
     info = source.tensors.get(f"{name}.weight")
+    fused = re.sub(r"\.\d+(\.\w+)$", r"\1", name)
+    if info is None and fused != name and fused in source.tensors:
+        raise UnrepresentableError(
+            f"export: {source.path} holds the experts of {fused} in one tensor, which no format writes; leave them as "
+            "they are with --ignore experts, or write no model with --format none"
+        )
     if info is None:
         raise UnrepresentableError(
             f"export: {source.path} holds no {name}.weight; a layer that shares its weight with another (a tied head) "
@@ -212,13 +219,15 @@ def weight_shape(source: Checkpoint, name: str) -> tuple[int, int]:
 def unquantized(source: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
     """Full names of all matrices that stay as they are and could be linear layers: engines quantize all of Linear.
 
-    Full names only: what users write (a last part, a glob) means something else in every format's patterns.
+    Experts in tensors of three dimensions go by the module that holds them, of which engines make layers. Full names
+    only: what users write (a last part, a glob) means something else in every format's patterns.
     """
     # A tied head has no tensor of its own, yet engines make a linear layer of it.
     found = {} if "lm_head" in schemes else {"lm_head": None}
     for key, info in source.tensors.items():
         name, dot, kind = key.rpartition(".")
-        if kind == "weight" and dot and len(info.shape) == 2 and name not in schemes:
+        dimensions = 2 if kind == "weight" else 3
+        if dot and len(info.shape) == dimensions and name not in schemes:
             found[name] = None
     return [name for name in found if name.rpartition(".")[2] not in EMBEDDINGS]
 

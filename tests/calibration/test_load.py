@@ -45,6 +45,13 @@ def in_stream_order(dataset: str, tokenizer: Any, **options: Any) -> Any:
     return load.Windows.make(ids, mask)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("ab cd\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("ab cd\n", encoding="utf-8-sig")
+    plain, marked = (in_stream_order(str(tmp_path / name), tokenizer) for name in ("a.txt", "b.txt"))
+    assert torch.equal(plain.input_ids, marked.input_ids)
+
+
 def test_txt_is_one_document_without_loss(tmp_path: Path, tokenizer: Any) -> None:
     text = "The quick brown fox\njumps over 12 lazy dogs.\n"
     path = tmp_path / "a.txt"

@@ -125,6 +125,35 @@ def test_only_full_names_of_what_could_be_linear(routed: Path) -> None:
     assert set(found) == linear | {"lm_head", f"{BLOCK}.mlp.gate"}
 
 
+def test_fused_experts_are_left_alone(tmp_path: Path) -> None:
+    """gpt-oss keeps a block's experts in tensors of three dimensions; vLLM asks for each, or for all at once."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    made = GptOssConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=32,
+    )  # fmt: skip
+    GptOssForCausalLM(made).bfloat16().save_pretrained(tmp_path / "model")
+    source, experts = Checkpoint(tmp_path / "model"), f"{BLOCK}.mlp.experts"
+    schemes = dict.fromkeys([*ATTENTION, f"{BLOCK}.self_attn.o_proj"], FOUR)
+    found = unquantized(source, schemes)
+    assert set(found) == {"lm_head", experts, f"{BLOCK}.mlp.router"}
+    ignore = stated("compressed-tensors", schemes, found)["quantization_config"]["ignore"]
+    asked = (f"{experts}.0.gate_proj", f"{experts}.3.w1")
+    for name in asked:
+        assert any(rule.startswith("re:") and re.match(rule[3:], name) for rule in ignore)
+    assert experts in ignore and not any(re.match(rule[3:], f"{BLOCK}.mlp.expertsx") for rule in ignore)
+    dynamic = stated("gptq", schemes, found)["quantization_config"]["dynamic"]
+    assert all(vllm_rule(dynamic, name) is None for name in (experts, *asked))
+    assert vllm_rule(dynamic, f"{BLOCK}.self_attn.q_proj") == {}
+    for name in ("compressed-tensors", "gptq", "autoround", "awq"):
+        plan_export(tmp_path / "model", tmp_path / "out", schemes, name)
+    with pytest.raises(
+        UnrepresentableError, match=r"experts of .*gate_up_proj in one tensor.*--ignore experts"
+    ):
+        plan_export(tmp_path / "model", tmp_path / "out", {f"{experts}.0.gate_up_proj": FOUR}, "gptq")
+
+
 def test_the_head_of_gpt_neox_is_left_alone(tmp_path: Path) -> None:
     """`embed_out` is a linear layer whatever it is called, and engines would look for its codes; `embed_in` is none."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
