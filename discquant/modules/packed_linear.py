@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from discquant import _extension
 from discquant.ops import pack as packing
 from discquant.ops.packed_linear import MODES, X_DTYPES, Mode, check_packed, dequantize_packed, packed_linear
 
@@ -24,6 +25,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return None
     return torch.get_autocast_dtype(kind) if x.dtype in X_DTYPES else None
+
+
+def _load_kernels() -> None:
+    """Load the extension now, if there is one: graphs that were traced elsewhere call its operators by name."""
+    _extension.available()
 
 
 class PackedLinear(nn.Module):
@@ -62,6 +68,12 @@ class PackedLinear(nn.Module):
         self.register_buffer("zero_point", zero_point)
         self.register_buffer("bias", bias)
         self._settled = False
+        _load_kernels()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or a pickle in a process that made no module yet."""
+        super().__setstate__(state)
+        _load_kernels()
 
     @classmethod
     def from_codes(
