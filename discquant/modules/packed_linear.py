@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from discquant import _extension
+from discquant.modules.served_weight import ServedWeight
 from discquant.ops import _registry as registry
 from discquant.ops import pack as packing
 from discquant.ops.packed_linear import MODES, X_DTYPES, Mode, check_packed, dequantize_packed, packed_linear
@@ -200,7 +201,8 @@ class PackedLinear(nn.Module):
         """The served weight in `compute_dtype`, [out_features, in_features], for models that read it themselves.
 
         Made anew at every read, which costs more than a forward: ask for `compute_dtype` or the sizes instead. It is no
-        parameter, cannot be set, and what is written into it is lost.
+        parameter and cannot be set; a write into it raises NotImplementedError
+        (`ServedWeight`), but is lost in a compiled graph.
         """
         return self.weight_rows(0, self.out_features)
 
@@ -208,7 +210,9 @@ class PackedLinear(nn.Module):
         """Rows `start` to `stop` of `weight`."""
         known = self.compute_dtype in X_DTYPES  # else cast to float64, say, which no kernel computes in
         weight = self.dequantize(self.compute_dtype if known else torch.float32, (start, stop))
-        return weight.to(self.compute_dtype)
+        weight = weight.to(self.compute_dtype)
+        # Graphs of torch.compile take no such subclass.
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(ServedWeight)
 
     @property
     def packed_bytes(self) -> int:

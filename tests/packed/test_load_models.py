@@ -15,7 +15,7 @@ import discquant
 from discquant import _extension
 from discquant.formats import QuantizedLinear, export_compressed_tensors
 from discquant.integrations.transformers_quantizer import register, unregister
-from discquant.modules import PackedLinear
+from discquant.modules import PackedLinear, load_packed
 
 pytestmark = pytest.mark.skipif(not _extension.available(), reason="discquant._C is not built")
 IDS = torch.arange(40).reshape(2, 20) * 7 % 96
@@ -112,3 +112,22 @@ def test_a_quantized_head_is_not_tied(
     model = load(out)
     assert (type(model.lm_head) is PackedLinear) == (bits == 4)
     assert torch.equal(logits(model), logits(discquant.load(out, mode="plain")))
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_rwkv_which_writes_into_its_weights_says_so(
+    coded: Callable[..., QuantizedLinear], every: int
+) -> None:
+    """It halves weights of every sixth layer in place, which codes cannot follow."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RwkvConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, context_length=64, rescale_every=every
+    )
+    model = transformers.RwkvForCausalLM(config).eval()
+    layers = [coded(name, m.weight) for name, m in model.rwkv.named_modules() if isinstance(m, nn.Linear)]
+    load_packed(model.rwkv, layers)
+    if every == 0:
+        assert logits(model).isfinite().all()
+        return
+    with pytest.raises(NotImplementedError, match=r"weight must be only read, got div_ on it.*mode='plain'"):
+        logits(model)

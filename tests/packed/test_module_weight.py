@@ -46,8 +46,7 @@ def test_weight_is_the_served_one_and_not_kept(coded: Coded, dtype: torch.dtype,
         assert type(module) is kind and hasattr(module, "weight")
         assert module.weight.dtype == dtype and torch.equal(module.weight, expected)
         assert not module.weight.requires_grad and module.weight.is_contiguous()
-        module.weight.zero_()  # is lost
-        assert torch.equal(module.weight, expected)
+        assert type(module.weight @ torch.ones(96, dtype=dtype)) is Tensor
     assert not list(block.parameters())
     assert not any("weight" in name for name, _ in (*block.named_buffers(), *block.state_dict().items()))
     assert memory == sum(buffer.numel() * buffer.element_size() for buffer in block.buffers())
@@ -106,3 +105,33 @@ def test_without_another_word_the_bias_says_the_dtype() -> None:
     assert PackedLinear.from_codes(q, scale, None, bias, **sizes).weight.dtype == torch.bfloat16
     other = PackedLinear.from_codes(q, scale, None, bias, **sizes, compute_dtype=torch.float32)
     assert other.weight.dtype == torch.float32
+
+
+def test_what_would_be_lost_is_refused(coded: Coded) -> None:
+    """By any way of writing, also under torch.no_grad(); what only looks like one passes."""
+    module = Block(coded).k_proj
+    x = torch.ones(20, 96)
+
+    def divided(weight: Tensor) -> None:
+        weight /= 2
+
+    def element(weight: Tensor) -> None:
+        weight[0] = 1
+
+    def replaced(weight: Tensor) -> None:
+        weight.data = x
+
+    writes: list[Callable[[Tensor], object]] = [
+        divided, element, replaced, nn.init.zeros_, lambda w: w.div_(2), lambda w: w.data.normal_(),
+        lambda w: torch.add(x, x, out=w), lambda w: w.copy_(x),
+    ]  # fmt: skip
+    for write in writes:
+        with (
+            torch.no_grad(),
+            pytest.raises(NotImplementedError, match=r"weight must be only read, got .*mode='plain'"),
+        ):
+            write(module.weight)
+    assert torch.equal(x.clone().copy_(module.weight), module.weight)
+    assert torch.equal(module.weight.requires_grad_(False).data, module.weight)
+    assert torch.equal(copy.deepcopy(module.weight), module.weight)
+    assert int(module.weight.numel()) == 20 * 96 and module.weight[0].shape == (96,)
