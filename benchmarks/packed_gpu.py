@@ -197,13 +197,48 @@ def check(name: str, layer: Layer, x: Tensor, call: Call) -> None:
     assert (error <= 2**-7 * oracle.abs() + 2e-2 * size).all(), f"{name}: error {error.max():.3e}"
 
 
-def measure(shape: str, bits: int, tokens: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Check, time and record every provider of one weight.
+def checked(layer: Layer, x: Tensor, wrong: list[str]) -> Iterator[tuple[str, int, list[Call]]]:
+    """The `providers` that pass `check`; what the others computed is told in `wrong`."""
+    for name, num_bytes, calls in providers(layer, x):
+        try:
+            check(name, layer, x, calls[0])
+        except AssertionError as cause:
+            wrong.append(f"{x.shape[0]} tokens, {cause}")
+            continue
+        yield name, num_bytes, calls
+
+
+def measure(shape: str, bits: int, tokens: tuple[int, ...], dtype: torch.dtype, *, record: bool) -> None:
+    """Check every provider of one weight and, to `record`, time it; else nothing is timed or written.
 
     Raises:
         AssertionError: A provider computes something else; the others are recorded.
     """
-    layer, wrong = Layer(*SHAPES[shape], bits, dtype), []
+    layer = Layer(*SHAPES[shape], bits, dtype)
+    wrong: list[str] = []
+    for m in tokens:
+        x = torch.randn(m, layer.k, device="cuda").to(dtype)
+        bare = None
+        for name, num_bytes, calls in checked(layer, x, wrong):
+            if not record:
+                continue
+            found = times(calls)
+            p50 = found[len(found) // 2]
+            bare = p50 if name == "cuBLAS" else bare
+            moved = num_bytes + (layer.n + layer.k) * m * 2
+            _write({
+                "op": "packed_linear", "provider": name, "mode": f"{bits} bit", "shape": f"{shape} M={m}",
+                "dtype": str(dtype)[6:], "ms_p10": f"{found[5]:.5f}", "ms_p50": f"{p50:.5f}",
+                "ms_p90": f"{found[45]:.5f}", "gb_s": f"{moved / p50 / 1e6:.1f}",
+                "share_of_copy": f"{moved / p50 / 1e6 / copy_gb_s():.3f}",
+                "tflop_s": f"{2 * layer.n * layer.k * m / p50 / 1e9:.2f}",
+                "times_bare_matmul": f"{p50 / bare:.3f}" if bare else "", **machine(),
+            })  # fmt: skip
+    assert not wrong, "; ".join(wrong)
+
+
+def _write(row: dict[str, Any]) -> None:
+    """Append a row at once: the process may be cut off at any time."""
     path = result_file()
     path.parent.mkdir(exist_ok=True)
     fresh = not path.exists()
@@ -211,26 +246,4 @@ def measure(shape: str, bits: int, tokens: tuple[int, ...], dtype: torch.dtype) 
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if fresh:
             writer.writeheader()
-        for m in tokens:
-            x = torch.randn(m, layer.k, device="cuda").to(dtype)
-            bare = None
-            for name, num_bytes, calls in providers(layer, x):
-                try:
-                    check(name, layer, x, calls[0])
-                except AssertionError as cause:
-                    wrong.append(f"{m} tokens, {cause}")
-                    continue
-                found = times(calls)
-                p50 = found[len(found) // 2]
-                bare = p50 if name == "cuBLAS" else bare
-                moved = num_bytes + (layer.n + layer.k) * m * 2
-                writer.writerow({
-                    "op": "packed_linear", "provider": name, "mode": f"{bits} bit", "shape": f"{shape} M={m}",
-                    "dtype": str(dtype)[6:], "ms_p10": f"{found[5]:.5f}", "ms_p50": f"{p50:.5f}",
-                    "ms_p90": f"{found[45]:.5f}", "gb_s": f"{moved / p50 / 1e6:.1f}",
-                    "share_of_copy": f"{moved / p50 / 1e6 / copy_gb_s():.3f}",
-                    "tflop_s": f"{2 * layer.n * layer.k * m / p50 / 1e9:.2f}",
-                    "times_bare_matmul": f"{p50 / bare:.3f}" if bare else "", **machine(),
-                })  # fmt: skip
-                file.flush()
-    assert not wrong, "; ".join(wrong)
+        writer.writerow(row)

@@ -114,6 +114,9 @@ def stream(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
+        # A model's own settings may ask for more than one text at a time, which cannot be streamed.
+        num_beams=1,
+        num_return_sequences=1,
         streamer=TextStreamer(tokenizer, skip_prompt=True),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **options,

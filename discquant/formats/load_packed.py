@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from discquant.formats.codes import QuantizedLinear
 from discquant.formats.safetensors_format import SafetensorsFormat, inert
 from discquant.formats.source import BUILDING
 from discquant.grids import UniformGrid
-from discquant.modules import PackedReport, load_packed
+from discquant.modules import PackedReport, is_replaceable, load_packed
 from discquant.ops.pack import SCALE_DTYPES
 from discquant.ops.packed_linear import X_DTYPES, Mode
 
@@ -151,7 +151,8 @@ def load_packed_model(
     def layers() -> Iterator[QuantizedLinear]:
         for entry in stored:
             layer = found.decoded(entry)
-            codes = packable(layer)
+            # A forward of its own or a hook would be lost with the layer.
+            codes = packable(layer) if is_replaceable(model.get_submodule(layer.name)) else None
             if codes is None:
                 _put(model, f"{layer.name}.weight", layer.dequantize(dtype))
             else:
@@ -160,7 +161,8 @@ def load_packed_model(
     report: PackedReport = load_packed(
         model, layers(), device=target, mode=mode, fuse=mode != "exact" if fuse is None else fuse
     )
-    model.tie_weights()
+    keep_apart(model, quantized)
+    model.tie_weights(recompute_mapping=False)
     hollow = sorted(name for name, value in model.state_dict().items() if _is_meta(value))
     if hollow:
         raise CheckpointError(f"{path} does not fill {type(model).__name__}: {hollow[:8]} missing")
@@ -169,6 +171,13 @@ def load_packed_model(
     model.packed_report = report
     refuse_saving(model, folder)
     return (model if target is None else model.to(target)).eval()
+
+
+def keep_apart(model: Any, quantized: Collection[str]) -> None:
+    """Let no quantized layer be tied, whatever config.json says: its weight is in the file."""
+    for target in list(model.all_tied_weights_keys):
+        if target.removesuffix(".weight") in quantized:
+            del model.all_tied_weights_keys[target]
 
 
 def refuse_saving(model: nn.Module, folder: Path) -> None:

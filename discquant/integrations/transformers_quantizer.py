@@ -19,8 +19,8 @@ from torch import nn
 from discquant.errors import CheckpointError, ConfigError
 from discquant.formats import registry
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.load_packed import packable, refuse_saving
-from discquant.modules import load_packed
+from discquant.formats.load_packed import keep_apart, packable, refuse_saving
+from discquant.modules import is_replaceable, load_packed
 from discquant.ops.packed_linear import MODES, X_DTYPES, modes_on
 
 NAME = "discquant"
@@ -86,9 +86,14 @@ def _classes() -> tuple[Any, Any]:
                         f"discquant: {name} is {list(shape)} in the file, {list(module.weight.shape)} in the model"
                     )
                 module.register_parameter("weight", None)
+                # Not of the state dict, but there: models initialise the weights of layers that they know by name.
+                stand_in = torch.empty(shape, device="meta")
+                stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+                vars(module)["weight"] = stand_in
                 # What the file holds of this layer is read below, not by transformers; its bias is.
                 unread.add(rf"^{re.escape(name)}\.(?!bias$)")
             model._keys_to_ignore_on_load_unexpected = unread
+            keep_apart(model, self.shapes)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             device = next(model.parameters()).device
@@ -102,11 +107,14 @@ def _classes() -> tuple[Any, Any]:
             plain = mode == "plain" or dtype not in X_DTYPES
             for name, shape in self.shapes.items():
                 hollow = nn.Parameter(torch.empty(shape, device="meta", dtype=dtype), requires_grad=False)
-                _linear(model, name).register_parameter("weight", hollow)
+                module = _linear(model, name)
+                del vars(module)["weight"]
+                module.register_parameter("weight", hollow)
 
             def layers() -> Iterator[QuantizedLinear]:
                 for layer in self.format.read(self.folder):
-                    codes = None if plain else packable(layer)
+                    own = not is_replaceable(_linear(model, layer.name))  # its forward or hooks would be lost
+                    codes = None if plain or own else packable(layer)
                     if codes is not None:
                         yield codes
                         continue

@@ -4,6 +4,6 @@
 from __future__ import annotations
 
 from discquant.modules.packed_linear import PackedLinear
-from discquant.modules.packed_model import FusedProjection, PackedReport, load_packed
+from discquant.modules.packed_model import FusedProjection, PackedReport, is_replaceable, load_packed
 
-__all__ = ["FusedProjection", "PackedLinear", "PackedReport", "load_packed"]
+__all__ = ["FusedProjection", "PackedLinear", "PackedReport", "is_replaceable", "load_packed"]

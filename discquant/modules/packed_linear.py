@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from discquant import _extension
+from discquant.modules.served_weight import ServedWeight
+from discquant.ops import _registry as registry
 from discquant.ops import pack as packing
 from discquant.ops.packed_linear import MODES, X_DTYPES, Mode, check_packed, dequantize_packed, packed_linear
 
@@ -26,6 +29,23 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if x.dtype in X_DTYPES else None
 
 
+def _load_kernels() -> None:
+    """Load the extension now, if there is one: graphs that were traced elsewhere call its operators by name."""
+    _extension.available()
+
+
+def _check_bias(name: str, bias: object, out_features: int) -> None:
+    """Refuse what is no bias of a layer of this size."""
+    registry.require_given("PackedLinear", bias=bias)
+    assert isinstance(bias, Tensor)
+    registry.require(
+        list(bias.shape) == [out_features], "PackedLinear", name, "have shape", [out_features], bias.shape
+    )
+    registry.require(
+        bias.is_floating_point(), "PackedLinear", name, "have a dtype that is", "floating", bias.dtype
+    )
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + bias with W = scale * (q - zero_point), straight from packed codes; inference only.
 
@@ -37,6 +57,7 @@ class PackedLinear(nn.Module):
         scale: Packed grid step, floating, [padded rows / R, num_groups, R].
         zero_point: Packed codes of weight zero, uint8, same shape, or None.
         bias: [out_features] or None.
+        compute_dtype: Of the activations that the layer is for; casts of the module change it.
     """
 
     words: Tensor
@@ -47,7 +68,7 @@ class PackedLinear(nn.Module):
     def __init__(
         self, words: Tensor, scale: Tensor, zero_point: Tensor | None = None, bias: Tensor | None = None, *,
         out_features: int, in_features: int, num_bits: int, group_size: int, layout: packing.Layout,
-        mode: Mode = "auto",
+        mode: Mode = "auto", compute_dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         """Hold buffers that are packed already; `from_codes` packs."""
         super().__init__()
@@ -57,16 +78,24 @@ class PackedLinear(nn.Module):
         self.num_bits, self.group_size = num_bits, group_size
         self.layout: packing.Layout = layout
         self.mode: Mode = mode
+        self.compute_dtype = compute_dtype or (scale if bias is None else bias).dtype
         self.register_buffer("words", words)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.register_buffer("bias", bias)
         self._settled = False
+        _load_kernels()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or a pickle in a process that made no module yet."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _load_kernels()
 
     @classmethod
     def from_codes(
         cls, q: Tensor, scale: Tensor, zero_point: Tensor | None = None, bias: Tensor | None = None, *,
         num_bits: int, group_size: int, device: torch.device | str | None = None, mode: Mode = "auto",
+        compute_dtype: torch.dtype | None = None,
     ) -> PackedLinear:  # fmt: skip
         """Pack codes.
 
@@ -79,14 +108,17 @@ class PackedLinear(nn.Module):
             group_size: Columns that share a scale: 32, 64, a multiple of 128, or -1 for the row.
             device: Where the module lives; None is the device of q.
             mode: As for `packed_linear`.
+            compute_dtype: Of `weight`; None is the dtype of bias, else of scale.
 
         Returns:
             The module.
 
         Raises:
             TypeError: An argument is not a Tensor.
-            ValueError: Shapes, dtypes or ranges disagree, or a scale is not finite.
+            ValueError: Shapes, dtypes or ranges disagree, a scale is not finite, or a bias is not floating.
         """
+        registry.require_given("PackedLinear", q=q, scale=scale)
+        registry.require_tensors("PackedLinear", zero_point=zero_point, bias=bias)
         target = q.device if device is None else torch.device(device)
         layout = layout_for(target)
         words = packing.pack(q, zero_point, num_bits=num_bits, group_size=group_size, layout=layout)
@@ -95,12 +127,15 @@ class PackedLinear(nn.Module):
             raise ValueError(
                 f"PackedLinear: scale must have shape = {[q.shape[0], groups]}, got {list(scale.shape)}"
             )
+        if bias is not None:
+            _check_bias("bias", bias, q.shape[0])
+            bias = bias.detach().to(target).contiguous()
         zero = None if zero_point is None else packing.pack_groups(zero_point, layout=layout)
         module = cls(
             words.to(target), packing.pack_groups(scale, layout=layout).to(target),
-            None if zero is None else zero.to(target), None if bias is None else bias.detach().to(target),
+            None if zero is None else zero.to(target), bias,
             out_features=q.shape[0], in_features=q.shape[1], num_bits=num_bits, group_size=group_size,
-            layout=layout, mode=mode,
+            layout=layout, mode=mode, compute_dtype=compute_dtype,
         )  # fmt: skip
         module.settle()
         return module
@@ -151,12 +186,33 @@ class PackedLinear(nn.Module):
             return x, self.bias
         return x.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The served weight, [out_features, in_features]; a fresh full-size tensor, not kept."""
-        return dequantize_packed(
+    def dequantize(self, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> Tensor:
+        """The served weight or a range of its rows, [rows, in_features]; fresh full-size memory, not kept."""
+        first, last = (0, self.out_features) if rows is None else rows
+        begin = first // 16 * 16
+        weight = dequantize_packed(
             self.words, self.scale, self.zero_point, out_features=self.out_features, in_features=self.in_features,
-            num_bits=self.num_bits, group_size=self.group_size, layout=self.layout, dtype=dtype,
+            num_bits=self.num_bits, group_size=self.group_size, layout=self.layout, dtype=dtype, rows=(begin, last),
         )  # fmt: skip
+        return weight[first - begin :]
+
+    @property
+    def weight(self) -> Tensor:
+        """The served weight in `compute_dtype`, [out_features, in_features], for models that read it themselves.
+
+        Made anew at every read, which costs more than a forward: ask for `compute_dtype` or the sizes instead. It is no
+        parameter and cannot be set; a write into it raises NotImplementedError
+        (`ServedWeight`), but is lost in a compiled graph.
+        """
+        return self.weight_rows(0, self.out_features)
+
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of `weight`."""
+        known = self.compute_dtype in X_DTYPES  # else cast to float64, say, which no kernel computes in
+        weight = self.dequantize(self.compute_dtype if known else torch.float32, (start, stop))
+        weight = weight.to(self.compute_dtype)
+        # Graphs of torch.compile take no such subclass.
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(ServedWeight)
 
     @property
     def packed_bytes(self) -> int:
@@ -211,10 +267,12 @@ class PackedLinear(nn.Module):
         layout = self._stated_layout(state_dict.get(f"{prefix}_extra_state"))
         self._check_loaded(found, layout, assign)
         if f"{prefix}bias" in state_dict:
-            self._check_bias(state_dict[f"{prefix}bias"])
+            _check_bias("bias of the loaded state", state_dict[f"{prefix}bias"], self.out_features)
         home = (found["words"] if assign else self.words).device
         target = layout if home.type == "meta" else layout_for(home)
         ours = {prefix + name: self._in_layout(name, t, layout, target) for name, t in found.items()}
+        if f"{prefix}bias" in state_dict:
+            ours[f"{prefix}bias"] = state_dict[f"{prefix}bias"].contiguous()
         super()._load_from_state_dict({**state_dict, **ours}, prefix, local_metadata, *args)
         self.layout = target
         self._settled = False
@@ -261,20 +319,11 @@ class PackedLinear(nn.Module):
                 f"PackedLinear: zero_point of the loaded state must be below = {2**self.num_bits}, got {largest}"
             )
 
-    def _check_bias(self, bias: object) -> None:
-        """Refuse what is no bias of this module's size."""
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"PackedLinear: bias must be of type = Tensor, got {type(bias).__name__}")
-        if list(bias.shape) != [self.out_features]:
-            raise ValueError(
-                f"PackedLinear: bias of the loaded state must have shape = [{self.out_features}], "
-                f"got {list(bias.shape)}"
-            )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.words.device
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         if scale.is_meta and device.type != "meta":
             # Memory without values (`to_empty`), for a state to come: there is nothing to bring into another layout.
             self.layout = layout_for(device)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,6 +77,11 @@ class FusedProjection(nn.Module):
         """This sibling's outputs for x [..., in_features]."""
         return self._shared[0].take(x, self.index)
 
+    @property
+    def weight(self) -> Tensor:
+        """This sibling's weight, made anew at every read; see `PackedLinear.weight`."""
+        return self._shared[0].packed.weight_rows(*self._shared[0].rows(self.index))
+
     def extra_repr(self) -> str:
         """Place among the siblings."""
         sizes = self._shared[0].sizes
@@ -105,10 +110,13 @@ class _Shared:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
+    def rows(self, index: int) -> tuple[int, int]:
+        first = sum(self.sizes[:index])
+        return first, first + self.sizes[index]
+
     def take(self, x: Tensor, index: int) -> Tensor:
         if torch.compiler.is_compiling():  # nothing can be kept from one call to the next inside a graph
-            first = sum(self.sizes[:index])
-            return self.packed.forward_rows(x, first, first + self.sizes[index])
+            return self.packed.forward_rows(x, *self.rows(index))
         local = self._local
         version = (None if x.is_inference() else x._version, autocast_dtype(x))
         parts: list[Tensor | None]
@@ -132,7 +140,8 @@ def load_packed(
 ) -> PackedReport:  # fmt: skip
     """Replace nn.Linear modules by packed ones, one at a time, so that no full-precision copy of a weight survives.
 
-    The model may be built on the meta device: only the modules that `layers` does not name need real weights.
+    A module that has several names is replaced under all of them. The model may be built on the meta device: only the
+    modules that `layers` does not name need real weights.
 
     Args:
         model: Any module tree; changed in place.
@@ -147,30 +156,34 @@ def load_packed(
         Counts and bytes.
 
     Raises:
-        ValueError: A name is no nn.Linear of the model, a shape differs, a bias has no values, or the grid is not one
-            that the kernels cover (3 or 4 bits; group 32, 64, a multiple of 128, or the row).
+        ValueError: A name is no nn.Linear of the model that `is_replaceable`, or one for the second time; a shape
+            differs, a bias has no values, or the grid is not one that the kernels cover (3 or 4 bits; group 32, 64, a
+            multiple of 128, or the row).
     """
     waiting: dict[str, CodedLinear] = {}
     count = fused = packed_bytes = replaced_bytes = 0
+    linear = _places(model)
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
 
     def place(group: list[CodedLinear]) -> None:
         nonlocal count, fused, packed_bytes
         biases = [_bias(model, layer) for layer in group]
-        packed = _pack(group, biases, device, mode)
+        weight = model.get_submodule(group[0].name).weight
+        assert isinstance(weight, Tensor)
+        packed = _pack(group, biases, device, mode, weight.dtype)
+        shared = _Shared(packed, [member.q.shape[0] for member in group])
         for index, layer in enumerate(group):
-            parent, _, child = layer.name.rpartition(".")
-            if len(group) == 1:
-                setattr(model.get_submodule(parent), child, packed)
-            else:
-                if index == 0:
-                    shared = _Shared(packed, [member.q.shape[0] for member in group])
-                setattr(model.get_submodule(parent), child, FusedProjection(shared, index))
+            new = packed if len(group) == 1 else FusedProjection(shared, index)
+            for holder, name in places.pop(layer.name):
+                setattr(holder, name, new)
         count += len(group)
         fused += len(group) > 1
         packed_bytes += packed.packed_bytes
 
     for layer in layers:
-        replaced_bytes += _check(model, layer)
+        replaced_bytes += _check(model, layer, linear)
+        # Taken out, so that nothing here keeps its weight.
+        places[layer.name] = linear.pop(model.get_submodule(layer.name))
         parent, _, child = layer.name.rpartition(".")
         siblings = next((names for names in FUSED_SETS if child in names), ()) if fuse else ()
         names = [f"{parent}.{name}" if parent else name for name in siblings]
@@ -190,17 +203,36 @@ def load_packed(
     return PackedReport(count, fused, packed_bytes, replaced_bytes)
 
 
+def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Every nn.Linear inside the model with all its (parent, name)."""
+    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.Linear):
+                found.setdefault(child, []).append((parent, name))
+    return found
+
+
+def is_replaceable(module: nn.Module) -> bool:
+    """Whether a packed layer computes what the module does: nn.Linear's own forward, and no hook beside it."""
+    own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return own and "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)
+
+
 def _is_linear(model: nn.Module, name: str) -> bool:
     try:
-        return isinstance(model.get_submodule(name), nn.Linear)
+        return is_replaceable(model.get_submodule(name))
     except AttributeError:
         return False
 
 
-def _check(model: nn.Module, layer: CodedLinear) -> int:
+def _check(model: nn.Module, layer: CodedLinear, linear: Container[nn.Module]) -> int:
     """Bytes of the weight that `layer` replaces."""
-    if not _is_linear(model, layer.name):
-        raise ValueError(f"load_packed: {layer.name} must be an nn.Linear of the model")
+    if not _is_linear(model, layer.name) or model.get_submodule(layer.name) not in linear:
+        raise ValueError(
+            f"load_packed: {layer.name} must be an nn.Linear of the model, named once, without a forward of its own or "
+            "forward hooks"
+        )
     weight = model.get_submodule(layer.name).weight
     assert isinstance(weight, Tensor)
     if list(weight.shape) != list(layer.q.shape):
@@ -232,8 +264,9 @@ def _same_grid(group: list[CodedLinear]) -> bool:
 
 
 def _pack(
-    group: list[CodedLinear], biases: list[Tensor | None], device: torch.device | str | None, mode: Mode
-) -> PackedLinear:
+    group: list[CodedLinear], biases: list[Tensor | None], device: torch.device | str | None, mode: Mode,
+    dtype: torch.dtype,
+) -> PackedLinear:  # fmt: skip
     first = group[0]
     zeros = [layer.zero_point for layer in group if layer.zero_point is not None]
     present = [bias for bias in biases if bias is not None]
@@ -242,5 +275,5 @@ def _pack(
         torch.cat([layer.scale for layer in group]),
         torch.cat(zeros) if zeros else None,
         torch.cat(present) if present else None,
-        num_bits=first.num_bits, group_size=first.group_size, device=device, mode=mode,
+        num_bits=first.num_bits, group_size=first.group_size, device=device, mode=mode, compute_dtype=dtype,
     )  # fmt: skip

@@ -98,8 +98,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def cpp_problem(device: torch.device, operator: str) -> str | None:
     """Say why the compiled extension cannot run `operator` on tensors of `device`, or None if it can."""
-    if torch.compiler.is_compiling():
-        return None  # loading cannot be traced; an operator that is missing says so itself
     from discquant import _extension
 
     reason = _extension.failure()
@@ -111,6 +109,10 @@ def cpp_problem(device: torch.device, operator: str) -> str | None:
     if device.type == "cuda" and _extension.cuda_code(*_capability(device)) is None:
         return f"the extension holds nothing for compute capability {'.'.join(map(str, _capability(device)))}"
     return None
+
+
+# As in _registry: loading cannot be traced, and torch.compile takes the answer for a constant.
+cpp_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(

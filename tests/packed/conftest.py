@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed weights on a GPU and bounds for what they give, out of `gpu_cases.py`."""
+"""Codes of a weight; packed weights on a GPU and bounds for what they give, out of `gpu_cases.py`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,32 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from discquant.formats.codes import QuantizedLinear
+
+
+@pytest.fixture(scope="session")
+def coded() -> Callable[..., QuantizedLinear]:
+    """Rounding to nearest on a symmetric abs-max grid."""
+    # Here, because on a bare GPU machine what formats need is absent, and no kernel's test asks for it.
+    from discquant.formats.codes import QuantizedLinear
+
+    def nearest(name: str, weight: Tensor, bits: int = 4, group: int = 32) -> QuantizedLinear:
+        n, k = weight.shape
+        groups = -(-k // group)
+        padded = nn.functional.pad(weight.detach().float(), (0, groups * group - k)).view(n, groups, group)
+        scale = (padded.abs().amax(-1) / (2 ** (bits - 1) - 0.5)).clamp(min=1e-4).bfloat16()
+        q = ((padded / scale.float()[..., None]).round() + 2 ** (bits - 1)).clamp(0, 2**bits - 1)
+        q = q.to(torch.uint8).view(n, -1)[:, :k].contiguous()
+        return QuantizedLinear(name, q, scale, None, bits, group)
+
+    return nearest
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -180,6 +182,18 @@ def test_generate_reports_speed_and_size(tiny_llama_dir: Path, capsys: pytest.Ca
     )
     assert shown["packed_bytes"] == 0 and shown["tokens"] >= 1
     assert "tokens/s (plain weights, cpu)" in capsys.readouterr().err
+
+
+def test_generate_streams_one_text_whatever_the_model_prefers(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """A model's own settings may name beams and several answers."""
+    folder = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    options: dict[str, Any] = {"max_new_tokens": 4, "seed": 0, "device": "cpu"}
+    expected = stream(folder, "Ada has 3 apples.", temperature=0.0, **options)["text"]
+    path.write_text(json.dumps({**settings, "num_beams": 4, "num_return_sequences": 2}))
+    assert stream(folder, "Ada has 3 apples.", temperature=0.0, **options)["text"] == expected
+    assert stream(folder, "Ada has 3 apples.", temperature=0.7, **options)["tokens"] >= 1
 
 
 def test_threads_that_build_models_meanwhile_keep_their_weights() -> None:

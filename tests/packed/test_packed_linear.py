@@ -252,28 +252,6 @@ def test_panels() -> None:
 
 
 @CPP
-def test_exact_mode_in_any_mode_of_torch() -> None:
-    """One scratch for sizes and dtypes in turn; inference mode, autocast and gradients change nothing."""
-    cases = [make(n, k, 4, 64, True) for n, k in ((16, 64), (90, 200), (40, 128))]
-    for _ in range(2):
-        for case, dtype in itertools.product(cases, FLOATS):
-            k = case.sizes["in_features"]
-            expected = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype).t()
-            with torch.inference_mode():
-                y = packed_linear(torch.eye(k, dtype=dtype), *case.tensors, **case.sizes, mode="exact")
-            assert torch.equal(y, expected)
-            with torch.autocast("cpu", torch.bfloat16):
-                y = packed_linear(torch.eye(k, dtype=dtype), *case.tensors, **case.sizes, mode="exact")
-            assert y.dtype == dtype and torch.equal(y, expected)
-    x = torch.randn(2, 128, requires_grad=True)
-    words, scale, zero = cases[2].tensors
-    op = torch.ops.discquant.packed_linear_exact.default
-    y = op(x, words, scale, zero, None, 40, 128, 4, 64, 2)
-    # Not the product on the scratch, whose gradient would be wrong.
-    assert "NotImplemented" in y.grad_fn.name()
-
-
-@CPP
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("isa", isas())
 def test_largest_sums(isa: str, bits: int) -> None:
@@ -411,34 +389,3 @@ def test_many_threads_at_once() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(agrees, xs, expected))
-
-
-@CPP
-def test_opcheck() -> None:
-    case = make(20, 100, 3, 32, False)
-    words, scale, zero = case.tensors
-    op = torch.ops.discquant.packed_linear.default
-    for x in (torch.randn(3, 100), torch.randn(3, 120, dtype=torch.bfloat16)[:, :100]):
-        torch.library.opcheck(op, (x, words, scale, zero, None, 20, 100, 3, 32, 1, -1))
-    dequantize = torch.ops.discquant.dequantize_packed.default
-    torch.library.opcheck(dequantize, (words, scale, zero, 20, 100, 3, 32, 2, 16, 20, torch.bfloat16))
-    into = torch.ops.discquant.dequantize_packed_into.default
-    torch.library.opcheck(into, (torch.empty(4, 100), words, scale, zero, 20, 100, 3, 32, 2, 16, 20))
-    exact = torch.ops.discquant.packed_linear_exact.default
-    torch.library.opcheck(
-        exact, (torch.randn(3, 100), words, scale, zero, torch.randn(20), 20, 100, 3, 32, 2)
-    )
-
-
-@CPP
-@pytest.mark.parametrize("mode", ["auto", "exact"])
-def test_compile(mode: str) -> None:
-    case = make(20, 100, 4, 32, True)
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
-    def run(x: Tensor) -> Tensor:
-        return packed_linear(x, *case.tensors, **case.sizes, mode=mode, impl="cpp") * 2
-
-    for tokens in (2, 5):
-        x = torch.randn(tokens, 100)
-        assert torch.equal(run(x), packed_linear(x, *case.tensors, **case.sizes, mode=mode) * 2)

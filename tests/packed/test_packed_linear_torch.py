@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""packed_linear within torch: inference mode and autocast, operator checks, compiled graphs, fresh processes."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from discquant import _extension
+from discquant.modules import PackedLinear
+from discquant.ops import pack as packing
+from discquant.ops.packed_linear import dequantize_packed, packed_linear
+
+CPP = pytest.mark.skipif(not _extension.available(), reason="discquant._C is not built")
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A packed weight of layout "cpu"."""
+
+    tensors: tuple[Tensor, Tensor, Tensor | None]
+    sizes: dict[str, Any]
+
+
+def make(n: int, k: int, bits: int, group: int, symmetric: bool) -> Case:
+    groups = -(-k // group)
+    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8)
+    words = packing.pack(q, zero, num_bits=bits, group_size=group, layout="cpu")
+    scale = packing.pack_groups((torch.rand(n, groups) * 0.1 - 0.03).half(), layout="cpu")
+    packed_zero = None if zero is None else packing.pack_groups(zero, layout="cpu")
+    sizes = {"out_features": n, "in_features": k, "num_bits": bits, "group_size": group, "layout": "cpu"}
+    return Case((words, scale, packed_zero), sizes)
+
+
+@CPP
+def test_exact_mode_in_any_mode_of_torch() -> None:
+    """One scratch for sizes and dtypes in turn; inference mode, autocast and gradients change nothing."""
+    cases = [make(n, k, 4, 64, True) for n, k in ((16, 64), (90, 200), (40, 128))]
+    for _ in range(2):
+        for case, dtype in itertools.product(cases, FLOATS):
+            k = case.sizes["in_features"]
+            expected = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype).t()
+            with torch.inference_mode():
+                y = packed_linear(torch.eye(k, dtype=dtype), *case.tensors, **case.sizes, mode="exact")
+            assert torch.equal(y, expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = packed_linear(torch.eye(k, dtype=dtype), *case.tensors, **case.sizes, mode="exact")
+            assert y.dtype == dtype and torch.equal(y, expected)
+    x = torch.randn(2, 128, requires_grad=True)
+    words, scale, zero = cases[2].tensors
+    op = torch.ops.discquant.packed_linear_exact.default
+    y = op(x, words, scale, zero, None, 40, 128, 4, 64, 2)
+    # Not the product on the scratch, whose gradient would be wrong.
+    assert "NotImplemented" in y.grad_fn.name()
+
+
+@CPP
+def test_opcheck() -> None:
+    case = make(20, 100, 3, 32, False)
+    words, scale, zero = case.tensors
+    op = torch.ops.discquant.packed_linear.default
+    for x in (torch.randn(3, 100), torch.randn(3, 120, dtype=torch.bfloat16)[:, :100]):
+        torch.library.opcheck(op, (x, words, scale, zero, None, 20, 100, 3, 32, 1, -1))
+    dequantize = torch.ops.discquant.dequantize_packed.default
+    torch.library.opcheck(dequantize, (words, scale, zero, 20, 100, 3, 32, 2, 16, 20, torch.bfloat16))
+    into = torch.ops.discquant.dequantize_packed_into.default
+    torch.library.opcheck(into, (torch.empty(4, 100), words, scale, zero, 20, 100, 3, 32, 2, 16, 20))
+    exact = torch.ops.discquant.packed_linear_exact.default
+    torch.library.opcheck(
+        exact, (torch.randn(3, 100), words, scale, zero, torch.randn(20), 20, 100, 3, 32, 2)
+    )
+
+
+@CPP
+@pytest.mark.parametrize("mode", ["auto", "exact"])
+def test_compile(mode: str) -> None:
+    case = make(20, 100, 4, 32, True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def run(x: Tensor) -> Tensor:
+        return packed_linear(x, *case.tensors, **case.sizes, mode=mode, impl="cpp") * 2
+
+    for tokens in (2, 5):
+        x = torch.randn(tokens, 100)
+        assert torch.equal(run(x), packed_linear(x, *case.tensors, **case.sizes, mode=mode) * 2)
+
+
+_UNPICKLED = """
+import sys, torch
+module = torch.load(sys.argv[1], weights_only=False)
+compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+x, expected = torch.load(sys.argv[2])
+for mode in ("auto", "exact"):
+    module.mode = mode
+    assert torch.equal(compiled(x), expected[mode]), mode
+"""
+
+_WITHOUT = """
+import sys
+sys.modules["discquant._C"] = None  # as in a build with DISCQUANT_BUILD=none
+import torch
+from discquant.modules import PackedLinear
+q = torch.randint(0, 16, (40, 96), dtype=torch.uint8)
+x = torch.randn(3, 96)
+for mode in ("auto", "exact"):
+    module = PackedLinear.from_codes(q, torch.rand(40, 3), num_bits=4, group_size=32, mode=mode)
+    assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x)), mode
+"""
+
+
+@CPP
+def test_a_module_compiles_before_anything_ran(tmp_path: Path) -> None:
+    """In a process that unpickles it and calls nothing else: the choice of a kernel must load the kernels."""
+    q = torch.randint(0, 16, (40, 96), dtype=torch.uint8)
+    module = PackedLinear.from_codes(q, torch.rand(40, 3), num_bits=4, group_size=32)
+    x, expected = torch.randn(3, 96), {}
+    for mode in ("auto", "exact"):
+        module.mode = mode
+        expected[mode] = module(x)
+    torch.save(module, tmp_path / "module.pt")
+    torch.save((x, expected), tmp_path / "values.pt")
+    command = [sys.executable, "-c", _UNPICKLED, str(tmp_path / "module.pt"), str(tmp_path / "values.pt")]
+    subprocess.run(command, check=True)
+
+
+def test_without_the_extension_it_compiles_as_it_runs() -> None:
+    subprocess.run([sys.executable, "-c", _WITHOUT], check=True)
