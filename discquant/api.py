@@ -108,7 +108,7 @@ def _served_dtype(function: str, argument: str, model: Any, config: Any) -> torc
 
     Raises:
         TypeError: It is no module, or the configuration is of another type.
-        ValueError: It has no parameters, or one of them is not finite.
+        ValueError: It has no parameters, or one of them is not finite or without memory (on the meta device).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -119,6 +119,11 @@ def _served_dtype(function: str, argument: str, model: Any, config: Any) -> torc
     first = next(model.parameters(), None)
     if first is None:
         raise ConfigError(f"{function}: {type(model).__name__} has no parameters, so nothing to quantize")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{function}: {argument} must have its weights in memory, got {name} on the meta device"
+            )
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
     return first.dtype

@@ -252,6 +252,44 @@ def test_attentions_projection_is_rounded_and_what_is_not_is_named(caplog: pytes
     assert discquant.quantize_module(Reading().eval(), images, quick("gptq", ignore=())).unseen == {"head"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_experts_compute_as_before(dtype: torch.dtype) -> None:
+    """In float64 they are looped over meanwhile; the caller's model keeps its own choice."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=16,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).to(dtype)
+    before = model.config._experts_implementation
+    assert before != "eager"
+    ids = torch.randint(3, 61, (2, 8))
+    options = QuantizeConfig(grid=GridConfig(4, 32), method="rtn")
+    discquant.quantize(model, None, options, calibration=ids)
+    assert model.config._experts_implementation == before
+    with pytest.raises(CalibrationError):
+        discquant.quantize(model, None, options, calibration=ids + 61)
+    assert model.config._experts_implementation == before
+
+
+def test_weights_without_memory_are_named() -> None:
+    """Before anything else is looked at."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    with torch.device("meta"):
+        model, layer = LlamaForCausalLM(config), nn.Linear(64, 64)
+    inputs = torch.zeros(4, 64)
+    with pytest.raises(ValueError, match=r"in memory, got model\.embed_tokens\.weight on the meta device"):
+        discquant.quantize(model, calibration=inputs.long())
+    with pytest.raises(ValueError, match=r"quantize_module: .* got weight on the meta device"):
+        discquant.quantize_module(layer, inputs)
+    layer.weight = nn.Parameter(torch.zeros(64, 64))
+    with pytest.raises(ValueError, match="got bias on the meta device"):
+        discquant.quantize_module(layer, inputs)
+
+
 def test_weights_that_are_not_finite_are_named() -> None:
     model, module = tiny_llama(), tiny_cnn()
     with torch.no_grad():

@@ -139,6 +139,11 @@ def solver_options(grid: GridConfig, preset_name: str, **given: Any) -> SolverCo
     return dataclasses.replace(base, **changed)
 
 
+def shown(value: float | None, form: str) -> str:
+    """Return a number in a form; a dash where nothing could be measured."""
+    return "-" if value is None else format(value, form)
+
+
 def method_names(text: str) -> tuple[Method, ...]:
     """Return the methods of a comma-separated option; empty for none."""
     if text == "none":

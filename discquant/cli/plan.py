@@ -87,8 +87,9 @@ def plan(
     from discquant.planning import hardware
     from discquant.planning.plan import Machine, make_plan
     from discquant.planning.rates import keep_rates, load_rates, machine_name, nearest_rates
-    from discquant.planning.shape import empty_model, open_config, shape_of
-    from discquant.run.checks import check_ignore, text_file
+    from discquant.planning.shape import chain_shape, empty_model, open_config, stored_dtype
+    from discquant.run.checks import check_ignore, check_planned, text_file
+    from discquant.solver.chain import DecoderChain
     from discquant.solver.engine import Engine
     from discquant.solver.ranks import Ranks
 
@@ -128,7 +129,9 @@ def plan(
         registry.by_name(name)
     empty = empty_model(open_config(model, trust_remote_code), trust_remote_code)
     check_ignore(empty, config.ignore)
-    shape = shape_of(empty, config.ignore, name=Path(model).name)
+    chain = DecoderChain(empty, config.ignore)
+    check_planned(chain, config, stored_dtype(empty.config))
+    shape = chain_shape(chain, name=Path(model).name)
     if measure:
         from discquant.planning.timing import measure as time_here
 

@@ -111,9 +111,8 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     for column in ("method", "KL to original", "top-1 agreement", "perplexity ratio"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, found in summary["methods"].items():
-        table.add_row(
-            name, f"{found['kl_mean']:.5f}", f"{found['top1']:.4f}", f"{found['perplexity_ratio']:.4f}"
-        )
+        columns = (("kl_mean", ".5f"), ("top1", ".4f"), ("perplexity_ratio", ".4f"))
+        table.add_row(name, *(options.shown(found[key], form) for key, form in columns))
     console = Console()
     console.print(table)
     sizes = summary["sizes"]

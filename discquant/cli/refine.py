@@ -86,7 +86,8 @@ def refine(
         return
     found = summary["refine"]
     typer.echo(
-        f"KL to the original on held-out text: {found['kl_before']:.5f} before, {found['kl_after']:.5f} after"
+        f"KL to the original on held-out text: {options.shown(found['kl_before'], '.5f')} before, "
+        f"{options.shown(found['kl_after'], '.5f')} after"
         + ("" if found["improved"] else "; not better, the file's codes are kept")
     )
     typer.echo(

@@ -216,9 +216,10 @@ def _refined(manifest: Mapping[str, Any], base: str | None) -> list[str]:
             f"({found['kl_ratio']:.2f} of it).",
         ]
     else:
+        kept = "-" if found["kl_before"] is None else f"{found['kl_before']:.5f}"
         lines = [
-            f"{file}. {_PROJECT}, method {method}, found no codes that are better on held-out text (KL "
-            f"{found['kl_before']:.5f}), so that all codes are the file's own.",
+            f"{file}. {_PROJECT}, method {method}, found no codes that are better on held-out text (KL {kept}), so "
+            "that all codes are the file's own.",
         ]
     lines.append(
         f"{diff['changed']:,} of {diff['code_bytes']:,} bytes of codes differ from that file, and "

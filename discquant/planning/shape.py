@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from discquant.calibration.sampling import cache_elements
 from discquant.errors import CheckpointError, MissingModelError
 from discquant.formats.lazy import without_memory
 from discquant.formats.registry import refuse_run
+
+if TYPE_CHECKING:
+    from discquant.solver.chain import Chain
 
 
 @dataclass(frozen=True)
@@ -203,10 +206,22 @@ def read_shape(
 def shape_of(model: Any, ignore: Sequence[str] = ("lm_head",), *, name: str = "model") -> ModelShape:
     """Return the sizes of a model in memory or on the meta device."""
     from discquant.solver.chain import DecoderChain
+
+    return chain_shape(DecoderChain(model, ignore), name=name)
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """Return the dtype of a checkpoint's weights by its configuration; bfloat16 where that does not say."""
+    stored = getattr(getattr(config, "text_config", config), "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+
+
+def chain_shape(chain: Chain, *, name: str = "model") -> ModelShape:
+    """Return the same of a model that is a chain already."""
     from discquant.solver.norms import rms_norms
 
-    chain = DecoderChain(model, ignore)
     assert chain.head is not None
+    model: Any = chain.model
     config = getattr(model.config, "text_config", model.config)
     chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None) or 1
     hidden = int(chain.head.weight.shape[1])
@@ -239,8 +254,7 @@ def shape_of(model: Any, ignore: Sequence[str] = ("lm_head",), *, name: str = "m
     width = int(getattr(config, "head_dim", None) or hidden // heads) * heads
     inside = {id(p) for block in chain.blocks for p in block.parameters()}
     frozen = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    stored = getattr(config, "dtype", None) or torch.bfloat16
-    size = stored.itemsize if isinstance(stored, torch.dtype) else 2
+    size = stored_dtype(model.config).itemsize
     vocab = int(chain.head.weight.shape[0])
     return ModelShape(
         name,

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -302,10 +303,11 @@ def prune(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path, run: Solve) -> int | None:
+def load_checkpoint(folder: Path, run: Solve, at_most: float = math.inf) -> int | None:
     """Restore the newest readable checkpoint into `run`; return its step, None if none can be read.
 
-    A checkpoint that cannot be read (a damaged disk: writing is atomic) is passed over with a warning.
+    A checkpoint that cannot be read (a damaged disk: writing is atomic) is passed over with a warning. Those of steps
+    after `at_most` do not count.
     """
     for path in sorted(folder.glob(MANIFESTS), reverse=True):
         try:
@@ -317,6 +319,8 @@ def load_checkpoint(folder: Path, run: Solve) -> int | None:
             gain = GainControl(float.fromhex(facts["gain"]), facts["target"])
             gain.initial = float.fromhex(facts["initial"])
             step, entries = int(facts["step"]), facts["blocks"]
+            if step > at_most:
+                continue
             if len(entries) != len(run.solver.placement):
                 raise ValueError(f"{len(entries)} blocks instead of {len(run.solver.placement)}")
             for index, entry in enumerate(entries):

@@ -27,7 +27,7 @@ from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import Source, pickled_files
 from discquant.formats.stored import stored_name
-from discquant.grids import Grid
+from discquant.grids import Grid, place_grid
 from discquant.solver.chain import Chain
 from discquant.solver.solve import lay_grid
 
@@ -101,11 +101,9 @@ def check_formats(
     shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
     first = chain.weights[chain.first][0]
     probe = {first.name: lay_grid(first, config.grid, PROBE_ROWS)}
-    _check_kind(source, shapes, config, probe)
+    check_shapes(shapes, config, lambda name: check_grids(source, (name,), probe))
     for name in config.formats:
         chosen, target = registry.by_name(name), out / name
-        for layer, shape in shapes.items():
-            chosen.check(shape, config.grid, layer)
         if target.exists():
             continue  # a resumed run that had already exported
         targets[name] = target
@@ -116,33 +114,38 @@ def check_formats(
     check_grids(source, config.formats, probe)
 
 
-def _check_kind(
-    source: Source, shapes: Mapping[str, tuple[int, int]], config: QuantizeConfig, probe: Mapping[str, Grid]
+def check_shapes(
+    shapes: Mapping[str, tuple[int, int]],
+    config: QuantizeConfig,
+    check_laid: Callable[[str], None],
 ) -> None:
-    """Refuse a format's own grid in a format that cannot hold it, and name those that can.
+    """Refuse bits, groups and kinds of grids that a format cannot hold; for a format's own kind, name those that can.
 
     Args:
-        source: The original.
         shapes: Of every weight.
         config: The run's options.
-        probe: Such a grid on some rows of a weight.
+        check_laid: Asks a format about a grid that was laid; only about those of a format's own kind.
 
     Raises:
         UnrepresentableError: So it is.
     """
-    if config.grid.kind == "uniform":
-        return
+
+    def ask(name: str) -> None:
+        for layer, shape in shapes.items():
+            registry.by_name(name).check(shape, config.grid, layer)
 
     def refusal(name: str) -> UnrepresentableError | None:
         try:
-            for layer, shape in shapes.items():
-                registry.by_name(name).check(shape, config.grid, layer)
-            check_grids(source, (name,), probe)
+            ask(name)
+            check_laid(name)
         except UnrepresentableError as error:
             return error
         return None
 
     for name in config.formats:
+        if config.grid.kind == "uniform":
+            ask(name)
+            continue
         found = refusal(name)
         if found is not None:
             holders = [other for other in registry.names() if refusal(other) is None]
@@ -152,6 +155,33 @@ def _check_kind(
                 f"quantize: --format {name} cannot hold this model in --kind {config.grid.kind}; {instead}"
                 f"{', or none' if holders else ''} (the codes stay in the run directory): {found}"
             ) from found
+
+
+def check_planned(chain: Chain, config: QuantizeConfig, dtype: torch.dtype) -> None:
+    """Refuse what `check_groups` and `check_formats` refuse of a model whose weights are not there.
+
+    Args:
+        chain: The model; nothing of it is read but shapes.
+        config: The run's options.
+        dtype: Of the weights in the checkpoint.
+
+    Raises:
+        ConfigError, UnrepresentableError: See there.
+    """
+    check_groups(chain, config.grid)
+    shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
+    first = chain.weights[chain.first][0]
+
+    def check_laid(name: str) -> None:
+        # Of a format's own kind any weights tell whether another format can hold it.
+        drawn = torch.randn(PROBE_ROWS, first.shape[1], generator=torch.Generator().manual_seed(0))
+        grid, chosen = place_grid(drawn, config.grid), registry.by_name(name)
+        if isinstance(chosen, SafetensorsFormat):
+            chosen.check_grid(first.name, grid, dtype)
+        else:
+            chosen.check_grid(first.name, grid)
+
+    check_shapes(shapes, config, check_laid)
 
 
 def _check_names(source: Source, original: Checkpoint, chain: Chain) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run directory: configuration with fingerprint, metrics, codes; every write is atomic.
 
-config.json  metrics.jsonl  calibration.safetensors  checkpoints/  codes.safetensors  summary.json  report.md
-<format>/ (the served model, one folder per format)
+config.json  metrics.jsonl  phases.jsonl  calibration.safetensors  start_codes.safetensors  checkpoints/
+codes.safetensors  summary.json  report.md  <format>/ (the served model, one folder per format)
 """
 
 from __future__ import annotations

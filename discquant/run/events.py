@@ -40,6 +40,10 @@ class Events:
             self.message(text)
 
 
+def _stopped(number: int) -> RunStoppedError:
+    return RunStoppedError(f"stopped by {signal.Signals(number).name}; the same command continues", number)
+
+
 class StopSignal:
     """Turns SIGTERM and SIGINT into RunStoppedError; within `deferred` into a flag, so that a step can be finished."""
 
@@ -51,20 +55,25 @@ class StopSignal:
     def _catch(self, number: int, frame: object) -> None:
         self.caught = number
         if not self._defer:
-            raise RunStoppedError(
-                f"stopped by {signal.Signals(number).name}; the same command continues", number
-            )
+            raise _stopped(number)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note signals; the caller looks at `caught`."""
+        """Only note signals; the caller looks at `caught`, and what it has not seen is raised when the block ends.
+
+        Raises:
+            RunStoppedError: A signal arrived, and the block ended all the same.
+        """
         self._defer = True
         try:
             yield
         finally:
             self._defer = False
+        if self.caught is not None:
+            raise _stopped(self.caught)
 
     def __enter__(self) -> StopSignal:
+        self.caught = None  # of an earlier use
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._catch)

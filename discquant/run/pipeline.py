@@ -38,7 +38,7 @@ from discquant.run.checks import (
 from discquant.run.directory import REPORT, SUMMARY, RunDirectory
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.lock import locked
-from discquant.run.phases import Phases
+from discquant.run.phases import PHASES, Phases
 from discquant.run.planned import compare_run, place_run, plan_run
 from discquant.run.served import served_dtype
 from discquant.run.solving import Codes, Solving
@@ -88,7 +88,9 @@ class Pipeline:
         if self.engine.folder is None:
             self.engine.folder = self.directory.path / STATE
         self._shape: ModelShape | None = None
-        self._solving = Solving(self.directory, self.config, self.engine, self.events, self._stop)
+        self._solving = Solving(
+            self.directory, self.config, self.engine, self.events, self._stop, beat=self.phases.beat
+        )
 
     def execute(self) -> dict[str, Any]:
         """Run to the end.
@@ -161,6 +163,7 @@ class Pipeline:
             return self._completed()
         self.engine.ranks.share("opened")
         if continued:
+            self.phases.keep(self.directory.path / PHASES)
             self._say_processor()
         plan = plan_run(source.model, self._shape, self.config, self.engine, self.directory.path)
         for warning in plan.warnings:
@@ -178,6 +181,7 @@ class Pipeline:
                 self._hold(held_open)
                 self.directory.check(identity, resume=self.resume)  # nobody else was faster
                 self.directory.start(self._record(source), identity)
+                self.phases.keep(self.directory.path / PHASES)
             keep_windows(self.directory, windows)
             self.engine.ranks.share("calibrated")
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
@@ -200,7 +204,7 @@ class Pipeline:
                 self.events.say(f"note: {better}")
         with self._phase("export"):
             self._export(source, codes, grids, summary)
-        summary["phases"] = self.phases.records
+        summary["phases"], summary["processes"] = self.phases.total(), self.phases.processes
         summary["checkpoints"] = self._solving.checkpoints
         summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)
         if solve is not None:

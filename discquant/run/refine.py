@@ -214,11 +214,12 @@ class RefinePipeline(Pipeline):
         """Write the file with the better codes, and say which they are."""
         methods = summary["methods"]
         before, after = methods[FILE]["kl_mean"], methods[self.config.method]["kl_mean"]
-        better = after < before
+        # None: no position could be measured.
+        better = before is not None and after is not None and after < before
         if not better:
+            result, file = ("-" if kl is None else f"{kl:.5f}" for kl in (after, before))
             self.events.say(
-                f"the result is not better on held-out text (KL {after:.5f}, the file {before:.5f}): "
-                "its codes are kept"
+                f"the result is not better on held-out text (KL {result}, the file {file}): its codes are kept"
             )
             codes = {name: layer.q for name, layer in self.file_layers.items()}
             self.directory.save_codes(codes, grids)
@@ -231,7 +232,7 @@ class RefinePipeline(Pipeline):
             "format": self.chosen.name,
             "kl_before": before,
             "kl_after": after if better else before,
-            "kl_ratio": (after if better else before) / max(before, 1e-30),
+            "kl_ratio": None if before is None else (after if better else before) / max(before, 1e-30),
             "improved": better,
             "rejected": None if better else self.config.method,
             "start": self._started_from(),

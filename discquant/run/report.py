@@ -157,7 +157,14 @@ def _phases(summary: dict[str, Any]) -> list[str]:
     peak = max(phase.get("peak_rss_bytes") or 0 for phase in phases) / 1e6
     rows.append(["**all**", f"**{total:,.1f}**", f"**{peak:,.0f}**"])
     table = _table(["phase", "seconds", "peak resident MB"], rows)
-    return ["## Time and memory", "", *table, *_checkpoints(summary)]
+    lines = ["## Time and memory", "", *table]
+    processes = summary.get("processes") or 1
+    if processes > 1:
+        lines += [
+            f"Seconds are summed over the {processes} times that the command ran, peaks the highest of them.",
+            "",
+        ]
+    return [*lines, *_checkpoints(summary)]
 
 
 def _checkpoints(summary: dict[str, Any]) -> list[str]:
@@ -337,7 +344,7 @@ def _refined(summary: dict[str, Any]) -> list[str]:
         f"KL to the original on held-out text: {found['kl_before']:.5f} in the file, {found['kl_after']:.5f} now "
         f"({found['kl_ratio']:.2f} of it)."
         if found["improved"]
-        else f"The result was not better than the file on held-out text (KL {found['kl_before']:.5f}); "
+        else f"The result was not better than the file on held-out text (KL {_cell(found['kl_before'], '.5f')}); "
         "the file's codes were kept."
     )
     diff = summary.get("byte_diff") or {}

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +22,7 @@ from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoi
 from discquant.run.directory import RunDirectory, write_atomic
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.phases import resident_bytes
-from discquant.run.stored import Given, StoredCodes, save_tensors_atomic
+from discquant.run.stored import StoredCodes, keep_codes
 from discquant.run.summary import START, frac_histogram
 from discquant.solver.chain import Chain
 from discquant.solver.engine import Engine
@@ -45,8 +45,25 @@ def kept_start(directory: RunDirectory) -> Codes | None:
 
 def keep_start(directory: RunDirectory, codes: Codes) -> None:
     """Write the codes that this run starts from, one layer in memory at a time."""
-    given: dict[str, Given] = {name: functools.partial(codes.__getitem__, name) for name in codes}
-    save_tensors_atomic(directory.path / START_CODES, given, {})
+    keep_codes(directory.path / START_CODES, codes)
+
+
+def _moved(solve: Solve) -> dict[str, float]:
+    """Return what has been moved so far, and how long was waited for it."""
+    placement = solve.solver.placement
+    return {
+        "bytes_in": placement.bytes_in,
+        "bytes_out": placement.bytes_out,
+        "boundary_bytes": solve.solver.boundaries.bytes_moved,
+        "waited_seconds": placement.waited,
+    }
+
+
+def _by_rank(values: Sequence[object]) -> str:
+    """Tell one value per rank."""
+    return ", ".join(
+        f"rank {rank}: {'none' if value is None else value}" for rank, value in enumerate(values)
+    )
 
 
 class Solving:
@@ -64,14 +81,16 @@ class Solving:
         engine: Engine,
         events: Events,
         stop: StopSignal,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """Bind; nothing is computed yet."""
+        """Bind; nothing is computed yet. `beat` is called after every step."""
         self.directory, self.config, self.engine, self.events = directory, config, engine, events
         self.solve: Solve | None = None
         self.checkpoints: dict[str, Any] | None = None
         self._steps = 0  # taken by this process
+        self._moved: dict[str, float] = {}  # by them
         self._said: set[str] = set()
-        self._stop = stop
+        self._stop, self._beat = stop, beat
         self._writer: Checkpointer | None = None
         self._folder = directory.path / "checkpoints"
 
@@ -99,8 +118,9 @@ class Solving:
             The finished solve.
 
         Raises:
-            ResumeError: There are checkpoints and none can be read.
-            RunStoppedError: A signal arrived; what was reached is in a checkpoint.
+            ResumeError: There are checkpoints and none can be read, or the ranks have other windows than each other.
+            CheckpointError: The codes that the solve began with are damaged.
+            RunStoppedError: A signal arrived; what was reached, be it the last step, is in a checkpoint.
         """
         ranks = self.engine.ranks
         fresh = bool(ranks.share(not has_checkpoint(self._folder)))
@@ -115,10 +135,9 @@ class Solving:
             chain, grids, rows, self.config, served=served, fresh=fresh, start_codes=start, engine=self.engine
         )
         self._say_notes(solve)
-        if not fresh and load_checkpoint(self._folder, solve) is None:
-            raise ResumeError(
-                f"run: no checkpoint in {self._folder} can be read; remove that folder to start again"
-            )
+        self._check_same_text(rows)
+        if not fresh:
+            self._restore(solve)
         if solve.solver.step_number:
             self.events.say(f"continuing after step {solve.solver.step_number}")
         if ranks.first:
@@ -126,6 +145,40 @@ class Solving:
         else:
             self._follow(solve)
         return solve
+
+    def _check_same_text(self, rows: TokenRows) -> None:
+        """See that every rank has read the same calibration windows: each opens the run directory by itself.
+
+        Raises:
+            ResumeError: They have not.
+        """
+        found = self.engine.ranks.gather([Windows.make(rows.input_ids, rows.mask).digest])
+        if len(set(found)) > 1:
+            raise ResumeError(
+                f"run: the ranks read different calibration windows from {self.directory.path} "
+                f"({_by_rank([digest[:12] for digest in found])}); give every rank the same files"
+            )
+
+    def _restore(self, solve: Solve) -> None:
+        """Load the newest checkpoint that every rank can read: ranks at different steps would add up in vain.
+
+        Raises:
+            ResumeError: There is none.
+        """
+        newest = math.inf
+        while True:
+            step = load_checkpoint(self._folder, solve, newest)
+            found = self.engine.ranks.gather([step])
+            if len(set(found)) == 1 and step is not None:
+                return
+            readable = [one for one in found if one is not None]
+            if len(readable) < len(found):
+                told = f" by every rank ({_by_rank(found)})" if readable else ""
+                raise ResumeError(
+                    f"run: no checkpoint in {self._folder} can be read{told}; remove that folder to start again"
+                )
+            newest = min(readable)
+            self.events.say(f"note: the ranks can read different checkpoints ({_by_rank(found)})")
 
     def moved(self) -> dict[str, float] | None:
         """Return what a step of this process moved between the compute device and where state and activations live.
@@ -135,20 +188,17 @@ class Solving:
         """
         if self.solve is None or not self._steps:
             return None
-        placement, boundaries = self.solve.solver.placement, self.solve.solver.boundaries
-        if placement.where == boundaries.where == "resident":
+        if self.solve.solver.placement.where == self.solve.solver.boundaries.where == "resident":
             return None
-        total = {
-            "bytes_in": placement.bytes_in,
-            "bytes_out": placement.bytes_out,
-            "boundary_bytes": boundaries.bytes_moved,
-            "waited_seconds": placement.waited,
-        }
-        return {name: value / self._steps for name, value in total.items()}
+        return {name: value / self._steps for name, value in self._moved.items()}
 
     def _advance(self, solve: Solve) -> StepRecord:
+        before = _moved(solve)
         record = solve.advance()
         self._steps += 1
+        # What is computed before and between the steps (gain, curvature, validations) moves blocks, too.
+        for name, value in _moved(solve).items():
+            self._moved[name] = self._moved.get(name, 0.0) + value - before[name]
         self._say_notes(solve)
         return record
 
@@ -193,16 +243,17 @@ class Solving:
                 self.directory.append_metrics(
                     {**asdict(record), "seconds": seconds, "rss_bytes": resident_bytes()}
                 )
+                self._beat()
                 if record.step % interval == 0 or solve.done:
                     self._validate(solve, sample)
                 if self.events.step is not None:
                     self.events.step(record, iters)
                 if writer.due(record.step) or solve.done or stopping:
                     writer.save()
-                if stopping and not solve.done:
+                if stopping:
                     writer.wait()
                     raise self._stopped(record.step)
-        writer.wait()
+            writer.wait()
         self.checkpoints = writer.summary(time.perf_counter() - started)
 
     def _follow(self, solve: Solve) -> None:
@@ -210,7 +261,7 @@ class Solving:
         with self._stop.deferred():
             while not solve.done:
                 record = self._advance(solve)
-                if self._stopping() and not solve.done:
+                if self._stopping():
                     raise self._stopped(record.step)
 
     def _stopping(self) -> bool:

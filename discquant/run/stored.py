@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from discquant.errors import DiskSpaceError
+from discquant.errors import CheckpointError, DiskSpaceError
 from discquant.formats.output import FULL, sync_path
 from discquant.formats.safetensors_file import (
     DTYPE_BITS,
@@ -21,6 +24,7 @@ from discquant.formats.safetensors_file import (
     tensor_bytes,
 )
 
+DIGESTS = "sha256"  # in a header: digest of each tensor by name
 Given = Tensor | Callable[[], Tensor]
 
 
@@ -97,8 +101,26 @@ def save_tensors_atomic(path: Path, tensors: Mapping[str, Given], metadata: Mapp
             handle.write(tensor_bytes(_made(tensors[name])))
 
 
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def keep_codes(path: Path, codes: Mapping[str, Tensor]) -> None:
+    """Write codes, one layer in memory at a time, with the digest of each layer for who reads them.
+
+    Raises:
+        DiskSpaceError: There is no room.
+    """
+    given: dict[str, Given] = {name: functools.partial(codes.__getitem__, name) for name in codes}
+    digests = {name: _sha256(codes[name]) for name in codes}
+    save_tensors_atomic(path, given, {DIGESTS: json.dumps(digests, sort_keys=True)})
+
+
 class StoredCodes(Mapping[str, Tensor]):
-    """Codes by module name in a safetensors file, read from it whenever they are asked for."""
+    """Codes by module name in a safetensors file, read from it whenever they are asked for.
+
+    Files of earlier versions say no digests, and are taken as they are.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open.
@@ -106,11 +128,28 @@ class StoredCodes(Mapping[str, Tensor]):
         Raises:
             CheckpointError: The file is damaged.
         """
-        self._found, _ = read_header(path)
+        self._found, metadata = read_header(path)
+        self._path = path
+        try:
+            self._digests: dict[str, str] = dict(json.loads(metadata.get(DIGESTS, "{}")))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {DIGESTS} of its header is damaged") from error
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the codes of a layer, uint8, [out_features, in_features]."""
-        return read_tensor(self._found[name])
+        """Return the codes of a layer, uint8, [out_features, in_features].
+
+        Raises:
+            KeyError: There is no such layer.
+            CheckpointError: They are not those that were written.
+        """
+        codes = read_tensor(self._found[name])
+        wanted = self._digests.get(name)
+        if wanted is not None and wanted != _sha256(codes):
+            raise CheckpointError(
+                f"{self._path}: {name} is damaged; these are codes that the run began with: choose another OUT, or "
+                "remove the file, and the same command computes them again"
+            )
+        return codes
 
     def __iter__(self) -> Iterator[str]:
         """Yield names in the order of the file."""

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from discquant.calibration import Windows
 from discquant.evaluation.divergence import compare_models
 from discquant.formats.bits import bits_per_weight, grid_bits
+from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
-from discquant.formats.source import Source
+from discquant.formats.source import Source, pickled_files
 from discquant.grids import Grid
 from discquant.run.directory import RunDirectory
 from discquant.run.served import apply_layers
@@ -128,7 +130,7 @@ def summarize_run(
         "held_out": {"windows": len(held), "tokens": held.tokens, "source": held.source},
         "layers": layer_table(chain, grids, codes, frozenset() if solve is None else solve.unseen),
         "sizes": {
-            "original_bytes": sum(file.stat().st_size for file in source.path.glob("*.safetensors")),
+            "original_bytes": original_bytes(source.path),
             "packed_bytes": None,
             "bits_per_weight": bits_per_weight(
                 (grid_bits(layer.grid, shape, kind), shape)
@@ -146,6 +148,12 @@ def summarize_run(
         if solve.unseen:
             summary["experts_unseen"] = sorted(solve.unseen)
     return summary
+
+
+def original_bytes(folder: Path) -> int:
+    """Return the bytes of the weight files that were read; the same weights may lie there in another layout, too."""
+    files = set(pickled_files(folder)) or {info.file for info in Checkpoint(folder).tensors.values()}
+    return sum(file.stat().st_size for file in files)
 
 
 def _state_bytes(solve: Solve) -> float:

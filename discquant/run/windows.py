@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from discquant.calibration import Windows, load_windows
+from discquant.calibration.load import token_file
 from discquant.config import QuantizeConfig
 from discquant.errors import CalibrationError, CheckpointError
 from discquant.formats.safetensors_file import read_header, read_tensor
@@ -30,7 +31,7 @@ def run_windows(directory: RunDirectory, config: QuantizeConfig, source: Source)
     if path.exists():
         return _kept_windows(path)
     data = config.data
-    return load_windows(
+    windows = load_windows(
         data.dataset,
         source.tokenizer,
         nsamples=data.nsamples + config.validation_windows,
@@ -40,6 +41,18 @@ def run_windows(directory: RunDirectory, config: QuantizeConfig, source: Source)
         chat_template=data.chat_template,
         text_key=data.text_key,
     )
+    return windows if token_file(data.dataset) else _tail_forward(windows, _held_out(windows, config))
+
+
+def _tail_forward(windows: Windows, held: int) -> Windows:
+    """Put the padded tail of a text before the windows to hold out: it may be a single token, which measures nothing.
+
+    Done when windows are made, not when they are split: a run that was begun otherwise goes on as it was begun.
+    """
+    last = len(windows) - 1
+    if last <= held or bool(windows.mask[last].all()):
+        return windows
+    return windows.rows([*range(last - held), last, *range(last - held, last)])
 
 
 def _kept_windows(path: Path) -> Windows:
@@ -55,7 +68,10 @@ def _kept_windows(path: Path) -> Windows:
         if kinds != KEPT or not isinstance(source, str):
             raise CheckpointError(f"{path} must hold {KEPT} and name their source, got {kinds}")
         ids, mask = read_tensor(stored["input_ids"]), read_tensor(stored["mask"])
-        return Windows.make(ids, mask.bool(), source)
+        windows = Windows.make(ids, mask.bool(), source)
+        if metadata.get("digest") not in (None, windows.digest):  # files of earlier versions say none
+            raise CheckpointError(f"{path} holds other windows than were written")
+        return windows
     except ValueError as error:  # a CheckpointError, too, which names the file
         named = "" if isinstance(error, CheckpointError) else f"{path}: "
         raise CheckpointError(
@@ -69,7 +85,7 @@ def keep_windows(directory: RunDirectory, windows: Windows) -> None:
     path = directory.path / CALIBRATION
     if not path.exists():
         tensors = {"input_ids": windows.input_ids.int(), "mask": windows.mask.to(torch.uint8)}
-        save_tensors_atomic(path, tensors, {"source": windows.source})
+        save_tensors_atomic(path, tensors, {"source": windows.source, "digest": windows.digest})
 
 
 def few_windows(windows: Windows, config: QuantizeConfig) -> str:
@@ -88,11 +104,14 @@ def split_windows(windows: Windows, config: QuantizeConfig) -> tuple[Windows, Wi
     Raises:
         CalibrationError: There are fewer than two.
     """
-    held = min(config.validation_windows, max(1, len(windows) // 5))
     if len(windows) < 2:
         raise CalibrationError(
             f"calibration: {config.data.dataset} gives {len(windows)} window of {windows.seqlen} tokens; "
             "at least 2 are needed (one is held out)"
         )
-    train, validation = windows.split(len(windows) - held)
+    train, validation = windows.split(len(windows) - _held_out(windows, config))
     return train, validation
+
+
+def _held_out(windows: Windows, config: QuantizeConfig) -> int:
+    return min(config.validation_windows, max(1, len(windows) // 5))

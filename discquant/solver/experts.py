@@ -7,7 +7,8 @@ What chooses and weighs experts is small, decides everything, and is served in f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from discquant.formats.stored import checkpoint_parts, fused_parameters
 from discquant.solver.counted import counted_rows
 from discquant.solver.weight_ref import WeightRef
+
+# Where a configuration of transformers keeps what `set_experts_implementation` sets.
+_KERNEL = "_experts_implementation_internal"
 
 
 def routes(name: str, layer: nn.Module) -> bool:
@@ -30,6 +34,20 @@ def routes(name: str, layer: nn.Module) -> bool:
     if any("router" in part or part == "shared_expert_gate" for part in parts):
         return True
     return "gate" in parts and layer.out_features < layer.in_features
+
+
+@contextlib.contextmanager
+def kept_kernels(model: nn.Module) -> Iterator[None]:
+    """Give a model back the implementation of its experts, which `settle_kernel` may change meanwhile."""
+    configs = {
+        id(config): config for config in (getattr(module, "config", None) for module in model.modules())
+    }
+    before = [(config, getattr(config, _KERNEL)) for config in configs.values() if hasattr(config, _KERNEL)]
+    try:
+        yield
+    finally:
+        for config, kernel in before:
+            setattr(config, _KERNEL, kernel)
 
 
 def settle_kernel(model: nn.Module) -> None:

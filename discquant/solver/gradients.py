@@ -212,7 +212,7 @@ def block_gradients(
         losses.append(part.loss + square)
         grads.append(part.grad)
     # The only wait for the device in a step before its end; summed in the order of micro-batches, whatever the ranks.
-    value = sum(ranks.gather(torch.stack(losses).tolist() if losses else []))
+    value: float = sum(ranks.gather(torch.stack(losses).tolist() if losses else []))
     if not math.isfinite(value):
         raise ValueError(f"block_gradients: the loss must be finite, got {value}")
     del student_hidden, teacher_hidden

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from discquant.solver.experts import kept_kernels
+
 
 @contextlib.contextmanager
 def lent(model: nn.Module) -> Iterator[None]:
     """Let a chain freeze a model and put it in evaluation mode meanwhile; what its owner has set around does not count.
 
     Within, autocast and inference mode are off: the model's dtype is the compute dtype, and the solver needs gradients.
-    Afterwards every submodule has its `training` again, and every parameter its `requires_grad`.
+    Afterwards every submodule has its `training` again, every parameter its `requires_grad`; experts compute as before.
 
     Raises:
         ValueError: Parameters were made in inference mode, which autograd never takes.
@@ -33,6 +35,7 @@ def lent(model: nn.Module) -> Iterator[None]:
         held.enter_context(torch.inference_mode(False))
         for kind in filter(torch.amp.is_autocast_available, sorted(kinds)):
             held.enter_context(torch.autocast(kind, enabled=False))
+        held.enter_context(kept_kernels(model))
         try:
             yield
         finally:

@@ -50,6 +50,12 @@ def _advise(area: mmap.mmap, advice: str) -> None:
         area.madvise(option)
 
 
+def _anonymous(length: int) -> mmap.mmap:
+    """Map memory of this process alone: shared memory, the module's own choice, seldom gets huge pages."""
+    flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    return mmap.mmap(-1, length, flags=flags) if flags else mmap.mmap(-1, length)  # flags: not on Windows
+
+
 def _launch() -> None:
     """Have the current GPU run a kernel."""
     torch.ones(1, device="cuda").neg_()
@@ -76,7 +82,7 @@ class HostArena:
 
     def __init__(self, num_bytes: int, pin: bool) -> None:
         """Map `num_bytes`; `problem` says why it could not be pinned, None where it is or need not be."""
-        self._map = mmap.mmap(-1, max(PAGE, -(-num_bytes // PAGE) * PAGE))
+        self._map = _anonymous(max(PAGE, -(-num_bytes // PAGE) * PAGE))
         _advise(self._map, "MADV_HUGEPAGE")
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
         self._unregister: weakref.finalize[[int], HostArena] | None = None
@@ -88,6 +94,8 @@ class HostArena:
         if code != 0:
             _forget_error()
             return f"cudaHostRegister of {num_bytes} bytes failed with error {code}"
+        # A forked child that shared these pages would have this process write to copies that the device does not know.
+        _advise(self._map, "MADV_DONTFORK")
         # Also where nobody closes: CUDA refuses an address that it still knows from a map that is gone.
         self._unregister = weakref.finalize(self, _unregister, base)
         if not self.tensor.is_pinned():

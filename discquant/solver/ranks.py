@@ -12,7 +12,7 @@ import contextlib
 import datetime as dt
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from discquant.errors import ConfigError, RankLostError
 
 # Rank 0 may read or sample text, measure or export alone for as long. A rank that dies is noticed by its connection.
 TIMEOUT = dt.timedelta(days=1)
+T = TypeVar("T")
 
 
 class TreeSum:
@@ -159,7 +160,7 @@ class Ranks:
                 sums[name] = mine.add_(other)
             step *= 2
 
-    def gather(self, values: list[float]) -> list[float]:
+    def gather(self, values: list[T]) -> list[T]:
         """Return the values of all ranks in the order of the ranks."""
         if self.world == 1:
             return values

@@ -359,7 +359,8 @@ class Solve:
         return record
 
     def skip_rows(self, steps: int) -> None:
-        """Move the row order past `steps` steps that a checkpoint already holds."""
+        """Begin the row order anew, past `steps` steps that a checkpoint already holds."""
+        self._order = row_order(len(self.rows), self.config.seed)
         for _ in range(steps * self.config.solver.batch_size):
             next(self._order)
 

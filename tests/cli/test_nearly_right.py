@@ -42,6 +42,26 @@ def test_a_kind_names_the_formats_that_hold_it(
     assert f"--format {asked} cannot hold this model in --kind {kind}" in line and words in line
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--group-size", "8192"), ("--format", "awq", "--bits", "3"), ("--kind", "q4_0"),
+        ("--kind", "nvfp4", "--format", "gptq"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_plan_refuses_what_the_run_would(
+    given: tuple[str, ...], run: Run, model: Path, tokens: str, tmp_path: Path
+) -> None:
+    """In the same words, from config.json alone."""
+    given = ("--seqlen", "32", *given)
+    status, _, error = run("quantize", str(model), str(tmp_path / "out"), "--dataset", tokens, *given)
+    assert status == 2 and not (tmp_path / "out").exists()
+    (model / "model.safetensors").unlink()
+    refused, _, planned = run("plan", str(model), "--gpu", "cpu", *given)
+    assert refused == 2 and _line(planned) == _line(error)
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path, model: Path) -> Path:
     """What quantize leaves, as far as its config.json and one model in it tell."""

@@ -79,7 +79,7 @@ def test_the_words_change_the_plan(configs: Path) -> None:
         return next(float(p["items"]["host"].get(name, 0.0)) for p in facts["phases"] if p["name"] == phase)
 
     weights = base["quantized_weights"]
-    kind = _facts(model, "--gpu", "cpu", "--kind", "q4_k")
+    kind = _facts(model, "--gpu", "cpu", "--kind", "q4_k", "--format", "gguf")
     assert item(kind, "scales", "grid") == pytest.approx(8 / 32 * weights)
     assert (
         item(_facts(model, "--gpu", "cpu", "--loss", "ce"), "factors of a block") == 0 < item(base, "state")

@@ -22,12 +22,14 @@ from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.refined import keep_card
 from discquant.grids import place_grid
+from discquant.run import pipeline
 from discquant.run.derive import row_correlations
 from discquant.run.directory import RunDirectory
 from discquant.run.events import Events
 from discquant.run.export import export
 from discquant.run.refine import RefinePipeline
 from discquant.run.served import load_run_model
+from discquant.run.summary import summarize_run
 
 Make = Callable[..., Path]
 
@@ -47,6 +49,30 @@ def _open(model_dir: Path) -> nn.Module:
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir)
     return model
+
+
+def test_text_that_measures_nothing_keeps_the_file(
+    make: Make, model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token of held-out text has no KL: the result cannot be called better, and the run ends all the same."""
+
+    def unmeasured(*given: Any) -> dict[str, Any]:
+        summary = summarize_run(*given)
+        for found in summary["methods"].values():
+            found["kl_mean"] = None
+        return summary
+
+    monkeypatch.setattr(pipeline, "summarize_run", unmeasured)
+    file, out, said = make("compressed-tensors"), tmp_path / "out", []
+    config = replace(_config(dataset), method="greedy")
+    events = Events(message=said.append)
+    summary = RefinePipeline(file, out, model_dir, config, events=events).execute()
+    found = summary["refine"]
+    assert not found["improved"] and found["kl_before"] is None and found["kl_ratio"] is None
+    assert summary["byte_diff"]["changed"] == 0
+    assert any("not better on held-out text (KL -, the file -)" in line for line in said)
+    assert "(KL -)" in (out / "report.md").read_text(encoding="utf-8")
+    assert "(KL -)" in (out / "compressed-tensors" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from discquant.errors import MissingModelError
 from discquant.run import plots
 from discquant.run.report import read_metrics, write_report
-from discquant.run.summary import beaten
+from discquant.run.summary import beaten, original_bytes
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -67,6 +68,19 @@ def summary() -> dict[str, Any]:
         ],
         "sizes": {"original_bytes": 8_000_000, "packed_bytes": 2_000_000, "bits_per_weight": 3.25},
     }
+
+
+def test_original_weights_are_those_that_were_read(model_dir: Path, tmp_path: Path) -> None:
+    """Not the same weights in another layout beside them; pickled ones by their own files."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    weights = folder / "model.safetensors"
+    shutil.copy(weights, folder / "consolidated.safetensors")
+    assert original_bytes(folder) == weights.stat().st_size
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"1234567")
+    assert original_bytes(folder) == 7
 
 
 @pytest.fixture

@@ -179,6 +179,41 @@ def test_an_arena_is_as_long_as_asked() -> None:
     assert int(arena.tensor.sum()) == 0
 
 
+def _mapping(address: int) -> tuple[str, set[str]]:
+    """Permissions and flags of the mapping that holds an address."""
+    permissions, here = "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            begin, end = (int(bound, 16) for bound in words[0].split("-"))
+            here, permissions = begin <= address < end, words[1]
+        elif here and words[0] == "VmFlags:":
+            return permissions, set(words[1:])
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the kernel does not tell its mappings")
+def test_an_arena_may_have_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of its own, for shared memory gets them by another switch, which is off; a pinned one is not forked."""
+    arena = HostArena(4 << 20, pin=False)
+    permissions, flags = _mapping(arena.tensor.data_ptr())
+    assert permissions == "rw-p" and "dc" not in flags
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in flags
+
+    class Runtime:
+        def cudaHostRegister(self, base: int, size: int, flags: int) -> int:
+            return 0
+
+        def cudaHostUnregister(self, base: int) -> int:
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    pinned = HostArena(4 << 20, pin=True)
+    assert "dc" in _mapping(pinned.tensor.data_ptr())[1]
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_block_that_kept_its_slot_is_changed_after_it_has_left(
     gpu: bool, streams: list[Any], monkeypatch: pytest.MonkeyPatch
