@@ -115,9 +115,9 @@ def _check_scalars(op: str, options: StepOptions) -> None:
 
 def check_state(
     op: str, frac: Tensor, frac_ref: Tensor, scale: Tensor, momentum: Tensor | None, second_moment: Tensor | None,
-    group_size: int, options: StepOptions, **read: Tensor | None,
+    group_size: int, options: StepOptions,
 ) -> None:  # fmt: skip
-    """Validate the state and the scalars of a step; `read` are its further tensors, which it must not change."""
+    """Validate the state and the scalars of a step."""
     registry.require_given(op, frac=frac, frac_ref=frac_ref, scale=scale)
     registry.require_tensors(op, momentum=momentum, second_moment=second_moment)
     if not isinstance(options, StepOptions):
@@ -157,13 +157,19 @@ def check_state(
     registry.require_device(
         op, frac, frac_ref=frac_ref, scale=scale, momentum=momentum, second_moment=second_moment
     )
-    changed = {"momentum": momentum, "second_moment": second_moment}
-    registry.require_separate(
-        op,
-        {"frac_ref": frac_ref, "scale": scale, **read},
-        frac=frac,
-        **{name: changed[name] for name, needed in zip(changed, needs, strict=True) if needed},
-    )
+
+
+def check_separate(
+    op: str, frac: Tensor, momentum: Tensor | None, second_moment: Tensor | None, options: StepOptions,
+    **read: Tensor | None,
+) -> None:  # fmt: skip
+    """Refuse state that shares an address with other state, or with what the step only reads."""
+    changed = {"frac": frac}
+    if options.optimizer != "sgd" and momentum is not None:
+        changed["momentum"] = momentum
+    if options.optimizer == "adamw" and second_moment is not None:
+        changed["second_moment"] = second_moment
+    registry.require_separate(op, read, **changed)
 
 
 def check_table(op: str, frac: Tensor, q_down: Tensor | None, table: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from discquant.ops._steps import (
     OPTIMIZERS,
     SCALAR_SCHEMA,
     SCALARS,
+    check_separate,
     check_state,
     check_table,
     flatten_options,
@@ -82,23 +83,16 @@ def _run(
         registry.require(table is None, _OP, "table", "without scale be", None, "a Tensor")
         # The gradient is by frac already: the factor 1 for every row.
         scale, group_size = frac.new_ones((frac.shape[0], 1), dtype=torch.float32), -1
-    check_state(
-        _OP,
-        frac,
-        frac_ref,
-        scale,
-        momentum,
-        second_moment,
-        group_size,
-        options,
-        weight_grad=weight_grad,
-        table=table,
-    )
+    check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
     registry.require_dtype(_OP, "weight_grad", weight_grad, GRADIENT_DTYPES)
     shape = weight_grad.shape
     registry.require(shape == frac.shape, _OP, "weight_grad", "have the shape of frac", frac.shape, shape)
     registry.require_device(_OP, frac, weight_grad=weight_grad)
     check_table(_OP, frac, q_down, table)
+    check_separate(
+        _OP, frac, momentum, second_moment, options,
+        frac_ref=frac_ref, scale=scale, weight_grad=weight_grad, q_down=q_down, table=table,
+    )  # fmt: skip
     tensors = (frac, frac_ref, weight_grad, scale, momentum, second_moment)
     double = any(t is not None and t.dtype == torch.float64 for t in (*tensors, table))
     unsupported = "float64, which only the reference computes in" if double else None

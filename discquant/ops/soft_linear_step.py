@@ -8,7 +8,7 @@ from torch import Tensor
 
 from discquant.ops import _registry as registry
 from discquant.ops._soft_linear import step_op
-from discquant.ops._steps import check_state, check_table, flatten_options, table_scale
+from discquant.ops._steps import check_separate, check_state, check_table, flatten_options, table_scale
 from discquant.ops.reference import projected_step as step_reference
 from discquant.ops.reference.projected_step import StepCounts, StepOptions
 from discquant.ops.reference.soft_linear import tokens, weight_gradient
@@ -31,14 +31,14 @@ def _run(
     options: StepOptions, momentum: Tensor | None, second_moment: Tensor | None, q_down: Tensor | None,
     table: Tensor | None, impl: str,
 ) -> Tensor:  # fmt: skip
-    registry.require_given(_OP, grad_output=grad_output, x=x)
-    check_state(
-        _OP, frac, frac_ref, scale, momentum, second_moment, group_size, options,
-        grad_output=grad_output, x=x, table=table,
-    )  # fmt: skip
+    check_state(_OP, frac, frac_ref, scale, momentum, second_moment, group_size, options)
     check_pair(_OP, grad_output, x, *frac.shape)
     registry.require_device(_OP, frac, x=x, grad_output=grad_output)
     check_table(_OP, frac, q_down, table)
+    check_separate(
+        _OP, frac, momentum, second_moment, options,
+        frac_ref=frac_ref, scale=scale, grad_output=grad_output, x=x, q_down=q_down, table=table,
+    )  # fmt: skip
     tensors = (grad_output, x, frac, frac_ref, scale, momentum, second_moment, table)
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     chosen = registry.choose(

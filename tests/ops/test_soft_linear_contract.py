@@ -158,7 +158,7 @@ def test_step_rejects_bad_input(device):
     x, dy = torch.zeros(2, 64, device=device), torch.zeros(2, 4, device=device)
     table = torch.linspace(-1, 1, 16, device=device)
     good: dict[str, Any] = {
-        "grad_output": dy, "x": x, "frac": codes, "frac_ref": codes, "scale": torch.ones(4, 2, device=device),
+        "grad_output": dy, "x": x, "frac": codes, "frac_ref": codes.clone(), "scale": torch.ones(4, 2, device=device),
         "group_size": 32, "options": StepOptions(optimizer="sgd"), "impl": "triton",
     }  # fmt: skip
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
