@@ -49,14 +49,12 @@ def quickstart() -> str:
 
 
 def sweep() -> str:
-    """The bundled model at 2, 3 and 4 bits; on the former grid of positive scales where the present is not measured."""
+    """The bundled model at 2, 3 and 4 bits, beside the former grid of positive scales."""
     now, before = (_by_setting(f"tiny_llama_sweep{name}") for name in ("", "_positive"))
     body = []
-    for setting in sorted(now | before, key=lambda item: (item[0], item[1] % 10_000)):
-        kl, former = now.get(setting, before.get(setting, {})), before.get(setting, {})
+    for setting in sorted(now, key=lambda item: (item[0], item[1] % 10_000)):
+        kl, former = now[setting], before.get(setting, {})
         name = f"{setting[0]} bits, {'whole row' if setting[1] == -1 else f'group {setting[1]}'}"
-        if setting not in now:
-            name, former = f"{name}, positive scales", {}
         cells = [
             "" if m not in kl else f"{kl[m]:.5f} ({kl[m] / former[m]:.2f})" if m in former else f"{kl[m]:.5f}"
             for m in ("rtn", "greedy", "gptq", "paper", "discquant")
@@ -66,8 +64,7 @@ def sweep() -> str:
         return MISSING
     note = (
         f"Mean KL to the original on held-out text, nats per token; {STEPS} steps, of the `paper` preset, too. In "
-        "brackets: of the same method on scales that were positive alone, as they were before; rows that say so are of "
-        "that code."
+        "brackets: of the same method on scales that were positive alone, as they were before."
     )
     header = ["bundled model", "RTN", "greedy", "GPTQ", "`paper`", "**`default`**", "ratio to GPTQ"]
     return f"{table(header, body)}\n\n{note}"
