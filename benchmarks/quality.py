@@ -260,9 +260,8 @@ def autoround(iters: int) -> None:
 
         def better(folder: Path = folder, bits: int = bits) -> dict[str, Any]:
             solver = SolverConfig(iters=iters, warmup=max(1, iters // 8))
-            return bench.solve(
-                GridConfig(bits, 64, True, "absmax"), solver, grids=_of_file(folder / "out")[0]
-            )
+            grids, _ = _of_file(folder / "out")
+            return {**bench.solve(GridConfig(bits, 64, True), solver, grids=grids), "grid": "autoround"}
 
         if not (folder / "out").exists():  # DiscQuant needs AutoRound's file itself
             store.rows = [row for row in store.rows if not row["key"].startswith(name)]

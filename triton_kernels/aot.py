@@ -39,17 +39,12 @@ TYPES = {
     torch.int64: "i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
-FIELDS = (
-    "case", "kernel", "target", "default", "registers", "spill_bytes", "shared_bytes", "tensor_core", "ptx_lines",
-    "instructions_per_element", "slow_per_element", "triton", "digest",
-)  # fmt: skip
-
-
 # What `compile_launch` reads.
 FACTS = (
     "registers", "spill_bytes", "shared_bytes", "tensor_core", "ptx_lines", "instructions_per_element",
     "slow_per_element",
 )  # fmt: skip
+FIELDS = ("case", "kernel", "target", "default", *FACTS, "triton", "digest")
 
 
 class Launch(NamedTuple):
