@@ -26,7 +26,8 @@ from discquant.run.summary import coded_layers
 from discquant.solver import solve
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 
 ROWS, SEQLEN = 16, 32
 

@@ -21,7 +21,8 @@ from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.memory import HostArena, MappedFile
 from discquant.solver.placement import Lane, Placement
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 from discquant.solver.state import WeightState
 
 
