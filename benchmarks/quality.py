@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality of every rounding method on the same grids: `benchmarks/quality.py stories260k|sweep|scales|rotation|autoround`.
+"""Quality of every rounding method on the same grids: `benchmarks/quality.py WHAT`, one of the functions below.
 
 Writes benchmarks/results/<name>.json after every measurement and continues from it, so that it can be stopped.
 """

@@ -21,6 +21,7 @@ from discquant.formats.coded import CodedLayer
 from discquant.formats.source import Source, pickled_files
 from discquant.grids import Grid
 from discquant.run.directory import RunDirectory
+from discquant.run.plots import AS_LAID
 from discquant.run.served import apply_layers
 from discquant.solver.chain import Chain
 from discquant.solver.measure import mean_kl
@@ -28,7 +29,6 @@ from discquant.solver.rows import TokenRows
 from discquant.solver.solve import Solve
 
 START = "start.json"
-AS_LAID = "discquant, scales as laid"  # the final codes on the grid that they were chosen on
 BINS = 50
 
 

@@ -24,7 +24,8 @@ from discquant.solver.solve import Solve, lay_grids
 
 def _run(model: Any, ranks: Ranks, loss: str, out: Path, die_at: int | None) -> None:
     options = SolverConfig(
-        iters=3,
+        iters=2,
+        scale_iters=2,
         batch_size=8,
         micro_batch=2,
         warmup=1,
