@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from discquant.config import SolverConfig
-from discquant.grids.uniform import MOST_RESCALED, UniformGrid
+from discquant.grids import Grid, UniformGrid
+from discquant.grids.uniform import MOST_RESCALED
 
 WARMUP = 16  # steps, but no more than a quarter of all
 BETAS = (0.9, 0.99)  # second moments must settle within some dozen steps
@@ -48,11 +49,11 @@ def group_sums(values: Tensor, group_size: int, num_groups: int) -> Tensor:
     return padded.reshape(rows, num_groups, size).sum(dim=-1)
 
 
-def scale_gradient(grid: UniformGrid, q: Tensor, grad: Tensor) -> Tensor:
+def scale_gradient(grid: Grid, q: Tensor, grad: Tensor) -> Tensor:
     """Return d loss / d e.
 
     Args:
-        grid: As it was laid; its groups are contiguous.
+        grid: As it was laid, uniform; its groups are contiguous.
         q: Codes, uint8, [out_features, in_features].
         grad: d loss / d W of the served weight, float32 or wider, the same shape.
 
@@ -60,10 +61,12 @@ def scale_gradient(grid: UniformGrid, q: Tensor, grad: Tensor) -> Tensor:
         float32, [out_features, num_groups].
 
     Raises:
-        ValueError: The groups are not contiguous.
+        ValueError: The grid is of another kind, or its groups are not contiguous.
     """
-    if grid.g_idx is not None:
-        raise ValueError("scale_gradient: groups must be contiguous, got a grid with g_idx")
+    if not isinstance(grid, UniformGrid) or grid.g_idx is not None:
+        raise ValueError(
+            "scale_gradient: grid must be uniform, of contiguous groups, got another kind or g_idx"
+        )
     product = grid.dequantize(q, torch.float32).mul_(grad)
     return group_sums(product, grid.group_size, grid.scale.shape[1])
 

@@ -185,7 +185,7 @@ class Solver:
             self._journal.keep(index, block.changed())
         return block
 
-    def _refuse_not_finite(self, refs: Sequence[WeightRef], grads: Mapping[str, Tensor]) -> None:
+    def _refuse_not_finite(self, refs: Sequence[WeightRef], grads: dict[str, Tensor]) -> None:
         """Look at gradients on a CPU; on a GPU that pass moves 22 bytes per weight, and the steps alone look."""
         if all(grad.device.type == "cpu" for grad in grads.values()):
             bad = first_not_finite(refs, grads)

@@ -44,7 +44,7 @@ def test_gradient_is_autograds(group_size: int, sym: bool) -> None:
 
 def test_groups_that_are_not_contiguous_are_refused() -> None:
     grid = UniformGrid(4, 8, True, torch.ones(2, 2), g_idx=torch.tensor([0, 1] * 8))
-    with pytest.raises(ValueError, match="groups must be contiguous"):
+    with pytest.raises(ValueError, match="grid must be uniform, of contiguous groups"):
         scale_gradient(grid, torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(2, 16))
 
 
