@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality of every rounding method on the same grids: `benchmarks/quality.py stories260k|sweep|rotation|autoround`.
+"""Quality of every rounding method on the same grids: `benchmarks/quality.py WHAT`, one of the functions below.
 
 Writes benchmarks/results/<name>.json after every measurement and continues from it, so that it can be stopped.
 """
@@ -29,7 +29,8 @@ from discquant.run.served import served_dtype
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.measure import mean_kl
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -102,15 +103,17 @@ class Bench:
             record = run.advance()
             moved, fractional = record.moved, record.fractional
         soft = mean_kl(self.chain, run.solver.student, self.heldout.batches(range(len(self.heldout))))
+        scales = {"scale_iters": solver.scale_iters, "kl_as_laid": self.kl(grids, run.codes())}
         return {
             "method": "discquant",
             "preset": solver.preset,
             "state": solver.state,
             **dataclasses.asdict(grid),
             "iters": solver.iters,
-            "tokens": solver.iters * solver.batch_size * int(self.calibration.input_ids.shape[1]),
+            **(scales if solver.scale_iters else {}),
+            "tokens": solver.steps * solver.batch_size * int(self.calibration.input_ids.shape[1]),
             "seed": seed,
-            "kl": self.kl(grids, run.codes()),
+            "kl": self.kl(run.grids(), run.codes()),
             "kl_before_rounding": soft,
             "moved": moved,
             "fractional": fractional,
@@ -181,6 +184,21 @@ def sweep(iters: int) -> None:
                 budget = {"iters": iters, "batch_size": solver.batch_size, "warmup": solver.warmup}
                 paper = dataclasses.replace(preset("paper", grid), **budget)
                 store.measure(f"{name}, paper", lambda g=grid, s=paper: bench.solve(g, s))
+
+
+# Bits, steps that choose codes and steps that move scales: the sweep's own in all, and then twice as many.
+_SCALES = ((3, 192, 64), (4, 192, 64), (2, 192, 64), (3, 384, 128), (3, 512, 0))
+
+
+def scales() -> None:
+    """Scales that move after the codes are chosen (`--scale-iters`), in groups of 64 of the bundled model."""
+    bench, store = _tiny_llama(TINY), Store("scales")
+    for bits, chosen, moved in _SCALES:
+        solver = SolverConfig(iters=chosen, scale_iters=moved, warmup=(chosen + moved) // 8)
+        store.measure(
+            f"{bits} bits, {chosen} + {moved}",
+            lambda b=bits, s=solver: bench.solve(GridConfig(b, 64, True, "search"), s),
+        )
 
 
 # Bits, group size, and the seeds of the rotations that are tried.
@@ -293,7 +311,7 @@ def _kl_of_model(original: Bench, other: Bench) -> float:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("stories260k", "sweep", "rotation", "autoround"))
+    parser.add_argument("what", choices=("stories260k", "sweep", "scales", "rotation", "autoround"))
     parser.add_argument("--model", type=Path, help="folder of stories260k (shared test data)")
     parser.add_argument(
         "--iters", type=int, default=256, help="DiscQuant steps of sweep, rotation and autoround"
@@ -302,6 +320,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.what == "scales":
+        scales()
+        return
     chosen = {"sweep": sweep, "rotation": rotation, "autoround": autoround}.get(arguments.what)
     if chosen is not None:
         chosen(arguments.iters)

@@ -26,7 +26,8 @@ from discquant.run.refine import RefinePipeline
 from discquant.run.served import served_dtype
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes
-from discquant.solver.solve import TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import lay_grids
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "refine.json"

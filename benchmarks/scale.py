@@ -134,7 +134,8 @@ def one_depth(given: argparse.Namespace, depth: int) -> dict[str, Any]:
     from discquant.planning.shape import shape_of
     from discquant.run.phases import Phases, resident_bytes
     from discquant.solver.chain import DecoderChain
-    from discquant.solver.solve import Solve, TokenRows, lay_grids
+    from discquant.solver.rows import TokenRows
+    from discquant.solver.solve import Solve, lay_grids
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

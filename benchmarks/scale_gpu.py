@@ -106,7 +106,8 @@ def solve(given: argparse.Namespace, found: dict[str, Any], where: str, depth: i
     from discquant.run.phases import Phases
     from discquant.solver.chain import DecoderChain
     from discquant.solver.engine import Engine
-    from discquant.solver.solve import Solve, TokenRows, lay_grids
+    from discquant.solver.rows import TokenRows
+    from discquant.solver.solve import Solve, lay_grids
 
     device, config = given.device, options(given)
     engine = Engine(cast(Any, where), device=device)

@@ -246,6 +246,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "quickstart": quality.quickstart,
     "sweep": quality.sweep,
     "autoround": quality.autoround,
+    "scales": quality.scales,
     "rotation": quality.rotation,
     "stories260k": quality.stories,
     "training": quality.training,

@@ -109,6 +109,36 @@ def autoround() -> str:
     return f"{table(header, body)}\n\n{note}"
 
 
+def scales() -> str:
+    """Scales that move once the codes are chosen, beside solves of as many steps whose grid stays."""
+    found = load(RESULTS / "scales.json")
+    if found is None:
+        return MISSING
+    sweep_kl = _by_setting("tiny_llama_sweep")
+    rows = found["rows"]
+    # By bits and steps in all, of solves whose grid stays.
+    stays = {(row["bits"], row["iters"]): row["kl"] for row in rows if not row.get("scale_iters")}
+    stays |= {(bits, STEPS): kl["discquant"] for (bits, size), kl in sweep_kl.items() if size == 64}
+    body = []
+    for row in sorted(rows, key=lambda row: (row["bits"], row["iters"])):
+        moved = row.get("scale_iters", 0)
+        other = stays.get((row["bits"], row["iters"] + moved))
+        if moved and other is not None:
+            steps = f"{row['iters']} + {moved}"
+            shown = f"{row['kl']:.5f} ({row['kl'] / other:.2f})"
+            body.append(
+                [f"{row['bits']} bits, group 64", steps, f"{row['kl_as_laid']:.5f}", shown, f"{other:.5f}"]
+            )
+    if not body:
+        return MISSING
+    note = (
+        "KL on the held-out text of the table above, the same calibration text; in brackets: of the last column. Steps "
+        "that choose codes + steps that move scales; the last column takes the sum of both for codes alone."
+    )
+    header = ["bundled model", "steps", "scales as laid", "**scales moved**", "as many steps, codes alone"]
+    return f"{table(header, body)}\n\n{note}"
+
+
 def rotation() -> str:
     """The bundled model as it is and rotated."""
     found = load(RESULTS / "rotation.json")

@@ -36,7 +36,8 @@ from discquant.solver.layers import full_precision
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.lent import lent
 from discquant.solver.module_chain import ModuleChain
-from discquant.solver.solve import TokenRows, lay_grids, solve
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import lay_grids, solve
 from discquant.solver.solver import Solver, StepRecord
 from discquant.solver.usage import unseen_experts
 
@@ -50,7 +51,7 @@ class Quantized:
     Attributes:
         model: The model that was given, its weights unchanged until `apply`.
         codes: Final codes by module name, uint8, [out_features, in_features], on the CPU.
-        grids: Grid of each module, on the CPU.
+        grids: Grid of each module as its codes are served, on the CPU.
         served: Dtype to which served weights are rounded.
         records: Record of every step (empty for layer-wise methods).
         unseen: Expert matrices that no calibration token reached, and of gptq and greedy the layers that were never
@@ -155,8 +156,8 @@ def _run(
             on_step(record)
 
     finished = solve(chain, grids, rows, config, note, served=served, engine=engine)
-    # The state that the grids are views of goes.
-    grids = {name: grid.copied() for name, grid in grids.items()}
+    # On memory of their own: the state that `grids` are views of goes.
+    grids = dict(finished.grids())
     return Quantized(chain.model, finished.codes(), grids, served, tuple(records), finished.unseen)
 
 

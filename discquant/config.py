@@ -30,6 +30,9 @@ GRID_KINDS: dict[str, tuple[int, int, bool]] = {
     "q3_k": (3, 16, True),
 }
 
+# Kinds whose scales are numbers of their own, not multiples of others.
+FREE_SCALES = ("uniform", "q4_0")
+
 GROUP_SIZES_HINT = "-1 (whole row) or a positive multiple of 8, usually 32, 64 or 128"
 
 
@@ -137,6 +140,9 @@ class SolverConfig:
             vertices it would hold them in the middle.
         curvature_samples: Token windows that the factors are gathered on.
         curvature_width: Channels per diagonal block of a factor; wider layers keep several blocks.
+        scale_iters: Steps after `iters`, with the codes fixed, in which the scales move on the loss; 0 keeps the grid
+            as it was laid. Uniform grids and q4_0, whose scales are free numbers.
+        scale_lr: Their peak learning rate: a step moves a scale by about this share of itself.
         state: Width of the per-weight state.
         compute_dtype: Dtype of the forward and backward passes; a model given in memory brings its own.
         teacher: Where the original weights come from: `weights` as they are, `state` computed from the grid state,
@@ -168,6 +174,8 @@ class SolverConfig:
     curvature_until: float = 1.0
     curvature_samples: int = 256
     curvature_width: int = 512
+    scale_iters: int = 0
+    scale_lr: float = 2e-3
     state: StateFormat = "fp32"
     compute_dtype: ComputeDtype = "float32"
     teacher: TeacherSource = "auto"
@@ -178,7 +186,9 @@ class SolverConfig:
         Raises:
             ValueError: A field is out of range.
         """
-        for name, least in (("iters", 1), ("batch_size", 1), ("micro_batch", 1), ("warmup", 0)):
+        for name, least in (
+            ("iters", 1), ("batch_size", 1), ("micro_batch", 1), ("warmup", 0), ("scale_iters", 0),
+        ):  # fmt: skip
             _whole(name, least, getattr(self, name))
         for name, least in (("curvature_samples", 1), ("curvature_width", 16)):
             _whole(name, least, getattr(self, name))
@@ -188,6 +198,7 @@ class SolverConfig:
         _check(
             "lr", "at most 1, for positions lie in [0, 1] and a step moves them by about lr", small, self.lr
         )
+        _check("scale_lr", "above 0, at most 0.1", 0 < self.scale_lr <= 0.1, self.scale_lr)
         floor = self.lr_floor
         _check("lr_floor", "in [0, 1] or None", floor is None or 0 <= floor <= 1, floor)
         _check("grad_clamp", "above 0", self.grad_clamp > 0, self.grad_clamp)
@@ -211,6 +222,11 @@ class SolverConfig:
         ):
             value = getattr(self, name)
             _check(name, f"one of {get_args(kind)}", value in get_args(kind), value)
+
+    @property
+    def steps(self) -> int:
+        """All steps of a solve: those that choose codes, and those that move scales."""
+        return self.iters + self.scale_iters
 
     @property
     def curved(self) -> bool:
@@ -334,6 +350,11 @@ class QuantizeConfig:
             "format names, comma separated, or none",
             bool(self.formats or self.format == "none"),
             self.format,
+        )
+        moved = self.solver.scale_iters if self.method == "discquant" else 0
+        free = moved == 0 or self.grid.kind in FREE_SCALES
+        _check(
+            f"scale_iters with kind {self.grid.kind}", f"0; only {FREE_SCALES} have free scales", free, moved
         )
         for name in ("ignore", "baselines"):
             _names(name, getattr(self, name))

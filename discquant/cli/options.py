@@ -58,6 +58,12 @@ TextKey = Annotated[str, typer.Option(help="Key of the text in .jsonl, .parquet 
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(help="Tokens per window.")]
 Iters = Annotated[int | None, typer.Option(help="Optimizer steps; default from the preset.")]
+ScaleIters = Annotated[
+    int | None,
+    typer.Option(
+        help="Steps after those, codes fixed, in which the scales move on the loss; default 0: the grid as it was laid."
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option(help="Windows per step.")]
 MicroBatch = Annotated[int | None, typer.Option(help="Windows per forward pass.")]
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate on frac.")]

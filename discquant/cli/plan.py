@@ -47,6 +47,7 @@ def plan(
     batch_size: options.BatchSize = None,
     micro_batch: options.MicroBatch = None,
     iters: options.Iters = None,
+    scale_iters: options.ScaleIters = None,
     curvature: options.Curvature = None,
     start: options.Start = None,
     dataset: Annotated[str, typer.Option(help="As in quantize; self samples from the model.")] = "self",
@@ -112,8 +113,9 @@ def plan(
         filled = f"--state {state} --optimizer {optimizer} --compute-dtype {compute_dtype}"
     grid_config = options.grid_options(kind, bits, group_size, sym, grid)
     solver = options.solver_options(
-        grid_config, preset_name, iters=iters, batch_size=batch_size, micro_batch=micro_batch, curvature=curvature,
-        optimizer=optimizer, loss=loss, start=start, state=state, compute_dtype=compute_dtype, teacher=teacher,
+        grid_config, preset_name, iters=iters, scale_iters=scale_iters, batch_size=batch_size, micro_batch=micro_batch,
+        curvature=curvature, optimizer=optimizer, loss=loss, start=start, state=state, compute_dtype=compute_dtype,
+        teacher=teacher,
     )  # fmt: skip
     config = QuantizeConfig(
         grid=grid_config,

@@ -39,6 +39,7 @@ def quantize(
     seqlen: options.Seqlen = 256,
     preset_name: options.Preset = "default",
     iters: options.Iters = None,
+    scale_iters: options.ScaleIters = None,
     batch_size: options.BatchSize = None,
     micro_batch: options.MicroBatch = None,
     lr: options.Lr = None,
@@ -71,9 +72,9 @@ def quantize(
     """
     grid_config = options.grid_options(kind, bits, group_size, sym, grid)
     solver = options.solver_options(
-        grid_config, preset_name, iters=iters, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
-        curvature=curvature, optimizer=optimizer, loss=loss, start=start, state=state, compute_dtype=compute_dtype,
-        teacher=teacher,
+        grid_config, preset_name, iters=iters, scale_iters=scale_iters, batch_size=batch_size, micro_batch=micro_batch,
+        lr=lr, curvature=curvature, optimizer=optimizer, loss=loss, start=start, state=state,
+        compute_dtype=compute_dtype, teacher=teacher,
     )  # fmt: skip
     config = QuantizeConfig(
         grid=grid_config,

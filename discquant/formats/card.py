@@ -236,10 +236,12 @@ def _measured(summary: Mapping[str, Any] | None, rotated: bool) -> list[str]:
     held = summary["held_out"]
     # What is lost by rounding the rotated weights to their own dtype is not in these figures.
     whose = "rotated model" if rotated else "original"
+    moved = "discquant, scales as laid" in summary["methods"]
+    grid = "on one grid, whose scales DiscQuant then moved" if moved else "the same grid"
     lines = [
         f"## Divergence from the {whose}\n",
         f"Held-out text: {held['source']}, {held['tokens']:,} tokens. KL({whose} || quantized) of "
-        "the next-token distribution, in nats; all methods on the same grid and text.\n",
+        f"the next-token distribution, in nats; all methods on the same text and {grid}.\n",
         "| method | " + " | ".join(title for title, _, _ in _COLUMNS) + " |",
         "|---|" + "---:|" * len(_COLUMNS),
     ]

@@ -14,11 +14,9 @@ from discquant.config import GridConfig
 from discquant.grids.base import Grid
 from discquant.grids.gguf import place_gguf
 from discquant.grids.place_table import place_table
-from discquant.grids.uniform import UniformGrid
+from discquant.grids.uniform import SCALE_RANGE, UniformGrid, held_scale
 
-# A bfloat16 number of at least 2^-17 is also exact in float16, so every format sees the same grid.
-MIN_SCALE = 2.0**-17
-MAX_SCALE = 65280.0  # the largest bfloat16 that float16 holds
+MAX_SCALE = SCALE_RANGE[torch.bfloat16][1]
 # Multiples of the range that a search tries; the scale is then fitted to the codes that each gives.
 # On the CPU, so that this can be imported under torch.device("meta").
 _SYMMETRIC_RATIOS = [0.22, 0.28, 0.34, *torch.linspace(0.40, 1.05, 16, device="cpu").tolist()]
@@ -39,8 +37,7 @@ def ceil_bfloat16(value: Tensor) -> Tensor:
 
 def _clean(scale: Tensor) -> Tensor:
     """The nearest scale of the same sign that every format holds."""
-    held = scale.bfloat16().float()
-    return held.abs().clamp(MIN_SCALE, MAX_SCALE).copysign(held)
+    return held_scale(scale, torch.bfloat16).float()
 
 
 def _group(weight: Tensor, group_size: int) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,22 @@ from discquant.ops import expand_groups, soft_weight
 
 # Times a code difference below 2^8 these are exact in float32, so quotients of grid points are exact too.
 _SHORT = (torch.bfloat16, torch.float16)
+# Least and largest scale by the dtype of a file. A bfloat16 number of at least 2^-17 is also exact in float16, so every
+# format sees the same grid; 65280 is the largest that float16 holds.
+SCALE_RANGE = {torch.bfloat16: (2.0**-17, 65280.0), torch.float16: (2.0**-24, 65504.0)}
+MOST_RESCALED = 0.5  # a scale keeps its sign and stays of the same order
+
+
+def held_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the nearest scales of the same sign that a file holds, in `dtype`.
+
+    Args:
+        scale: Wanted, floating, any shape; not 0.
+        dtype: Of the file.
+    """
+    least, most = SCALE_RANGE.get(dtype, (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max))
+    held = scale.to(dtype)
+    return held.abs().clamp(least, most).copysign(held)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +118,21 @@ class UniformGrid(Grid):
         )
         grouped *= scale[:, :, None]
         return weight.to(dtype)
+
+    def rescaled(self, change: Tensor) -> UniformGrid:
+        """Return this grid with every scale times 1 + its change, as a file holds it; a scale of 0 stays.
+
+        Args:
+            change: Relative change, float32, [out_features, num_groups]; cut to [-1/2, 1/2].
+        """
+        own = self.scale.float()
+        moved = held_scale(own * (1 + change.clamp(-MOST_RESCALED, MOST_RESCALED)), self.scale.dtype)
+        found = copy.copy(self)
+        # A change of 0 gives the scale itself, also one that a file of another tool holds below the range.
+        kept = (change == 0) | (own == 0)
+        # Not made anew: to check the values would wait for the device.
+        object.__setattr__(found, "scale", torch.where(kept, self.scale, moved))
+        return found
 
     def gap(self, q_down: Tensor) -> tuple[Tensor, int]:
         """See `Grid.gap`; with g_idx, one entry per column."""

@@ -71,7 +71,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Optimizer steps; none of a method that rounds layer by layer, whose time is not in the plan."""
-        return self.setting.config.solver.iters if self.solved else 0
+        return self.setting.config.solver.steps if self.solved else 0
 
     @property
     def state_bytes_per_weight(self) -> float:

@@ -9,7 +9,13 @@ from typing import Literal
 from discquant.calibration.sampling import rows_at_once
 from discquant.config import QuantizeConfig
 from discquant.planning.shape import ModelShape
-from discquant.planning.traffic import StateLayout, grid_bytes_per_weight, outlier_bytes, state_layout
+from discquant.planning.traffic import (
+    StateLayout,
+    grid_bytes_per_weight,
+    outlier_bytes,
+    scale_bytes,
+    state_layout,
+)
 
 Placement = Literal["resident", "host", "disk"]
 PLACEMENTS: tuple[Placement, ...] = ("resident", "host", "disk")
@@ -72,6 +78,7 @@ class Setting:
             both=self.teacher_in_state and solver.start == "gptq",
             weight=float(self.stored) if self.streamed and not self.teacher_in_state else 0.0,
             outliers=outlier_bytes(self.config.grid, solver.state) if self.teacher_in_state else 0.0,
+            scales=scale_bytes(self.config),
         )
 
     @property
@@ -142,5 +149,5 @@ def remembers_teacher(shape: ModelShape, setting: Setting) -> bool:
     from discquant.solver.solve import KEEP_TEACHER_BYTES
 
     options, data = setting.config.solver, setting.config.data
-    repeats = options.iters * options.batch_size > data.nsamples and options.loss == "kl"
+    repeats = options.steps * options.batch_size > data.nsamples and options.loss == "kl"
     return repeats and data.nsamples * data.seqlen * shape.hidden * 4 <= KEEP_TEACHER_BYTES

@@ -19,6 +19,7 @@ HEAD_FLOP = 6
 # By code width: shares of weights more than half a step beyond a searched grid's ends.
 OUTLIER_SHARES = {2: 0.06, 3: 0.022, 4: 0.0100, 5: 0.0055, 6: 0.005, 7: 0.0012, 8: 0.001}
 
+SCALE_BYTES = 12.0  # of a group: what moves its scale
 # Scales and minima of a group, by kind: float32 beside the block scales of a file where those are narrower.
 GROUP_BYTES = {"nf4": 4.0, "mxfp4": 5.0, "nvfp4": 5.0, "q4_0": 2.0, "q4_1": 4.0, "q4_k": 8.0, "q3_k": 4.0}
 
@@ -36,6 +37,7 @@ class StateLayout:
         side: What the linear term prefers, where that is not the original position and both are kept.
         weight: The original weight, where it travels with the state.
         outliers: Weights beyond the range of an 8-bit `frac_ref`, kept beside it.
+        scales: What moves the scales.
     """
 
     name: str
@@ -46,11 +48,12 @@ class StateLayout:
     side: float = 0.0
     weight: float = 0.0
     outliers: float = 0.0
+    scales: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.forward + self.moments + self.side
+        return self.forward + self.moments + self.side + self.scales
 
     @property
     def forward(self) -> float:
@@ -60,7 +63,7 @@ class StateLayout:
     @property
     def written(self) -> float:
         """What a step changes."""
-        return self.frac + self.moments
+        return self.frac + self.moments + self.scales
 
 
 def outlier_bytes(grid: GridConfig, state: str) -> float:
@@ -78,8 +81,22 @@ def outlier_bytes(grid: GridConfig, state: str) -> float:
     return 3.0 * OUTLIER_SHARES[grid.bits] + 1.0 / OUTLIER_PIECE
 
 
+def scale_bytes(config: QuantizeConfig) -> float:
+    """Return bytes per weight of what moves the scales; 0 where they stay, or there is one per row, next to nothing."""
+    size = config.grid.group_size
+    moves = config.method == "discquant" and config.solver.scale_iters > 0 and size > 0
+    return SCALE_BYTES / size if moves else 0.0
+
+
 def state_layout(
-    state: str, optimizer: str, bits: int, *, both: bool = False, weight: float = 0.0, outliers: float = 0.0
+    state: str,
+    optimizer: str,
+    bits: int,
+    *,
+    both: bool = False,
+    weight: float = 0.0,
+    outliers: float = 0.0,
+    scales: float = 0.0,
 ) -> StateLayout:
     """Return bytes per weight of a state format and optimizer.
 
@@ -93,12 +110,15 @@ def state_layout(
         both: The original position and another one, which the linear term prefers, are kept: one bit more in u8.
         weight: Bytes of the original weight where that travels with the state.
         outliers: As of `outlier_bytes`.
+        scales: As of `scale_bytes`.
     """
     size = {"u8": 1.0, "bf16": 2.0, "fp32": 4.0}[state]
     code = 0.5 if state == "u8" and bits <= 4 else 1.0
     moments = {"sgd": 0, "momentum": 1, "lion": 1, "adamw": 2}[optimizer]
     side = (0.125 if state == "u8" else size) if both else 0.0
-    return StateLayout(f"{state} {optimizer}", code, size, size, moments * size, side, weight, outliers)
+    return StateLayout(
+        f"{state} {optimizer}", code, size, size, moments * size, side, weight, outliers, scales
+    )
 
 
 def grid_bytes_per_weight(group_size: int, columns: int, sym: bool, kind: str = "uniform") -> float:

@@ -48,7 +48,8 @@ from discquant.run.windows import CALIBRATION, few_windows, keep_windows, run_wi
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.layerwise import layerwise_codes
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 
 __all__ = ["Events", "Pipeline", "RunStoppedError", "weight_bytes"]
 
@@ -188,22 +189,35 @@ class Pipeline:
         solve: Solve | None = None
         with self._phase("round"):
             codes: Mapping[str, Tensor]
+            served_grids: Mapping[str, Grid] = grids  # the others are measured on the grids as they were laid
             if self.config.method == "discquant":
                 solve = self._solve(chain, grids, rows, held, source)
                 codes = solve.coded()
+                if self.config.solver.scale_iters:
+                    served_grids = solve.grids()
+                    check_grids(source, self.config.formats, served_grids)
             else:
                 codes = self._layerwise(chain, grids, rows, self.config.method, source)
             codes = self._final(codes, grids)
-            self.directory.save_codes(codes, grids)
+            self.directory.save_codes(codes, served_grids)
         with self._phase("evaluate"):
             baselines = self._baselines(chain, grids, rows, codes, solve, source)
             summary = summarize_run(
-                self.directory, source, chain, grids, codes, baselines, held, solve, self._served(source)
+                self.directory,
+                source,
+                chain,
+                grids,
+                served_grids,
+                codes,
+                baselines,
+                held,
+                solve,
+                self._served(source),
             )
             if (better := beaten(summary)) is not None:
                 self.events.say(f"note: {better}")
         with self._phase("export"):
-            self._export(source, codes, grids, summary)
+            self._export(source, codes, served_grids, summary)
         summary["phases"], summary["processes"] = self.phases.total(), self.phases.processes
         summary["checkpoints"] = self._solving.checkpoints
         summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)

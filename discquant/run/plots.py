@@ -17,7 +17,11 @@ COLOURS = {
     "original": "#555555", "rtn": "#D55E00", "greedy": "#CC79A7", "gptq": "#009E73", "discquant": "#0072B2",
 }  # fmt: skip
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F", "#B8A900")
-NAMES = {"rtn": "RTN", "greedy": "greedy", "gptq": "GPTQ", "discquant": "DiscQuant", "original": "original"}
+AS_LAID = "discquant, scales as laid"  # a method's name: the final codes on the grid that they were chosen on
+NAMES = {
+    "rtn": "RTN", "greedy": "greedy", "gptq": "GPTQ", AS_LAID: "DiscQuant, scales as laid", "discquant": "DiscQuant",
+    "original": "original",
+}  # fmt: skip
 _STYLE = {
     "figure.dpi": 140, "savefig.dpi": 140, "font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,

@@ -39,7 +39,8 @@ from discquant.run.summary import layer_table
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.measure import mean_kl, served_weights
-from discquant.solver.solve import START_KL_ROWS, Solve, TokenRows
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import START_KL_ROWS, Solve
 
 FILE = "file"
 _CHUNK = 16 << 20
@@ -79,7 +80,7 @@ class RefinePipeline(Pipeline):
             engine: Where and how; None is the CPU, resident.
 
         Raises:
-            ConfigError: A method that does not refine.
+            ConfigError: A method that does not refine, or steps that move scales.
             MissingModelError, CheckpointError: There is no quantized file that can be read.
         """
         self.quantized = Path(quantized)
@@ -87,6 +88,10 @@ class RefinePipeline(Pipeline):
         config = config or QuantizeConfig(baselines=())
         if config.method == "rtn":
             raise ConfigError("refine: rounding to nearest is no refinement; use discquant, gptq or greedy")
+        if config.method == "discquant" and config.solver.scale_iters:
+            raise ConfigError(
+                f"refine: scale_iters must be 0, for the file keeps its scales, got {config.solver.scale_iters}"
+            )
         self.file_layers = {layer.name: layer for layer in self.chosen.read(self.quantized)}
         bits, group, sym = common_grid(self.file_layers)
         grid = GridConfig(bits, group if group == -1 or group % 8 == 0 else -1, sym)

@@ -16,7 +16,7 @@ from discquant.run.directory import REPORT, write_atomic
 from discquant.run.planned import report_lines
 
 PLOTS = "plots"
-_METHODS = ("rtn", "greedy", "gptq", "discquant")
+_METHODS = ("rtn", "greedy", "gptq", plots.AS_LAID, "discquant")
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -86,7 +86,9 @@ def _methods(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     ]
     first = methods[names[0]]
     held = summary.get("held_out") or {}
-    told = f"All on the same grid and the same {_cell(first.get('tokens'), ',d')} positions"
+    moved = (config.get("solver") or {}).get("scale_iters") and plots.AS_LAID in methods
+    grids = "the grid as it was laid, whose scales DiscQuant then moved," if moved else "the same grid"
+    told = f"All on {grids} and the same {_cell(first.get('tokens'), ',d')} positions"
     if held.get("windows"):
         told += f" of {held['windows']} windows held out of {_cell(held.get('source'))}"
     lines += [f"{told}. KL(original ‖ quantized) in nats; the standard error is over windows."]

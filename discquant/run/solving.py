@@ -27,7 +27,8 @@ from discquant.run.summary import START, frac_histogram
 from discquant.solver.chain import Chain
 from discquant.solver.engine import Engine
 from discquant.solver.measure import mean_kl
-from discquant.solver.solve import Solve, TokenRows
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve
 from discquant.solver.solver import StepRecord
 
 VALIDATIONS = 16  # per run
@@ -230,8 +231,8 @@ class Solving:
             write_atomic(self.directory.path / START, histogram + "\n")
             self._validate(solve, sample)
         writer.begin(fresh=fresh)
-        iters = self.config.solver.iters
-        interval = max(1, iters // VALIDATIONS)
+        steps, chosen = self.config.solver.steps, self.config.solver.iters
+        interval = max(1, steps // VALIDATIONS)
         started = time.perf_counter()
         with self._stop.deferred():
             while not solve.done:
@@ -244,10 +245,10 @@ class Solving:
                     {**asdict(record), "seconds": seconds, "rss_bytes": resident_bytes()}
                 )
                 self._beat()
-                if record.step % interval == 0 or solve.done:
+                if record.step % interval == 0 or record.step == chosen or solve.done:
                     self._validate(solve, sample)
                 if self.events.step is not None:
-                    self.events.step(record, iters)
+                    self.events.step(record, steps)
                 if writer.due(record.step) or solve.done or stopping:
                     writer.save()
                 if stopping:
@@ -272,7 +273,7 @@ class Solving:
         caught = self._stop.caught
         by = signal.Signals(caught).name if caught is not None else "a signal to another rank"
         return RunStoppedError(
-            f"stopped by {by} after step {step} of {self.config.solver.iters}; the same command continues",
+            f"stopped by {by} after step {step} of {self.config.solver.steps}; the same command continues",
             caught or signal.SIGTERM,
         )
 

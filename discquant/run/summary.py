@@ -21,10 +21,12 @@ from discquant.formats.coded import CodedLayer
 from discquant.formats.source import Source, pickled_files
 from discquant.grids import Grid
 from discquant.run.directory import RunDirectory
+from discquant.run.plots import AS_LAID
 from discquant.run.served import apply_layers
 from discquant.solver.chain import Chain
 from discquant.solver.measure import mean_kl
-from discquant.solver.solve import Solve, TokenRows
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve
 
 START = "start.json"
 BINS = 50
@@ -94,6 +96,7 @@ def summarize_run(
     source: Source,
     chain: Chain,
     grids: Mapping[str, Grid],
+    served_grids: Mapping[str, Grid],
     codes: Mapping[str, Tensor],
     baselines: Mapping[str, Mapping[str, Tensor]],
     held: Windows,
@@ -106,7 +109,8 @@ def summarize_run(
         directory: The run.
         source: The original model, unchanged.
         chain: The same as a chain.
-        grids: Grid of every weight.
+        grids: Grid of every weight, as it was laid.
+        served_grids: Those that the final codes are served on: the same, unless their scales have moved.
         codes: Final codes.
         baselines: Codes of other methods on the same grids.
         held: Windows that calibration did not see.
@@ -120,8 +124,11 @@ def summarize_run(
     method, kind = config["method"], config["grid"]["kind"]
     measured = {}
     # One candidate at a time: a copy of the model each.
-    for name, found in {**baselines, method: codes}.items():
-        candidate = apply_layers(copy.deepcopy(source.model), coded_layers(found, grids), served)
+    candidates = {name: (found, grids) for name, found in baselines.items()}
+    if solve is not None and solve.config.solver.scale_iters:
+        candidates[AS_LAID] = (codes, grids)
+    for name, (found, laid) in {**candidates, method: (codes, served_grids)}.items():
+        candidate = apply_layers(copy.deepcopy(source.model), coded_layers(found, laid), served)
         measured[name] = compare_models(source.model, {name: candidate}, held)[name].to_dict()
         del candidate
     summary: dict[str, Any] = {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of a block as one contiguous blob, so that a block moves in one copy.
 
-`[grid | code | teacher | anchor | curvature | frac | m | v]`, each part for all weights of the block: a write-back is
-the rest from frac on. The tensors of the weights are views into the blob.
+`[grid | code | teacher | anchor | curvature | frac | m | v | scales]`, each part for all weights of the block: a
+write-back is the rest from frac on. The tensors of the weights are views into the blob.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from discquant.solver.state import WeightState
+from discquant.solver.state import SCALES, WeightState
 
 ALIGNMENT = 64  # bytes; what torch's own allocations have on a CPU
 # Parts in the order of the blob; whatever belongs to the grid comes first.
 _ORDER = (
     "q_down", "weight", "frac_ref", "outlier_low", "outlier_count", "outlier_value", "side", "_anchor",
-    "curvature_in", "curvature_out", "frac", "momentum", "second_moment",
+    "curvature_in", "curvature_out", "frac", "momentum", "second_moment", *SCALES,
 )  # fmt: skip
 
 Allocate = Callable[[int], Tensor]
@@ -66,7 +66,7 @@ class BlockState:
     Attributes:
         blob: uint8, [bytes].
         states: The weights' states, views into the blob, in the order of the chain's weights.
-        changing: Offset from which a step changes the blob (frac and moments).
+        changing: Offset from which a step changes the blob (frac, moments, what moves the scales).
     """
 
     def __init__(self, blob: Tensor, states: list[WeightState], places: list[_Place], changing: int) -> None:

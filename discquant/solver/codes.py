@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from discquant.grids import Grid
 from discquant.ops import unpack_nibbles
 from discquant.solver.chain import Chain
 from discquant.solver.placement import Placement
-from discquant.solver.state import pack_nibbles
+from discquant.solver.state import WeightState, pack_nibbles
 
 NIBBLE_BITS = 4
+Found = TypeVar("Found")
 
 
 class PackedCodes(Mapping[str, Tensor]):
@@ -73,8 +76,8 @@ class NearestCodes(Mapping[str, Tensor]):
         return len(self._refs)
 
 
-class StateCodes(Mapping[str, Tensor]):
-    """Codes q_down + round(frac) of a solve by module name, computed from the state whenever they are asked for."""
+class _OfStates(Mapping[str, Found]):
+    """Something of every weight's state by module name, computed whenever it is asked for."""
 
     def __init__(self, placement: Placement) -> None:
         """Bind to the states of a solve, which must stay readable."""
@@ -85,12 +88,15 @@ class StateCodes(Mapping[str, Tensor]):
             for place, state in enumerate(block.states)
         }
 
-    def __getitem__(self, name: str) -> Tensor:
-        """Return the codes of a layer, uint8, [out_features, in_features], on the CPU."""
+    def _of(self, state: WeightState) -> Found:
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Found:
+        """Return that of a layer, on the CPU."""
         index, place = self._places[name]
-        codes = self._placement.home(index).states[place].codes().cpu()
+        found = self._of(self._placement.home(index).states[place])
         self._placement.release(index)
-        return codes
+        return found
 
     def __iter__(self) -> Iterator[str]:
         """Yield module names in the model's order."""
@@ -99,3 +105,17 @@ class StateCodes(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self._places)
+
+
+class StateCodes(_OfStates[Tensor]):
+    """Codes q_down + round(frac) of a solve, uint8, [out_features, in_features]."""
+
+    def _of(self, state: WeightState) -> Tensor:
+        return state.codes().cpu()
+
+
+class StateGrids(_OfStates[Grid]):
+    """Grids that the codes of a solve are served on: scales where they have moved to, on memory of their own."""
+
+    def _of(self, state: WeightState) -> Grid:
+        return state.student_grid.to(torch.device("cpu")).copied()

@@ -72,7 +72,8 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     lr: linear warm-up, then cosine from 1 to `lr_floor`, times `lr`.
     linear_weight: 1 until `linear_until` of the run, then 0.
     hardening: 0 until `harden_from`, linear to `harden_soft` at `harden_until`, linear to `harden_final`.
-    snap: coordinates this near to a vertex are set to it: 0 until `snap_from`, linear to 1/2 at the last step.
+    snap: coordinates this near to a vertex are set to it: 0 until `snap_from`, linear to 1/2 at the last step, after
+    which all lie at one; so they do in any case where scales are to move from there on.
     curvature: `curvature`, linear to 0 at `curvature_until`.
 
     Raises:
@@ -98,6 +99,8 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     begin = min(math.floor(config.snap_from * config.iters), config.iters - 1)
     if config.snap_from < 1.0 and step > begin:
         snap = 0.5 * (step - begin) / (config.iters - begin)
+    if config.scale_iters and step == config.iters:
+        snap = 0.5
     curvature = (config.curvature or 0.0) * max(0.0, 1.0 - done / config.curvature_until)
     return StepSettings(lr, 1.0 if done < linear_until(config) else 0.0, hardening, snap, curvature)
 

@@ -63,7 +63,7 @@ def grid_arguments(grid: Grid, frac: Tensor) -> dict[str, Any] | None:
 
 def step_grid(state: WeightState) -> dict[str, Any]:
     """Return scale and group_size (and codes and table) of a state as the projected steps take them."""
-    grid = state.grid
+    grid = state.student_grid
     if state.frac.is_cuda and grid.table is not None:
         # The kernel looks the gap up: half a byte per weight in place of a float32 matrix.
         return {
@@ -234,7 +234,7 @@ class SoftWeights(dict[str, Tensor]):
         dense: list[tuple[WeightRef, WeightState]] = []
         for ref, state in zip(refs, states, strict=True):
             module = block.get_submodule(ref.param_name.rpartition(".")[0]) if ref.part is None else block
-            grid = grid_arguments(state.grid, state.frac)
+            grid = grid_arguments(state.student_grid, state.frac)
             if exact and ref.part is None and grid is not None and _takes_layer(module):
                 assert isinstance(module, nn.Linear)
                 self.layers[ref.param_name] = SoftLayer(module, state, grid, self)

@@ -5,26 +5,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from discquant.config import GridConfig, LossName, QuantizeConfig, SolverConfig
+from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.grids import Grid, place_grid
 from discquant.grids.fused import FUSED
 from discquant.solver.calibrate import calibrate_gain, published_gain
-from discquant.solver.chain import Chain, Prepared
-from discquant.solver.codes import NearestCodes, StateCodes
+from discquant.solver.chain import Chain
+from discquant.solver.codes import NearestCodes, StateCodes, StateGrids
 from discquant.solver.curvature import Factors, kronecker_factors, label_generator, rows_at_once
 from discquant.solver.engine import Engine
-from discquant.solver.gradients import TeacherWeights
 from discquant.solver.kronecker import pack_triangles
 from discquant.solver.layerwise import layerwise_codes
-from discquant.solver.losses import counted_tokens
 from discquant.solver.measure import mean_kl, served_weights
+from discquant.solver.rows import TokenRows, row_order
 from discquant.solver.schedule import GainControl, resolve
-from discquant.solver.solver import Solver, StepRecord, row_order
+from discquant.solver.solver import Solver, StepRecord
 from discquant.solver.state import Kept, WeightState
 from discquant.solver.usage import unseen_experts
 from discquant.solver.weight_ref import WeightRef
@@ -35,56 +33,6 @@ KEEP_TEACHER_BYTES = 1 << 30
 START_KL_ROWS = 32
 
 OnStep = Callable[[Solver, StepRecord], None]
-
-
-@dataclass
-class TokenRows:
-    """Calibration rows and how to cut them into micro-batches; remembers the teacher's last hidden state.
-
-    Attributes:
-        chain: The model.
-        input_ids: Token ids (or a module's inputs), [rows, ...].
-        mask: Positions that count, bool, or None.
-        micro_batch: Rows per micro-batch.
-    """
-
-    chain: Chain
-    input_ids: Tensor
-    mask: Tensor | None
-    micro_batch: int
-    _teacher: Tensor | None = field(default=None, repr=False)
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return int(self.input_ids.shape[0])
-
-    def remember_teacher(self, teacher: TeacherWeights | None = None) -> None:
-        """Compute the teacher's last block output of every row once, in a fixed order."""
-        self._teacher = torch.cat(self.chain.teacher_outputs(self.batches(range(len(self))), teacher))
-
-    def tokens(self, rows: Sequence[int], loss: LossName) -> int:
-        """Return how many positions of the rows count in a loss."""
-        index = torch.tensor(list(rows))
-        ids, mask = self.input_ids[index], None if self.mask is None else self.mask[index]
-        return counted_tokens(Prepared(ids, [], ids, mask), loss, self.chain.head is not None)
-
-    def stream(self) -> Iterator[Prepared]:
-        """Yield micro-batches of all rows, made one at a time."""
-        for begin in range(0, len(self), self.micro_batch):
-            yield from self.batches(range(begin, min(begin + self.micro_batch, len(self))))
-
-    def batches(self, rows: Sequence[int]) -> list[Prepared]:
-        """Return micro-batches of the given rows, in order."""
-        found = []
-        for begin in range(0, len(rows), self.micro_batch):
-            index = torch.tensor(list(rows[begin : begin + self.micro_batch]))
-            device = self.chain.device
-            mask = None if self.mask is None else self.mask[index].to(device)
-            prepared = self.chain.prepare(self.input_ids[index].to(device), mask)
-            if self._teacher is not None:
-                prepared = prepared._replace(teacher=self._teacher[index.to(self._teacher.device)])
-            found.append(prepared)
-        return found
 
 
 def lay_grids(chain: Chain, config: GridConfig) -> dict[str, Grid]:
@@ -213,7 +161,7 @@ class Solve:
         options = config.solver
         tokens = options.batch_size * int(rows.input_ids[0].numel())
         hidden = chain.head.weight.shape[1] if chain.head is not None else 0
-        remember = options.iters * options.batch_size > len(rows) and options.loss == "kl"
+        remember = options.steps * options.batch_size > len(rows) and options.loss == "kl"
         remember = remember and 0 < len(rows) * rows.input_ids.shape[1] * hidden * 4 <= KEEP_TEACHER_BYTES
         # Where the solve started from; also the GPTQ baseline. A resumed run brings those of its beginning.
         self.start_codes = start_codes
@@ -251,6 +199,7 @@ class Solve:
                         wide=wide,
                         kept=kept,
                         curvature_width=options.curvature_width if options.curved and ref.has_factors else 0,
+                        scales=options.scale_iters > 0,
                     )
                     for ref, start in zip(refs, starts, strict=True)
                 ]
@@ -344,7 +293,7 @@ class Solve:
     @property
     def done(self) -> bool:
         """Whether all steps are taken."""
-        return self.solver.step_number >= self.config.solver.iters
+        return self.solver.step_number >= self.config.solver.steps
 
     def advance(self) -> StepRecord:
         """Take the next step."""
@@ -372,6 +321,11 @@ class Solve:
         """Return the same without holding them: computed from the state whenever they are asked for."""
         self.solver.check()
         return StateCodes(self.solver.placement)
+
+    def grids(self) -> Mapping[str, Grid]:
+        """Return the grids that codes are served on by module name: scales where they have moved to, on the CPU."""
+        self.solver.check()
+        return StateGrids(self.solver.placement)
 
     def close(self) -> None:
         """Stop copies, leave no files of the placement behind; states at home stay readable."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from discquant.config import SolverConfig
 from discquant.ops import (
     StepOptions,
+    decode_frac_ref,
     projected_step_deferred_,
     soft_linear_step_deferred_,
     step_is_fused,
@@ -25,6 +26,7 @@ from discquant.solver.gradients import block_gradients
 from discquant.solver.journal import Journal
 from discquant.solver.placement import Placement
 from discquant.solver.ranks import Ranks
+from discquant.solver.scale_step import scale_gradient, scale_lr, scale_step_
 from discquant.solver.schedule import GainControl, moment_bound, settings
 from discquant.solver.soft_block import SoftWeights, step_grid
 from discquant.solver.state import WeightState
@@ -39,6 +41,7 @@ class StepRecord:
     """What one step reports; shares are of the coordinates that may move.
 
     `moved` is the share on the other side of 1/2 than the anchor: off nearest, or off GPTQ's code when started there.
+    Of a step that moves scales, `lr` is theirs, and the terms and shares of coordinates that stay are 0.
     """
 
     step: int
@@ -54,15 +57,6 @@ class StepRecord:
 
 class NonFiniteGradientError(ValueError):
     """A weight's gradient holds NaN or Inf."""
-
-
-def row_order(num_rows: int, seed: int) -> Iterator[int]:
-    """Yield row numbers for ever: a new seeded permutation for each pass over the data."""
-    epoch = 0
-    while True:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        yield from torch.randperm(num_rows, generator=generator).tolist()
-        epoch += 1
 
 
 class Solver:
@@ -127,6 +121,7 @@ class Solver:
         self.served = served or self.dtype
         self.before_change: Callable[[int], None] | None = None
         self._journal = Journal(JOURNAL_BYTES)
+        self._moved: float | None = None  # of the last step that chose codes
         names = [ref.name for refs in chain.weights for ref in refs]
         self._tensor_ids = {name: index for index, name in enumerate(names)}
 
@@ -175,6 +170,28 @@ class Solver:
             self.chain.weights[index], (state.hard_weight(self.served).to(self.dtype) for state in states)
         )
 
+    def _open_block(self, index: int, opened: set[int]) -> BlockState:
+        """Return a block whose bytes may be changed: kept for undoing, and free of a checkpoint's writer.
+
+        Args:
+            index: Of the block.
+            opened: Blocks that were opened in this step; this one joins them.
+        """
+        block = self.placement.fetch(index, change=index not in opened)
+        if index not in opened:
+            opened.add(index)
+            if self.before_change is not None:
+                self.before_change(index)
+            self._journal.keep(index, block.changed())
+        return block
+
+    def _refuse_not_finite(self, refs: Sequence[WeightRef], grads: dict[str, Tensor]) -> None:
+        """Look at gradients on a CPU; on a GPU that pass moves 22 bytes per weight, and the steps alone look."""
+        if all(grad.device.type == "cpu" for grad in grads.values()):
+            bad = first_not_finite(refs, grads)
+            if bad is not None:
+                raise self._not_finite(bad)
+
     def _not_finite(self, name: str) -> NonFiniteGradientError:
         return NonFiniteGradientError(
             f"solver: the gradient of {name} must be finite, got NaN or Inf at step {self.step_number + 1}; "
@@ -198,7 +215,8 @@ class Solver:
         """
         self._journal.begin()
         try:
-            record = self._take_step(batches, tokens)
+            choosing = self.step_number < self.config.iters
+            record = (self._take_step if choosing else self._take_scale_step)(batches, tokens)
         except BaseException:
             self.boundaries.clear()
             if self._journal.restore(self.placement):
@@ -236,16 +254,6 @@ class Solver:
 
         opened: set[int] = set()
 
-        def open_block(index: int) -> BlockState:
-            """Return a block whose bytes may be changed: kept for undoing, and free of a checkpoint's writer."""
-            block = self.placement.fetch(index, change=index not in opened)
-            if index not in opened:
-                opened.add(index)
-                if self.before_change is not None:
-                    self.before_change(index)
-                self._journal.keep(index, block.changed())
-            return block
-
         def count(state: WeightState, found: Tensor) -> None:
             if now.snap > 0:
                 state.snap_(now.snap)
@@ -258,13 +266,10 @@ class Solver:
 
         def take(index: int, grads: dict[str, Tensor]) -> None:
             refs = self.chain.weights[index]
-            on_cpu = all(grad.device.type == "cpu" for grad in grads.values())
             # A layer that took its step inside backward left no gradient.
             left = [place for place, ref in enumerate(refs) if ref.param_name in grads]
-            bad = first_not_finite([refs[place] for place in left], grads) if on_cpu else None
-            if bad is not None:
-                raise self._not_finite(bad)
-            block = open_block(index)
+            self._refuse_not_finite([refs[place] for place in left], grads)
+            block = self._open_block(index, opened)
             matrices = take_matrices([refs[place] for place in left], grads)
             for place, grad in zip(left, matrices, strict=True):
                 state = block.states[place]
@@ -287,7 +292,7 @@ class Solver:
             def step_at_once(state: WeightState, grad_output: Tensor, x: Tensor) -> bool:
                 if not step_is_fused(x.reshape(-1, x.shape[-1]), *state.shape):
                     return False
-                open_block(index)
+                self._open_block(index, opened)
                 grid: dict[str, Any] = step_grid(state)
                 found = soft_linear_step_deferred_(
                     grad_output,
@@ -321,13 +326,13 @@ class Solver:
         )
         table = torch.stack(counts).tolist()
         for name, row in zip(counted, table, strict=True):
-            # On a GPU the steps alone look: a pass of its own over a gradient moves 22 bytes per weight.
             if row[4]:
                 raise self._not_finite(name)
         live, fractional, moved, saturated, _ = (sum(column) for column in zip(*table, strict=True))
         self.step_number = number
         self.gain.update(saturated, live)
         total = max(1, live)
+        self._moved = moved / total
         return StepRecord(
             number,
             loss,
@@ -339,3 +344,59 @@ class Solver:
             moved / total,
             saturated / total,
         )
+
+    def _take_scale_step(self, batches: Sequence[Prepared], tokens: int | None) -> StepRecord:
+        """Move the scales; the codes stay, for `frac` lies at 0 or 1 since the last of the steps before."""
+        number = self.step_number + 1
+        taken = number - self.config.iters
+        lr = scale_lr(self.config, taken)
+        if self._moved is None:
+            self._moved = self._share_moved()
+        opened: set[int] = set()
+        finite: list[Tensor] = []
+        names: list[str] = []
+
+        def take(index: int, grads: dict[str, Tensor]) -> None:
+            refs = self.chain.weights[index]
+            self._refuse_not_finite(refs, grads)
+            block = self._open_block(index, opened)
+            for state, grad in zip(block.states, take_matrices(refs, grads), strict=True):
+                found = scale_gradient(state.grid, state.codes(), grad)
+                finite.append(torch.isfinite(found).all())
+                names.append(state.name)
+                assert state.scale_change is not None
+                assert state.scale_momentum is not None
+                assert state.scale_second_moment is not None
+                scale_step_(
+                    state.scale_change, state.scale_momentum, state.scale_second_moment, found, lr=lr, step=taken
+                )  # fmt: skip
+            self.placement.write_back(index)
+
+        loss = block_gradients(
+            self.chain,
+            self.student_block,
+            batches,
+            take,
+            loss=self.config.loss,
+            keep_graph=self.keep_graph,
+            teacher=self.teacher,
+            boundaries=self.boundaries,
+            ranks=self.ranks,
+            tokens=tokens,
+        )
+        for name, good in zip(names, torch.stack(finite).tolist(), strict=True):
+            if not good:
+                raise self._not_finite(name)
+        self.step_number = number
+        return StepRecord(number, loss, lr, 0.0, 0.0, 0.0, 0.0, self._moved, 0.0)
+
+    def _share_moved(self) -> float:
+        """Return the share of the coordinates that may move on the other side of 1/2 than the anchor."""
+        moved = live = 0
+        for block in self.placement.homes():
+            for state in block.states:
+                free = state.live()
+                side = decode_frac_ref(state.anchor, torch.float32) > 0.5
+                moved += int(((state.position() > 0.5) != side)[free].sum())
+                live += int(free.sum())
+        return moved / max(1, live)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from discquant.config import OptimizerName, StateFormat
-from discquant.grids import Grid
+from discquant.grids import Grid, UniformGrid
 from discquant.ops import StepOptions, decode_frac, decode_frac_ref, encode_frac_ref, unpack_nibbles
 from discquant.ops.reference.projected_step import FRAC_REF_RANGE, FRAC_REF_ZERO, store_frac_
 from discquant.solver.kronecker import curvature_gradient, triangle_shape, unpack_triangles
@@ -27,6 +27,8 @@ ANCHOR_SHARE = 0.5
 OUTLIER_SHARE = 0.125
 # So many weights in a row count theirs in one byte, and each is found within them by one byte.
 OUTLIER_PIECE = 255
+# What moves the scales (`scale_step`), float32, [out_features, num_groups] each.
+SCALES = ("scale_change", "scale_momentum", "scale_second_moment")
 
 # What the state holds of the original weight: nothing, the weight, or what the weight can be computed from.
 Kept = Literal["none", "weights", "state"]
@@ -144,6 +146,7 @@ class WeightState:
         wide: torch.dtype = torch.float32,
         kept: Kept = "none",
         curvature_width: int = 0,
+        scales: bool = False,
     ) -> None:
         """Find the neighbours of `weight` and start from `start`.
 
@@ -159,6 +162,7 @@ class WeightState:
             wide: Dtype of the wide state.
             kept: What is kept for `teacher_weight`: nothing, the weight, or `frac_ref` in the state's own width.
             curvature_width: Channels per block of the curvature's factors, which begin as zeros; 0 has none.
+            scales: The scales are to move once the codes are chosen.
         """
         q_down, own = grid.neighbours(weight)
         # Frozen: as if every weight lay on the grid, at its nearest point.
@@ -217,6 +221,13 @@ class WeightState:
                 blocks = torch.zeros(triangle_shape(size, curvature_width), dtype=dtype, device=weight.device)
                 setattr(self, key, blocks)
 
+        self.scale_change: Tensor | None = None
+        self.scale_momentum: Tensor | None = None
+        self.scale_second_moment: Tensor | None = None
+        if scales:
+            for key in SCALES:
+                setattr(self, key, torch.zeros_like(grid.scale, dtype=torch.float32))
+
     def _reference(self, weight: Tensor, q_down: Tensor, own: Tensor, code: Tensor) -> Tensor | None:
         """Return `frac_ref` to keep, beside it the weights that it would move; None where those are many.
 
@@ -252,6 +263,14 @@ class WeightState:
             return torch.where(upper, 189, 63).to(torch.uint8)
         index = self.frac_ref.int().add_(upper.int(), alpha=256)
         return _anchor_table(self.frac_ref.device)[index]
+
+    @property
+    def student_grid(self) -> Grid:
+        """The grid that codes are served on: `grid`, as it was laid, with its scales where they have moved to."""
+        if self.scale_change is None:
+            return self.grid
+        assert isinstance(self.grid, UniformGrid), "other grids have no scales that move (config.FREE_SCALES)"
+        return self.grid.rescaled(self.scale_change)
 
     @property
     def holds_teacher(self) -> bool:
@@ -301,7 +320,9 @@ class WeightState:
         """Return Delta of each coordinate and its group size; see `Grid.gap`."""
         # Only a look-up grid reads the codes; to unpack them is four bytes of traffic per weight.
         read = self.grid.table is not None
-        return self.grid.gap(self.codes_down() if read else self.q_down.new_empty((1, 1)).expand(self.shape))
+        return self.student_grid.gap(
+            self.codes_down() if read else self.q_down.new_empty((1, 1)).expand(self.shape)
+        )
 
     def live(self) -> Tensor:
         """Return which coordinates may move, bool."""
@@ -314,7 +335,7 @@ class WeightState:
 
     def soft_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the student's weight, [out_features, in_features]."""
-        return self.grid.soft_weight(self.q_down, self.frac, dtype)
+        return self.student_grid.soft_weight(self.q_down, self.frac, dtype)
 
     def snap_(self, distance: float) -> None:
         """Set coordinates within `distance` of 0 or 1 to it (ties at 1/2 go down), in place."""
@@ -335,7 +356,7 @@ class WeightState:
 
     def hard_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the served weight of the final codes."""
-        return self.grid.dequantize(self.codes(), dtype)
+        return self.student_grid.dequantize(self.codes(), dtype)
 
     def nearest_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the served weight of `weight` rounded to nearest on this grid."""
@@ -348,6 +369,8 @@ class WeightState:
             yield "momentum", self.momentum
         if self.second_moment is not None:
             yield "second_moment", self.second_moment
+        if self.scale_change is not None:
+            yield from ((key, getattr(self, key)) for key in SCALES)
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor by attribute, `grid.` before those of the grid."""

@@ -19,7 +19,8 @@ from discquant.formats.source import open_source
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.layerwise import layerwise_codes
-from discquant.solver.solve import TokenRows, lay_grids, solve
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import lay_grids, solve
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from discquant.config import GridConfig
 from discquant.grids import UniformGrid, place, place_grid
-from discquant.grids.place import MIN_SCALE
+from discquant.grids.uniform import SCALE_RANGE
 
 GROUPS = (-1, 32, 64, 128)
 
@@ -87,7 +87,7 @@ def test_scales_are_exact_in_every_served_dtype(
     scale = place_grid(weight, GridConfig(bits, group, sym)).scale
     assert scale.dtype == torch.bfloat16
     assert scale.shape == (2, 1 if group == -1 else -(-columns // group))
-    assert float(scale.float().abs().min()) >= MIN_SCALE
+    assert float(scale.float().abs().min()) >= SCALE_RANGE[torch.bfloat16][0]
     assert torch.equal(scale.float(), scale.half().float())
 
 
@@ -234,3 +234,18 @@ def test_rejects_bad_input() -> None:
     for bad in ({"bits": 1}, {"bits": 9}, {"group_size": 0}, {"group_size": 33}, {"grid": "best"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             GridConfig(**bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rescaled(dtype: torch.dtype) -> None:
+    """Scales stay numbers of the file, keep sign and range; no change gives the scale itself, whatever it is."""
+    scale = torch.tensor([[1.0, -0.5, 0.0, 3e-6]]).to(dtype)
+    grid = UniformGrid(4, 8, True, scale)
+    assert torch.equal(grid.rescaled(torch.zeros(1, 4)).scale, scale)
+    moved = grid.rescaled(torch.tensor([[0.25, -9.0, 0.3, -0.1]])).scale
+    assert moved.dtype == dtype and moved[0, :3].tolist() == [1.25, -0.25, 0.0]
+    assert moved[0, 3] == (2.0**-17 if dtype == torch.bfloat16 else torch.tensor(3e-6 * 0.9).to(dtype))
+    assert torch.equal(grid.scale, scale)
+    near = torch.linspace(0.9, 1.1, 64).to(torch.bfloat16)[None]
+    held = UniformGrid(4, 8, True, near).rescaled(torch.full((1, 64), 0.01)).scale
+    assert torch.equal(held, held.to(torch.float16).to(torch.bfloat16)) and not torch.equal(held, near)

@@ -26,7 +26,8 @@ from discquant.run.summary import coded_layers
 from discquant.solver import solve
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 
 ROWS, SEQLEN = 16, 32
 
@@ -86,14 +87,16 @@ def test_gptq(model: Any, live_bytes: Any) -> None:
     assert _within(live.peak, _planned(model, config, "start", lambda item: item not in HELD_BEFORE))
 
 
+@pytest.mark.parametrize("scale_iters", [0, 1])
 @pytest.mark.parametrize(("state", "optimizer"), [("u8", "momentum"), ("fp32", "adamw")])
-def test_solve(state: str, optimizer: str, model: Any, live_bytes: Any) -> None:
-    config = _config(state=state, optimizer=optimizer)
+def test_solve(state: str, optimizer: str, scale_iters: int, model: Any, live_bytes: Any) -> None:
+    config = _config(state=state, optimizer=optimizer, iters=1, scale_iters=scale_iters)
     chain = DecoderChain(model)
     grids, rows = lay_grids(chain, config.grid), _rows(chain)
     with live_bytes(model.state_dict().values()) as live:
         run = Solve(chain, grids, rows, config)
-        run.advance()
+        while not run.done:
+            run.advance()
     assert _within(live.peak, _planned(model, config, "solve", lambda item: item not in HELD_BEFORE))
 
 
@@ -130,7 +133,10 @@ def test_gradients_of_micro_batches(
 @pytest.mark.parametrize(("curvature", "width"), [(None, 512), (None, 64), (1.0, 96), (0.0, 512)])
 def test_state(state: str, optimizer: str, curvature: float | None, width: int, model: Any) -> None:
     """Every byte of the placement is planned: sizes are multiples of its alignment, no position is an outlier."""
-    config = _config(state=state, optimizer=optimizer, curvature=curvature, curvature_width=width)
+    moved = 0 if curvature is None else 4
+    config = _config(
+        state=state, optimizer=optimizer, curvature=curvature, curvature_width=width, scale_iters=moved
+    )
     config = dataclasses.replace(config, grid=GridConfig(3, 32, grid="absmax"))
     chain = DecoderChain(model)
     shape = shape_of(model, name="small")

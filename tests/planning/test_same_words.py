@@ -20,6 +20,7 @@ WORDS = (
     ("--kind", "q4_k", "--format", "gguf", "--grid", "absmax"),
     ("--loss", "mse", "--teacher", "state", "--compute-dtype", "bfloat16"),
     ("--state", "u8", "--optimizer", "lion", "--asym", "--group-size", "32"),
+    ("--iters", "32", "--scale-iters", "8"),
 )
 
 

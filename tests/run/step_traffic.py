@@ -33,7 +33,8 @@ from discquant.solver import chain as chain_module
 from discquant.solver import solve as solve_module
 from discquant.solver.chain import DecoderChain
 from discquant.solver.journal import Journal
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "step_traffic.json"

@@ -25,7 +25,8 @@ from discquant.run import checkpoint, stored
 from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoint
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 
 
 @pytest.fixture(scope="module")

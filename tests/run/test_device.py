@@ -33,7 +33,8 @@ from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.placement import Where
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 from discquant.solver.solver import StepRecord
 from discquant.solver.weight_ref import LAZY, WeightRef
 

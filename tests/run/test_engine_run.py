@@ -36,7 +36,8 @@ from discquant.solver.engine import Engine
 from discquant.solver.memory import HostArena
 from discquant.solver.placement import Where
 from discquant.solver.ranks import Ranks
-from discquant.solver.solve import Solve, TokenRows
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve
 from discquant.solver.solver import StepRecord
 
 

@@ -32,7 +32,8 @@ from discquant.run.stored import save_tensors_atomic
 from discquant.run.windows import CALIBRATION, keep_windows, run_windows, split_windows
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 from discquant.solver.solver import Solver, StepRecord
 
 

@@ -14,7 +14,8 @@ from discquant.solver.chain import DecoderChain
 from discquant.solver.codes import PackedCodes
 from discquant.solver.engine import Engine
 from discquant.solver.layerwise import layerwise_codes
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from discquant.solver.kronecker import (
 )
 from discquant.solver.measure import mean_kl
 from discquant.solver.module_chain import ModuleChain
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 
 
 def dense(blocks: torch.Tensor, size: int) -> torch.Tensor:

@@ -20,7 +20,8 @@ from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.experts import RoutedInputs, routes
 from discquant.solver.gradients import block_gradients
 from discquant.solver.layerwise import layerwise_codes, watch_inputs
-from discquant.solver.solve import TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import lay_grids
 from discquant.solver.weight_ref import assemble, take_matrices
 
 COMMON: dict[str, Any] = {

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from discquant.config import GridConfig
 from discquant.solver.layerwise import layerwise_codes, watch_inputs
 from discquant.solver.module_chain import ModuleChain
-from discquant.solver.solve import TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import lay_grids
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])

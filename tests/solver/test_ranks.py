@@ -18,12 +18,14 @@ from discquant.errors import ConfigError, RankLostError
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.ranks import Ranks, TreeSum
-from discquant.solver.solve import Solve, TokenRows, lay_grids
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids
 
 
 def _run(model: Any, ranks: Ranks, loss: str, out: Path, die_at: int | None) -> None:
     options = SolverConfig(
-        iters=3,
+        iters=2,
+        scale_iters=2,
         batch_size=8,
         micro_batch=2,
         warmup=1,

@@ -15,7 +15,8 @@ from discquant.config import GridConfig, QuantizeConfig, SolverConfig, preset
 from discquant.solver.chain import DecoderChain
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.measure import mean_kl
-from discquant.solver.solve import Solve, TokenRows, lay_grids, solve
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import Solve, lay_grids, solve
 from discquant.solver.solver import NonFiniteGradientError
 
 
