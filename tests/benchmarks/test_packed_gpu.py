@@ -132,3 +132,32 @@ def test_gate_looks_at_every_output(repo_root: Path, monkeypatch: pytest.MonkeyP
     else:
         with pytest.raises(AssertionError, match="ours: "):
             gate.check("ours", lambda: y)
+
+
+def test_tuning_times_the_ways_in_turn(packed_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for few tokens sits out where it is hopeless; what is wrong ends the tuning."""
+    tune = importlib.import_module("tune_packed_linear")
+    monkeypatch.setattr(tune, "TOKENS", (64, 1024))
+    monkeypatch.setattr(packed_gpu, "SHAPES", dict.fromkeys(tune.SHAPES, (8, 8)))
+
+    def way(name: str, says: str) -> Any:
+        def make(layer: Any, x: Any) -> list[Any]:
+            return [lambda says=says: says]
+
+        make.__name__ = name
+        return make
+
+    for name, says in (("tensor_cores", "a"), ("dequantised", "slow"), ("prefill", "b")):
+        monkeypatch.setattr(packed_gpu, name, way(name, says))
+    Graph.replayed.clear()
+    few, dense, many = tune.measure(4, float("inf"))
+    shapes = len(tune.SHAPES)
+    assert few == {64: pytest.approx(0.1 * shapes), 1024: float("inf")}
+    assert dense == dict.fromkeys((64, 1024), pytest.approx(0.5 * shapes))
+    assert many == dict.fromkeys((64, 1024), pytest.approx(0.1 * shapes))
+    assert Graph.replayed[:3] == ["a", "slow", "b"]
+    with pytest.raises(SystemExit, match="out of time"):
+        tune.measure(4, 0.0)
+    monkeypatch.setattr(packed_gpu, "prefill", way("wrong", "b"))
+    with pytest.raises(AssertionError, match="wrong"):
+        tune.measure(4, float("inf"))
