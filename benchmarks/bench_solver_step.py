@@ -2,7 +2,8 @@
 """One whole solver step on the linears of a Llama-3 8B block, against the bare cuBLAS time of the same matmuls.
 
 Teacher forward, student forward, recompute, dX, dW and the projected step, weights made from the 8-bit state at each
-use; attention and norms are left out on both sides.
+use; attention and norms are left out on both sides. Apart from it, what is not matmul, on a gradient that is there: the
+difference of two times that are nearly equal would not tell its bytes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from discquant.ops import StepOptions, projected_step_deferred_, soft_linear_ste
 LINEARS = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)] if GPU else [(96, 64), (64, 128)]
 TOKENS = [4096, 16384] if GPU else [32]
 DTYPE = torch.bfloat16 if GPU else torch.float32
-# The traffic of docs/kernels.md: 23.6 bytes per weight; gives the speed of a copy to benchmarks/targets.py.
+WEIGHTS = sum(rows * cols for rows, cols in LINEARS)
+OPTIONS = StepOptions(optimizer="lion", lr=0.03)
+# The traffic of docs/kernels.md, with the gradient that the matmul writes; gives the speed of a copy to targets.py.
 BYTES_PER_WEIGHT = 23.6
+GRADIENT_BYTES = 4.0
 PROVIDERS = ["triton", "triton-epilogue", "paper"] if GPU else ["paper", "cpp", "reference"]
 
 
@@ -65,10 +69,8 @@ def test_paper_way_is_the_same_gradient():
     assert error <= 16 * torch.finfo(DTYPE).eps * expected.abs().max()
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_solver_step(benchmark, provider, tokens):
-    impl = provider.split("-")[0]
+def _layers(tokens: int) -> list[dict[str, torch.Tensor]]:
+    """State of every linear, and activations of so many tokens."""
     layers = []
     for rows, cols in LINEARS:
         frac, ref = torch.randint(0, 256, (2, rows, cols), dtype=torch.uint8, device=DEVICE)
@@ -80,7 +82,44 @@ def test_solver_step(benchmark, provider, tokens):
             "x": torch.randn(tokens, cols, device=DEVICE, dtype=DTYPE),
             "dy": torch.randn(tokens, rows, device=DEVICE, dtype=DTYPE),
         })  # fmt: skip
-    options = StepOptions(optimizer="lion", lr=0.03)
+    return layers
+
+
+@pytest.mark.parametrize("provider", [name for name in PROVIDERS if name in ("triton", "cpp", "reference")])
+def test_elementwise(benchmark, provider):
+    """A step's three weights and the step itself, each pass over all layers: none finds the last one's in the L2."""
+    layers = _layers(tokens=1)
+    gradients = [torch.randn_like(layer["dense"], dtype=torch.float32) for layer in layers]
+    kwargs = {"num_bits": 4, "group_size": 64, "dtype": DTYPE, "impl": provider}
+
+    def weights(which: str) -> list[torch.Tensor]:
+        teacher = which == "ref"
+        return [soft_weight(t["q"], t[which], t["scale"], is_reference=teacher, **kwargs) for t in layers]
+
+    def elementwise() -> None:
+        for which in (
+            "ref",
+            "frac",
+            "frac",
+        ):  # the teacher's, the student's, and those again for the way back
+            weights(which)
+        for layer, gradient in zip(layers, gradients, strict=True):
+            projected_step_deferred_(
+                layer["frac"], layer["ref"], gradient, layer["scale"], group_size=64, options=OPTIONS,
+                momentum=layer["first"], impl=provider,
+            )  # fmt: skip
+
+    measure(
+        benchmark, elementwise, op="solver_step", provider=provider, mode="lion, elementwise",
+        shape=f"{WEIGHTS} weights", dtype=str(DTYPE)[6:], num_bytes=(BYTES_PER_WEIGHT - GRADIENT_BYTES) * WEIGHTS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_solver_step(benchmark, provider, tokens):
+    impl = provider.split("-")[0]
+    layers = _layers(tokens)
     kwargs = {"num_bits": 4, "group_size": 64, "dtype": DTYPE, "impl": impl}
     published = [_Paper(layer) for layer in layers] if provider == "paper" else []
 
@@ -105,12 +144,12 @@ def test_solver_step(benchmark, provider, tokens):
             if provider == "triton-epilogue":
                 soft_linear_step_deferred_(
                     layer["dy"], layer["x"], layer["frac"], layer["ref"], layer["scale"], group_size=64,
-                    options=options, momentum=layer["first"], impl=impl,
+                    options=OPTIONS, momentum=layer["first"], impl=impl,
                 )  # fmt: skip
                 continue
             projected_step_deferred_(
                 layer["frac"], layer["ref"], _weight_gradient(layer["dy"], layer["x"]), layer["scale"], group_size=64,
-                options=options, momentum=layer["first"], impl=impl,
+                options=OPTIONS, momentum=layer["first"], impl=impl,
             )  # fmt: skip
 
     def bare() -> None:
@@ -120,9 +159,8 @@ def test_solver_step(benchmark, provider, tokens):
             torch.mm(layer["dy"], layer["dense"])
             _weight_gradient(layer["dy"], layer["x"])
 
-    weights = sum(rows * cols for rows, cols in LINEARS)
     measure(
         benchmark, paper if published else step, op="solver_step", provider=provider,
-        mode="adamw" if published else "lion", shape=f"{tokens} tokens, {weights} weights", dtype=str(DTYPE)[6:],
-        num_bytes=BYTES_PER_WEIGHT * weights, flops=10.0 * tokens * weights, bare=bare,
+        mode="adamw" if published else "lion", shape=f"{tokens} tokens, {WEIGHTS} weights", dtype=str(DTYPE)[6:],
+        num_bytes=BYTES_PER_WEIGHT * WEIGHTS, flops=10.0 * tokens * WEIGHTS, bare=bare,
     )  # fmt: skip

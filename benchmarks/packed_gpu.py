@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """packed_linear on a GPU against cuBLAS and the int4 kernels that are installed, per kernels' cold-weight protocol.
 
-At least 512 MB of distinct weights in turn, at least 20 launches in one CUDA graph, median of 50 replays. Everything
-here needs a GPU. Weights are settled, as in a module: a launch may begin before the last one ends.
+At least 512 MB of distinct weights in turn, at least 20 launches in one CUDA graph, median of 50 replays (of 13 where a
+launch is long), the providers' graphs in turn. Everything here needs a GPU. Weights are settled, as in a module: a
+launch may begin before the last one ends.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from harness import FIELDS, copy_gb_s, machine, package, result_file
+from harness import FIELDS, WAIT_CYCLES, copy_gb_s, machine, package, result_file
 from torch import Tensor
 
 from discquant.ops import _packed_paths as paths
@@ -29,6 +30,8 @@ SHAPES = {
 PEERS = 64  # tokens beyond which kernels for few tokens are not timed: tens of milliseconds a launch
 DECODE = (1, 4, 16)
 PREFILL = (64, 128, 256, 1024, 2048)
+REPLAYS = 50
+LONG_MS = 0.3  # of a launch, from where on fewer replays are enough
 Call = Callable[[], Any]
 
 
@@ -61,29 +64,54 @@ def copies(num_bytes: int) -> int:
     return max(1, -(-COLD_BYTES // num_bytes))
 
 
-def times(calls: list[Call], replays: int = 50) -> list[float]:
-    """Milliseconds of one launch, sorted, from replays of a graph that runs every call at least once."""
-    launches = max(20, len(calls))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls[:3]:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            calls[i % len(calls)]()
-    graph.replay()
-    found = []
-    for _ in range(replays):
+class Graph:
+    """A CUDA graph that runs every call at least once, and how long one launch in it takes."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.launches = max(20, len(calls))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls[:3]:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for i in range(self.launches):
+                calls[i % len(calls)]()
+        self.graph.replay()
+        self.calls = calls  # and with them the weights that the graph reads
+
+    def milliseconds(self) -> float:
+        """Of one launch, by a replay."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # The device waits while the host submits the graph, which can take it longer than the replay takes the device.
+        torch.cuda._sleep(WAIT_CYCLES // 4)
         begin.record()
-        graph.replay()
+        self.graph.replay()
         end.record()
         torch.cuda.synchronize()
-        found.append(begin.elapsed_time(end) / launches)
-    return sorted(found)
+        return float(begin.elapsed_time(end)) / self.launches
+
+
+def times_in_turn(graphs: Sequence[Graph], replays: int = REPLAYS) -> list[list[float]]:
+    """Milliseconds of one launch of each graph, sorted.
+
+    The graphs take turns, as in `harness.sample_in_turn`: a chip that throttles does so for all alike. One whose launch
+    is long takes part in every fourth round.
+    """
+    every = [4 if graph.milliseconds() >= LONG_MS else 1 for graph in graphs]
+    found: list[list[float]] = [[] for _ in graphs]
+    for i in range(replays):
+        for graph, stride, times in zip(graphs, every, found, strict=True):
+            if i % stride == 0:
+                times.append(graph.milliseconds())
+    return [sorted(times) for times in found]
+
+
+def quantile(times: Sequence[float], share: float) -> float:
+    """Of sorted times, however many."""
+    return times[int(len(times) * share)]
 
 
 def ours(layer: Layer, x: Tensor, **options: Any) -> list[Call]:
@@ -163,7 +191,6 @@ def gemlite(layer: Layer, x: Tensor) -> list[Call] | None:
 
 def providers(layer: Layer, x: Tensor) -> Iterator[tuple[str, int, list[Call]]]:
     """(name, bytes of one weight, calls); a peer that is absent or refuses this layer is told and left out."""
-    # First: the others are told as multiples of it.
     yield "cuBLAS", 2 * layer.n * layer.k, cublas(layer, x)
     yield "discquant", layer.num_bytes, ours(layer, x)
     if (
@@ -185,23 +212,43 @@ def providers(layer: Layer, x: Tensor) -> Iterator[tuple[str, int, list[Call]]]:
             yield name, layer.num_bytes, calls
 
 
-def check(name: str, layer: Layer, x: Tensor, call: Call) -> None:
-    """Gate before timing: against float64 on 512 rows, with room for bfloat16 weights and outputs.
+class Gate:
+    """What y must be, before anything is timed: all of it by torch's matmul on the rounded weight, 512 rows in float64.
 
-    Raises:
-        AssertionError: The provider computes something else.
+    With room for bfloat16 weights and outputs.
     """
-    weight = layer.dense()[:512].double()
-    oracle, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t() / layer.k**0.5
-    error = (call()[:, : weight.shape[0]].double() - oracle).abs()
-    assert (error <= 2**-7 * oracle.abs() + 2e-2 * size).all(), f"{name}: error {error.max():.3e}"
+
+    def __init__(self, layer: Layer, x: Tensor) -> None:
+        weight = layer.dense()
+        self.whole = torch.nn.functional.linear(x, weight).float()
+        self.size = torch.nn.functional.linear(x.abs(), weight.abs()).float() / layer.k**0.5
+        self.exact = x.double() @ weight[:512].double().t()
+        self.dtype = x.dtype
+
+    def check(self, name: str, call: Call) -> None:
+        """Compare what a provider computes.
+
+        Raises:
+            AssertionError: The provider computes something else.
+        """
+        # The call's y likely gets this memory: what it leaves out must not pass for what another provider wrote there.
+        spoiled = torch.full_like(self.whole, float("nan"), dtype=self.dtype)
+        del spoiled
+        y = call()
+        assert y.shape == self.whole.shape, f"{name}: shape {list(y.shape)}"
+        for against, oracle in (("torch", self.whole), ("float64", self.exact)):
+            rows = oracle.shape[1]
+            error = (y[:, :rows].to(oracle.dtype) - oracle).abs()
+            limit = 2**-7 * oracle.abs() + 2e-2 * self.size[:, :rows]
+            assert (error <= limit).all(), f"{name}: error {error.max():.3e} against {against}"
 
 
 def checked(layer: Layer, x: Tensor, wrong: list[str]) -> Iterator[tuple[str, int, list[Call]]]:
-    """The `providers` that pass `check`; what the others computed is told in `wrong`."""
+    """The `providers` that pass the gate; what the others computed is told in `wrong`."""
+    gate = Gate(layer, x)
     for name, num_bytes, calls in providers(layer, x):
         try:
-            check(name, layer, x, calls[0])
+            gate.check(name, calls[0])
         except AssertionError as cause:
             wrong.append(f"{x.shape[0]} tokens, {cause}")
             continue
@@ -209,30 +256,34 @@ def checked(layer: Layer, x: Tensor, wrong: list[str]) -> Iterator[tuple[str, in
 
 
 def measure(shape: str, bits: int, tokens: tuple[int, ...], dtype: torch.dtype, *, record: bool) -> None:
-    """Check every provider of one weight and, to `record`, time it; else nothing is timed or written.
+    """Check every provider of one weight and, to `record`, time them in turn; else nothing is timed or written.
 
     Raises:
-        AssertionError: A provider computes something else; the others are recorded.
+        AssertionError: A provider computes something else, or cannot be captured; the others are recorded.
     """
     layer = Layer(*SHAPES[shape], bits, dtype)
     wrong: list[str] = []
     for m in tokens:
         x = torch.randn(m, layer.k, device="cuda").to(dtype)
-        bare = None
+        graphs: dict[str, tuple[int, Graph]] = {}
         for name, num_bytes, calls in checked(layer, x, wrong):
             if not record:
                 continue
-            found = times(calls)
-            p50 = found[len(found) // 2]
-            bare = p50 if name == "cuBLAS" else bare
-            moved = num_bytes + (layer.n + layer.k) * m * 2
+            try:
+                graphs[name] = num_bytes, Graph(calls)
+            except RuntimeError as cause:
+                wrong.append(f"{m} tokens, {name}: no graph: {cause}")
+        found = times_in_turn([graph for _, graph in graphs.values()])
+        p50 = {name: quantile(times, 0.5) for name, times in zip(graphs, found, strict=True)}
+        for (name, (num_bytes, _)), times in zip(graphs.items(), found, strict=True):
+            speed = (num_bytes + (layer.n + layer.k) * m * 2) / p50[name] / 1e6
             _write({
                 "op": "packed_linear", "provider": name, "mode": f"{bits} bit", "shape": f"{shape} M={m}",
-                "dtype": str(dtype)[6:], "ms_p10": f"{found[5]:.5f}", "ms_p50": f"{p50:.5f}",
-                "ms_p90": f"{found[45]:.5f}", "gb_s": f"{moved / p50 / 1e6:.1f}",
-                "share_of_copy": f"{moved / p50 / 1e6 / copy_gb_s():.3f}",
-                "tflop_s": f"{2 * layer.n * layer.k * m / p50 / 1e9:.2f}",
-                "times_bare_matmul": f"{p50 / bare:.3f}" if bare else "", **machine(),
+                "dtype": str(dtype)[6:], "ms_p10": f"{quantile(times, 0.1):.5f}", "ms_p50": f"{p50[name]:.5f}",
+                "ms_p90": f"{quantile(times, 0.9):.5f}", "gb_s": f"{speed:.1f}",
+                "share_of_copy": f"{speed / copy_gb_s():.3f}",
+                "tflop_s": f"{2 * layer.n * layer.k * m / p50[name] / 1e9:.2f}",
+                "times_bare_matmul": f"{p50[name] / p50['cuBLAS']:.3f}" if "cuBLAS" in p50 else "", **machine(),
             })  # fmt: skip
     assert not wrong, "; ".join(wrong)
 

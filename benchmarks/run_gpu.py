@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `make gpu` runs: build, tests, decode, tuning, benchmarks, sanitizers, targets, plots; all under limits.
 
-`python benchmarks/run_gpu.py [--set quick|default|all] [--steps build,tests,...] [--seconds 500] [--tune] [--dry-run]`.
+`python benchmarks/run_gpu.py [--set quick|targets|default|all] [--steps build,...] [--seconds 500] [--tune [TABLES]]`.
 Needs no network and no package beyond torch, Triton, pytest and pytest-benchmark; what else is missing is named and its
 rows are skipped. A step that fails or runs out of time is named and the others still run; rows are kept as they come.
 --dry-run plans everything and, on any machine, runs each benchmark body once on small shapes without recording.
@@ -31,27 +31,42 @@ PACKED_TABLE = ROOT / "discquant" / "ops" / "packed_linear_table.json"
 TESTS = ("tests/ops", "tests/packed", "tests/solver/test_soft_block.py", "tests/solver/test_norms.py")
 ELSEWHERE = ("tests/ops/test_aot.py", "tests/ops/test_compiled_kernels.py", "tests/packed/test_native.py")
 SANITIZERS = "tests/packed/test_gpu_contract.py::test_compute_sanitizer"
+# The packed kernels alone, a process each so that none takes another's results with it: file, -k. Not collected first,
+# which takes as long as some of them.
+PACKED_TESTS = {
+    "prefill": ("prefill", ""), "repeats": ("repeats", ""), "contract": ("contract", "not compute_sanitizer"),
+    "exact": ("values", "bit_exact"), "values": ("values", "not bit_exact"),
+}  # fmt: skip
 OPTIONAL = ("liger_kernel", "cut_cross_entropy", "bitsandbytes", "torchao", "matplotlib", "hypothesis")
 # The most telling first: a cut loses the least. Limits in seconds, from the rows of the default set at about 1.2 s a
 # row (0.6 s of samples, data, gate) and 10 s for each graph that torch.compile builds; in every file ours come first.
 BENCHES = {
-    "solver_step": 50, "projected_step": 60, "linear_kl": 60, "soft_linear": 130, "packed_linear": 110,
+    "solver_step": 50, "projected_step": 60, "linear_kl": 60, "packed_linear": 110, "soft_linear": 130,
     "soft_weight": 40, "hadamard": 30, "pack": 30,
 }  # fmt: skip
 # packed_linear goes before all else with few tokens: its other kernels have processes of their own, after the tuning.
 DECODE = 100
+# Tables that can be tuned -> seconds for it at most.
+TABLES = {"packed_linear": 90, "soft_linear": 170}
 # Rows of a set, as pytest's -k. `default` leaves out the solver's 70B shapes, few tokens and what compiles for long;
-# `targets` is what the target tables ask for and nothing beside it.
+# `targets` is what the target tables ask for and nothing beside it: where the table says materialise, dX by that name
+# is the same as by `auto`, and the forward pass gives the bound of a weight that passes through memory.
 _PACKED = "(test_decode or test_prefill)"
+_OURS = "triton and not fused and not compiled and not 57344 and not 512 and not 3584 and not 11008"
 SETS = {
-    "quick": "(triton and not fused and not compiled and not 57344 and not 512 and not 3584 and not 11008) "
-    f"or ({_PACKED} and gate_up and not 57344)",
-    "targets": "(triton and not fused and not epilogue and not compiled and not 57344 and not 512 and not 3584 "
-    f"and not 11008) or ({_PACKED} and not odd and not down)",
+    "quick": f"({_OURS}) or ({_PACKED} and gate_up and not 57344)",
+    "targets": f"({_OURS} and not epilogue and not dfrac and not (materialise and dx) "
+    "and not (linear_kl and 8192) and not ((linear_kl or test_solver_step) and not 16384)) "
+    f"or ({_PACKED} and not odd and not down)",
     "default": f"not (57344 and not {_PACKED}) and not 11008 and not (soft_linear and (512 or wide or lion)) "
     "and not (compiled and linear_kl) and not (compiled and hadamard and (14336 or 28672))",
     "all": "",
 }
+# Files without a row in a set: pytest calls it an error to have nothing to run.
+UNASKED = {"quick": ("pack",), "targets": ("hadamard", "pack")}
+STEPS = ("build", "tests", "decode", "packed-tests", "tune", "benchmarks", "sanitizers", "targets", "plots")
+# Of a set, where --steps does not say: the targets count what the dispatcher chooses, so its table comes first.
+STEPS_OF = {"targets": ("build", "decode", "packed-tests", "tune", "benchmarks", "targets")}
 _INSTALL = [
     sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(ROOT),
 ]  # fmt: skip
@@ -159,7 +174,7 @@ def _build(dry: bool) -> Iterator[Command]:
 
 
 def _tune(options: argparse.Namespace) -> Iterator[Step]:
-    """The packed kernels' table where it does not know this device yet (or with --tune); soft_linear's with --tune."""
+    """The tables that --tune names, and the packed kernels' one where it does not know this device yet."""
     known = True
     if not options.dry_run:
         import torch
@@ -169,12 +184,11 @@ def _tune(options: argparse.Namespace) -> Iterator[Step]:
         major, minor = torch.cuda.get_device_capability()
         measured = table["devices"].get(f"sm_{major}{minor}", {}).get("measured") or {}
         known = set(measured.get("bits", ())) == {"3", "4"}
-    if options.tune or not known:
-        packed = [sys.executable, str(HERE / "tune_packed_linear.py"), "--seconds", "120"]
-        yield Step("tune_packed", 140, [Command("tune_packed", packed)])
-    if options.tune:
-        soft = [sys.executable, str(HERE / "tune_soft_linear.py"), "--seconds", "170"]
-        yield Step("tune", 200, [Command("tune", soft)])
+    for name, seconds in TABLES.items():
+        if name in options.tune or (name == "packed_linear" and not known):
+            command = [sys.executable, str(HERE / f"tune_{name}.py"), "--seconds", str(seconds)]
+            # More than its own limit, after which it ends by itself: to start, and to finish what it measures.
+            yield Step(f"tune_{name}", seconds + 20, [Command(f"tune_{name}", command)])
 
 
 def steps(
@@ -188,7 +202,8 @@ def steps(
     if "build" in wanted:
         yield Step("build", 180, list(_build(options.dry_run)))
     files = [stem for stem in BENCHES if (HERE / f"bench_{stem}.py").exists()]
-    files = [stem for stem in files if stem in options.benches or not options.benches]
+    asked = options.benches or BENCHES.keys() - UNASKED.get(options.set, ())
+    files = [stem for stem in files if stem in asked]
     chosen = SMALL if options.dry_run else SETS[options.set]
     common = ["-o", "addopts=--import-mode=importlib", "-q", "-rs", *(["-k", chosen] if chosen else [])]
     if "tests" in wanted:
@@ -222,6 +237,14 @@ def steps(
         few = [*common[:-2], "-k", f"test_decode and ({chosen})" if chosen else "test_decode"]
         limit = options.seconds if options.dry_run else DECODE
         yield Step("decode", limit, [Command("bench_decode", _pytest(packed, *few, *once))])
+    if "packed-tests" in wanted and not options.dry_run:
+        threads = (("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(PACKED_TESTS)))),)
+        yield Step("packed-tests", 100, [
+            Command(f"packed_{name}", _pytest(
+                f"tests/packed/test_gpu_{stem}.py", "-q", "-rf", *(["-k", only] if only else [])
+            ), threads)
+            for name, (stem, only) in PACKED_TESTS.items()
+        ], True)  # fmt: skip
     if "tune" in wanted:
         yield from _tune(options)
     if "benchmarks" in wanted:
@@ -286,19 +309,22 @@ def _report(step: Step, found: list[tuple[str, int]], spent: float) -> list[str]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 if every step succeeded."""
-    every = ("build", "tests", "decode", "tune", "benchmarks", "sanitizers", "targets", "plots")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=500, help="budget of all steps together")
     parser.add_argument("--set", choices=tuple(SETS), default="default", help="which benchmark rows")
-    parser.add_argument("--steps", default=",".join(every), help=f"comma separated, of {', '.join(every)}")
+    parser.add_argument(
+        "--steps", default="",
+        help=f"comma separated, of {', '.join(STEPS)}, in this order; default all but packed-tests, which are among "
+        f"the tests; with --set targets {', '.join(STEPS_OF['targets'])}",
+    )  # fmt: skip
     parser.add_argument("--benches", default="", help="only these benchmark files, comma separated stems")
     parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="also measure soft_linear's table (about 3 minutes), and the packed one anew",
-    )
+        "--tune", nargs="?", const=",".join(TABLES), default="", metavar="TABLES",
+        help=f"measure these anew, comma separated, of {', '.join(TABLES)} (the second takes about 3 minutes); without "
+        "a name both",
+    )  # fmt: skip
     parser.add_argument(
         "--copy-to", type=Path, metavar="DIR",
         help="keep results, tables and logs there too, as one archive, renewed after every step",
@@ -307,16 +333,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="no GPU: plan, and run each body once on small shapes"
     )
     options = parser.parse_args(arguments)
-    wanted = [step for step in options.steps.split(",") if step]
+    usual = STEPS_OF.get(options.set, tuple(step for step in STEPS if step != "packed-tests"))
+    wanted = [step for step in options.steps.split(",") if step] or list(usual)
     options.benches = [stem for stem in options.benches.split(",") if stem]
+    options.tune = [name for name in options.tune.split(",") if name]
     if options.copy_to is not None:
         inside = options.copy_to.resolve()
         if inside.is_relative_to(LOGS.resolve()) or inside.is_relative_to((HERE / "results").resolve()):
             parser.error(f"--copy-to must lie outside of what it copies, got {options.copy_to}")
-    if unknown := [step for step in wanted if step not in every]:
-        parser.error(f"unknown step {unknown[0]}")
-    if unknown := [stem for stem in options.benches if stem not in BENCHES]:
-        parser.error(f"unknown benchmark {unknown[0]}, there are {', '.join(BENCHES)}")
+    for kind, given, known in (
+        ("step", wanted, STEPS), ("benchmark", options.benches, BENCHES), ("table", options.tune, TABLES),
+    ):  # fmt: skip
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"unknown {kind} {unknown[0]}, there are {', '.join(known)}")
     import torch
 
     if not torch.cuda.is_available() and not options.dry_run:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 Row = dict[str, str]
 SCRATCH_LIMIT = 1.2e9
 TRAFFIC_LIMIT = 24.0
+GRADIENT_BYTES = 4.0  # of that the matmul writes, per weight
 
 
 class Verdict(NamedTuple):
@@ -71,17 +72,15 @@ def _worst(
 
 
 def effective_traffic(row: Row) -> float | None:
-    """Bytes per weight that the time beyond the bare matmuls would move at the speed of a copy.
+    """Bytes per weight that the time of a step's elementwise part would move at a copy's speed.
 
-    `gb_s` and `share_of_copy` of the row give the copy's speed; `shape` ends in "<n> weights".
+    And those of the gradient that its matmul writes: the row finds it ready.
+    `gb_s` and `share_of_copy` of the row give the copy's speed; `shape` is "<n> weights".
     """
-    ratio, share, ms = (_number(row, f) for f in ("times_bare_matmul", "share_of_copy", "ms_p50"))
-    speed = _number(row, "gb_s")
-    if None in (ratio, share, ms, speed) or not share:
+    share, ms, speed = (_number(row, f) for f in ("share_of_copy", "ms_p50", "gb_s"))
+    if ms is None or speed is None or not share:
         return None
-    weights = float(row["shape"].split(",")[1].split()[0])
-    assert ratio is not None and ms is not None and speed is not None
-    return max(0.0, (1 - 1 / ratio) * ms * 1e-3 * (speed / share) * 1e9 / weights)
+    return ms * 1e-3 * (speed / share) * 1e9 / float(row["shape"].split()[0]) + GRADIENT_BYTES
 
 
 def _soft_linear(rows: list[Row]) -> list[Verdict]:
@@ -142,7 +141,8 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
     rows = latest(rows)
     step = [r for r in rows if r["op"] == "solver_step" and r["provider"] == "triton"]
     long = [r for r in step if r["shape"].startswith("16384 ")]
-    traffic, _ = _worst(long, effective_traffic, True)
+    alone = [r for r in step if r["mode"] == "lion, elementwise"]
+    traffic, _ = _worst(alone, effective_traffic, True)
     ratio, where = _worst(long, lambda r: _number(r, "times_bare_matmul"), True)
     projected = [r for r in rows if r["op"] == "projected_step" and r["provider"] == "triton"]
     share, slowest = _worst(projected, lambda r: _number(r, "share_of_copy"), False)
@@ -156,8 +156,8 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
                         True)  # fmt: skip
     kl_ratio, _ = _worst(kl, lambda r: _number(r, "times_bare_matmul"), True)
     return [
-        Verdict("solver step, 16k tokens, bytes per weight beyond the matmuls at copy speed", traffic, TRAFFIC_LIMIT,
-                True, "23.6 calculated"),
+        Verdict("solver step, bytes per weight outside the matmuls at copy speed", traffic, TRAFFIC_LIMIT, True,
+                "23.6 calculated"),
         Verdict("solver step, 16k tokens, times the bare matmuls", ratio, 1.10, True, where),
         *_soft_linear(rows),
         Verdict("projected_step_, share of copy bandwidth", share, 0.85, False, slowest),

@@ -21,6 +21,8 @@ from discquant.ops import packed_linear_table as table
 
 TOKENS = (17, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 SHAPES = ("8B gate_up", "8B down", "8B qkv")
+# Tokens beyond which the kernel for few is not timed: more than 32 launches a call, slow to measure.
+HOPELESS = 512
 
 
 def crossover(kernel: dict[int, float], dense: dict[int, float]) -> int:
@@ -63,29 +65,31 @@ def measure(bits: int, deadline: float) -> tuple[Times, Times, Times]:
     import packed_gpu
 
     kernel, dense, prefill = (dict.fromkeys(TOKENS, 0.0) for _ in range(3))
+    ways = (
+        (kernel, packed_gpu.tensor_cores),
+        (dense, packed_gpu.dequantised),
+        (prefill, packed_gpu.prefill),
+    )
     for shape in SHAPES:
         layer = packed_gpu.Layer(*packed_gpu.SHAPES[shape], bits, torch.bfloat16)
         for m in TOKENS:
             if time.monotonic() > deadline:
                 raise SystemExit("tune_packed_linear: out of time; give more with --seconds")
             x = torch.randn(m, layer.k, device="cuda").bfloat16()
-            ways = (
-                (kernel, packed_gpu.tensor_cores),
-                (dense, packed_gpu.dequantised),
-                (prefill, packed_gpu.prefill),
-            )
+            gate = packed_gpu.Gate(layer, x)
+            graphs = {}
             for found, make in ways:
-                if found is kernel and m > 1024:  # 64 launches and more: hopeless, and slow to measure
+                if found is kernel and m > HOPELESS:
                     found[m] = float("inf")
                     continue
                 calls = make(layer, x)
-                packed_gpu.check(make.__name__, layer, x, calls[0])
-                values = packed_gpu.times(calls, replays=20)
-                found[m] += values[len(values) // 2]
-                print(
-                    f"{bits} bits, {shape}, {m} tokens, {make.__name__}: {values[len(values) // 2]:.4f} ms",
-                    flush=True,
-                )
+                gate.check(make.__name__, calls[0])
+                graphs[make.__name__] = (found, packed_gpu.Graph(calls))
+            times = packed_gpu.times_in_turn([graph for _, graph in graphs.values()], replays=20)
+            for (name, (found, _)), values in zip(graphs.items(), times, strict=True):
+                value = packed_gpu.quantile(values, 0.5)
+                found[m] += value
+                print(f"{bits} bits, {shape}, {m} tokens, {name}: {value:.4f} ms", flush=True)
     return kernel, dense, prefill
 
 

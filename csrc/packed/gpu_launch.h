@@ -12,6 +12,13 @@
 namespace discquant {
 namespace packed {
 
+// What a call of the runtime returned. It keeps a failure as its last error, too, which whoever launches the next kernel
+// would take for its own: told here, it is forgotten there. Errors that spoil the device stay.
+inline cudaError_t told(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
 // Whether the kernel was compiled for sm_90 or later: only then does its code wait for the kernel before it where launches
 // overlap, and read other thread blocks' shared memory. Asked once: all devices of that age get the same code.
 template <auto kKernel>
@@ -20,7 +27,7 @@ bool compiled_for_sm90() {
   int found = known.load(std::memory_order_relaxed);
   if (found < 0) {
     cudaFuncAttributes attributes{};
-    if (cudaFuncGetAttributes(&attributes, kKernel) != cudaSuccess) return false;
+    if (told(cudaFuncGetAttributes(&attributes, kKernel)) != cudaSuccess) return false;
     found = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
     known.store(found, std::memory_order_relaxed);
   }
@@ -35,7 +42,7 @@ Clusters clusters_at_once(const GpuDevice& device, int threads, int bytes) {
   // Sixteen bits each, of which no device needs all; 0 is not known yet.
   static std::atomic<uint64_t> known[kDevices];
   int index = -1;
-  if (cudaGetDevice(&index) != cudaSuccess || index >= kDevices) index = -1;
+  if (told(cudaGetDevice(&index)) != cudaSuccess || index >= kDevices) index = -1;
   uint64_t packed = index < 0 ? 0 : known[index].load(std::memory_order_relaxed);
   if (packed == 0) {
     bool asked = true;
@@ -51,9 +58,8 @@ Clusters clusters_at_once(const GpuDevice& device, int threads, int bytes) {
       config.attrs = &size;
       config.numAttrs = 1;
       int found = 0;
-      if (cudaOccupancyMaxActiveClusters(&found, kKernel, &config) != cudaSuccess) {
-        cudaGetLastError();  // told here: no clusters of that size
-        found = 0;
+      if (told(cudaOccupancyMaxActiveClusters(&found, kKernel, &config)) != cudaSuccess) {
+        found = 0;      // no clusters of that size
         asked = false;  // and once more at the next launch
       }
       packed |= static_cast<uint64_t>(found < 0xffff ? found : 0xffff) << 16 * i;

@@ -13,7 +13,7 @@ int launch_as(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
   const int bytes = shared_bytes(call.tokens, walk.slots, walk.chunk_tiles);
   // The device's own limit, not this launch's need: launches of several threads must not lower it for one another.
   const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, call.device.shared_bytes);
+      told(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, call.device.shared_bytes));
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(walk.runs);
@@ -25,7 +25,7 @@ int launch_as(const GpuLinear& call, const Walk& walk, cudaStream_t stream) {
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = call.settled_weight && call.device.overlaps && compiled_for_sm90<kernel>() ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, call, walk);
+  return told(cudaLaunchKernelEx(&config, kernel, call, walk));
 }
 
 template <class T, int kBits, int kTokenTiles, bool kExact>
@@ -46,9 +46,12 @@ int choose(const GpuLinear& call, bool exact, const Walk& walk, cudaStream_t str
 GpuDevice gpu_device(int index) {
   GpuDevice found{};
   int major = 0;
-  if (cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index) != cudaSuccess ||
-      cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) != cudaSuccess)
+  const auto ask = [index](int& value, cudaDeviceAttr what) {
+    return told(cudaDeviceGetAttribute(&value, what, index)) == cudaSuccess;
+  };
+  if (!ask(found.multiprocessors, cudaDevAttrMultiProcessorCount) ||
+      !ask(found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin) ||
+      !ask(major, cudaDevAttrComputeCapabilityMajor))
     return GpuDevice{};
   found.overlaps = major >= 9;
   return found;
@@ -57,7 +60,7 @@ GpuDevice gpu_device(int index) {
 int64_t gpu_capture_id(CUstream_st* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
-  if (cudaStreamGetCaptureInfo(stream, &status, &id) != cudaSuccess) return 0;
+  if (told(cudaStreamGetCaptureInfo(stream, &status, &id)) != cudaSuccess) return 0;
   return status == cudaStreamCaptureStatusActive ? static_cast<int64_t>(id) : 0;
 }
 

@@ -12,7 +12,7 @@ template <class T, int kBits, int kTokens, int kGroupSteps>
 int launch(const GpuLinear& call, Prefill plan, cudaStream_t stream, int* splits) {
   constexpr auto kernel = packed_prefill_kernel<T, kBits, kTokens, kGroupSteps>;
   const int bytes = prefill_shared_bytes(kTokens);
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t status = told(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   if (status != cudaSuccess) return status;
   const Clusters clusters = clusters_at_once<kernel>(call.device, kPrefillThreads, bytes);
   plan.splits = prefill_splits(plan.k_tiles, plan.tiles(call.tokens), clusters);
@@ -32,7 +32,7 @@ int launch(const GpuLinear& call, Prefill plan, cudaStream_t stream, int* splits
   cluster.val.clusterDim = {1, 1, static_cast<unsigned>(plan.splits)};
   config.attrs = &cluster;
   config.numAttrs = plan.splits > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, call, plan);
+  return told(cudaLaunchKernelEx(&config, kernel, call, plan));
 }
 
 template <class T, int kBits, int kTokens>

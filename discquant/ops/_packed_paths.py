@@ -19,6 +19,9 @@ from discquant.ops import packed_linear_table as table
 
 GRID = "int out_features, int in_features, int num_bits, int group_size"
 MMA_LAYOUT = 1
+# Words in front of a workspace that must be zero before its first call: kMaxBlocks of csrc/packed/gpu_walk.h. What
+# follows is written before it is read.
+_COUNTERS = 1 << 16
 # Rows dequantised at a time before a dense matmul: the scratch stays near this many weights. On a GPU few panels pay:
 # each is two launches.
 _PANEL_WEIGHTS = {"cpu": 1 << 24, "cuda": 1 << 26}
@@ -121,18 +124,25 @@ def _in_graph_tree(device: int) -> bool:
     return manager is not None and bool(manager.stream == torch.cuda.current_stream(device))
 
 
+def _fresh_workspace(size: int, device: torch.device) -> Tensor:
+    """Uninitialised but for the counters: a graph does this again at every replay, for every layer or once."""
+    space = torch.empty(size, dtype=torch.int32, device=device)
+    space[:_COUNTERS].zero_()
+    return space
+
+
 def workspace(words: Tensor, out_features: int, in_features: int) -> Tensor:
     """The workspace of the current stream, large enough for a weight; its counters are zero between calls."""
     device = words.device.index
     size = _size(device, out_features, in_features)
     if _in_graph_tree(device):
-        return torch.zeros(size, dtype=torch.int32, device=words.device)
+        return _fresh_workspace(size, words.device)
     capturing = torch.cuda.is_current_stream_capturing()
     capture: int = _capture_op(words) if capturing else 0
     key = (device, torch.cuda.current_stream(words.device).cuda_stream, capturing)
     kept = _workspaces.get(key)
     if kept is None or kept[0] != capture or kept[1].numel() < size:
-        kept = _workspaces[key] = (capture, torch.zeros(size, dtype=torch.int32, device=words.device))
+        kept = _workspaces[key] = (capture, _fresh_workspace(size, words.device))
     return kept[1]
 
 

@@ -200,7 +200,8 @@ def linear_kl(
 
     Note:
         Deterministic. The softmax differences are taken in float32: bfloat16 logits drown the gradient at
-        small KL. No step waits for the device.
+        small KL. No step waits for the device. On CUDA products of float32 operands follow
+        `torch.set_float32_matmul_precision`, a switch of the process: below "highest" they are TF32's.
 
     Source:
         DiscQuant, arXiv 2501.06417, objective; log-sum-exp as usual.

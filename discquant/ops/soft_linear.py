@@ -167,8 +167,10 @@ def soft_linear(
 
     Note:
         Deterministic. Differentiable in x, a floating `frac` and bias, once (the reference: any number of times).
-        Products accumulate in float32 (float64 for float64 x). With a minimum the gradient of `frac` is that of levels
-        before they are rounded, as in `soft_weight`. With impl="reference" the strategy has no meaning.
+        Products accumulate in float32 (float64 for float64 x). On CUDA those of float32 x, unless fused, are torch's,
+        here and in the gradients: they follow `torch.set_float32_matmul_precision`, a switch of the process, and are
+        TF32's below "highest". With a minimum the gradient of `frac` is that of levels before they are rounded, as in
+        `soft_weight`. With impl="reference" the strategy has no meaning.
 
     Source:
         DiscQuant, arXiv 2501.06417, definition of w^x.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +174,10 @@ def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     words = torch.empty(0, dtype=torch.int32)
     first = paths.workspace(words, 10, 1)
     assert paths.workspace(words, 5, 1) is first and not first.any()
+    # Of a large one the counters alone: a test's fresh memory is poisoned.
+    counters = paths._COUNTERS
+    tail = paths._fresh_workspace(counters + 3, words.device)
+    assert tail.numel() == counters + 3 and not tail[:counters].any() and tail[counters:].all()
     larger = paths.workspace(words, 20, 1)
     assert larger.numel() == 20
     state["capture"] = 3
@@ -196,6 +201,12 @@ def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     manager.stream = object()
     state["capture"] = 0
     assert paths.workspace(words, 20, 1) is paths.workspace(words, 20, 1)
+
+
+def test_counters_are_where_the_kernel_counts(repo_root: Path) -> None:
+    header = (repo_root / "csrc" / "packed" / "gpu_walk.h").read_text()
+    found = re.search(r"constexpr int kMaxBlocks = 1 << (\d+);", header)
+    assert found is not None and 1 << int(found[1]) == paths._COUNTERS
 
 
 def test_what_torch_keeps_of_its_graphs() -> None:

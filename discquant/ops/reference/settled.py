@@ -17,7 +17,8 @@ _R = TypeVar("_R")
 def settled(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The same function with autocast off for the device of its first tensor.
 
-    Matmuls inside would take autocast's dtype, and not that of the contract (and of the fake).
+    Matmuls inside would take autocast's dtype, and not that of the contract (and of the fake). TF32 is left to the
+    caller: its switch is the whole process's, and turning it here would turn it for other threads.
     """
 
     @functools.wraps(function)
