@@ -21,7 +21,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
     def watched_sync(handle: int) -> None:
         sync(handle)
-        found.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        found.append(("sync", str(Path(f"/proc/self/fd/{handle}").readlink())))
 
     def watched_rename(path: Path, target: Path) -> Path:
         found.append(("rename", str(path), str(target)))

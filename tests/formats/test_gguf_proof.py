@@ -61,11 +61,11 @@ def rename(file: Path, before: str, after: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda file, source: damage(file, "blk.0.ffn_up.weight"), r"blk\.0\.ffn_up\.weight: \d+ values differ"),
-        (lambda file, source: damage(file, "output_norm.weight"), r"output_norm\.weight: 1 values differ, the first at \[0"),
-        (lambda file, source: rename(file, "blk.0.ffn_up.weight", "blk.0.ffn_xx.weight"), "ffn_up.weight is not in the file"),
-        (lambda file, source: rename(file, "output_norm.weight", "output_xxxx.weight"), "output_norm.weight is missing"),
-        (lambda file, source: source.tensors.pop("model.norm.weight"), r"nobody asked for: \['output_norm\.weight'\]"),
+        (lambda f, s: damage(f, "blk.0.ffn_up.weight"), r"blk\.0\.ffn_up\.weight: \d+ values differ"),
+        (lambda f, s: damage(f, "output_norm.weight"), r"output_norm\.weight: 1 values differ, the first at \[0"),
+        (lambda f, s: rename(f, "blk.0.ffn_up.weight", "blk.0.ffn_xx.weight"), "ffn_up.weight is not in the file"),
+        (lambda f, s: rename(f, "output_norm.weight", "output_xxxx.weight"), "output_norm.weight is missing"),
+        (lambda f, s: s.tensors.pop("model.norm.weight"), r"nobody asked for: \['output_norm\.weight'\]"),
     ],
     ids=["codes", "norm", "layer missing", "norm missing", "one too many"],
 )  # fmt: skip
@@ -84,9 +84,7 @@ def test_proof_fails_before_anything_appears(source: Checkpoint, tmp_path: Path)
     """Also where the file holds a layer's rows in another order: the place is that of the original."""
     name = "model.layers.1.self_attn.q_proj"
     with pytest.raises(ProofError, match=r"blk\.1\.attn_q\.weight: 1 values differ, the first at \[3, 4\]"):
-        FORMAT.write(
-            source, tmp_path / "out", solved(source), prove_from=lambda: (solved(source, name))
-        )
+        FORMAT.write(source, tmp_path / "out", solved(source), prove_from=lambda: solved(source, name))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -57,10 +57,12 @@ def say_symmetric(out: Path) -> None:
 @pytest.mark.parametrize(
     ("symmetric", "damage", "message"),
     [
-        (False, lambda out: flip(out, "weight_zero_point", 0, 3), rf"{NAME}: zero point: 1 values differ, the first at \[1, 0\]"),
+        (False, lambda out: flip(out, "weight_zero_point", 0, 3),
+         rf"{NAME}: zero point: 1 values differ, the first at \[1, 0\]"),
         (False, lambda out: flip(out, "weight_zero_point", 0, 31), f"{NAME}: bits after the last code are set"),
         (True, lambda out: flip(out, "weight_packed", 3, 24), f"{NAME}: bits after the last code are set"),
-        (True, lambda out: flip(out, "weight_packed", 3, 23), rf"{NAME}: codes: 1 values differ, the first at \[0, 39\]"),
+        (True, lambda out: flip(out, "weight_packed", 3, 23),
+         rf"{NAME}: codes: 1 values differ, the first at \[0, 39\]"),
         (True, say_symmetric, f"{NAME}: config.json says symmetric = False, the layer has True"),
     ],
     ids=["zero point", "idle bit of zero points", "idle bit of codes", "last code", "symmetric"],

@@ -39,7 +39,9 @@ def rows_of(chain: DecoderChain, count: int = 8, mask: torch.Tensor | None = Non
 def config_of(**options: Any) -> QuantizeConfig:
     """A 3-bit grid in groups of 16."""
     changes = {"iters": 6, "batch_size": 4, "micro_batch": 2, "warmup": 1, "start": "ref", **options}
-    return QuantizeConfig(grid=GridConfig(3, 16), solver=SolverConfig(**changes), gptq_samples=8, gptq_damp=0.5)
+    return QuantizeConfig(
+        grid=GridConfig(3, 16), solver=SolverConfig(**changes), gptq_samples=8, gptq_damp=0.5
+    )
 
 
 def test_learning_rate_is_that_of_the_codes_it_starts_from(chain: DecoderChain) -> None:
@@ -88,9 +90,7 @@ def test_options_reach_the_step(chain: DecoderChain, monkeypatch: pytest.MonkeyP
         assert (options.kl_weight, options.seed, options.step) == (gain, 7, 1)
 
 
-def test_gain_counts_coordinates_that_may_move(
-    chain: DecoderChain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gain_counts_coordinates_that_may_move(chain: DecoderChain, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that lie on the grid have gradients too, which no step takes."""
     with torch.no_grad():
         chain.weights[2][0].matrix()[:, ::2] = 0.0
@@ -114,7 +114,9 @@ def test_mean_kl_is_that_of_the_positions_that_count(chain: DecoderChain) -> Non
     rows = rows_of(chain, 4, mask)
     cut = TokenRows(chain, rows.input_ids[:, :7], None, 2)
     grids = lay_grids(chain, GridConfig(3, 16))
-    served = served_weights(chain, grids, layerwise_codes(chain, grids, [], "rtn"), torch.float32, torch.float32)
+    served = served_weights(
+        chain, grids, layerwise_codes(chain, grids, [], "rtn"), torch.float32, torch.float32
+    )
     found, expected = (mean_kl(chain, served, each.batches(range(4))) for each in (rows, cut))
     assert expected > 0 and found == pytest.approx(expected, rel=1e-4)
 
