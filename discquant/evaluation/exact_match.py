@@ -84,12 +84,14 @@ def _decode(
     alive = torch.arange(len(prompts))
     written: list[list[int]] = [[] for _ in prompts]
     ends, cache = ends.to(device), None
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         arguments = {"position_ids": position} if takes_positions else {}
         output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **arguments)
         cache = output.past_key_values
         token = output.logits[:, -1].float().argmax(dim=-1)
-        going = ~torch.isin(token, ends)
+        # A cache that drops no rows keeps those that have ended: what the model says after an end is no text.
+        going = going & ~torch.isin(token, ends)
         for row, value, goes in zip(alive.tolist(), token.tolist(), going.tolist(), strict=True):
             if goes:
                 written[row].append(value)
@@ -100,6 +102,7 @@ def _decode(
             kept = going.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
             token, mask, position, alive = token[kept], mask[kept], position[kept], alive[kept.cpu()]
+            going = going[kept]
         ids = token.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return written

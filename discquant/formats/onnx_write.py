@@ -264,6 +264,7 @@ def prove_onnx(source: Checkpoint, file: Path, layers: Iterable[CodedLayer]) -> 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = {node.name: node for node in model.graph.node if node.op_type == "MatMulNBits"}
     quantized, weights = set(), 0
+    parts: set[str] = set()
     for layer in layers:
         node = nodes.get(layer.name)
         if node is None:
@@ -272,6 +273,7 @@ def prove_onnx(source: Checkpoint, file: Path, layers: Iterable[CodedLayer]) -> 
         rows, columns, bits = attributes["N"], attributes["K"], attributes["bits"]
         block = attributes["block_size"]
         values = [numpy_helper.to_array(tensors[name], str(file.parent)) for name in node.input[1:]]
+        parts |= set(node.input[1:])
         blocks = values[1].shape[1]
         expected = layer.grid.dequantize(layer.q, torch.float32).cpu().numpy()
         if expected.shape != (rows, columns):
@@ -298,13 +300,19 @@ def prove_onnx(source: Checkpoint, file: Path, layers: Iterable[CodedLayer]) -> 
     copied = 0
     left = [name for name in source.tensors if name not in quantized and not name.endswith(".inv_freq")]
     for name in left:
-        place = {row.key: row.value for row in tensors[name].external_data} if name in tensors else {}
+        if name not in tensors:
+            raise ProofError(f"proof: {name} is missing from the file")
+        place = {row.key: row.value for row in tensors[name].external_data}
         with (file.parent / DATA).open("rb") as stream:
             stream.seek(int(place.get("offset", 0)))
             for piece in read_bytes(source.tensors[name]):
                 if stream.read(len(piece)) != piece:
                     raise ProofError(f"proof: {name} is not the source's byte for byte")
         copied += source.tensors[name].num_bytes
+    # Constants of the graph lie in the graph.
+    extra = {name for name, tensor in tensors.items() if tensor.external_data} - {*left, *parts}
+    if extra:
+        raise ProofError(f"proof: tensors are in the file that nobody asked for: {sorted(extra)[:8]}")
     return {
         "layers": len(quantized),
         "weights": weights,

@@ -79,9 +79,9 @@ def gptq_bytes(block: Block) -> float:
 
 
 def greedy_bytes(block: Block) -> float:
-    """Return what greedy rounding of one block holds: as GPTQ, but one Hessian more and ten matrices in float64."""
+    """Return what greedy rounding of one block holds: as GPTQ, but one Hessian more and twelve matrices in float64."""
     held = sum(8.0 * m.columns**2 * m.count for m in block.matrices)
-    return held + max(8.0 * m.columns**2 + 10 * 8.0 * m.rows * m.columns for m in block.matrices)
+    return held + max(8.0 * m.columns**2 + 12 * 8.0 * m.rows * m.columns for m in block.matrices)
 
 
 def _layerwise(shape: ModelShape, setting: Setting, method: str) -> dict[str, float]:

@@ -103,7 +103,7 @@ def rotate(
     )
     job = _Job(checkpoint, found, Rotation.random(sizes, seed, values=values), dtype, place)
     job.check_shapes()
-    check_space(target, job.num_bytes())
+    check_space(target, job.space(shard_bytes))
     say(f"reading {folder}")
     sha256 = digest_and_check(checkpoint)
     with atomic_directory(target) as partial:
@@ -143,15 +143,15 @@ class _Job:
         same = self.dtype is None or info.dtype not in _FLOATING or info.dtype == DTYPE_NAMES[self.dtype]
         return same and not (place.turns or place.neutral)
 
-    def num_bytes(self) -> int:
-        """Size of what will be written."""
-        total = 0
+    def space(self, shard_bytes: int) -> int:
+        """Bytes of what will be written, and of the spool that its largest shard is joined from."""
+        sizes = []
         for name in self.places:
             info = self.checkpoint.tensors[self.stored_name(name)]
             changed = self.dtype is not None and not self._copied(name)
             bits = DTYPE_BITS[DTYPE_NAMES[self.dtype] if self.dtype and changed else info.dtype]
-            total += info.num_bytes * bits // DTYPE_BITS[info.dtype]
-        return total
+            sizes.append(info.num_bytes * bits // DTYPE_BITS[info.dtype])
+        return sum(sizes) + min(sum(sizes), max(shard_bytes, *sizes))
 
     def check_shapes(self) -> None:
         """Refuse tensors that do not fit the configuration, or whose dtype cannot be turned.

@@ -22,7 +22,7 @@ from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoi
 from discquant.run.directory import RunDirectory, write_atomic
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.phases import resident_bytes
-from discquant.run.stored import StoredCodes, keep_codes
+from discquant.run.stored import StoredCodes, digest_codes, keep_codes
 from discquant.run.summary import START, frac_histogram
 from discquant.solver.chain import Chain
 from discquant.solver.engine import Engine
@@ -119,12 +119,14 @@ class Solving:
             The finished solve.
 
         Raises:
-            ResumeError: There are checkpoints and none can be read, or the ranks have other windows than each other.
+            ResumeError: There are checkpoints and none can be read, or the ranks have other windows or other codes to
+                start from than each other.
             CheckpointError: The codes that the solve began with are damaged.
             RunStoppedError: A signal arrived; what was reached, be it the last step, is in a checkpoint.
         """
         ranks = self.engine.ranks
         fresh = bool(ranks.share(not has_checkpoint(self._folder)))
+        self._check_same_text(rows)
         start = kept_start(self.directory)
         if start is None:
             with self.engine.reproducible():  # as the steps that go on from there
@@ -132,11 +134,11 @@ class Solving:
             if start is not None and ranks.first:
                 keep_start(self.directory, start)
                 start = kept_start(self.directory)  # from now on in the file only
+        self._check_same_start(start)
         solve = self.solve = Solve(
             chain, grids, rows, self.config, served=served, fresh=fresh, start_codes=start, engine=self.engine
         )
         self._say_notes(solve)
-        self._check_same_text(rows)
         if not fresh:
             self._restore(solve)
         if solve.solver.step_number:
@@ -158,6 +160,22 @@ class Solving:
             raise ResumeError(
                 f"run: the ranks read different calibration windows from {self.directory.path} "
                 f"({_by_rank([digest[:12] for digest in found])}); give every rank the same files"
+            )
+
+    def _check_same_start(self, codes: Codes | None) -> None:
+        """See that every rank starts from the same codes: each computes them, or reads them from its run directory.
+
+        Raises:
+            ResumeError: They do not.
+        """
+        if self.engine.ranks.world == 1:
+            return  # hashing reads every layer
+        found = self.engine.ranks.gather([None if codes is None else digest_codes(codes)])
+        if len(set(found)) > 1:
+            raise ResumeError(
+                f"run: the ranks start from different codes "
+                f"({_by_rank([digest and digest[:12] for digest in found])}); give every rank the same "
+                f"{self.directory.path / START_CODES}, and the same versions of torch on one kind of machine"
             )
 
     def _restore(self, solve: Solve) -> None:

@@ -116,6 +116,15 @@ def keep_codes(path: Path, codes: Mapping[str, Tensor]) -> None:
     save_tensors_atomic(path, given, {DIGESTS: json.dumps(digests, sort_keys=True)})
 
 
+def digest_codes(codes: Mapping[str, Tensor]) -> str:
+    """Hash codes with their names and shapes, one layer in memory at a time."""
+    found = hashlib.sha256()
+    for name in sorted(codes):
+        q = codes[name]
+        found.update(json.dumps([name, list(q.shape), _sha256(q)]).encode())
+    return found.hexdigest()
+
+
 class StoredCodes(Mapping[str, Tensor]):
     """Codes by module name in a safetensors file, read from it whenever they are asked for.
 

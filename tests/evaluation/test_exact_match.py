@@ -40,8 +40,9 @@ def test_batches_equal_single_prompts(model: Any, tokenizer: Any) -> None:
 class Script(nn.Module):
     """Writes a fixed text after each prompt, whatever stands before: tests ending, leaving and counting."""
 
-    def __init__(self, tokenizer: Any, lines: dict[str, str]) -> None:
+    def __init__(self, tokenizer: Any, lines: dict[str, str], cache: type[Rows] | None = None) -> None:
         super().__init__()
+        self.cache = cache or Leaving
         self.dummy = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(eos_token_id=2)
         self.batches: list[int] = []
@@ -56,7 +57,7 @@ class Script(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past_key_values: Any, use_cache: bool
     ) -> Any:
-        cache = past_key_values or Rows([[] for _ in input_ids])
+        cache = past_key_values or self.cache([[] for _ in input_ids])
         for row, new, kept in zip(cache.rows, input_ids, attention_mask, strict=True):
             row += new[kept[-len(new) :].bool()].tolist()
         self.batches.append(len(input_ids))
@@ -70,10 +71,14 @@ class Script(nn.Module):
 
 
 class Rows:
-    """A cache of the text itself."""
+    """A cache of the text itself, of which no row leaves."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         self.rows = rows
+
+
+class Leaving(Rows):
+    """One whose rows leave."""
 
     def batch_select_indices(self, kept: torch.Tensor) -> None:
         self.rows = [self.rows[place] for place in kept.tolist()]
@@ -83,6 +88,27 @@ def test_rows_leave_when_they_end(tokenizer: Any) -> None:
     model = Script(tokenizer, {"one": "1", "three": "333", "fifty": "5" * 9})
     assert greedy(model, tokenizer, ["three", "one", "fifty"], max_new_tokens=6) == ["333", "1", "555555"]
     assert model.batches == [3, 3, 2, 2, 1, 1]
+
+
+def test_rows_that_cannot_leave_stay_ended(tokenizer: Any) -> None:
+    """What a model goes on to say after its end token is no text, though it be computed."""
+    lines = {"one": "1", "three": "333", "fifty": "5" * 9}
+    model = Script(tokenizer, lines, Rows)
+    for text in ("one", "three"):  # more text, after the end
+        line = model.table[tuple(tokenizer(text, add_special_tokens=False)["input_ids"])]
+        line += tokenizer("#### 9", add_special_tokens=False)["input_ids"]
+    assert greedy(model, tokenizer, ["three", "one", "fifty"], max_new_tokens=6) == ["333", "1", "555555"]
+    assert model.batches == [3] * 6
+
+
+@pytest.mark.parametrize("owner", ["config", "generation_config"])
+def test_end_tokens_of_every_owner(owner: str, tokenizer: Any) -> None:
+    """Chat models name a second one in their generation settings alone."""
+    model = Script(tokenizer, {"one": "1x1"})
+    (other,) = tokenizer("x", add_special_tokens=False)["input_ids"]
+    assert greedy(model, tokenizer, ["one"], max_new_tokens=6) == ["1x1"]
+    setattr(model, owner, SimpleNamespace(eos_token_id=[2, other]))
+    assert greedy(model, tokenizer, ["one"], max_new_tokens=6) == ["1"]
 
 
 def test_exact_match_counts_right_answers(tokenizer: Any) -> None:

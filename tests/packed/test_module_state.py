@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from discquant import _extension
 from discquant.modules import PackedLinear
+from discquant.modules import packed_linear as packed_module
 from discquant.ops import pack as packing
 
 pytestmark = pytest.mark.skipif(not _extension.available(), reason="discquant._C is not built")
@@ -206,3 +207,26 @@ def test_buffers_come_together_or_not_at_all() -> None:
     assert torch.equal(weight(module), before) and torch.equal(module.bias, other["bias"])
     with pytest.raises(RuntimeError, match="Missing key"):
         module.load_state_dict({})
+
+
+def test_kernels_wait_for_what_is_being_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may read buffers ahead of time once these are known to be written: not after a load, until told so."""
+    told: list[bool] = []
+    real = packed_module.packed_linear
+
+    def watched(*given: Any, settled: bool, **named: Any) -> Tensor:
+        told.append(settled)
+        return real(*given, settled=settled, **named)
+
+    monkeypatch.setattr(packed_module, "packed_linear", watched)
+    module, state, x = make(), make(seed=1).state_dict(), torch.randn(2, 100)
+    module(x)
+    for change in (module.float, lambda: module.load_state_dict(state), module.settle, lambda: module.cpu()):
+        change()
+        module(x)
+        module.forward_rows(x, 0, 40)
+    assert told == [False, True, True, False, False, True, True, True, True]
+    module.settle()
+    module.load_state_dict(state, assign=True)
+    module(x)
+    assert told[-1] is False

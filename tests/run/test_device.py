@@ -110,7 +110,7 @@ def test_refine_is_on_the_device(
             engine=Engine("host", device=GPU),
         ).execute()  # fmt: skip
     assert watch.on_gpu > 10_000
-    assert summary["refine"]["kl_after"] <= summary["refine"]["kl_before"]
+    assert summary["refine"]["improved"]
 
 
 @pytest.mark.slow
@@ -341,4 +341,4 @@ def test_real_gpu_refines(model_dir: Path, dataset: str, tmp_path: Path) -> None
     Pipeline(model_dir, tmp_path / "run", dataclasses.replace(config, method="rtn")).execute()
     file = tmp_path / "run" / "compressed-tensors"
     summary = RefinePipeline(file, tmp_path / "out", model_dir, config, engine=Engine(device=GPU)).execute()
-    assert summary["refine"]["kl_after"] <= summary["refine"]["kl_before"]
+    assert summary["refine"]["improved"]
