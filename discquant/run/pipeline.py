@@ -135,7 +135,8 @@ class Pipeline:
         grids = self._grids(chain, source) if self.config.method == "discquant" else {}
         self.engine.ranks.share(None)
         held_open.callback(self._close)  # from here on the first rank holds the directory
-        train, held = split_windows(run_windows(self.directory, self.config, source), self.config)
+        windows = run_windows(self.directory, self.config, source)
+        train, held = split_windows(windows, self.config, self.directory)
         if self.config.method == "discquant":
             rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
             self._solve(chain, grids, rows, held, source)
@@ -173,7 +174,7 @@ class Pipeline:
             grids = self._grids(chain, source)
         with self._phase("calibrate"):
             windows = run_windows(self.directory, self.config, source)
-            train, held = split_windows(windows, self.config)
+            train, held = split_windows(windows, self.config, self.directory)
             if len(windows) < self.config.data.nsamples + self.config.validation_windows:
                 self.events.say(f"note: {few_windows(windows, self.config)}")
             chain.verify(train.input_ids[:1])
@@ -182,7 +183,7 @@ class Pipeline:
                 self.directory.check(identity, resume=self.resume)  # nobody else was faster
                 self.directory.start(self._record(source), identity)
                 self.phases.keep(self.directory.path / PHASES)
-            keep_windows(self.directory, windows)
+            keep_windows(self.directory, windows, len(held))
             self.engine.ranks.share("calibrated")
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
         solve: Solve | None = None
