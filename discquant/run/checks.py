@@ -21,7 +21,7 @@ from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.formats.export import plan_export
-from discquant.formats.output import check_space
+from discquant.formats.output import check_space, missing_part
 from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
@@ -255,6 +255,21 @@ def check_grids(source: Source, formats: Iterable[str], grids: Mapping[str, Grid
         tensors = Checkpoint(source.path).tensors
         for layer, grid in grids.items():
             chosen.check_grid(layer, grid, TORCH_DTYPES[tensors[f"{layer}.weight"].dtype])
+
+
+def check_written(out: Path, formats: Iterable[str]) -> None:
+    """Refuse a format's folder in a run directory that has been damaged since it was written.
+
+    Raises:
+        CheckpointError: A file is gone or has another size; the message names it, and what to remove.
+    """
+    for folder in (out / name for name in formats):
+        missing = missing_part(folder) if folder.is_dir() else None
+        if missing is not None:
+            raise CheckpointError(
+                f"run: {folder} has been damaged since it was written: {missing}; remove that folder, and the same "
+                "command writes it anew"
+            )
 
 
 def check_text(source: Source, dataset: str) -> None:

@@ -32,6 +32,7 @@ from discquant.run.checks import (
     check_groups,
     check_ignore,
     check_text,
+    check_written,
     run_identity,
     told_options,
 )
@@ -159,6 +160,7 @@ class Pipeline:
             continued = self.directory.check(identity, resume=self.resume)
             if continued:
                 self._hold(held_open)
+                check_written(self.directory.path, self.config.formats)
         if continued and self.directory.complete and self._exported():
             self.engine.ranks.share(COMPLETE)
             return self._completed()
