@@ -109,9 +109,13 @@ Resume = Annotated[
 Threads = Annotated[int | None, typer.Option(help="CPU threads; part of what fixes the bytes.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model.")]
 AllowPickle = Annotated[
+    bool, typer.Option(help="Read .bin weights of the original with torch's restricted loader.")
+]
+AllowPickleAlone = Annotated[
     bool,
     typer.Option(
-        help="Read .bin weights of the original with torch's restricted loader; quantize then writes --format none."
+        help="Read .bin weights of the original with torch's restricted loader; give --format none with it, for "
+        "formats are written from safetensors."
     ),
 ]
 

@@ -63,7 +63,7 @@ def quantize(
     resume: options.Resume = True,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    allow_pickle: options.AllowPickle = False,
+    allow_pickle: options.AllowPickleAlone = False,
 ) -> None:
     """Quantize MODEL into the run directory OUT.
 

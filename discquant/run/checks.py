@@ -13,8 +13,8 @@ import torch
 
 import discquant
 from discquant.calibration.documents import SUFFIXES
-from discquant.calibration.load import token_file
-from discquant.config import GridConfig, QuantizeConfig
+from discquant.calibration.load import check_dataset, token_file
+from discquant.config import DataConfig, GridConfig, QuantizeConfig
 from discquant.environment import device_name, versions
 from discquant.errors import CalibrationError, CheckpointError, ConfigError, UnrepresentableError
 from discquant.formats import registry
@@ -272,17 +272,16 @@ def check_written(out: Path, formats: Iterable[str]) -> None:
             )
 
 
-def check_text(source: Source, dataset: str) -> None:
-    """Refuse text that there is no tokenizer for, and a file that is not there.
+def check_text(source: Source, data: DataConfig) -> None:
+    """Refuse text that there is no tokenizer for, and a file that is not there or whose beginning is no text.
 
     Raises:
         CalibrationError: So it is.
     """
+    dataset = data.dataset
     if source.tokenizer is None and dataset != "self" and token_file(dataset) is None:
         raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
-    file = text_file(dataset)
-    if file is not None and not file.is_file():
-        raise CalibrationError(f"calibration: there is no file {file}")
+    check_dataset(dataset, source.tokenizer, chat_template=data.chat_template, text_key=data.text_key)
 
 
 def text_file(dataset: str) -> Path | None:
@@ -290,7 +289,7 @@ def text_file(dataset: str) -> Path | None:
     of_tokens = token_file(dataset)
     if of_tokens is not None:
         return of_tokens[0]
-    return Path(dataset) if Path(dataset).suffix in SUFFIXES else None
+    return Path(dataset) if Path(dataset).suffix.lower() in SUFFIXES else None
 
 
 # Raised whenever a run would come out in other bytes than before: a run that an earlier state of the code began is then

@@ -155,7 +155,7 @@ class Pipeline:
                 )
             chain = self._chain(source)
             self._check_formats(source, chain)
-            check_text(source, self.config.data.dataset)
+            check_text(source, self.config.data)
             identity = self._identity(source)
             continued = self.directory.check(identity, resume=self.resume)
             if continued:

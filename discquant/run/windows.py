@@ -130,8 +130,12 @@ def _kept_split(path: Path, count: int, config: QuantizeConfig) -> int | None:
     if not path.exists():
         return None
     stated = read_header(path)[1].get(HELD)
-    if stated is None:  # earlier versions wrote no number: a fifth of what was loaded, however much was asked for
+    if (
+        stated is None
+    ):  # earlier versions wrote no number: a fifth of what was loaded, however much was asked for
         return min(config.validation_windows, max(1, count // 5))
     if not stated.isdecimal() or not 0 < int(stated) < count:
-        raise CheckpointError(f"{path} must hold out at least 1 of its {count} windows, and not all: got {stated}")
+        raise CheckpointError(
+            f"{path} must hold out at least 1 of its {count} windows, and not all: got {stated}"
+        )
     return int(stated)

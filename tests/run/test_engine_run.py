@@ -313,7 +313,10 @@ def test_a_damaged_format_is_not_complete(model_dir: Path, dataset: str, tmp_pat
     content = file.read_bytes()
     for damage, words in (
         (lambda: file.write_bytes(content[:-1]), rf"model.safetensors has {len(content) - 1:,} bytes"),
-        (file.unlink, "model.safetensors is missing; remove that folder, and the same command writes it anew"),
+        (
+            file.unlink,
+            "model.safetensors is missing; remove that folder, and the same command writes it anew",
+        ),
         ((out / "gptq" / "config.json").unlink, "is missing"),
         ((out / "gptq" / "discquant_manifest.json").unlink, "discquant_manifest.json is missing"),
     ):

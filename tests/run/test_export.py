@@ -75,7 +75,9 @@ def test_every_format_holds_the_codes_of_the_run(run_dir: Path, tmp_path: Path) 
 def test_default_place_is_the_run(run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
     assert export(tmp_path / "run", ["gptq"]) == {"gptq": tmp_path / "run" / "gptq"}
-    with pytest.raises(OutputExistsError, match="gptq exists already; write what is not there yet with --format mlx"):
+    with pytest.raises(
+        OutputExistsError, match="gptq exists already; write what is not there yet with --format mlx"
+    ):
         export(tmp_path / "run", ["mlx", "gptq"])
     assert not (tmp_path / "run" / "mlx").exists(), "refused before the first byte"
 

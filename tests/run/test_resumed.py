@@ -222,7 +222,8 @@ def test_the_padded_tail_of_a_text_is_solved_on(
 
 
 @pytest.mark.parametrize(
-    ("asked", "came", "solved"), [(8, 12, 8), (8, 11, 8), (8, 9, 8), (8, 8, 7), (8, 5, 4), (8, 2, 1), (1, 5, 1)]
+    ("asked", "came", "solved"),
+    [(8, 12, 8), (8, 11, 8), (8, 9, 8), (8, 8, 7), (8, 5, 4), (8, 2, 1), (1, 5, 1)],
 )
 def test_as_many_windows_are_solved_on_as_were_asked_for(
     asked: int, came: int, solved: int, tmp_path: Path
