@@ -175,7 +175,9 @@ def quantize(
             configuration or autocast says (load it in float32 for the CPU), and it is computed where it is: move it to
             a GPU to solve there. Its `training` and `requires_grad` are afterwards as they were.
         tokenizer: Its tokenizer; may be None with token ids or `config.data.dataset = "self"`.
-        config: Everything else; default: DiscQuant, 4 bits, group 64, text sampled from the model itself.
+        config: Everything else; default: DiscQuant, 4 bits, group 64, text sampled from the model itself. Its
+            `format`, `baselines`, `validation_windows` and `checkpoint_every` are not used: nothing is held out,
+            measured or written.
         calibration: Windows, or token ids int64 [rows, seqlen]; None loads `config.data`.
         on_step: Called after every step.
 

@@ -277,8 +277,9 @@ class DataConfig:
     """Calibration text.
 
     Attributes:
-        dataset: `self`, a .txt/.jsonl/.parquet path, `file.safetensors:key`, or a `datasets` name.
-        nsamples: Token windows kept.
+        dataset: `self`, `arithmetic` (its split calibration; `arithmetic:heldout`), a .txt/.jsonl/.parquet path,
+            `file.safetensors:key`, or a data set on the hub: `name`, `name:split` or `name:config:split`.
+        nsamples: Token windows to solve on; `validation_windows` more are loaded and held out.
         seqlen: Tokens per window.
         chat_template: Put plain text and question-answer pairs through the tokenizer's chat template.
         text_key: Key of plain text in .jsonl, .parquet and data sets.
