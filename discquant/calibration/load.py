@@ -64,6 +64,22 @@ def _split_of(dataset: str) -> Split:
     return chosen
 
 
+def check_named(dataset: str) -> None:
+    """Refuse the name of a file that is not there, or of no split: what needs neither model nor tokenizer.
+
+    Raises:
+        CalibrationError: So it is.
+    """
+    of_tokens = token_file(dataset)
+    if of_tokens is not None:
+        if not of_tokens[0].is_file():
+            raise CalibrationError(f"calibration: there is no file {of_tokens[0]}")
+    elif dataset.partition(":")[0] in GENERATORS:
+        _split_of(dataset)
+    elif dataset != "self":
+        documents.check_named(dataset)
+
+
 def check_dataset(
     dataset: str, tokenizer: Any, *, chat_template: bool = False, text_key: str = "text"
 ) -> None:
@@ -78,10 +94,8 @@ def check_dataset(
     Raises:
         CalibrationError: No file, no split of that name, or a first row (of a .txt its first piece) that is no text.
     """
-    if dataset == "self":
-        return
-    if dataset.partition(":")[0] in GENERATORS:
-        _split_of(dataset)
+    check_named(dataset)
+    if dataset == "self" or dataset.partition(":")[0] in GENERATORS:
         return
     of_tokens = token_file(dataset)
     if of_tokens is not None:

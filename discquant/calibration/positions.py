@@ -23,8 +23,8 @@ class Positions:
     count: int
     reach: int
 
-    def check(self, seqlen: int) -> str | None:
-        """See that windows fit.
+    def check(self, seqlen: int, argument: str = "calibration: seqlen") -> str | None:
+        """See that windows fit; `argument` is what the message calls their length.
 
         Returns:
             A note where only the scaling reaches so far.
@@ -39,7 +39,7 @@ class Positions:
                 f", {self.reach} with its scaling of rotary positions" if self.reach > self.count else ""
             )
             raise ConfigError(
-                f"calibration: seqlen must be at most the model's {self.count} positions{stretched}, got {seqlen}"
+                f"{argument} must be at most the model's {self.count} positions{stretched}, got {seqlen}"
             )
         return (
             f"windows of {seqlen} tokens are longer than the model's {self.count} positions; its scaling of rotary "

@@ -192,7 +192,9 @@ def _check_models(original: Path, candidate_paths: Sequence[str | Path], seqlen:
             )
     positions = positions_of_config(read_config(original))
     if positions is not None:
-        positions.check(seqlen)  # what only a scaling reaches is told when the text is read
+        positions.check(
+            seqlen, "evaluate: --seqlen"
+        )  # what only a scaling reaches is told when the text is read
 
 
 def _answers(model: Any, tokenizer: Any, stories: list[Any], max_new_tokens: int) -> float | None:

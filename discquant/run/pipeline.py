@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from discquant.calibration import Windows
+from discquant.calibration.load import check_named
 from discquant.config import Method, QuantizeConfig
 from discquant.environment import cpu_name
 from discquant.formats import registry
@@ -147,6 +148,7 @@ class Pipeline:
         check_output_dir(self.directory.path, self.resume)
         for name in self.config.formats:
             registry.by_name(name)
+        check_named(self.config.data.dataset)  # before the original is hashed
         with self._phase("open"):
             source = self._open()
             if self._lazy() and not is_lazy(source.model):

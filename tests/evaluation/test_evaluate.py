@@ -287,7 +287,7 @@ def test_rejects(model_dir: Path, packed_dir: Path, run_dir: Path, tmp_path: Pat
             ConfigError, match=f"--{option.removesuffix('_problems').replace('_', '-')} must be at"
         ):
             evaluate(model_dir, [packed_dir], "self", on_windows=seen.append, **{option: given})
-    with pytest.raises(ConfigError, match="seqlen must be at most the model's 512 positions"):
+    with pytest.raises(ConfigError, match="evaluate: --seqlen must be at most the model's 512 positions"):
         evaluate(model_dir, [packed_dir], "self", seqlen=100_000, on_windows=seen.append)
 
 
