@@ -85,8 +85,8 @@ def find(path: str | Path) -> Format:
 
 
 def _ordinary(place: Path) -> bool:
-    """Whether this is a folder of a model whose configuration states no quantization."""
-    if not (place / "config.json").is_file():
+    """Whether this is a folder of a model whose configuration states no quantization, nor a file beside it."""
+    if not (place / "config.json").is_file() or any(place.glob("quant*_config.json")):
         return False
     config = read_json(place / "config.json")
     weights = any(any(place.glob(kind)) for kind in ("*.safetensors", *PICKLES))

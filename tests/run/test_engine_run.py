@@ -136,7 +136,8 @@ def test_validation_knows_the_teacher(
 ) -> None:
     """The original runs once on windows that never change; the lines are those of a teacher computed each time."""
     remember, outputs = TokenRows.remember_teacher, DecoderChain.teacher_outputs
-    held, passes = 2, []  # a fifth of 12 windows
+    held, passes = 3, []  # no other count of windows in the run
+    config = dataclasses.replace(_config(dataset), validation_windows=held)
 
     def forgetful(rows: TokenRows, teacher: Any = None) -> None:
         if len(rows) != held:
@@ -153,7 +154,7 @@ def test_validation_knows_the_teacher(
             if name == "anew":
                 patch.setattr(TokenRows, "remember_teacher", forgetful)
             passes.clear()
-            Pipeline(model_dir, tmp_path / name, _config(dataset), engine=Engine("disk")).execute()
+            Pipeline(model_dir, tmp_path / name, config, engine=Engine("disk")).execute()
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         found.append([line for line in lines if line.get("kind") == "validation"])
         # One more where the result is measured.
