@@ -17,7 +17,7 @@ from discquant import _extension
 from discquant.calibration import Windows, given_windows, load_windows
 from discquant.config import ComputeDtype, QuantizeConfig
 from discquant.environment import compute_device
-from discquant.errors import ConfigError, MissingModelError
+from discquant.errors import ConfigError, MissingModelError, either
 from discquant.formats.checkpoint import check_finite, read_json, stated_quantization
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
@@ -176,7 +176,9 @@ def quantize(
             configuration or autocast says (load it in float32 for the CPU), and it is computed where it is: move it to
             a GPU to solve there. Its `training` and `requires_grad` are afterwards as they were.
         tokenizer: Its tokenizer; may be None with token ids or `config.data.dataset = "self"`.
-        config: Everything else; default: DiscQuant, 4 bits, group 64, text sampled from the model itself.
+        config: Everything else; default: DiscQuant, 4 bits, group 64, text sampled from the model itself. Its
+            `format`, `baselines`, `validation_windows` and `checkpoint_every` are not used: nothing is held out,
+            measured or written.
         calibration: Windows, or token ids int64 [rows, seqlen]; None loads `config.data`.
         on_step: Called after every step.
 
@@ -330,11 +332,13 @@ def load(
         Threads may call it at once. transformers sets the default dtype of the whole process while it builds a model.
     """
     if mode not in (*MODES, "plain"):
-        raise ConfigError(f"load: mode must be one of {[*MODES, 'plain']}, got {mode!r}")
+        raise ConfigError(f"load: mode must be one of {either((*MODES, 'plain'))}, got {mode!r}")
     target = None if device is None else _device_there(device)
     known = (*modes_on(target or torch.device("cpu")), "plain")
     if mode not in known:
-        raise ConfigError(f"load: mode on {target} must be one of {list(known)}, got {mode!r} (for the CPU)")
+        raise ConfigError(
+            f"load: mode on {target} must be one of {either(known)}, got {mode!r} (for the CPU)"
+        )
     trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     model = _open_model(Path(path), dtype, mode, target, trust)
     return model if target is None else model.to(target)

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from discquant.errors import either
+
 Method = Literal["rtn", "greedy", "gptq", "discquant"]
 GridSearch = Literal["absmax", "search"]
 GridKind = Literal["uniform", "nf4", "mxfp4", "nvfp4", "q4_0", "q4_1", "q4_k", "q3_k"]
@@ -88,8 +90,8 @@ class GridConfig:
             self.group_size == -1 or (self.group_size > 0 and self.group_size % 8 == 0)
         )
         _check("group_size", GROUP_SIZES_HINT, ok, self.group_size)
-        _check("grid", f"one of {get_args(GridSearch)}", self.grid in get_args(GridSearch), self.grid)
-        _check("kind", f"one of {get_args(GridKind)}", self.kind in get_args(GridKind), self.kind)
+        _check("grid", f"one of {either(get_args(GridSearch))}", self.grid in get_args(GridSearch), self.grid)
+        _check("kind", f"one of {either(get_args(GridKind))}", self.kind in get_args(GridKind), self.kind)
         if self.kind != "uniform":
             fixed = GRID_KINDS[self.kind]
             given = (self.bits, self.group_size, self.sym)
@@ -221,7 +223,7 @@ class SolverConfig:
             ("compute_dtype", ComputeDtype),
         ):
             value = getattr(self, name)
-            _check(name, f"one of {get_args(kind)}", value in get_args(kind), value)
+            _check(name, f"one of {either(get_args(kind))}", value in get_args(kind), value)
 
     @property
     def steps(self) -> int:
@@ -282,7 +284,7 @@ def preset(name: PresetName, grid: GridConfig) -> SolverConfig:
     Raises:
         ValueError: Unknown preset.
     """
-    _check("preset", f"one of {get_args(PresetName)}", name in get_args(PresetName), name)
+    _check("preset", f"one of {either(get_args(PresetName))}", name in get_args(PresetName), name)
     return paper_preset(grid.bits, grid.group_size) if name == "paper" else SolverConfig()
 
 
@@ -291,8 +293,9 @@ class DataConfig:
     """Calibration text.
 
     Attributes:
-        dataset: `self`, a .txt/.jsonl/.parquet path, `file.safetensors:key`, or a `datasets` name.
-        nsamples: Token windows kept.
+        dataset: `self`, `arithmetic` (its split calibration; `arithmetic:heldout`), a .txt/.jsonl/.parquet path,
+            `file.safetensors:key`, or a data set on the hub: `name`, `name:split` or `name:config:split`.
+        nsamples: Token windows to solve on; `validation_windows` more are loaded and held out.
         seqlen: Tokens per window.
         chat_template: Put plain text and question-answer pairs through the tokenizer's chat template.
         text_key: Key of plain text in .jsonl, .parquet and data sets.
@@ -344,7 +347,7 @@ class QuantizeConfig:
         Raises:
             ValueError: A field is out of range.
         """
-        _check("method", f"one of {get_args(Method)}", self.method in get_args(Method), self.method)
+        _check("method", f"one of {either(get_args(Method))}", self.method in get_args(Method), self.method)
         _check(
             "format",
             "format names, comma separated, or none",

@@ -6,6 +6,14 @@ Each is also the built-in class that fits, so that library callers need not know
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+
+def either(choices: Iterable[object]) -> str:
+    """Choices in words, for a message: `a, b or c`."""
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last
+
 
 class UserError(Exception):
     """Marks an error whose message is written for the person at the terminal."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from discquant.api import load, original_of, served_directory
+from discquant.calibration.positions import positions_of
 from discquant.errors import ConfigError, MissingModelError
 from discquant.formats.source import load_tokenizer
 from discquant.modules import PackedReport
@@ -44,11 +45,10 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
 
 def _check(prompt: str, temperature: float, max_new_tokens: int, seed: int) -> None:
     """Refuse what would fail, or come out as noise, only after the model is loaded."""
-    if not 0 <= temperature < math.inf or max_new_tokens < 1:
-        raise ValueError(
-            "generate: temperature must be finite and at least 0, max_new_tokens at least 1, "
-            f"got {temperature} and {max_new_tokens}"
-        )
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"generate: temperature must be finite and at least 0, got {temperature}")
     if 0 < temperature < LEAST_TEMPERATURE:
         raise ConfigError(
             f"generate: temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE}, got {temperature}"
@@ -63,6 +63,29 @@ def _check(prompt: str, temperature: float, max_new_tokens: int, seed: int) -> N
         ) from cause
 
 
+def _room(config: Any, prompt: int, max_new_tokens: int) -> int:
+    """How many new tokens the model has positions for; says so where those are fewer than asked for.
+
+    Raises:
+        ConfigError: None at all.
+    """
+    positions = positions_of(config)
+    if positions is None or prompt + max_new_tokens <= positions.reach:
+        return max_new_tokens
+    room = positions.reach - prompt
+    if room < 1:
+        raise ConfigError(
+            f"generate: the prompt has {prompt} tokens, and the model {positions.reach} positions, the new tokens' "
+            "included; give a shorter one"
+        )
+    print(
+        f"note: the model has {positions.reach} positions, {prompt} of them for the prompt: at most {room} new tokens, "
+        f"not {max_new_tokens}",
+        file=sys.stderr,
+    )
+    return room
+
+
 def stream(
     path: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, mode: str = "auto",
     device: str | None = None, trust_remote_code: bool = False, allow_pickle: bool = False,
@@ -71,8 +94,8 @@ def stream(
 
     Args:
         path: Exported model (folder or file), run directory, or ordinary model folder.
-        prompt: Text.
-        max_new_tokens: Limit.
+        prompt: Text; an empty one is begun with the tokenizer's begin token.
+        max_new_tokens: Limit; what the model has positions for is another, and a note says so where it is lower.
         temperature: 0 is greedy; else at least 1e-30.
         seed: Of sampling, from -2**63 to 2**64 - 1.
         mode: How quantized layers are computed, see `discquant.load`.
@@ -85,8 +108,9 @@ def stream(
 
     Raises:
         FileNotFoundError: No model or no tokenizer there.
-        ValueError: A temperature, seed or number of tokens out of range, a prompt that is empty or no UTF-8, an unknown
-            mode or one that the device has not, or a device that is not there.
+        ValueError: A temperature, seed or number of tokens out of range, a prompt that is no UTF-8, too long for the
+            model's positions, or empty where the tokenizer has no begin token, an unknown mode or one that the device
+            has not, or a device that is not there.
     """
     from transformers import TextStreamer
 
@@ -104,7 +128,8 @@ def stream(
     tokenizer = _tokenizer(Path(path), trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
     if ids.numel() == 0:
-        raise ValueError("generate: the prompt is empty")
+        raise ValueError("generate: the prompt is empty, and the tokenizer puts no begin token before it")
+    limit = _room(model.config, ids.shape[1], max_new_tokens)
     torch.manual_seed(seed)
     options: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -113,7 +138,7 @@ def stream(
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=limit,
         # A model's own settings may ask for more than one text at a time, which cannot be streamed.
         num_beams=1,
         num_return_sequences=1,

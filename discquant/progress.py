@@ -47,8 +47,9 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop drawing."""
-        self._bar.stop()
+        """Stop drawing; a bar that was never begun would leave an empty line."""
+        if self._task is not None:
+            self._bar.stop()
 
     def phase(self, name: str) -> None:
         """Announce a phase."""

@@ -7,8 +7,11 @@ lines, .parquet goes by row groups, a hub data set is streamed.
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,12 @@ import numpy as np
 from discquant.errors import CalibrationError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Of files that hold data in other ways; no data set on the hub is called so.
+_OTHER_SUFFIXES = frozenset(
+    ".arrow .bin .bz2 .csv .gz .html .json .md .ndjson .npy .npz .pickle .pkl .pt .tsv .xml .xz .yaml .zip .zst".split()
+)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FIRST_PIECE = 1 << 16  # bytes of a text that are read to see that it is one
 _HUB_BUFFER = 10_000  # documents that a streamed data set is shuffled within
 
 
@@ -36,21 +45,23 @@ def _jsonl(path: Path, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
             start, number = places[place]
             file.seek(start)
             where = f"{path} line {number}"
-            try:
-                row = json.loads(file.readline())
-            except (
-                ValueError,
-                RecursionError,
-            ) as cause:  # of a number with too many digits, of brackets too deep
-                raise CalibrationError(f"calibration: {where} is not JSON: {cause}") from cause
-            if not isinstance(row, dict):
-                raise CalibrationError(
-                    f"calibration: {where} must be a JSON object with text, got {type(row).__name__}"
-                )
-            yield where, row
+            yield where, _parsed(file.readline(), where)
 
 
-def _parquet(path: Path, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as cause:  # of a number with too many digits, of brackets too deep
+        raise CalibrationError(f"calibration: {where} is not JSON: {cause}") from cause
+    if not isinstance(row, dict):
+        raise CalibrationError(
+            f"calibration: {where} must be a JSON object with text, got {type(row).__name__}"
+        )
+    return row
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     try:
         import pyarrow.lib
         import pyarrow.parquet
@@ -60,16 +71,28 @@ def _parquet(path: Path, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from cause
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for group in _order(file.num_row_groups, seed):
-                rows = file.read_row_group(group).to_pylist()
-                for place in _order(len(rows), seed + 1 + group):
-                    yield f"{path} row group {group} row {place}", rows[place]
+            yield file
     except (
         pyarrow.lib.ArrowException,
         OSError,
         ValueError,
     ) as cause:  # a page that is damaged gives any of them
         raise CalibrationError(f"calibration: {path} is not a readable parquet file: {cause}") from cause
+
+
+def _parquet(path: Path, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _parquet_file(path) as file:
+        for group in _order(file.num_row_groups, seed):
+            rows = file.read_row_group(group).to_pylist()
+            for place in _order(len(rows), seed + 1 + group):
+                yield f"{path} row group {group} row {place}", rows[place]
+
+
+def _parquet_start(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _parquet_file(path) as file:
+        for batch in file.iter_batches(batch_size=1):
+            for row in batch.to_pylist():
+                yield f"{path} row group 0 row 0", row
 
 
 def _hub(name: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -105,6 +128,64 @@ def _hub(name: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from cause
 
 
+def check_named(dataset: str) -> None:
+    """Refuse a file that is not there, or of a kind that is not read: what looks like one is not asked of the hub.
+
+    Raises:
+        CalibrationError: So it is.
+    """
+    path, base = Path(dataset), dataset.partition(":")[0]
+    if path.suffix.lower() in SUFFIXES:
+        if not path.is_file():
+            raise CalibrationError(f"calibration: there is no file {dataset}")
+        return
+    if path.exists():
+        raise CalibrationError(
+            f"calibration: {dataset!r} must be a .txt, .jsonl or .parquet file or file.safetensors:key"
+        )
+    suffix = Path(base).suffix.lower()
+    local = dataset.startswith((".", "/", "~")) or (base and not _HUB_NAME.fullmatch(base))
+    if local or suffix in _OTHER_SUFFIXES or suffix in SUFFIXES:
+        raise CalibrationError(
+            f"calibration: there is no file {dataset} (text is a .txt, .jsonl or .parquet file, file.safetensors:key, "
+            "self, arithmetic, or the name of a data set on the hub)"
+        )
+
+
+def first_row(dataset: str) -> tuple[str, dict[str, Any]] | None:
+    """The first row of a local file as it stands there, at a cost that does not grow with the file.
+
+    Returns:
+        Where it stands, for messages, and the row (of a .txt its first piece); None of a data set on the hub, and where
+        there is none.
+
+    Raises:
+        CalibrationError: Missing or unreadable file.
+    """
+    check_named(dataset)
+    path = Path(dataset)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        return None
+    if suffix == ".txt":
+        with path.open("rb") as file:
+            piece = file.read(_FIRST_PIECE)
+        try:
+            # The last character may go on behind the piece.
+            text = codecs.getincrementaldecoder("utf-8-sig")().decode(piece, final=len(piece) < _FIRST_PIECE)
+        except UnicodeDecodeError as cause:
+            raise CalibrationError(f"calibration: {dataset} is not UTF-8 text: {cause}") from cause
+        return str(path), {"text": text}
+    if suffix == ".jsonl":
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path} line {number}"
+                    return where, _parsed(line, where)
+        return None
+    return next(_parquet_start(path), None)
+
+
 def rows(dataset: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a data set in a seeded order.
 
@@ -118,16 +199,11 @@ def rows(dataset: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         CalibrationError: Missing, unreadable or empty file; a data set that cannot be reached, or breaks off.
     """
+    check_named(dataset)
     path = Path(dataset)
     if path.suffix.lower() not in SUFFIXES:
-        if path.exists():
-            raise CalibrationError(
-                f"calibration: {dataset!r} must be a .txt, .jsonl or .parquet file or file.safetensors:key"
-            )
         yield from _hub(dataset, seed)
         return
-    if not path.is_file():
-        raise CalibrationError(f"calibration: there is no file {dataset}")
     if path.suffix.lower() == ".txt":
         try:
             # A byte-order mark is no text.

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +55,64 @@ def _generated(name: str, split: Split, wanted: int, seed: int) -> Iterator[tupl
         done, count = len(texts), 2 * count  # a longer list begins with the shorter one
 
 
+def _split_of(dataset: str) -> Split:
+    """The split that the word for a generator's text names; calibration where it names none."""
+    name, _, split = dataset.partition(":")
+    chosen = next((known for known in SPLITS if known == (split or "calibration")), None)
+    if chosen is None:
+        raise CalibrationError(f"calibration: the splits of {name} are {', '.join(SPLITS)}, got {split!r}")
+    return chosen
+
+
+def check_named(dataset: str) -> None:
+    """Refuse the name of a file that is not there, or of no split: what needs neither model nor tokenizer.
+
+    Raises:
+        CalibrationError: So it is.
+    """
+    of_tokens = token_file(dataset)
+    if of_tokens is not None:
+        if not of_tokens[0].is_file():
+            raise CalibrationError(f"calibration: there is no file {of_tokens[0]}")
+    elif dataset.partition(":")[0] in GENERATORS:
+        _split_of(dataset)
+    elif dataset != "self":
+        documents.check_named(dataset)
+
+
+def check_dataset(
+    dataset: str, tokenizer: Any, *, chat_template: bool = False, text_key: str = "text"
+) -> None:
+    """Look at the beginning of a local file, so that what is wrong with it is found before any long work.
+
+    Args:
+        dataset: As for `load_windows`; a data set on the hub is not asked for.
+        tokenizer: The model's.
+        chat_template: As for `load_windows`.
+        text_key: As for `load_windows`.
+
+    Raises:
+        CalibrationError: No file, no split of that name, or a first row (of a .txt its first piece) that is no text.
+    """
+    check_named(dataset)
+    if dataset == "self" or dataset.partition(":")[0] in GENERATORS:
+        return
+    of_tokens = token_file(dataset)
+    if of_tokens is not None:
+        with _token_rows(*of_tokens):
+            return
+    found = documents.first_row(dataset)
+    if found is not None:
+        documents.render(*found, tokenizer, text_key=text_key, chat_template=chat_template)
+
+
 def _texts(
     dataset: str, tokenizer: Any, *, wanted: int, seed: int, chat_template: bool, text_key: str
 ) -> Iterator[tuple[str, str, bool]]:
     """(where, text, made by the chat template) of each document; without end for a generator."""
-    name, _, split = dataset.partition(":")
+    name = dataset.partition(":")[0]
     if name in GENERATORS:
-        chosen = next((known for known in SPLITS if known == (split or "calibration")), None)
-        if chosen is None:
-            raise CalibrationError(
-                f"calibration: the splits of {name} are {', '.join(SPLITS)}, got {split!r}"
-            )
-        yield from _generated(name, chosen, wanted, seed)
+        yield from _generated(name, _split_of(dataset), wanted, seed)
         return
     for where, row in documents.rows(dataset, seed):
         text, chat = documents.render(where, row, tokenizer, text_key=text_key, chat_template=chat_template)
@@ -119,10 +167,9 @@ def token_file(dataset: str) -> tuple[Path, str] | None:
     return (Path(file), key) if colon and file.endswith(".safetensors") else None
 
 
-def _from_token_file(
-    file: Path, key: str, *, seqlen: int, pad: int | None, eos: int | None
-) -> tuple[Tensor, Tensor]:
-    """Rows of token ids, cut to seqlen where they are longer; ids and mask, [windows, at most seqlen]."""
+@contextmanager
+def _token_rows(file: Path, key: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The key that is meant, and what reads it; opening reads the header alone."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
@@ -136,9 +183,17 @@ def _from_token_file(
                     f"calibration: {file} holds {', '.join(keys) or 'nothing'}; name one as file.safetensors:key, "
                     f"got {key!r}"
                 )
-            rows = opened.get_tensor(chosen)
+            yield chosen, functools.partial(opened.get_tensor, chosen)
     except SafetensorError as cause:
         raise CalibrationError(f"calibration: {file} is truncated or corrupt: {cause}") from cause
+
+
+def _from_token_file(
+    file: Path, key: str, *, seqlen: int, pad: int | None, eos: int | None
+) -> tuple[Tensor, Tensor]:
+    """Rows of token ids, cut to seqlen where they are longer; ids and mask, [windows, at most seqlen]."""
+    with _token_rows(file, key) as (chosen, read):
+        rows = read()
     rows = rows.unsqueeze(0) if rows.ndim == 1 else rows
     if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
         raise CalibrationError(

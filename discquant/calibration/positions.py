@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from discquant.errors import ConfigError
@@ -22,8 +23,8 @@ class Positions:
     count: int
     reach: int
 
-    def check(self, seqlen: int) -> str | None:
-        """See that windows fit.
+    def check(self, seqlen: int, argument: str = "calibration: seqlen") -> str | None:
+        """See that windows fit; `argument` is what the message calls their length.
 
         Returns:
             A note where only the scaling reaches so far.
@@ -38,7 +39,7 @@ class Positions:
                 f", {self.reach} with its scaling of rotary positions" if self.reach > self.count else ""
             )
             raise ConfigError(
-                f"calibration: seqlen must be at most the model's {self.count} positions{stretched}, got {seqlen}"
+                f"{argument} must be at most the model's {self.count} positions{stretched}, got {seqlen}"
             )
         return (
             f"windows of {seqlen} tokens are longer than the model's {self.count} positions; its scaling of rotary "
@@ -54,6 +55,13 @@ def positions_of(config: Any) -> Positions | None:
         return None
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     return Positions(count, max([count, *(int(reach) for reach in _stretched(rope, count))]))
+
+
+def positions_of_config(config: Mapping[str, Any]) -> Positions | None:
+    """Read a config.json, for what can be said before a model is opened; None where it names no length itself."""
+    inner = config.get("text_config")
+    stated = inner if isinstance(inner, Mapping) else config
+    return positions_of(SimpleNamespace(**stated))
 
 
 def _stretched(rope: Any, count: int) -> Iterator[float]:

@@ -22,7 +22,11 @@ def evaluate(
         list[str], typer.Argument(help="Models, quantized or not, or run directories to compare with it.")
     ],
     dataset: Annotated[
-        str, typer.Option(help="Text to measure on; see `discquant quantize --help`.")
+        str,
+        typer.Option(
+            help="Text to measure on; see `discquant quantize --help`. Of the bundled text take arithmetic:heldout: "
+            "arithmetic alone is arithmetic:calibration, which runs are calibrated on."
+        ),
     ] = "self",
     nsamples: Annotated[int, typer.Option(help="Windows.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,

@@ -22,7 +22,10 @@ def export(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Parent of a folder per format; default: the run directory.")
+        Path | None,
+        typer.Option(
+            help="Parent of a folder per format; default: the run directory; PATH-formats beside a quantized model."
+        ),
     ] = None,
     original: Annotated[
         str | None, typer.Option(help="The original model, if PATH is no run or its original has moved.")

@@ -24,7 +24,12 @@ MOST_THREADS = 1024
 
 MethodName = Annotated[str, typer.Option(help="rtn, greedy, gptq or discquant.")]
 Bits = Annotated[int, typer.Option(help="Bits per code, 2 to 8.")]
-GroupSize = Annotated[int, typer.Option(help="Columns per scale: 32, 64, 128, or -1 for the whole row.")]
+GroupSize = Annotated[
+    int,
+    typer.Option(
+        help="Columns per scale: a multiple of 8 (32, 64, 128 have kernels), or -1 for the whole row."
+    ),
+]
 Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid (3-bit engines need it).")]
 GridRule = Annotated[str, typer.Option(help="absmax, or search for the scale of least squared error.")]
 Kind = Annotated[
@@ -115,9 +120,13 @@ Resume = Annotated[
 Threads = Annotated[int | None, typer.Option(help="CPU threads; part of what fixes the bytes.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model.")]
 AllowPickle = Annotated[
+    bool, typer.Option(help="Read .bin weights of the original with torch's restricted loader.")
+]
+AllowPickleAlone = Annotated[
     bool,
     typer.Option(
-        help="Read .bin weights of the original with torch's restricted loader; quantize then writes --format none."
+        help="Read .bin weights of the original with torch's restricted loader; give --format none with it, for "
+        "formats are written from safetensors."
     ),
 ]
 

@@ -31,8 +31,9 @@ def quantize(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Calibration: self (sampled from the model), arithmetic, FILE.txt|.jsonl|.parquet, "
-            "FILE.safetensors:KEY (token ids), or a datasets name."
+            help="Calibration: self (sampled from the model), arithmetic (bundled; its split calibration), "
+            "FILE.txt|.jsonl|.parquet, FILE.safetensors:KEY (token ids), or a data set on the hub: NAME, NAME:SPLIT or "
+            "NAME:CONFIG:SPLIT."
         ),
     ] = "self",
     nsamples: options.Samples = 2048,
@@ -64,7 +65,7 @@ def quantize(
     resume: options.Resume = True,
     threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    allow_pickle: options.AllowPickle = False,
+    allow_pickle: options.AllowPickleAlone = False,
 ) -> None:
     """Quantize MODEL into the run directory OUT.
 

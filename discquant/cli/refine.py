@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def refine(
-    quantized: Annotated[Path, typer.Argument(help="Quantized model: a folder, or a GGUF file.")],
+    quantized: Annotated[Path, typer.Argument(help="Quantized model: a folder, or a GGUF or ONNX file.")],
     out: Annotated[Path, typer.Argument(help="Run directory; the model lands in it, in the same format.")],
     original: Annotated[str, typer.Option("--original", help="The model that it was quantized from.")],
     dataset: Annotated[str, typer.Option(help="Calibration; see `discquant quantize --help`.")] = "self",

@@ -119,6 +119,22 @@ def candidate_original(path: str | Path, source: Source) -> Path | None:
     return None
 
 
+def vocabulary(path: str | Path) -> int | None:
+    """How many tokens a model knows by its config.json, without a weight being opened.
+
+    Returns:
+        Rows of the embedding; None where no configuration says so, and of a run, which its original decides.
+    """
+    place = Path(path).expanduser()
+    file = (place if place.is_dir() else place.parent) / "config.json"
+    if not place.exists() or not file.is_file():
+        return None
+    config = read_json(file)
+    inner = config.get("text_config")
+    size = (inner if isinstance(inner, dict) else config).get("vocab_size")
+    return size if type(size) is int else None
+
+
 def check_candidate(path: str | Path) -> None:
     """Look at a candidate before anything is loaded.
 

@@ -247,6 +247,15 @@ def compare_models(
         raise ValueError(
             f"compare_models: windows must hold a token that counts, got {len(windows)} windows of padding"
         )
+    largest = int(windows.input_ids.max())
+    for name, model in candidates.items():
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        rows_known = getattr(getattr(embedding, "weight", None), "shape", (largest + 1,))[0]
+        if largest >= rows_known:  # an index beyond the embedding's rows ends a GPU's context
+            raise ValueError(
+                f"compare_models: {name} must know the windows' tokens, got the token id {largest} and a vocabulary of "
+                f"{rows_known}"
+            )
     where = torch.device(device) if device is not None else device_of(original)
     models = [original, *candidates.values()]
     modes = [model.training for model in models]

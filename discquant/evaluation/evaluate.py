@@ -14,16 +14,18 @@ import torch
 
 from discquant.calibration import Windows, load_windows
 from discquant.calibration.arithmetic import problems
-from discquant.errors import CalibrationError
+from discquant.calibration.positions import positions_of_config
+from discquant.errors import CalibrationError, ConfigError
 from discquant.evaluation.candidates import (
     bits_per_weight,
     candidate_original,
     check_candidate,
     open_candidate,
+    vocabulary,
 )
 from discquant.evaluation.divergence import compare_models
 from discquant.evaluation.exact_match import exact_match
-from discquant.formats.source import open_source
+from discquant.formats.source import open_source, read_config, resolve
 
 logger = logging.getLogger(__name__)
 PROBLEM_SEED = (
@@ -97,13 +99,16 @@ def evaluate(
         for what could not be measured.
 
     Raises:
-        ValueError: No candidate.
+        ValueError: No candidate, a number out of range, or a candidate with another vocabulary than the original.
         MissingModelError, CheckpointError, CalibrationError: As `open_source`, `open_candidate`, `load_windows`.
     """
     if not candidate_paths:
         raise ValueError("evaluate: candidate_paths must name at least one candidate, got none")
+    _check_numbers(nsamples, seqlen, batch_size, exact_match_problems)
     for path in candidate_paths:
         check_candidate(path)
+    folder = resolve(original_path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    _check_models(folder, candidate_paths, seqlen)
     bits = {str(path): bits_per_weight(path) for path in candidate_paths}  # first: it reads every header
     allowed: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     source = open_source(original_path, **allowed)
@@ -153,6 +158,43 @@ def evaluate(
             logger.info("%s: mean KL %s", path, row["kl_mean"])
         del models
     return rows
+
+
+def _check_numbers(nsamples: int, seqlen: int, batch_size: int, problems: int | None) -> None:
+    """Refuse before a model is read what would fail after it, by the names of the options.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+    for option, least, given in (
+        ("nsamples", 1, nsamples),
+        ("seqlen", 2, seqlen),
+        ("batch-size", 1, batch_size),
+        ("exact-match", 0, problems),
+    ):
+        if given is not None and given < least:
+            raise ConfigError(f"evaluate: --{option} must be at least {least}, got {given}")
+
+
+def _check_models(original: Path, candidate_paths: Sequence[str | Path], seqlen: int) -> None:
+    """Refuse by config.json alone what could not be compared.
+
+    Raises:
+        ConfigError: A candidate has another vocabulary, or the original fewer positions than a window.
+    """
+    known = vocabulary(original)
+    for path in candidate_paths:
+        own = vocabulary(path)
+        if None not in (known, own) and own != known:
+            raise ConfigError(
+                f"evaluate: {path} has a vocabulary of {own} tokens and {original} one of {known}: they give no "
+                "distributions over the same tokens to compare"
+            )
+    positions = positions_of_config(read_config(original))
+    if positions is not None:
+        positions.check(
+            seqlen, "evaluate: --seqlen"
+        )  # what only a scaling reaches is told when the text is read
 
 
 def _answers(model: Any, tokenizer: Any, stories: list[Any], max_new_tokens: int) -> float | None:

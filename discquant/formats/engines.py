@@ -7,13 +7,14 @@ The field moves; a row says what was seen then (formats.md sections 11 and 12), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from discquant.errors import either
 from discquant.formats.scheme import Scheme
 from discquant.grids.fused import FUSED
 
-AS_OF = "2026-09"
+AS_OF = "2026-09"  # a row that was tried later says when in its note
 # What engines call GPTQ is v1; v2 is read by gptqmodel, other readers of it were not looked up.
 _V1, _V2, _ANY = ("gptq",), ("gptq-v2",), None
 _GPTQ = (*_V1, *_V2)
@@ -93,7 +94,8 @@ ROWS: tuple[EngineRow, ...] = (
               "library compressed-tensors 0.18 or later; earlier ones read 3 bits in another layout"),
     EngineRow("transformers", ("compressed-tensors",), _INT, (2, 3), False, "unclear", _UNSEEN),
     EngineRow("transformers", ("compressed-tensors",), _INT, (5, 6, 7, 8), _ANY, "unclear", _UNSEEN),
-    EngineRow("transformers", ("compressed-tensors",), ("nvfp4", "mxfp4"), (4,), _ANY, "unclear", _UNSEEN),
+    EngineRow("transformers", ("compressed-tensors",), ("nvfp4", "mxfp4"), (4,), _ANY, "yes",
+              "transformers 5.22.2, library compressed-tensors 0.20: every code right on a CPU (2026-11-30)"),
     EngineRow("transformers", _GPTQ, _INT, (3, 4), _ANY, "yes", "library gptqmodel"),
     EngineRow("transformers", _GPTQ, _INT, (2, 8), _ANY, "unclear", _UNSEEN),
     EngineRow("transformers", ("autoround",), _INT, (4,), _ANY, "yes", "library auto-round"),
@@ -135,6 +137,10 @@ def engine_rows(format_name: str, schemes: Mapping[str, Scheme]) -> list[dict[st
     return list(rows.values())
 
 
+def _serving(format_name: str, scheme: Scheme) -> list[str]:
+    return [row.engine for row in ROWS if row.verdict == "yes" and row.about(format_name, scheme)]
+
+
 def problems(
     format_name: str, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]
 ) -> list[str]:
@@ -159,13 +165,14 @@ def problems(
             if any(other != scheme for other in others if other is not None) or None in others[1:]:
                 found.append(f"{parent}: engines fuse {', '.join(members)}, which do not share one grid")
     kinds = dict.fromkeys(schemes.values())
-    if any(scheme.num_bits == 3 and not scheme.symmetric and scheme.kind == "int" for scheme in kinds):
-        if format_name == "compressed-tensors":
-            found.append(
-                "3 bits asymmetric: no engine serves it from this format; symmetric is served by vLLM"
-            )
-        else:
-            found.append("3 bits asymmetric: almost no engine serves it; symmetric is first-class")
+    for scheme in kinds:
+        if scheme.num_bits != 3 or scheme.symmetric or scheme.kind != "int":
+            continue
+        served = _serving(format_name, scheme)
+        lost = [name for name in _serving(format_name, replace(scheme, symmetric=True)) if name not in served]
+        if lost:
+            found.append(f"3 bits asymmetric: not known to be served by {either(lost)}; symmetric is")
+            break
     wide = sorted({scheme.group_size for scheme in kinds if scheme.group_size not in (-1, 16, 32, 64, 128)})
     if wide:
         found.append(

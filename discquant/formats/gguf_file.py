@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discquant.errors import CheckpointError, MissingModelError
+from discquant.errors import CheckpointError, MissingModelError, either
 from discquant.formats.mapped import forget_pages, map_file
 
 MAGIC = b"GGUF"
@@ -97,7 +97,9 @@ class GgufFile:
         if version not in VERSIONS:
             if version & 0xFFFF == 0 and version:
                 raise NotImplementedError(f"{self.path}: a big-endian GGUF file is not read")
-            raise CheckpointError(f"{self.path}: GGUF version {version} is not one of {VERSIONS}")
+            raise CheckpointError(
+                f"{self.path}: GGUF version {version} is none of those that are read: {either(VERSIONS)}"
+            )
         tensor_count, entry_count = cursor.number("Q"), cursor.number("Q")
         # The least that an entry takes: a length, a type and a byte; a name length, dimensions, type and offset.
         for what, count, least in (("metadata entries", entry_count, 13), ("tensors", tensor_count, 24)):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discquant.errors import CheckpointError, UnrepresentableError
+from discquant.errors import CheckpointError, UnrepresentableError, either
 from discquant.formats.bitstream import pack, unpack, words_for
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer, Format
@@ -90,10 +90,11 @@ class Mlx(SafetensorsFormat):
     def check_scheme(self, name: str, shape: tuple[int, int], scheme: Scheme) -> None:
         """Refuse widths and groups that MLX has no kernels for."""
         if scheme.kind not in ("int", "affine") or scheme.num_bits not in WIDTHS:
-            raise UnrepresentableError(f"mlx holds integers of {WIDTHS} bits; {name} is {scheme}")
+            raise UnrepresentableError(f"mlx holds integers of {either(WIDTHS)} bits; {name} is {scheme}")
         if scheme.group_size not in GROUPS or shape[1] % scheme.group_size:
             raise UnrepresentableError(
-                f"mlx has groups of {GROUPS} columns that divide the row; {name} has {shape[1]} columns, {scheme}"
+                f"mlx has groups of {either(GROUPS)} columns that divide the row; {name} has {shape[1]} columns, "
+                f"{scheme}"
             )
 
     def encode(self, layer: CodedLayer, served: torch.dtype) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from discquant.errors import DiskSpaceError, OutputExistsError
-from discquant.formats.checkpoint import INDEX
+from discquant.formats.checkpoint import INDEX, read_json
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.formats.safetensors_file import DTYPE_BITS, DTYPE_NAMES, encode_header, tensor_bytes
 
@@ -40,6 +40,29 @@ def check_target(out_dir: Path) -> None:
     """
     if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
         raise OutputExistsError(f"{out_dir} exists already: choose another output directory or remove it")
+
+
+def missing_part(out_dir: Path) -> str | None:
+    """Say what is missing of a model that was written whole: by the sizes in its manifest, nothing is hashed.
+
+    Returns:
+        The first file that is gone, or has another size than was written; None where all are there.
+    """
+    if not (out_dir / MANIFEST).is_file():
+        return f"{MANIFEST} is missing"
+    shards = read_json(out_dir / MANIFEST).get("shards")
+    sizes = {name: facts["bytes"] for name, facts in shards.items()} if isinstance(shards, dict) else {}
+    if any(name.endswith(".safetensors") for name in sizes):
+        sizes["config.json"] = None  # may be edited
+    if any("-of-" in name for name in sizes):
+        sizes[INDEX] = None
+    for name, size in sizes.items():
+        file = out_dir / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if size is not None and file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes, and {size:,} were written"
+    return None
 
 
 def check_space(out_dir: Path, needed: int) -> None:

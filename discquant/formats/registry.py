@@ -77,7 +77,20 @@ def find(path: str | Path) -> Format:
         found = by_name(name)
         if found.detects(place):
             return found
+    if _ordinary(place):
+        raise CheckpointError(
+            f"{place} is an ordinary model in full precision, not a quantized one: `discquant quantize` makes one of it"
+        )
     raise CheckpointError(f"{place} is in no quantized format that is read; these are: {', '.join(_HOMES)}")
+
+
+def _ordinary(place: Path) -> bool:
+    """Whether this is a folder of a model whose configuration states no quantization, nor a file beside it."""
+    if not (place / "config.json").is_file() or any(place.glob("quant*_config.json")):
+        return False
+    config = read_json(place / "config.json")
+    weights = any(any(place.glob(kind)) for kind in ("*.safetensors", *PICKLES))
+    return "model_type" in config and weights and not stated_quantization(config)
 
 
 def quantized(path: str | Path) -> Format | None:

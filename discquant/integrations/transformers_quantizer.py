@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from discquant.errors import CheckpointError, ConfigError
+from discquant.errors import CheckpointError, ConfigError, either
 from discquant.formats import registry
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.load_packed import keep_apart, packable, refuse_saving
@@ -44,7 +44,7 @@ def _classes() -> tuple[Any, Any]:
                 ConfigError: An unknown mode.
             """
             if mode not in (*MODES, "plain"):
-                raise ConfigError(f"discquant: mode must be one of {[*MODES, 'plain']}, got {mode!r}")
+                raise ConfigError(f"discquant: mode must be one of {either((*MODES, 'plain'))}, got {mode!r}")
             self.quant_method = quant_method
             self.mode = mode
             for key, value in said.items():
@@ -102,7 +102,7 @@ def _classes() -> tuple[Any, Any]:
             known = (*modes_on(device), "plain")
             if mode not in known:
                 raise ConfigError(
-                    f"discquant: mode on {device} must be one of {list(known)}, got {mode!r} (for the CPU)"
+                    f"discquant: mode on {device} must be one of {either(known)}, got {mode!r} (for the CPU)"
                 )
             plain = mode == "plain" or dtype not in X_DTYPES
             for name, shape in self.shapes.items():

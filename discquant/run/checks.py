@@ -13,15 +13,15 @@ import torch
 
 import discquant
 from discquant.calibration.documents import SUFFIXES
-from discquant.calibration.load import token_file
-from discquant.config import GridConfig, QuantizeConfig
+from discquant.calibration.load import check_dataset, token_file
+from discquant.config import DataConfig, GridConfig, QuantizeConfig
 from discquant.environment import device_name, versions
 from discquant.errors import CalibrationError, CheckpointError, ConfigError, UnrepresentableError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.formats.export import plan_export
-from discquant.formats.output import check_space
+from discquant.formats.output import check_space, missing_part
 from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
@@ -257,17 +257,31 @@ def check_grids(source: Source, formats: Iterable[str], grids: Mapping[str, Grid
             chosen.check_grid(layer, grid, TORCH_DTYPES[tensors[f"{layer}.weight"].dtype])
 
 
-def check_text(source: Source, dataset: str) -> None:
-    """Refuse text that there is no tokenizer for, and a file that is not there.
+def check_written(out: Path, formats: Iterable[str]) -> None:
+    """Refuse a format's folder in a run directory that has been damaged since it was written.
+
+    Raises:
+        CheckpointError: A file is gone or has another size; the message names it, and what to remove.
+    """
+    for folder in (out / name for name in formats):
+        missing = missing_part(folder) if folder.is_dir() else None
+        if missing is not None:
+            raise CheckpointError(
+                f"run: {folder} has been damaged since it was written: {missing}; remove that folder, and the same "
+                "command writes it anew"
+            )
+
+
+def check_text(source: Source, data: DataConfig) -> None:
+    """Refuse text that there is no tokenizer for, and a file that is not there or whose beginning is no text.
 
     Raises:
         CalibrationError: So it is.
     """
+    dataset = data.dataset
     if source.tokenizer is None and dataset != "self" and token_file(dataset) is None:
         raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
-    file = text_file(dataset)
-    if file is not None and not file.is_file():
-        raise CalibrationError(f"calibration: there is no file {file}")
+    check_dataset(dataset, source.tokenizer, chat_template=data.chat_template, text_key=data.text_key)
 
 
 def text_file(dataset: str) -> Path | None:
@@ -275,7 +289,7 @@ def text_file(dataset: str) -> Path | None:
     of_tokens = token_file(dataset)
     if of_tokens is not None:
         return of_tokens[0]
-    return Path(dataset) if Path(dataset).suffix in SUFFIXES else None
+    return Path(dataset) if Path(dataset).suffix.lower() in SUFFIXES else None
 
 
 # Raised whenever a run would come out in other bytes than before: a run that an earlier state of the code began is then

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discquant.errors import CheckpointError, ConfigError, MissingModelError
+from discquant.errors import CheckpointError, ConfigError, MissingModelError, OutputExistsError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import CodedLayer
-from discquant.formats.output import check_target
+from discquant.formats.output import MANIFEST, check_target
 from discquant.formats.rewrite import file_facts, weight_files
 from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights
@@ -153,6 +153,12 @@ def export(
 def _preflight(solved: Solved, targets: dict[str, Path], say: Callable[[str], None]) -> None:
     """Ask every format about every layer, one layer in memory at a time."""
     chosen = {name: registry.by_name(name) for name in targets}
+    there = {name for name, target in targets.items() if target.is_file() or (target / MANIFEST).exists()}
+    if there and (missing := [name for name in targets if name not in there]):
+        raise OutputExistsError(
+            f"export: {', '.join(str(targets[name]) for name in targets if name in there)} exists already; write what "
+            f"is not there yet with --format {','.join(missing)}, or choose another --out"
+        )
     for name, target in targets.items():
         check_target(target)
         for warning in chosen[name].check_source(solved.source):

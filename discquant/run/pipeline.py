@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from discquant.calibration import Windows
+from discquant.calibration.load import check_named
 from discquant.config import Method, QuantizeConfig
 from discquant.environment import cpu_name
 from discquant.formats import registry
@@ -32,6 +33,7 @@ from discquant.run.checks import (
     check_groups,
     check_ignore,
     check_text,
+    check_written,
     run_identity,
     told_options,
 )
@@ -136,7 +138,8 @@ class Pipeline:
         grids = self._grids(chain, source) if self.config.method == "discquant" else {}
         self.engine.ranks.share(None)
         held_open.callback(self._close)  # from here on the first rank holds the directory
-        train, held = split_windows(run_windows(self.directory, self.config, source), self.config)
+        windows = run_windows(self.directory, self.config, source)
+        train, held = split_windows(windows, self.config, self.directory)
         if self.config.method == "discquant":
             rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
             self._solve(chain, grids, rows, held, source)
@@ -146,6 +149,7 @@ class Pipeline:
         check_output_dir(self.directory.path, self.resume)
         for name in self.config.formats:
             registry.by_name(name)
+        check_named(self.config.data.dataset)  # before the original is hashed
         with self._phase("open"):
             source = self._open()
             if self._lazy() and not is_lazy(source.model):
@@ -154,11 +158,12 @@ class Pipeline:
                 )
             chain = self._chain(source)
             self._check_formats(source, chain)
-            check_text(source, self.config.data.dataset)
+            check_text(source, self.config.data)
             identity = self._identity(source)
             continued = self.directory.check(identity, resume=self.resume)
             if continued:
                 self._hold(held_open)
+                check_written(self.directory.path, self.config.formats)
         if continued and self.directory.complete and self._exported():
             self.engine.ranks.share(COMPLETE)
             return self._completed()
@@ -174,7 +179,7 @@ class Pipeline:
             grids = self._grids(chain, source)
         with self._phase("calibrate"):
             windows = run_windows(self.directory, self.config, source)
-            train, held = split_windows(windows, self.config)
+            train, held = split_windows(windows, self.config, self.directory)
             if len(windows) < self.config.data.nsamples + self.config.validation_windows:
                 self.events.say(f"note: {few_windows(windows, self.config)}")
             chain.verify(train.input_ids[:1])
@@ -183,7 +188,7 @@ class Pipeline:
                 self.directory.check(identity, resume=self.resume)  # nobody else was faster
                 self.directory.start(self._record(source), identity)
                 self.phases.keep(self.directory.path / PHASES)
-            keep_windows(self.directory, windows)
+            keep_windows(self.directory, windows, len(held))
             self.engine.ranks.share("calibrated")
         rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
         solve: Solve | None = None

@@ -17,6 +17,7 @@ from discquant.run.directory import RunDirectory
 from discquant.run.stored import save_tensors_atomic
 
 CALIBRATION = "calibration.safetensors"
+HELD = "held_out"  # in its header
 KEPT = {"input_ids": "I32", "mask": "U8"}  # in it, with the text's source
 
 
@@ -80,12 +81,13 @@ def _kept_windows(path: Path) -> Windows:
         ) from error
 
 
-def keep_windows(directory: RunDirectory, windows: Windows) -> None:
-    """Write the windows where they are not yet."""
+def keep_windows(directory: RunDirectory, windows: Windows, held_out: int | None = None) -> None:
+    """Write the windows where they are not yet, and how many of them, the last ones, are held out."""
     path = directory.path / CALIBRATION
     if not path.exists():
         tensors = {"input_ids": windows.input_ids.int(), "mask": windows.mask.to(torch.uint8)}
-        save_tensors_atomic(path, tensors, {"source": windows.source, "digest": windows.digest})
+        facts = {"source": windows.source, "digest": windows.digest}
+        save_tensors_atomic(path, tensors, facts if held_out is None else {**facts, HELD: str(held_out)})
 
 
 def few_windows(windows: Windows, config: QuantizeConfig) -> str:
@@ -98,20 +100,42 @@ def few_windows(windows: Windows, config: QuantizeConfig) -> str:
     )
 
 
-def split_windows(windows: Windows, config: QuantizeConfig) -> tuple[Windows, Windows]:
-    """Return the windows to calibrate on, and those held out.
+def split_windows(
+    windows: Windows, config: QuantizeConfig, directory: RunDirectory | None = None
+) -> tuple[Windows, Windows]:
+    """Return the windows to calibrate on, and those held out: as the run in `directory` was begun, where one was.
 
     Raises:
         CalibrationError: There are fewer than two.
+        CheckpointError: The file of `keep_windows` is damaged.
     """
     if len(windows) < 2:
         raise CalibrationError(
             f"calibration: {config.data.dataset} gives {len(windows)} window of {windows.seqlen} tokens; "
             "at least 2 are needed (one is held out)"
         )
-    train, validation = windows.split(len(windows) - _held_out(windows, config))
+    kept = None if directory is None else _kept_split(directory.path / CALIBRATION, len(windows), config)
+    train, validation = windows.split(len(windows) - (kept or _held_out(windows, config)))
     return train, validation
 
 
 def _held_out(windows: Windows, config: QuantizeConfig) -> int:
-    return min(config.validation_windows, max(1, len(windows) // 5))
+    """All that were loaded beyond those to solve on; of text that gives fewer than asked for, at least a fifth."""
+    count = len(windows)
+    return min(config.validation_windows, max(1, count // 5, count - config.data.nsamples))
+
+
+def _kept_split(path: Path, count: int, config: QuantizeConfig) -> int | None:
+    """Read how many of the kept windows are held out; None where none are kept."""
+    if not path.exists():
+        return None
+    stated = read_header(path)[1].get(HELD)
+    if (
+        stated is None
+    ):  # earlier versions wrote no number: a fifth of what was loaded, however much was asked for
+        return min(config.validation_windows, max(1, count // 5))
+    if not stated.isdecimal() or not 0 < int(stated) < count:
+        raise CheckpointError(
+            f"{path} must hold out at least 1 of its {count} windows, and not all: got {stated}"
+        )
+    return int(stated)

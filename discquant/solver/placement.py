@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from discquant.errors import either
 from discquant.solver.block import BlockState
 from discquant.solver.memory import HostArena, MappedFile, return_freed
 from discquant.solver.state import WeightState
@@ -121,7 +122,7 @@ class Placement:
             ValueError: An unknown placement, or `disk` without a folder.
         """
         if where not in PLACES:
-            raise ValueError(f"Placement: where must be one of {PLACES}, got {where!r}")
+            raise ValueError(f"Placement: where must be one of {either(PLACES)}, got {where!r}")
         if where == "disk" and folder is None:
             raise ValueError("Placement: folder must be given for disk, got None")
         self.where, self.device, self.folder = where, torch.device(device), folder

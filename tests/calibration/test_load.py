@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from discquant.calibration import load_windows
-from discquant.calibration.load import text_mask
+from discquant.calibration.load import check_dataset, text_mask
 from discquant.errors import CalibrationError, ConfigError
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
@@ -283,6 +284,65 @@ def test_rejects_bad_data(tmp_path: Path, tokenizer: Any, model: Any) -> None:
         with pytest.raises(CalibrationError) as raised:
             load_windows(str(tmp_path / dataset), tokenizer, nsamples=2, seqlen=8, model=model)
         assert words in str(raised.value), f"{what}: {raised.value}"
+
+
+def test_the_beginning_of_a_file_is_looked_at(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its rest; what is right later is not read, and what loads passes."""
+    from discquant.calibration import documents
+
+    def told(dataset: str) -> str:
+        try:
+            check_dataset(str(tmp_path / dataset), tokenizer)
+        except CalibrationError as error:
+            return str(error)
+        return ""
+
+    bad = bad_files(tmp_path)
+    early = {what: text for what, (dataset, _) in bad.items() if (text := told(dataset))}
+    assert {"no token file", "truncated"} < early.keys()
+    assert all(bad[what][1] in text for what, text in early.items())
+    monkeypatch.setattr(documents, "_FIRST_PIECE", 3)
+    (tmp_path / "good.TXT").write_text(
+        "a\u00e4\u00e4", encoding="utf-8"
+    )  # a character across the piece's end
+    (tmp_path / "bad.txt").write_bytes(b"a\xff\xff\xff")
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": "words"}, "no object"])
+    save_file({"a": torch.zeros(1, 8, dtype=torch.int64), "b": torch.zeros(1)}, tmp_path / "ab.safetensors")
+    for dataset in (
+        str(tmp_path / "good.TXT"),
+        good,
+        "self",
+        "arithmetic",
+        "arithmetic:heldout",
+        "owner/name",
+    ):
+        check_dataset(dataset, tokenizer)
+    for dataset, words in (
+        (str(tmp_path / "bad.txt"), "is not UTF-8 text"),
+        (f"{tmp_path}/ab.safetensors:c", "holds a, b; name one"),
+        ("arithmetic:validation", "train, calibration, heldout"),
+    ):
+        with pytest.raises(CalibrationError, match=words):
+            check_dataset(dataset, tokenizer)
+    with pytest.raises(CalibrationError, match="line 1 must hold body"):
+        check_dataset(good, tokenizer, text_key="body")
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    ["nothere.csv", "a/b/nothere", "./nothere", "/nothere", "~/x", "nothere.txt:train", "no such file"],
+)
+def test_what_looks_like_a_file_is_not_asked_of_the_hub(
+    dataset: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: pytest.fail("asked"))
+    for check in (check_dataset, functools.partial(load_windows, nsamples=2, seqlen=8)):
+        with pytest.raises(CalibrationError, match=f"there is no file {dataset}"):
+            check(dataset, tokenizer)
 
 
 class Stream:

@@ -318,7 +318,7 @@ def test_generate_runs_and_unpickles_nothing_unasked(
         ("x", ("--seed", str(2**64)), ("seed", "-2**63 to 2**64 - 1", f"got {2**64}")),
         ("x", ("--seed", str(-(2**63) - 1)), ("seed", "-2**63 to 2**64 - 1")),
         ("a\udcff", (), ("prompt", "UTF-8", r"'\udcff' at place 1")),
-        ("x", ("--mode", "int8"), ("mode", "'int8'", "'exact'")),
+        ("x", ("--mode", "int8"), ("mode", "'int8'", "exact")),
     ],
 )
 def test_generate_refuses_what_it_cannot_do(

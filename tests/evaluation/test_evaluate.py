@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from discquant.config import GridConfig
-from discquant.errors import CalibrationError, CheckpointError, MissingModelError
+from discquant.errors import CalibrationError, CheckpointError, ConfigError, MissingModelError
 from discquant.evaluation import compare_models, evaluate
 from discquant.evaluation.candidates import bits_per_weight
 from discquant.evaluation.evaluate import write_json
@@ -280,3 +280,26 @@ def test_rejects(model_dir: Path, packed_dir: Path, run_dir: Path, tmp_path: Pat
     for left in bare.glob("tokenizer*"):
         left.unlink()
     refused(CalibrationError, "has no tokenizer", model_dir, original=bare, exact_match_problems=1)
+    words = {"nsamples": 0, "seqlen": 1, "batch_size": 0, "exact_match_problems": -3}
+    for option, given in words.items():
+        seen: list[Any] = []
+        with pytest.raises(
+            ConfigError, match=f"--{option.removesuffix('_problems').replace('_', '-')} must be at"
+        ):
+            evaluate(model_dir, [packed_dir], "self", on_windows=seen.append, **{option: given})
+    with pytest.raises(ConfigError, match="evaluate: --seqlen must be at most the model's 512 positions"):
+        evaluate(model_dir, [packed_dir], "self", seqlen=100_000, on_windows=seen.append)
+
+
+def test_another_vocabulary_is_refused(model_dir: Path, tmp_path: Path, model: Any) -> None:
+    """By config.json before a weight is read; models in memory before any of them runs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 40}))
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(ConfigError, match=f"vocabulary of 40 tokens and {model_dir} one of"):
+        evaluate(model_dir, [tmp_path / "small"], "self", nsamples=2, seqlen=8)
+    from discquant.calibration import Windows
+
+    with pytest.raises(ValueError, match="small must know the windows' tokens, got the token id 50"):
+        compare_models(model, {"small": small}, Windows.make(torch.full((1, 8), 50)))

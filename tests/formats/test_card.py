@@ -149,6 +149,15 @@ def test_engine_matrix(
     assert rows[engine]["verdict"] == verdict and note in rows[engine]["note"], rows[engine]
 
 
+def test_what_was_tried_is_a_yes() -> None:
+    for kind, size in (("nvfp4", 16), ("mxfp4", 32)):
+        rows = {
+            row["engine"]: row
+            for row in engine_rows("compressed-tensors", {"a": Scheme(4, size, True, kind)})
+        }
+        assert rows["transformers"]["verdict"] == "yes" and "2026-11-30" in rows["transformers"]["note"]
+
+
 def test_no_two_engine_rows_answer_one_question() -> None:
     for place, row in enumerate(ROWS):
         for other in ROWS[place + 1 :]:
@@ -169,4 +178,13 @@ def test_problems() -> None:
     ]
     (found_size,) = problems("gptq", {"a": Scheme(4, 24, True)}, {"a": (32, 96)})
     assert found_size.startswith("group size 24")
+    # By the table: where every engine of a format serves both, nothing is told.
+    three, shape = {"a": Scheme(3, 64, False)}, {"a": (64, 64)}
+    assert [problems(name, three, shape) for name in ("onnx", "mlx", "gguf")] == [[], [], []]
+    assert problems("compressed-tensors", three, shape) == [
+        "3 bits asymmetric: not known to be served by vLLM or transformers; symmetric is"
+    ]
+    assert problems("gptq", three, shape) == [
+        "3 bits asymmetric: not known to be served by SGLang; symmetric is"
+    ]
     assert json.dumps(found)

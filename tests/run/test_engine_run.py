@@ -18,6 +18,7 @@ import torch
 from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import (
     CapacityError,
+    CheckpointError,
     ConfigError,
     DiskSpaceError,
     OutputExistsError,
@@ -136,7 +137,8 @@ def test_validation_knows_the_teacher(
 ) -> None:
     """The original runs once on windows that never change; the lines are those of a teacher computed each time."""
     remember, outputs = TokenRows.remember_teacher, DecoderChain.teacher_outputs
-    held, passes = 2, []  # a fifth of 12 windows
+    held, passes = 3, []  # no other count of windows in the run
+    config = dataclasses.replace(_config(dataset), validation_windows=held)
 
     def forgetful(rows: TokenRows, teacher: Any = None) -> None:
         if len(rows) != held:
@@ -153,7 +155,7 @@ def test_validation_knows_the_teacher(
             if name == "anew":
                 patch.setattr(TokenRows, "remember_teacher", forgetful)
             passes.clear()
-            Pipeline(model_dir, tmp_path / name, _config(dataset), engine=Engine("disk")).execute()
+            Pipeline(model_dir, tmp_path / name, config, engine=Engine("disk")).execute()
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         found.append([line for line in lines if line.get("kind") == "validation"])
         # One more where the result is measured.
@@ -302,6 +304,31 @@ def test_a_complete_run_writes_what_was_removed(model_dir: Path, dataset: str, t
     shutil.rmtree(out / "gptq")
     Pipeline(model_dir, out, config).execute()
     assert hashlib.sha256((out / "gptq" / "model.safetensors").read_bytes()).hexdigest() == before
+
+
+def test_a_damaged_format_is_not_complete(model_dir: Path, dataset: str, tmp_path: Path) -> None:
+    """By the sizes in its manifest; without its folder, the same command writes it anew."""
+    out = tmp_path / "out"
+    config = dataclasses.replace(_config(dataset), method="rtn", format="gptq")
+    Pipeline(model_dir, out, config).execute()
+    file = out / "gptq" / "model.safetensors"
+    content = file.read_bytes()
+    for damage, words in (
+        (lambda: file.write_bytes(content[:-1]), rf"model.safetensors has {len(content) - 1:,} bytes"),
+        (
+            file.unlink,
+            "model.safetensors is missing; remove that folder, and the same command writes it anew",
+        ),
+        ((out / "gptq" / "config.json").unlink, "is missing"),
+        ((out / "gptq" / "discquant_manifest.json").unlink, "discquant_manifest.json is missing"),
+    ):
+        damage()
+        with pytest.raises(CheckpointError, match=words) as refused:
+            Pipeline(model_dir, out, config).execute()
+        assert str(out / "gptq") in str(refused.value)
+    shutil.rmtree(out / "gptq")
+    Pipeline(model_dir, out, config).execute()
+    assert file.read_bytes() == content
 
 
 def test_stopped_while_the_report_is_drawn(

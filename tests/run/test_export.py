@@ -75,7 +75,9 @@ def test_every_format_holds_the_codes_of_the_run(run_dir: Path, tmp_path: Path) 
 def test_default_place_is_the_run(run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
     assert export(tmp_path / "run", ["gptq"]) == {"gptq": tmp_path / "run" / "gptq"}
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(
+        OutputExistsError, match="gptq exists already; write what is not there yet with --format mlx"
+    ):
         export(tmp_path / "run", ["mlx", "gptq"])
     assert not (tmp_path / "run" / "mlx").exists(), "refused before the first byte"
 
@@ -170,8 +172,10 @@ def test_refuses(run_dir: Path, model_dir: Path, tmp_path: Path) -> None:
     (changed / "config.json").write_text(json.dumps({**config, "rope_theta": 3.0}))
     with pytest.raises(CheckpointError, match="is not the one that the run"):
         export(run_dir, ["gptq"], tmp_path / "out", original=str(changed))
-    with pytest.raises(CheckpointError, match="in no quantized format"):
+    with pytest.raises(CheckpointError, match="is an ordinary model in full precision, not a quantized one"):
         inspect(model_dir)
+    with pytest.raises(CheckpointError, match="is an ordinary model"):
+        export(model_dir, ["gptq"])
     assert not (tmp_path / "out").exists()
 
 

@@ -222,6 +222,29 @@ def test_the_padded_tail_of_a_text_is_solved_on(
     assert run_windows(directory, config, source).digest == made.digest
 
 
+@pytest.mark.parametrize(
+    ("asked", "came", "solved"),
+    [(8, 12, 8), (8, 11, 8), (8, 9, 8), (8, 8, 7), (8, 5, 4), (8, 2, 1), (1, 5, 1)],
+)
+def test_as_many_windows_are_solved_on_as_were_asked_for(
+    asked: int, came: int, solved: int, tmp_path: Path
+) -> None:
+    """No more, and as many as the text leaves beside a fifth; a run goes on with the split it was begun with."""
+    config = dataclasses.replace(_config("text.txt"), data=DataConfig("text.txt", asked, 8))
+    made, directory = Windows.make(torch.arange(came * 8).view(came, 8)), RunDirectory(tmp_path)
+    train, held = split_windows(made, config, directory)
+    assert (len(train), len(held)) == (solved, came - solved)
+    keep_windows(directory, made)  # as earlier versions did
+    assert len(split_windows(made, config, directory)[1]) == min(4, max(1, came // 5))
+    (tmp_path / CALIBRATION).unlink()
+    keep_windows(directory, made, 1)
+    assert len(split_windows(made, config, directory)[1]) == 1
+    (tmp_path / CALIBRATION).unlink()
+    keep_windows(directory, made, came)
+    with pytest.raises(CheckpointError, match=f"at least 1 of its {came} windows, and not all: got {came}"):
+        split_windows(made, config, directory)
+
+
 def test_times_are_summed_over_the_processes(model_dir: Path, dataset: str, tmp_path: Path) -> None:
     config = _config(dataset, start="ref")
     _stopped(model_dir, tmp_path, config, 2)
