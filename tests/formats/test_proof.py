@@ -110,7 +110,7 @@ def test_proof_fails_before_anything_appears(llama_dir: Path, make_layers: Layer
 
 
 def test_load_refuses(damaged: Path, llama_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="in no quantized format"):
+    with pytest.raises(CheckpointError, match="is an ordinary model"):
         load_quantized(llama_dir)
     with pytest.raises(MissingModelError):
         load_quantized(tmp_path / "nowhere")

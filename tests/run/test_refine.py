@@ -341,7 +341,7 @@ def test_refuses_files_of_another_model(
 
 
 def test_refuses_what_it_cannot_use(make: Make, model_dir: Path, dataset: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no quantized format"):
+    with pytest.raises(CheckpointError, match="is an ordinary model"):
         RefinePipeline(model_dir, tmp_path / "out", model_dir, _config(dataset))
     with pytest.raises(FileNotFoundError):
         RefinePipeline(tmp_path / "nowhere", tmp_path / "out", model_dir, _config(dataset))
