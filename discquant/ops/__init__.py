@@ -5,6 +5,7 @@ from __future__ import annotations
 
 # Modules of the names of their functions: importing them registers their operators.
 from discquant.ops import pack, packed_linear
+from discquant.ops.anchor_codes import anchor_codes
 from discquant.ops.hadamard import hadamard
 from discquant.ops.linear_kl import linear_kl
 from discquant.ops.projected_step import projected_step_, projected_step_deferred_
@@ -25,6 +26,7 @@ __all__ = [
     "LinearKLResult",
     "StepCounts",
     "StepOptions",
+    "anchor_codes",
     "decode_frac",
     "decode_frac_ref",
     "encode_frac_ref",

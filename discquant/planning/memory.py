@@ -32,8 +32,9 @@ HEAP, HEAP_LIMIT, HEAP_SHARE = "kept by the allocator", 1 << 25, 0.35
 OF_WEIGHTS = frozenset(
     (
         "student and teacher weights", "teacher weights", "weight gradient", "another rank's gradient of a matrix",
-        "curvature of a matrix", "bytes to undo a step", "block slots", "factors of a block", "positions of one matrix",
-        "state of a block unpacked", "a matrix as read", "X^T X and its factor", "a candidate's weights",
+        "curvature of a matrix", "anchor of a matrix", "bytes to undo a step", "block slots", "factors of a block",
+        "positions of one matrix", "state of a block unpacked", "a matrix as read", "X^T X and its factor",
+        "a candidate's weights",
     )
 )  # fmt: skip
 WIDE_POSITIONS = (
@@ -205,6 +206,8 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     matrix = max(m.rows * m.columns for m in largest.matrices)
     factors = max(factor_entries([m], setting.config) / m.count for m in largest.matrices)
     term = curved * wide * matrix + (4.0 if setting.config.solver.state == "fp32" else 2.0) * factors
+    # Codes that a step reads in place of `frac_ref`, where the state has a bit for them; made after the term is added.
+    anchor = float(matrix) if setting.config.solver.state == "u8" and setting.layout.side else 0.0
     # A gated product has all three gradients before any of what was kept for it goes; the logits have gone by then.
     backward = 3.0 * largest.inner_elements * element * setting.micro_tokens
     return {
@@ -213,6 +216,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
         "another rank's gradient of a matrix": float(wide) * matrix if setting.ranks > 1 else 0.0,
         "gradients of activations": max(0.0, backward - logits),
         "curvature of a matrix": max(0.0, term - max(logits, backward)),
+        "anchor of a matrix": max(0.0, anchor - max(term, logits, backward)),
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
         "hidden states": 4.0 * tokens * shape.hidden * element,
         "logits": logits,

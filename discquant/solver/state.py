@@ -17,6 +17,7 @@ from torch import Tensor
 from discquant.config import OptimizerName, StateFormat
 from discquant.grids import Grid, UniformGrid
 from discquant.ops import StepOptions, decode_frac, decode_frac_ref, encode_frac_ref, unpack_nibbles
+from discquant.ops.anchor_codes import anchor_codes
 from discquant.ops.reference.projected_step import FRAC_REF_RANGE, FRAC_REF_ZERO, store_frac_
 from discquant.solver.kronecker import curvature_gradient, triangle_shape, unpack_triangles
 
@@ -45,12 +46,6 @@ def pack_bits(flags: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -flags.shape[1] % 8))
     places = torch.arange(8, dtype=torch.uint8, device=flags.device)
     return (padded.view(flags.shape[0], -1, 8) << places).sum(dim=-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, in_features: int) -> Tensor:
-    """Return the booleans of `pack_bits`, [out_features, in_features]."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> places) & 1).flatten(1)[:, :in_features].bool()
 
 
 def pack_places(flags: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,9 +97,12 @@ def _outward(position: Tensor) -> Tensor:
 
 
 @functools.lru_cache
-def _anchor_table(device: torch.device) -> Tensor:
-    """Anchor code by 256 * side + code of `frac_ref`, uint8, [512]; codes on the grid stay."""
+def _anchor_table(device: torch.device, frozen: bool) -> Tensor:
+    """Anchor code by 256 * side + code of `frac_ref`, uint8, [512]; codes on the grid stay, frozen ones lie there."""
     code = torch.arange(256, device=device)
+    if frozen:
+        ends = (FRAC_REF_ZERO, FRAC_REF_ZERO + FRAC_REF_RANGE)
+        return torch.cat([torch.full_like(code, end, dtype=torch.uint8) for end in ends])
     own = (code - FRAC_REF_ZERO).double() / FRAC_REF_RANGE
     rows = []
     for side in (0.0, 1.0):
@@ -258,11 +256,7 @@ class WeightState:
         assert self.frac_ref is not None
         if self.side is None:
             return self.frac_ref
-        upper = unpack_bits(self.side, self.shape[1])
-        if self.frozen:
-            return torch.where(upper, 189, 63).to(torch.uint8)
-        index = self.frac_ref.int().add_(upper.int(), alpha=256)
-        return _anchor_table(self.frac_ref.device)[index]
+        return anchor_codes(self.frac_ref, self.side, _anchor_table(self.frac_ref.device, self.frozen))
 
     @property
     def student_grid(self) -> Grid:
