@@ -283,26 +283,32 @@ class WeightState:
             value.view(-1)[index] = self.outlier_value.to(dtype)
         return value
 
-    def curvature_of(self, error: Tensor) -> Tensor | None:
-        """Return G E H of a weight error, floating, [out_features, in_features]; None where there are no factors."""
-        if self.curvature_in is None or self.curvature_out is None:
-            return None
-        # Widened first: torch gathers float32 three times as fast as 16 bits on a CPU.
-        inputs = unpack_triangles(self.curvature_in.to(error.dtype))
-        outputs = unpack_triangles(self.curvature_out.to(error.dtype))
-        return curvature_gradient(error, inputs, outputs)
+    def _error(self, original: Tensor | None, dtype: torch.dtype, narrow: torch.dtype) -> Tensor:
+        """Return W(frac) - W, computed in `dtype` and rounded to `narrow` once."""
+        known = self.teacher_weight(dtype)
+        weight = original if known is None else known
+        assert weight is not None, "the original is the caller's where the state does not hold it"
+        soft = self.soft_weight(dtype)
+        error = soft if narrow == dtype else torch.empty_like(soft, dtype=narrow)
+        return torch.sub(soft, weight.to(dtype), out=error)
 
     def curvature_gradient(self, original: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return G (W(frac) - W) H, [out_features, in_features]; None where there are no factors.
 
         Args:
             original: Original weight, where the state does not hold it.
-            dtype: Computed in.
+            dtype: Computed in; of float32 on a GPU the operands are as the factors are kept. What bfloat16 cuts off of
+                the error is then as far below the factors' noise as what it cut off of them.
         """
-        known = self.teacher_weight(dtype)
-        weight = original if known is None else known
-        assert weight is not None, "the original is the caller's where the state does not hold it"
-        return self.curvature_of(self.soft_weight(dtype) - weight.to(dtype))
+        if self.curvature_in is None or self.curvature_out is None:
+            return None
+        tensor_cores = self.frac.is_cuda and dtype == torch.float32
+        kept = self.curvature_in.dtype if tensor_cores else dtype
+        error = self._error(original, dtype, kept)
+        # Widened first: torch gathers float32 three times as fast as 16 bits on a CPU.
+        inputs = unpack_triangles(self.curvature_in.to(kept))
+        outputs = unpack_triangles(self.curvature_out.to(kept))
+        return curvature_gradient(error, inputs, outputs)
 
     def codes_down(self) -> Tensor:
         """Return the lower codes, uint8, [out_features, in_features]."""
