@@ -193,6 +193,7 @@ class Device(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)  # for which a CPU alone has no driver
         if func == torch.Tensor.device.__get__:  # made anew at every access
             return self.tags.of(args[0])
         if func == torch.Tensor.is_cuda.__get__:
