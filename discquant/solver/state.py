@@ -18,6 +18,8 @@ from discquant.config import OptimizerName, StateFormat
 from discquant.grids import Grid, UniformGrid
 from discquant.ops import StepOptions, decode_frac, decode_frac_ref, encode_frac_ref, unpack_nibbles
 from discquant.ops.anchor_codes import anchor_codes
+from discquant.ops.place_outliers import place_outliers_
+from discquant.ops.reference.place_outliers import OUTLIER_PIECE
 from discquant.ops.reference.projected_step import FRAC_REF_RANGE, FRAC_REF_ZERO, store_frac_
 from discquant.solver.kronecker import curvature_gradient, triangle_shape, unpack_triangles
 
@@ -26,8 +28,6 @@ FRAC_REF_LOW, FRAC_REF_HIGH = -0.5, 1.5
 ANCHOR_SHARE = 0.5
 # Weights that their position does not give back are kept apart, 3 to 5 B each; above this share all are kept.
 OUTLIER_SHARE = 0.125
-# So many weights in a row count theirs in one byte, and each is found within them by one byte.
-OUTLIER_PIECE = 255
 # What moves the scales (`scale_step`), float32, [out_features, num_groups] each.
 SCALES = ("scale_change", "scale_momentum", "scale_second_moment")
 
@@ -61,12 +61,6 @@ def pack_places(flags: Tensor) -> tuple[Tensor, Tensor]:
     low = flat.nonzero().flatten().remainder_(OUTLIER_PIECE).to(torch.uint8)
     pieces = torch.nn.functional.pad(flat, (0, -flat.numel() % OUTLIER_PIECE)).view(-1, OUTLIER_PIECE)
     return low, pieces.sum(dim=1, dtype=torch.uint8)
-
-
-def unpack_places(low: Tensor, count: Tensor) -> Tensor:
-    """Return the flat indices of `pack_places`, ascending, int64; nothing is read from the device."""
-    pieces = torch.arange(0, OUTLIER_PIECE * count.numel(), OUTLIER_PIECE, device=count.device)
-    return pieces.repeat_interleave(count.long(), output_size=low.numel()).add_(low)
 
 
 def pack_frac_ref(frac_ref: Tensor) -> Tensor:
@@ -279,8 +273,7 @@ class WeightState:
             return None
         value = self.grid.soft_weight(self.q_down, self.frac_ref, dtype, is_reference=True)
         if self.outlier_low is not None and self.outlier_count is not None and self.outlier_value is not None:
-            index = unpack_places(self.outlier_low, self.outlier_count)
-            value.view(-1)[index] = self.outlier_value.to(dtype)
+            place_outliers_(value, self.outlier_low, self.outlier_count, self.outlier_value)
         return value
 
     def _error(self, original: Tensor | None, dtype: torch.dtype, narrow: torch.dtype) -> Tensor:

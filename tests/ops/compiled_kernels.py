@@ -17,6 +17,7 @@ import torch
 import triton
 from discquant.triton_kernels import aot
 from discquant.triton_kernels.anchor_codes import anchor_codes_fwd
+from discquant.triton_kernels.place_outliers import place_outliers
 from discquant.triton_kernels.projected_step import projected_step_fwd
 from discquant.triton_kernels.soft_weight import soft_weight_fwd
 from torch import Tensor
@@ -27,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from discquant.ops import StepOptions, anchor_codes, soft_weight
 from discquant.ops._steps import flatten_options, launch_arguments
 from discquant.ops.reference import projected_step as reference
+from discquant.solver.state import pack_places
 
 
 def _bits(value: Any, kind: str) -> int:
@@ -161,10 +163,24 @@ def anchors() -> None:
         print(f"anchor {rows} x {cols}")
 
 
+def outliers() -> None:
+    """Few to a piece, more than a pass takes, and pieces full of them."""
+    for rows, cols, share in ((40, 333, 0.07), (9, 100, 0.5), (3, 85, 1.0)):
+        torch.manual_seed(cols)
+        flags = torch.rand(rows, cols) < share
+        low, count = pack_places(flags)
+        value, weight = torch.randn(low.numel()).bfloat16(), torch.randn(rows, cols)
+        expected = weight.masked_scatter(flags, value.float())
+        place_outliers(weight, low, count, value)
+        assert torch.equal(weight, expected), f"outlier {rows} x {cols}, {share}"
+        print(f"outlier {rows} x {cols}, {share}")
+
+
 def main() -> None:
     """All kernels."""
     JITFunction.run = _run
     anchors()
+    outliers()
     weights()
     other_weights()
     steps()

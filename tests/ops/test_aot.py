@@ -24,6 +24,7 @@ KERNELS = {
     "soft_weight_fwd_kernel", "soft_weight_bwd_kernel", "projected_step_kernel", "soft_linear_fwd_kernel",
     "soft_linear_dx_kernel", "soft_linear_dfrac_kernel", "soft_linear_step_kernel", "linear_kl_fwd_kernel",
     "hadamard_run_kernel", "hadamard_mix_kernel", "packed_linear_kernel", "anchor_codes_kernel",
+    "place_outliers_kernel",
 }  # fmt: skip
 
 # Instructions per element of the step on 8-bit state with a float32 gradient, sm_90; measured before: 85, 95 and 129 at

@@ -13,6 +13,7 @@ from discquant.config import GridConfig, SolverConfig
 from discquant.grids import AffineGrid, Grid, TableGrid, UniformGrid, place_grid
 from discquant.ops import decode_frac_ref
 from discquant.ops.reference.anchor_codes import unpack_bits
+from discquant.ops.reference.place_outliers import unpack_places
 from discquant.planning.traffic import state_layout
 from discquant.solver.block import BlockState
 from discquant.solver.chain import DecoderChain
@@ -22,7 +23,6 @@ from discquant.solver.state import (
     pack_bits,
     pack_frac_ref,
     pack_places,
-    unpack_places,
 )
 
 
