@@ -107,7 +107,9 @@ def gpu() -> str:
             "Counted operator by operator on a simulated GPU, a step of the present code moves "
             f"{counted['bytes_per_weight']:.1f} bytes per weight outside\nthe matmuls (target "
             f"{targets.TRAFFIC_LIMIT:g}), and {counted['undo_bytes_per_weight']:.1f} more of the first 2 GiB of "
-            "state, so that it can be undone (`python tests/run/step_traffic.py`).\nOf activations it moves "
+            "state, so that it can be undone (`python tests/run/step_traffic.py`);\nwith what the default recipe adds, "
+            f"a GPTQ start and the curvature term, {counted['default_recipe']['bytes_per_weight']:.1f}.\n"
+            "Of activations it moves "
             f"{counted['bytes_per_token_and_hidden']:.0f} bytes per token and entry of the hidden state, by Llama 3 "
             f"70B's widths;\nwith the norms of `transformers` they were {counted['with_norms_of_transformers']:.0f}."
         )

@@ -38,6 +38,8 @@ TYPES = {
     torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.uint16: "u16", torch.int32: "i32",
     torch.int64: "i64",
 }  # fmt: skip
+# Kernels without a loop whose instructions are counted per element.
+ELEMENTWISE = ("soft_weight", "anchor_codes")
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
 # What `compile_launch` reads.
 FACTS = (
@@ -134,7 +136,7 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
     kinds = [kind for kind in ("wgmma.mma_async", "mma.sync") if kind in ptx]
     shape = {name: int(launch.constants.get(name, 1)) for name in ("BLOCK_M", "BLOCK_K", "TILES")}
     count = slow = ""
-    if "TILES" in launch.constants or "soft_weight" in launch.kernel.__name__:
+    if "TILES" in launch.constants or any(name in launch.kernel.__name__ for name in ELEMENTWISE):
         # Elementwise: a program walks TILES blocks, or one.
         elements = shape["BLOCK_M"] * shape["BLOCK_K"] // (32 * int(launch.options.get("num_warps", 4)))
         count, slow = (

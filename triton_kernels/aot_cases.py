@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import hadamard, linear_kl, packed_linear, projected_step, soft_linear, soft_weight
+from . import (
+    anchor_codes,
+    hadamard,
+    linear_kl,
+    packed_linear,
+    place_outliers,
+    projected_step,
+    soft_linear,
+    soft_weight,
+)
 from .soft_linear_tiles import CONFIGS, STEP_CONFIGS, fitting_step_tile, fitting_tile
 from .step_tile import KEYS, SCALARS
 
@@ -331,6 +340,21 @@ def _hadamard_cases() -> Iterator[Case]:
             yield Case(name, not inverse, hadamard.hadamard_fwd, (x, signs, matrix, inverse))
 
 
+def _anchor_codes_cases() -> Iterator[Case]:
+    for name, cols in (("even", COLS), ("ragged", COLS - 1)):
+        codes, side = (_meta(ROWS, size, dtype=torch.uint8) for size in (cols, (cols + 7) // 8))
+        yield Case(f"anchor_codes/{name}", True, anchor_codes.anchor_codes_fwd,
+                   (codes, side, _meta(512, dtype=torch.uint8)))  # fmt: skip
+
+
+def _place_outliers_cases() -> Iterator[Case]:
+    pieces, number = -(-ROWS * COLS // 255), ROWS * COLS // 64
+    for name, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32)):
+        weight, value = _meta(ROWS, COLS, dtype=dtype), _meta(number, dtype=torch.bfloat16)
+        arguments = (weight, _meta(number, dtype=torch.uint8), _meta(pieces, dtype=torch.uint8), value)
+        yield Case(f"place_outliers/{name}", True, place_outliers.place_outliers, arguments)
+
+
 def cases() -> Iterator[Case]:
     """All cases, op by op."""
     yield from _soft_weight_cases()
@@ -340,3 +364,5 @@ def cases() -> Iterator[Case]:
     yield from _linear_kl_cases()
     yield from _packed_linear_cases()
     yield from _hadamard_cases()
+    yield from _anchor_codes_cases()
+    yield from _place_outliers_cases()

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 # Modules of the names of their functions: importing them registers their operators.
 from discquant.ops import pack, packed_linear
+from discquant.ops.anchor_codes import anchor_codes
 from discquant.ops.hadamard import hadamard
 from discquant.ops.linear_kl import linear_kl
+from discquant.ops.place_outliers import place_outliers_
 from discquant.ops.projected_step import projected_step_, projected_step_deferred_
 from discquant.ops.reference.linear_kl import LinearKLResult
 from discquant.ops.reference.projected_step import (
@@ -25,6 +27,7 @@ __all__ = [
     "LinearKLResult",
     "StepCounts",
     "StepOptions",
+    "anchor_codes",
     "decode_frac",
     "decode_frac_ref",
     "encode_frac_ref",
@@ -33,6 +36,7 @@ __all__ = [
     "linear_kl",
     "pack",
     "packed_linear",
+    "place_outliers_",
     "projected_step_",
     "projected_step_deferred_",
     "soft_linear",

@@ -32,8 +32,9 @@ HEAP, HEAP_LIMIT, HEAP_SHARE = "kept by the allocator", 1 << 25, 0.35
 OF_WEIGHTS = frozenset(
     (
         "student and teacher weights", "teacher weights", "weight gradient", "another rank's gradient of a matrix",
-        "curvature of a matrix", "bytes to undo a step", "block slots", "factors of a block", "positions of one matrix",
-        "state of a block unpacked", "a matrix as read", "X^T X and its factor", "a candidate's weights",
+        "curvature of a matrix", "anchor of a matrix", "bytes to undo a step", "block slots", "factors of a block",
+        "positions of one matrix", "state of a block unpacked", "a matrix as read", "X^T X and its factor",
+        "a candidate's weights",
     )
 )  # fmt: skip
 WIDE_POSITIONS = (
@@ -180,6 +181,26 @@ def tree_bytes(gradient: float, kept: float, passes: int) -> float:
     )
 
 
+def term_bytes(setting: Setting, matrix: float, factors: float) -> float:
+    """Return what the curvature's term of one matrix holds at most, in bytes; 0 without it.
+
+    E, E H, its pieces and G E H, and the factors unpacked. A GPU cuts nothing into pieces; what it multiplies in
+    bfloat16 has half the bytes, so that both weights and their difference are the most.
+
+    Args:
+        setting: Of the run.
+        matrix: Weights of the matrix.
+        factors: Entries of its factors as whole blocks.
+    """
+    solver, wide = setting.config.solver, 4.0 if setting.element < 8 else 8.0
+    if not solver.curved:
+        return 0.0
+    if not setting.accelerator:
+        return wide * (4 * matrix + factors)
+    narrow = solver.state != "fp32" and wide == 4
+    return 10 * matrix + 2 * factors if narrow else wide * (3 * matrix + factors)
+
+
 def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Return what one step needs besides state and weights."""
     largest, element, tokens = shape.largest, setting.element, setting.tokens
@@ -192,7 +213,6 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     # The teacher's weights are made beside the student's, unless the loaded model is the teacher.
     sides = 2 if setting.teacher_in_state or setting.streamed else 1
     students = depth if keep else 1
-    curved = 5.0 if setting.config.solver.curved else 0.0
     # Micro-batches are summed in a tree, in float32: a partial sum per level, and the gradient that is being made. Kept
     # graphs go meanwhile. Of narrower elements one gradient exists in both widths, but for the GPU's own layers.
     narrow = element if element < wide and not setting.accelerator else 0
@@ -201,10 +221,12 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     logits = _logit_tensors(shape, setting) * wide
     graphs = float(saved * tokens * depth)
     undo = float(min(shape.weights * setting.layout.written, JOURNAL_BYTES))
-    # E, E H, its pieces and G E H of one matrix, its original and its factors unpacked; made when the logits are gone.
+    # The curvature's term is made when the logits are gone.
     matrix = max(m.rows * m.columns for m in largest.matrices)
     factors = max(factor_entries([m], setting.config) / m.count for m in largest.matrices)
-    term = curved * wide * matrix + (4.0 if setting.config.solver.state == "fp32" else 2.0) * factors
+    term = term_bytes(setting, matrix, factors)
+    # Codes that a step reads in place of `frac_ref`, where the state has a bit for them; made after the term is added.
+    anchor = float(matrix) if setting.config.solver.state == "u8" and setting.layout.side else 0.0
     # A gated product has all three gradients before any of what was kept for it goes; the logits have gone by then.
     backward = 3.0 * largest.inner_elements * element * setting.micro_tokens
     return {
@@ -213,6 +235,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
         "another rank's gradient of a matrix": float(wide) * matrix if setting.ranks > 1 else 0.0,
         "gradients of activations": max(0.0, backward - logits),
         "curvature of a matrix": max(0.0, term - max(logits, backward)),
+        "anchor of a matrix": max(0.0, anchor - max(term, logits, backward)),
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
         "hidden states": 4.0 * tokens * shape.hidden * element,
         "logits": logits,

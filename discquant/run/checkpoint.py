@@ -27,6 +27,7 @@ from torch import Tensor
 from discquant.errors import DiskSpaceError
 from discquant.formats.safetensors_file import tensor_bytes
 from discquant.run.directory import write_atomic
+from discquant.run.readback import Readback
 from discquant.run.stored import save_tensors_atomic
 from discquant.solver.block import BlockState
 from discquant.solver.schedule import GainControl
@@ -125,6 +126,7 @@ class Checkpointer:
         self._moved = threading.Condition()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._readback = Readback()
         run.solver.before_change = self._await_block
 
     def begin(self, *, fresh: bool) -> None:
@@ -174,6 +176,7 @@ class Checkpointer:
         self._left = set(range(len(self.run.solver.placement)))
         self.count += 1
         self._step = self.run.solver.step_number
+        self._readback.mark(self.run.solver.placement.device)
         self._thread = threading.Thread(
             target=self._write, args=(_facts(self.run),), name="discquant-checkpoint", daemon=True
         )
@@ -262,13 +265,16 @@ class Checkpointer:
         """Give a block's tensors on the host; on disk the memory that reading them took goes back at the end."""
         placement = self.run.solver.placement
         try:
-            yield {name: tensor.cpu() for name, tensor in _tensors(placement.home(index)).items()}
+            yield {
+                name: self._readback.read(tensor) for name, tensor in _tensors(placement.home(index)).items()
+            }
         finally:
             placement.release(index)
 
     def _probe(self, index: int) -> int:
         """Hash and write a block as for a checkpoint, and remove it; return its bytes."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._readback.mark(self.run.solver.placement.device)
         with self._read(index) as tensors:
             _digest(tensors)
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,48 @@ def times(matrix: Tensor, factor: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
+def _parts(size: int, factor: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the channels of all whole blocks with these, then those of a last one that is shorter."""
+    width = factor.shape[1]
+    whole, rest = divmod(size, width)
+    if whole:
+        yield slice(0, whole * width), factor[:whole]
+    if rest:
+        yield slice(whole * width, size), factor[whole:, :rest, :rest]
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write left @ right, [blocks, rows, columns], into a view; 16-bit operands are summed in float32."""
+    if left.dtype == out.dtype:
+        torch.bmm(left, right, out=out)
+    elif left.is_cuda:
+        torch.bmm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.bmm(left.to(out.dtype), right.to(out.dtype), out=out)
+
+
+def products_at_once(error: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """`curvature_gradient` in two batched products, and one for each side whose last block is shorter.
+
+    The operands stay where they lie: nothing is cut up or joined. In bfloat16 (all three) tensor cores multiply, E H is
+    rounded to it, and the result has float32 sums; which kernels do that depends on no flag of the process.
+
+    Returns:
+        float32, or wider as `error` is; contiguous.
+    """
+    rows, columns = error.shape
+    middle = torch.empty_like(error)
+    out = torch.empty_like(error, dtype=torch.promote_types(error.dtype, torch.float32))
+    for channels, blocks in _parts(columns, inputs):
+        shape = blocks.shape[:2]
+        left, found = (m[:, channels].unflatten(1, shape).transpose(0, 1) for m in (error, middle))
+        _product(found, left, blocks)
+    for channels, blocks in _parts(rows, outputs):
+        shape = blocks.shape[:2]
+        _product(out[channels].unflatten(0, shape), blocks, middle[channels].unflatten(0, shape))
+    return out
+
+
 def curvature_gradient(error: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Return G E H, the gradient of 1/2 <E, G E H>.
 
@@ -92,6 +135,8 @@ def curvature_gradient(error: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor
         outputs: Blocks of G, floating, [blocks, width, width] over out_features.
 
     Returns:
-        Dtype and shape of `error`.
+        Shape of `error`, and its dtype; on a GPU at least float32 (`products_at_once`).
     """
+    if error.is_cuda:
+        return products_at_once(error, inputs, outputs)
     return times(times(error, inputs).T, outputs).T

@@ -17,6 +17,9 @@ from torch import Tensor
 from discquant.config import OptimizerName, StateFormat
 from discquant.grids import Grid, UniformGrid
 from discquant.ops import StepOptions, decode_frac, decode_frac_ref, encode_frac_ref, unpack_nibbles
+from discquant.ops.anchor_codes import anchor_codes
+from discquant.ops.place_outliers import place_outliers_
+from discquant.ops.reference.place_outliers import OUTLIER_PIECE
 from discquant.ops.reference.projected_step import FRAC_REF_RANGE, FRAC_REF_ZERO, store_frac_
 from discquant.solver.kronecker import curvature_gradient, triangle_shape, unpack_triangles
 
@@ -25,8 +28,6 @@ FRAC_REF_LOW, FRAC_REF_HIGH = -0.5, 1.5
 ANCHOR_SHARE = 0.5
 # Weights that their position does not give back are kept apart, 3 to 5 B each; above this share all are kept.
 OUTLIER_SHARE = 0.125
-# So many weights in a row count theirs in one byte, and each is found within them by one byte.
-OUTLIER_PIECE = 255
 # What moves the scales (`scale_step`), float32, [out_features, num_groups] each.
 SCALES = ("scale_change", "scale_momentum", "scale_second_moment")
 
@@ -47,12 +48,6 @@ def pack_bits(flags: Tensor) -> Tensor:
     return (padded.view(flags.shape[0], -1, 8) << places).sum(dim=-1, dtype=torch.uint8)
 
 
-def unpack_bits(packed: Tensor, in_features: int) -> Tensor:
-    """Return the booleans of `pack_bits`, [out_features, in_features]."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> places) & 1).flatten(1)[:, :in_features].bool()
-
-
 def pack_places(flags: Tensor) -> tuple[Tensor, Tensor]:
     """Return where booleans are set, in a byte for each and one for every `OUTLIER_PIECE` of them.
 
@@ -66,12 +61,6 @@ def pack_places(flags: Tensor) -> tuple[Tensor, Tensor]:
     low = flat.nonzero().flatten().remainder_(OUTLIER_PIECE).to(torch.uint8)
     pieces = torch.nn.functional.pad(flat, (0, -flat.numel() % OUTLIER_PIECE)).view(-1, OUTLIER_PIECE)
     return low, pieces.sum(dim=1, dtype=torch.uint8)
-
-
-def unpack_places(low: Tensor, count: Tensor) -> Tensor:
-    """Return the flat indices of `pack_places`, ascending, int64; nothing is read from the device."""
-    pieces = torch.arange(0, OUTLIER_PIECE * count.numel(), OUTLIER_PIECE, device=count.device)
-    return pieces.repeat_interleave(count.long(), output_size=low.numel()).add_(low)
 
 
 def pack_frac_ref(frac_ref: Tensor) -> Tensor:
@@ -102,9 +91,12 @@ def _outward(position: Tensor) -> Tensor:
 
 
 @functools.lru_cache
-def _anchor_table(device: torch.device) -> Tensor:
-    """Anchor code by 256 * side + code of `frac_ref`, uint8, [512]; codes on the grid stay."""
+def _anchor_table(device: torch.device, frozen: bool) -> Tensor:
+    """Anchor code by 256 * side + code of `frac_ref`, uint8, [512]; codes on the grid stay, frozen ones lie there."""
     code = torch.arange(256, device=device)
+    if frozen:
+        ends = (FRAC_REF_ZERO, FRAC_REF_ZERO + FRAC_REF_RANGE)
+        return torch.cat([torch.full_like(code, end, dtype=torch.uint8) for end in ends])
     own = (code - FRAC_REF_ZERO).double() / FRAC_REF_RANGE
     rows = []
     for side in (0.0, 1.0):
@@ -258,11 +250,7 @@ class WeightState:
         assert self.frac_ref is not None
         if self.side is None:
             return self.frac_ref
-        upper = unpack_bits(self.side, self.shape[1])
-        if self.frozen:
-            return torch.where(upper, 189, 63).to(torch.uint8)
-        index = self.frac_ref.int().add_(upper.int(), alpha=256)
-        return _anchor_table(self.frac_ref.device)[index]
+        return anchor_codes(self.frac_ref, self.side, _anchor_table(self.frac_ref.device, self.frozen))
 
     @property
     def student_grid(self) -> Grid:
@@ -285,30 +273,35 @@ class WeightState:
             return None
         value = self.grid.soft_weight(self.q_down, self.frac_ref, dtype, is_reference=True)
         if self.outlier_low is not None and self.outlier_count is not None and self.outlier_value is not None:
-            index = unpack_places(self.outlier_low, self.outlier_count)
-            value.view(-1)[index] = self.outlier_value.to(dtype)
+            place_outliers_(value, self.outlier_low, self.outlier_count, self.outlier_value)
         return value
 
-    def curvature_of(self, error: Tensor) -> Tensor | None:
-        """Return G E H of a weight error, floating, [out_features, in_features]; None where there are no factors."""
-        if self.curvature_in is None or self.curvature_out is None:
-            return None
-        # Widened first: torch gathers float32 three times as fast as 16 bits on a CPU.
-        inputs = unpack_triangles(self.curvature_in.to(error.dtype))
-        outputs = unpack_triangles(self.curvature_out.to(error.dtype))
-        return curvature_gradient(error, inputs, outputs)
+    def _error(self, original: Tensor | None, dtype: torch.dtype, narrow: torch.dtype) -> Tensor:
+        """Return W(frac) - W, computed in `dtype` and rounded to `narrow` once."""
+        known = self.teacher_weight(dtype)
+        weight = original if known is None else known
+        assert weight is not None, "the original is the caller's where the state does not hold it"
+        soft = self.soft_weight(dtype)
+        error = soft if narrow == dtype else torch.empty_like(soft, dtype=narrow)
+        return torch.sub(soft, weight.to(dtype), out=error)
 
     def curvature_gradient(self, original: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return G (W(frac) - W) H, [out_features, in_features]; None where there are no factors.
 
         Args:
             original: Original weight, where the state does not hold it.
-            dtype: Computed in.
+            dtype: Computed in; of float32 on a GPU the operands are as the factors are kept. What bfloat16 cuts off of
+                the error is then as far below the factors' noise as what it cut off of them.
         """
-        known = self.teacher_weight(dtype)
-        weight = original if known is None else known
-        assert weight is not None, "the original is the caller's where the state does not hold it"
-        return self.curvature_of(self.soft_weight(dtype) - weight.to(dtype))
+        if self.curvature_in is None or self.curvature_out is None:
+            return None
+        tensor_cores = self.frac.is_cuda and dtype == torch.float32
+        kept = self.curvature_in.dtype if tensor_cores else dtype
+        error = self._error(original, dtype, kept)
+        # Widened first: torch gathers float32 three times as fast as 16 bits on a CPU.
+        inputs = unpack_triangles(self.curvature_in.to(kept))
+        outputs = unpack_triangles(self.curvature_out.to(kept))
+        return curvature_gradient(error, inputs, outputs)
 
     def codes_down(self) -> Tensor:
         """Return the lower codes, uint8, [out_features, in_features]."""

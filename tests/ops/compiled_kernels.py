@@ -16,6 +16,8 @@ import ptx
 import torch
 import triton
 from discquant.triton_kernels import aot
+from discquant.triton_kernels.anchor_codes import anchor_codes_fwd
+from discquant.triton_kernels.place_outliers import place_outliers
 from discquant.triton_kernels.projected_step import projected_step_fwd
 from discquant.triton_kernels.soft_weight import soft_weight_fwd
 from torch import Tensor
@@ -23,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from discquant.ops import StepOptions, soft_weight
+from discquant.ops import StepOptions, anchor_codes, soft_weight
 from discquant.ops._steps import flatten_options, launch_arguments
 from discquant.ops.reference import projected_step as reference
+from discquant.solver.state import pack_places
 
 
 def _bits(value: Any, kind: str) -> int:
@@ -145,9 +148,39 @@ def other_weights() -> None:
             print(where)
 
 
+def anchors() -> None:
+    """Every code with either side, tiles with and without masks, columns that end within a byte of sides."""
+    for rows, cols in ((3, 2048), (16, 256), (5, 300), (70, 13)):
+        torch.manual_seed(cols)
+        codes = torch.arange(rows * cols, dtype=torch.int32).view(rows, cols)
+        side = torch.randint(0, 256, (rows, -(-cols // 8)), dtype=torch.uint8)
+        table = torch.randint(0, 256, (512,), dtype=torch.uint8)
+        code = (codes * 7919 % 256).to(torch.uint8)
+        differ = (
+            anchor_codes_fwd(code, side, table) != anchor_codes(code, side, table, impl="reference")
+        ).nonzero()
+        assert not len(differ), f"anchor {rows} x {cols}: {len(differ)} differ, first at {differ[0].tolist()}"
+        print(f"anchor {rows} x {cols}")
+
+
+def outliers() -> None:
+    """Few to a piece, more than a pass takes, and pieces full of them."""
+    for rows, cols, share in ((40, 333, 0.07), (9, 100, 0.5), (3, 85, 1.0)):
+        torch.manual_seed(cols)
+        flags = torch.rand(rows, cols) < share
+        low, count = pack_places(flags)
+        value, weight = torch.randn(low.numel()).bfloat16(), torch.randn(rows, cols)
+        expected = weight.masked_scatter(flags, value.float())
+        place_outliers(weight, low, count, value)
+        assert torch.equal(weight, expected), f"outlier {rows} x {cols}, {share}"
+        print(f"outlier {rows} x {cols}, {share}")
+
+
 def main() -> None:
-    """Both kernels."""
+    """All kernels."""
     JITFunction.run = _run
+    anchors()
+    outliers()
     weights()
     other_weights()
     steps()

@@ -161,6 +161,12 @@ COMPARE = {
 }  # fmt: skip
 
 
+def _parts(line: str) -> tuple[str, list[str]]:
+    """An instruction's name and its operands, those in brackets whole."""
+    name, rest = (line.split(None, 1) + [""])[:2]
+    return name, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
+
+
 class Block:
     """One thread block."""
 
@@ -184,6 +190,12 @@ class Block:
                 self.lines.append(
                     re.sub(r"(?<![\w%.$])([a-z])(?![\w.])", scope + r"\1", text) if scope else text
                 )
+        # What some instruction writes; of any other register the compiler knows that its value does not matter.
+        self.assigned: set[str] = set()
+        for line in self.lines:
+            name, operands = _parts(re.sub(r"^@!?%p\d+\s+", "", line))
+            if operands and not name.startswith(("st.", "red.", "bra")):
+                self.assigned.update(re.findall(r"%\w+", operands[0]))
 
     def run(self, x: int, y: int) -> None:
         """Execute the block (x, y)."""
@@ -202,9 +214,11 @@ class Block:
         """An operand's bits as `dtype`."""
         if name in self.special:
             return np.broadcast_to(np.asarray(self.special[name]), self.threads).astype(dtype)
-        assert name in self.registers or not name.startswith("%"), f"{name} is read before it is written"
         if name in self.registers:
             found = self.registers[name]
+        elif name.startswith("%"):
+            assert name not in self.assigned, f"{name} is read before it is written"
+            found = np.full(self.threads, 0xA5A5A5A5A5A5A5A5, np.uint64)  # rubbish, so that a use of it shows
         elif name.startswith("0f"):
             found = np.full(self.threads, int(name[2:], 16), np.uint32)
         else:
@@ -231,8 +245,7 @@ class Block:
         guard = re.match(r"@(!?)(%p\d+)\s+(.*)", line)
         if guard:
             mask, line = self.registers[guard[2]] ^ bool(guard[1]), guard[3]
-        name, rest = (line.split(None, 1) + [""])[:2]
-        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
+        name, operands = _parts(line)
         if name.startswith("bra"):
             assert mask.all() or not mask.any(), "a branch is not uniform"
             return operands[0] if mask.all() else None
@@ -240,7 +253,7 @@ class Block:
             self._access(name, operands, mask)
         elif name.startswith(("ldmatrix", "stmatrix")):
             self._matrix(name, operands, mask)
-        elif name.startswith("mov") and "{" in rest:
+        elif name.startswith("mov") and any(o.startswith("{") for o in operands):
             self._move_parts(operands, mask)
         elif not name.startswith("bar"):
             self.put(operands[0], self._compute(name, operands[1:]), mask)

@@ -23,7 +23,8 @@ from discquant.ops.soft_linear_table import load
 KERNELS = {
     "soft_weight_fwd_kernel", "soft_weight_bwd_kernel", "projected_step_kernel", "soft_linear_fwd_kernel",
     "soft_linear_dx_kernel", "soft_linear_dfrac_kernel", "soft_linear_step_kernel", "linear_kl_fwd_kernel",
-    "hadamard_run_kernel", "hadamard_mix_kernel", "packed_linear_kernel",
+    "hadamard_run_kernel", "hadamard_mix_kernel", "packed_linear_kernel", "anchor_codes_kernel",
+    "place_outliers_kernel",
 }  # fmt: skip
 
 # Instructions per element of the step on 8-bit state with a float32 gradient, sm_90; measured before: 85, 95 and 129 at
@@ -33,8 +34,8 @@ STEP_LIMITS = {"momentum": 50.0, "lion": 55.0, "adamw": 74.0}
 GRIDS = ("", "-table", "-min-bf16", "-index-zero")
 
 # Of making a weight from 8-bit places on 4-bit codes: with masks in every tile and slow conversions 23 and 24, and 0.88
-# of copy bandwidth.
-WEIGHT_LIMITS = {"soft_weight/u8-g64": 17.0, "soft_weight/u8-g128-zero": 18.5}
+# of copy bandwidth. Of an anchor: near where they take as long as its bytes (calculated).
+WEIGHT_LIMITS = {"soft_weight/u8-g64": 17.0, "soft_weight/u8-g128-zero": 18.5, "anchor_codes/even": 15.0}
 
 
 def _compile(repo_root, tmp_path, *options):

@@ -38,9 +38,17 @@ def test_example_of_a_kernel_alone(repo_root: Path, device: torch.device) -> Non
 
 def test_launchers_have_the_arguments_named(repo_root: Path) -> None:
     titles = re.findall(r"^### \w+: `(\w+)\((.*?)\)`$", _page(repo_root), re.MULTILINE)
-    stems = ("soft_weight", "soft_linear", "projected_step", "linear_kl", "hadamard")
+    stems = (
+        "soft_weight",
+        "soft_linear",
+        "projected_step",
+        "anchor_codes",
+        "place_outliers",
+        "linear_kl",
+        "hadamard",
+    )
     modules = [importlib.import_module(f"discquant.triton_kernels.{stem}") for stem in stems]
-    assert len(titles) == 6
+    assert len(titles) == 8
     for name, arguments in titles:
         (launcher,) = {getattr(m, name) for m in modules if hasattr(m, name)}
         own = [p for p in inspect.signature(launcher).parameters if p not in ("block", "num_warps")]

@@ -109,7 +109,7 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ATEN = torch.ops.aten
 # What a run spends its time on: none of it may be left on the CPU.
 HEAVY = {
-    ATEN.mm.default, ATEN.bmm.default, ATEN.addmm.default, ATEN.linalg_cholesky_ex.default,
+    ATEN.mm.default, ATEN.bmm.default, ATEN.bmm.out, ATEN.addmm.default, ATEN.linalg_cholesky_ex.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default, ATEN._softmax.default, ATEN.multinomial.default,
 }  # fmt: skip
 # Torch takes index tensors from the CPU.
@@ -193,6 +193,7 @@ class Device(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)  # for which a CPU alone has no driver
         if func == torch.Tensor.device.__get__:  # made anew at every access
             return self.tags.of(args[0])
         if func == torch.Tensor.is_cuda.__get__:
@@ -239,6 +240,18 @@ class Device(TorchFunctionMode):
         return self.tags.set(out, GPU if device.type == "cuda" else CPU) if moves else out
 
 
+_BMM = torch.bmm
+
+
+def _batched_product(
+    left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None, **kwargs: Any
+) -> Tensor:
+    """torch.bmm with the `out_dtype` that a CPU does not have."""
+    if out_dtype is not None:
+        left, right = left.to(out_dtype), right.to(out_dtype)
+    return _BMM(left, right, **kwargs)
+
+
 def simulation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Return a context in which torch has one GPU; it gives the watch on its operations."""
     nothing = types.SimpleNamespace(
@@ -262,6 +275,7 @@ def simulation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
                 patch.setattr(torch.cuda, name, value)
             # Else the whole backward pass counts as one operation, inside which no device is seen.
             patch.setattr(torch.autograd, "has_torch_function", lambda *_: False)
+            patch.setattr(torch, "bmm", _batched_product)
             # The random numbers of a device are made by the device.
             patch.setattr(solve, "label_generator", lambda device, seed: torch.Generator().manual_seed(seed))
             if not kernels:  # the interpreter is slow; the references compute the same

@@ -6,7 +6,7 @@ the teacher from the state). Of every operator all tensors that it reads and wri
 only what it writes. Twice the bytes of one window less those of two leaves what does not grow with the tokens, and two
 blocks less one leave one whole block: its weights' traffic, without a rule for what counts as a weight. What does grow
 is that of the activations, told per token and entry of the hidden state, without what matmuls and attention write.
-Widths are a 64th of Llama 3 70B's.
+Widths are a 64th of Llama 3 70B's. Once more with what the default recipe adds: the anchor of a GPTQ start, curvature.
 Writes benchmarks/results/step_traffic.json.
 """
 
@@ -32,6 +32,7 @@ from discquant.ops._steps import OPTIMIZERS
 from discquant.solver import chain as chain_module
 from discquant.solver import solve as solve_module
 from discquant.solver.chain import DecoderChain
+from discquant.solver.codes import NearestCodes
 from discquant.solver.journal import Journal
 from discquant.solver.rows import TokenRows
 from discquant.solver.solve import Solve, lay_grids
@@ -40,11 +41,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "step_traffic.json"
 ATEN = torch.ops.aten
 MATMULS = {
-    ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN.baddbmm.default,
+    ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN.bmm.out, ATEN.baddbmm.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
 }  # fmt: skip
-_MM, _KEEP, _TRITON_MODULE = torch.mm, Journal.keep, registry.triton_module
+_MM, _BMM, _KEEP, _TRITON_MODULE = torch.mm, torch.bmm, Journal.keep, registry.triton_module
 HIDDEN, INTERMEDIATE, HEADS, TOKENS = 128, 448, 8, 8
 WEIGHTS = 2 * HIDDEN * (HIDDEN + HIDDEN // HEADS) + 3 * HIDDEN * INTERMEDIATE
 
@@ -79,7 +80,9 @@ class Traffic:
         written = _bytes([changed, fresh])
         # Overwritten without a look at what was there.
         blind = func in (ATEN.copy_.default, ATEN.zero_.default, ATEN.fill_.Scalar)
-        read = 0 if func in MATMULS else _bytes((args[1:] if blind else args, kwargs))
+        results = {argument.name for argument in schema.arguments if argument.is_out}
+        given = {name: value for name, value in kwargs.items() if name not in results}
+        read = 0 if func in MATMULS else _bytes((args[1:] if blind else args, given))
         name = "undo" if self.undo else schema.name.split("::")[-1]
         self.found[f"{name} read"] += read
         self.found[f"{name} written"] += written
@@ -91,8 +94,8 @@ class Traffic:
         self.undo = False
 
 
-def _product(traffic: Traffic) -> Any:
-    """Return torch.mm with the `out_dtype` that a CPU does not have."""
+def _product(traffic: Traffic, plain: Any) -> Any:
+    """Return torch.mm or torch.bmm with the `out_dtype` that a CPU does not have."""
 
     def product(
         left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None, **kwargs: Any
@@ -101,7 +104,7 @@ def _product(traffic: Traffic) -> Any:
         if out_dtype is not None:
             left, right = left.to(out_dtype), right.to(out_dtype)
         traffic.simulating = False
-        return _MM(left, right, **kwargs)
+        return plain(left, right, **kwargs)
 
     return product
 
@@ -177,7 +180,13 @@ def _kernels(stem: str) -> Any:
     )  # fmt: skip
 
 
-def _step(simulated: Any, blocks: int, windows: int) -> collections.Counter[str]:
+# What the default recipe adds to a plain step: the anchor of a GPTQ start, the curvature. Blocks of its factors are a
+# 32nd as wide, for none may be narrower: relative to the weights there are twice as many entries as in Llama 3 70B.
+PLAIN = {"start": "random", "curvature": 0.0}
+RECIPE = {"start": "gptq", "curvature": 1.0, "curvature_width": 16, "curvature_samples": 2}
+
+
+def _step(simulated: Any, blocks: int, windows: int, recipe: dict[str, Any]) -> collections.Counter[str]:
     import transformers
 
     torch.manual_seed(0)
@@ -188,11 +197,14 @@ def _step(simulated: Any, blocks: int, windows: int) -> collections.Counter[str]
     model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
     ids = torch.randint(3, 61, (windows, TOKENS))
     options = SolverConfig(
-        iters=4, batch_size=windows, micro_batch=windows, warmup=1, start="random", lr=0.1, lr_floor=0.1,
-        kl_weight=100.0, state="u8", optimizer="momentum", curvature=0.0, compute_dtype="bfloat16",
+        iters=4, batch_size=windows, micro_batch=windows, warmup=1, lr=0.1, lr_floor=0.1, kl_weight=100.0,
+        state="u8", optimizer="momentum", compute_dtype="bfloat16", **recipe,
     )  # fmt: skip
     traffic = Traffic()
-    with simulated(kernels=True) as watch:
+    with simulated(kernels=True) as watch, pytest.MonkeyPatch.context() as patch:
+        for name, plain in (("mm", _MM), ("bmm", _BMM)):
+            patch.setattr(torch, name, _product(traffic, plain))
+        patch.setattr(registry, "triton_module", _kernels)
         settle(model, torch.device("cuda", 0), stream=False)
         chain = DecoderChain(model)
         grids = lay_grids(chain, GridConfig(4, 64, grid="absmax"))
@@ -202,18 +214,17 @@ def _step(simulated: Any, blocks: int, windows: int) -> collections.Counter[str]
             TokenRows(chain, ids, None, windows),
             QuantizeConfig(solver=options),
             served=torch.bfloat16,
+            # In place of GPTQ's, whose making takes longer than all the rest.
+            start_codes=NearestCodes(chain, grids) if options.start == "gptq" else None,
         )
         watch.observe = traffic.observe
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "keep", lambda *arguments: traffic.keep(*arguments))
-            patch.setattr(torch, "mm", _product(traffic))
-            patch.setattr(registry, "triton_module", _kernels)
-            patch.setattr(torch.nn.functional, "rms_norm", _rms_norm)
-            run.advance()
+        patch.setattr(Journal, "keep", lambda *arguments: traffic.keep(*arguments))
+        patch.setattr(torch.nn.functional, "rms_norm", _rms_norm)
+        run.advance()
     return traffic.found
 
 
-def measure(norms: bool = True) -> dict[str, Any]:
+def measure(norms: bool = True, recipe: dict[str, Any] = PLAIN) -> dict[str, Any]:
     """Bytes per weight and per token of one block, by operator and in all; what copies for undoing a step add, apart.
 
     Without `norms` those of `transformers` run, as before there was solver/norms.py.
@@ -229,7 +240,9 @@ def measure(norms: bool = True) -> dict[str, Any]:
         if not norms:
             patch.setattr(chain_module, "rms_norms", lambda block: [])
         simulated = conftest.simulation(patch)
-        counts = {(b, w): _step(simulated, b, w) for b in (1, 2) for w in (1, 2)}
+        if recipe is not PLAIN:
+            _step(simulated, 1, 1, recipe)  # tables that are kept from then on
+        counts = {(b, w): _step(simulated, b, w, recipe) for b in (1, 2) for w in (1, 2)}
     per_block = {
         name: 2 * (counts[2, 1][name] - counts[1, 1][name]) - (counts[2, 2][name] - counts[1, 2][name])
         for name in sorted(set().union(*counts.values()))
@@ -252,6 +265,14 @@ def measure(norms: bool = True) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def measure_recipe() -> dict[str, Any]:
+    """Bytes per weight of a step with the default recipe's terms; what grows with the tokens is as in `measure`."""
+    found = measure(recipe=RECIPE)
+    # Tables of a few kilobytes aside.
+    operators = {name: number for name, number in found["operators"].items() if number > 0.01}
+    return {"bytes_per_weight": found["bytes_per_weight"], "operators": operators}
+
+
 def main() -> None:
     """Write the result."""
     import os
@@ -259,7 +280,7 @@ def main() -> None:
     # The kernels run interpreted, whoever starts this.
     os.environ["TRITON_INTERPRET"] = "1"
     eager = measure(norms=False)["bytes_per_token_and_hidden"]
-    found = {**measure(), "with_norms_of_transformers": eager}
+    found = {**measure(), "with_norms_of_transformers": eager, "default_recipe": measure_recipe()}
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(RESULT.read_text(encoding="utf-8"))
 

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from discquant import api
-from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig, StateFormat
 from discquant.environment import compute_device
 from discquant.errors import ConfigError
 from discquant.formats.lazy import settle
-from discquant.grids import Grid
+from discquant.grids import Grid, place_grid
 from discquant.ops import _registry
 from discquant.run import pipeline
 from discquant.run.events import Events, RunStoppedError
@@ -29,13 +29,16 @@ from discquant.run.refine import RefinePipeline
 from discquant.run.served import apply_layers
 from discquant.run.summary import coded_layers
 from discquant.solver import solve as solving
+from discquant.solver.block import BlockState
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
+from discquant.solver.kronecker import gram, pack_triangles
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.placement import Where
 from discquant.solver.rows import TokenRows
 from discquant.solver.solve import Solve, lay_grids
 from discquant.solver.solver import StepRecord
+from discquant.solver.state import WeightState
 from discquant.solver.weight_ref import LAZY, WeightRef
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -111,6 +114,29 @@ def test_refine_is_on_the_device(
         ).execute()  # fmt: skip
     assert watch.on_gpu > 10_000
     assert summary["refine"]["improved"]
+
+
+@pytest.mark.parametrize("state", ["u8", "bf16", "fp32"])
+def test_curvature_term_of_a_gpu(state: StateFormat, simulate: Callable[..., Any]) -> None:
+    """All of it there; factors kept in bfloat16 are multiplied as they are, and E is rounded to that, no more."""
+    weight = torch.randn(48, 80)
+    grid = place_grid(weight, GridConfig(3, 16))
+    held = WeightState(
+        "w", grid, weight, torch.rand(48, 80), state=state, optimizer="sgd", kept="state", curvature_width=32
+    )
+    assert held.curvature_in is not None and held.curvature_out is not None
+    for factor, size in ((held.curvature_in, 80), (held.curvature_out, 48)):
+        factor.copy_(pack_triangles(gram(torch.randn(200, size), 32)))
+    expected = held.curvature_gradient(None, torch.float32)
+    assert expected is not None
+    with simulate() as watch:
+        block = BlockState.pack([held], lambda size: torch.empty(size, dtype=torch.uint8, device=GPU))
+        found = block.states[0].curvature_gradient(None, torch.float32)
+        assert found is not None and found.device == GPU
+    assert not watch.left_on_cpu
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    lost = float((found - expected).norm() / expected.norm())
+    assert lost < 1e-6 if state == "fp32" else 1e-5 < lost < 0.005
 
 
 @pytest.mark.slow

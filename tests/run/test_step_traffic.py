@@ -11,6 +11,7 @@ import pytest
 import torch
 
 LIMIT = 24.0  # bytes per weight outside the matmuls, 8-bit state, teacher included
+RECIPE_LIMIT = 66.0  # with the terms of the default recipe
 
 
 @pytest.mark.slow
@@ -24,10 +25,11 @@ def test_counted_traffic(repo_root: Path) -> None:
     found = module.measure()
     assert found["bytes_per_weight"] <= LIMIT, found["operators"]
     committed = json.loads((repo_root / "benchmarks" / "results" / "step_traffic.json").read_text())
-    eager = committed.pop("with_norms_of_transformers")
+    eager, recipe = committed.pop("with_norms_of_transformers"), committed.pop("default_recipe")
     for text in ("docs/kernels.md", "CHANGELOG.md"):  # written by hand
         told = (repo_root / text).read_text(encoding="utf-8")
         assert f"{found['bytes_per_token_and_hidden']:.0f} bytes per token" in told and f"{eager:.0f}" in told
-        assert f"{found['bytes_per_weight']:.1f}" in told
+        assert f"{found['bytes_per_weight']:.1f}" in told and f"{recipe['bytes_per_weight']:.1f}" in told
     assert eager > 1.5 * found["bytes_per_token_and_hidden"]
     assert found == committed, "run python tests/run/step_traffic.py"
+    assert module.measure_recipe() == recipe and recipe["bytes_per_weight"] <= RECIPE_LIMIT

@@ -18,6 +18,7 @@ from discquant.solver.kronecker import (
     factor_shape,
     gram,
     pack_triangles,
+    products_at_once,
     times,
     triangle_shape,
     unpack_triangles,
@@ -68,6 +69,43 @@ def test_term_is_the_gradient_of_its_quadratic(width: int) -> None:
     quadratic = 0.5 * (error * (dense(outputs, 7) @ error @ dense(inputs, 11))).sum()
     (expected,) = torch.autograd.grad(quadratic, error)
     torch.testing.assert_close(curvature_gradient(error.detach(), inputs, outputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "width"),
+    [((7, 11), 64), ((7, 11), 5), ((12, 15), 3), ((16, 64), 16), ((64, 40), 16), ((1, 9), 4)],
+)
+def test_products_at_once(shape: tuple[int, int], width: int, dtype: torch.dtype) -> None:
+    """What a GPU takes: the same gradient, blocks that divide the sides or do not; bfloat16 loses its own bits only."""
+    error = torch.randn(shape, dtype=torch.float64).mul(1e-3)
+    inputs, outputs = (
+        gram(torch.randn(40, size, dtype=torch.float64), width).to(dtype) for size in reversed(shape)
+    )
+    oracle = curvature_gradient(error, inputs.double(), outputs.double())
+    found = products_at_once(error.to(dtype), inputs, outputs)
+    assert found.is_contiguous() and found.dtype == torch.promote_types(dtype, torch.float32)
+    # The rule of the ops, with what the loop of products gives in this dtype.
+    baseline = curvature_gradient(error.to(dtype), inputs, outputs).double()
+    allowed = (baseline - oracle).abs().max() + torch.finfo(dtype).eps * oracle.abs().max()
+    assert float((found.double() - oracle).abs().max()) <= 2 * float(allowed)
+    # A part taken from a wider matrix is not copied first, nor is anything beside it written.
+    wide = torch.full((shape[0] + 2, shape[1] + 3), float("nan"), dtype=dtype)
+    part = wide[1:-1, 2:-1]
+    part.copy_(error)
+    assert torch.equal(products_at_once(part, inputs, outputs), found)
+
+
+def test_rounding_to_bfloat16_is_far_below_the_noise() -> None:
+    """Of blocks as wide as the default: half a percent at most of the gradient's norm, where the factors have some."""
+    error = torch.randn(512, 1024) * torch.rand(512, 1)
+    inputs, outputs = (gram(torch.randn(2048, size) * torch.rand(size), 512) / 2048 for size in (1024, 512))
+    narrow = [t.bfloat16() for t in (error, inputs, outputs)]
+    exact = curvature_gradient(error.double(), narrow[1].double(), narrow[2].double())
+    found = products_at_once(*narrow).double()
+    assert float((found - exact).norm() / exact.norm()) < 0.005
+    sampled = gram(torch.randn(2048, 512), 512) / 2048
+    assert float((sampled[0] - torch.eye(512)).norm() / 512**0.5) > 0.1
 
 
 def whole_model_factors(
@@ -189,6 +227,10 @@ def test_term_reaches_the_step(
     term = dense(outputs.float(), error.shape[0]) @ error @ dense(inputs.float(), error.shape[1])
     found = solver.with_curvature(ref, weight_state, grad, 2.0)
     torch.testing.assert_close(found, grad + 2.0 * term)
+    # On a CPU the bits of the plain formula.
+    own = weight_state.curvature_gradient(ref.matrix(), torch.float32)
+    assert own is not None
+    assert torch.equal(own, curvature_gradient(error, inputs.float(), outputs.float()))
     before = weight_state.frac.clone()
     run.advance()
     assert not torch.equal(before, weight_state.frac)

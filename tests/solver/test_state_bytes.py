@@ -11,10 +11,19 @@ import torch
 
 from discquant.config import GridConfig, SolverConfig
 from discquant.grids import AffineGrid, Grid, TableGrid, UniformGrid, place_grid
+from discquant.ops import decode_frac_ref
+from discquant.ops.reference.anchor_codes import unpack_bits
+from discquant.ops.reference.place_outliers import unpack_places
 from discquant.planning.traffic import state_layout
 from discquant.solver.block import BlockState
 from discquant.solver.chain import DecoderChain
-from discquant.solver.state import WeightState, pack_bits, pack_places, unpack_bits, unpack_places
+from discquant.solver.state import (
+    WeightState,
+    _outward,
+    pack_bits,
+    pack_frac_ref,
+    pack_places,
+)
 
 
 def test_teacher_from_the_state_is_the_original(make_model: Callable[..., Any]) -> None:
@@ -93,6 +102,34 @@ def test_anchor_from_one_bit_is_the_anchor() -> None:
     assert (
         small.nbytes - (grid.scale.numel() * 2) <= weight.numel() * (2.5 + 0.125) + 8 * weight.numel() * 0.1
     )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_anchor_from_one_bit_in_one_pass(frozen: bool) -> None:
+    """Bit for bit what the state made of its bits as whole tensors before there was an op for it."""
+    weight = torch.randn(16, 300)
+    weight[0, :9] = 0.0
+    grid = place_grid(weight, GridConfig(3, 32))
+    frac_ref = grid.neighbours(weight).frac_ref
+    start = 0.5 * frac_ref.clamp(0, 1) + 0.5 * torch.randint(0, 2, weight.shape)
+    held = WeightState(
+        "w", grid, weight, start, anchored=True, frozen=frozen, state="u8", optimizer="sgd", kept="state"
+    )
+    assert held.side is not None and held.frac_ref is not None
+    upper = unpack_bits(held.side, 300)
+    if frozen:
+        expected = torch.where(upper, 189, 63).to(torch.uint8)
+    else:
+        codes = torch.arange(256, dtype=torch.uint8)
+        own = decode_frac_ref(codes, torch.float64)
+        table = torch.stack([
+            torch.where((own == 0) | (own == 1), codes, pack_frac_ref(_outward(0.5 * own.clamp(0, 1) + 0.5 * side)))
+            for side in (0, 1)
+        ])  # fmt: skip
+        expected = table[upper.long(), held.frac_ref.long()]
+        assert not torch.equal(expected, held.frac_ref)
+    assert torch.equal(held.anchor, expected)
+    assert bool((held.live() == (decode_frac_ref(expected, torch.float32) % 1 != 0)).all())
 
 
 @pytest.mark.parametrize("width", [1, 8, 45])
