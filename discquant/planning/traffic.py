@@ -76,7 +76,7 @@ def outlier_bytes(grid: GridConfig, state: str) -> float:
         state != "u8" or grid.grid != "search" or grid.kind in ("nf4", "mxfp4", "nvfp4")
     ):  # tables: one in a thousand
         return 0.0
-    from discquant.solver.state import OUTLIER_PIECE
+    from discquant.ops.reference.place_outliers import OUTLIER_PIECE
 
     return 3.0 * OUTLIER_SHARES[grid.bits] + 1.0 / OUTLIER_PIECE
 
