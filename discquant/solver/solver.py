@@ -215,8 +215,8 @@ class Solver:
         """
         self._journal.begin()
         try:
-            choosing = self.step_number < self.config.iters
-            record = (self._take_step if choosing else self._take_scale_step)(batches, tokens)
+            moves = self.config.scale_iters > 0 and self.step_number >= self.config.iters
+            record = (self._take_scale_step if moves else self._take_step)(batches, tokens)
         except BaseException:
             self.boundaries.clear()
             if self._journal.restore(self.placement):

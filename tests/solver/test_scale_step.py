@@ -18,6 +18,7 @@ from discquant.solver.chain import DecoderChain
 from discquant.solver.measure import mean_kl, served_weights
 from discquant.solver.rows import TokenRows
 from discquant.solver.scale_step import BETAS, EPSILON, WARMUP, scale_gradient, scale_lr, scale_step_
+from discquant.solver.soft_block import SoftWeights
 from discquant.solver.solve import Solve, lay_grids
 from discquant.solver.solver import NonFiniteGradientError
 
@@ -119,14 +120,17 @@ def test_layers_on_the_state_take_the_scales(make_model: Callable[..., Any]) -> 
     """`SoftWeights`, as a GPU runs it, serves what dense weights do."""
     options = SolverConfig(iters=2, batch_size=4, micro_batch=2, warmup=1, scale_iters=4, scale_lr=1e-2)
     run, rows = _solve(make_model, options)
-    batch = rows.batches(range(2))
-    dense = mean_kl(run.chain, run.solver.student, batch)
+    (batch,) = rows.batches(range(2))
+    expected = run.chain.run_block(0, batch.hidden, batch.calls[0], run.solver.student(0))
     run.solver.soft = True
-    assert mean_kl(run.chain, run.solver.student_block, batch) == pytest.approx(dense, rel=1e-5)
     block = run.solver.student_block(0)
-    for layer in block.layers.values():  # type: ignore[attr-defined]
-        found = layer._weight("forward", torch.zeros(1, layer.state.shape[1]))
-        assert torch.equal(found, layer.state.hard_weight(torch.float32))
+    assert isinstance(block, SoftWeights) and block.layers
+    with block.placed():
+        found = run.chain.run_block(0, batch.hidden, batch.calls[0], block)
+    torch.testing.assert_close(found, expected)
+    for layer in block.layers.values():
+        dense = layer._weight("forward", torch.zeros(1, layer.state.shape[1]))
+        assert dense is not None and torch.equal(dense, layer.state.hard_weight(torch.float32))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(
