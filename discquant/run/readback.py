@@ -46,9 +46,14 @@ class Readback:
         """
         if not tensor.is_cuda:
             return tensor.cpu()
+        # The writer's thread begins on the first device, whichever the run is on.
+        with torch.cuda.device(tensor.device):
+            return self._read(tensor)
+
+    def _read(self, tensor: Tensor) -> Tensor:
         if self._stream is None or self._buffer is None:
             self._stream = torch.cuda.Stream(tensor.device)
-            self._buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
+            self._buffer = torch.empty(PIECE, dtype=torch.uint8, device="cpu", pin_memory=True)
         found = torch.empty_like(tensor, device="cpu")
         source, target = (t.view(-1).view(torch.uint8) for t in (tensor, found))
         with torch.cuda.stream(self._stream):

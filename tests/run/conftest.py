@@ -265,7 +265,8 @@ def simulation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         "get_device_name": lambda *_: "simulated", "get_device_properties": lambda *_: properties,
         "reset_peak_memory_stats": lambda *_: None, "max_memory_allocated": lambda *_: 1 << 20,
         "Stream": lambda *_: nothing, "Event": lambda *_: nothing, "current_stream": lambda *_: nothing,
-        "stream": lambda *_: contextlib.nullcontext(), "cudart": lambda: runtime,
+        "stream": lambda *_: contextlib.nullcontext(), "device": lambda *_: contextlib.nullcontext(),
+        "cudart": lambda: runtime,
     }  # fmt: skip
 
     @contextlib.contextmanager
