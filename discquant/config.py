@@ -32,6 +32,9 @@ GRID_KINDS: dict[str, tuple[int, int, bool]] = {
     "q3_k": (3, 16, True),
 }
 
+AS_LAID = (
+    "discquant, scales as laid"  # in a run's summary: the final codes on the grid that they were chosen on
+)
 # Kinds whose scales are numbers of their own, not multiples of others.
 FREE_SCALES = ("uniform", "q4_0")
 
@@ -356,9 +359,8 @@ class QuantizeConfig:
         )
         moved = self.solver.scale_iters if self.method == "discquant" else 0
         free = moved == 0 or self.grid.kind in FREE_SCALES
-        _check(
-            f"scale_iters with kind {self.grid.kind}", f"0; only {FREE_SCALES} have free scales", free, moved
-        )
+        told = f"0; only {' and '.join(FREE_SCALES)} have free scales"
+        _check(f"scale_iters with kind {self.grid.kind}", told, free, moved)
         for name in ("ignore", "baselines"):
             _names(name, getattr(self, name))
         known = all(name in get_args(Method) and name != "discquant" for name in self.baselines)

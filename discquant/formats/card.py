@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from discquant.config import AS_LAID
 from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import read_json
 
@@ -236,7 +237,7 @@ def _measured(summary: Mapping[str, Any] | None, rotated: bool) -> list[str]:
     held = summary["held_out"]
     # What is lost by rounding the rotated weights to their own dtype is not in these figures.
     whose = "rotated model" if rotated else "original"
-    moved = "discquant, scales as laid" in summary["methods"]
+    moved = AS_LAID in summary["methods"]
     grid = "on one grid, whose scales DiscQuant then moved" if moved else "the same grid"
     lines = [
         f"## Divergence from the {whose}\n",

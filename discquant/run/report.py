@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from discquant.config import AS_LAID
 from discquant.errors import MissingModelError
 from discquant.run import plots
 from discquant.run.checkpoint import SHARE, SPACING
@@ -16,7 +17,7 @@ from discquant.run.directory import REPORT, write_atomic
 from discquant.run.planned import report_lines
 
 PLOTS = "plots"
-_METHODS = ("rtn", "greedy", "gptq", plots.AS_LAID, "discquant")
+_METHODS = ("rtn", "greedy", "gptq", AS_LAID, "discquant")
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -86,7 +87,7 @@ def _methods(summary: dict[str, Any], config: dict[str, Any]) -> list[str]:
     ]
     first = methods[names[0]]
     held = summary.get("held_out") or {}
-    moved = (config.get("solver") or {}).get("scale_iters") and plots.AS_LAID in methods
+    moved = (config.get("solver") or {}).get("scale_iters") and AS_LAID in methods
     grids = "the grid as it was laid, whose scales DiscQuant then moved," if moved else "the same grid"
     told = f"All on {grids} and the same {_cell(first.get('tokens'), ',d')} positions"
     if held.get("windows"):

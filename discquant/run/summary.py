@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from discquant.calibration import Windows
+from discquant.config import AS_LAID
 from discquant.evaluation.divergence import compare_models
 from discquant.formats.bits import bits_per_weight, grid_bits
 from discquant.formats.checkpoint import Checkpoint
@@ -21,7 +22,6 @@ from discquant.formats.coded import CodedLayer
 from discquant.formats.source import Source, pickled_files
 from discquant.grids import Grid
 from discquant.run.directory import RunDirectory
-from discquant.run.plots import AS_LAID
 from discquant.run.served import apply_layers
 from discquant.solver.chain import Chain
 from discquant.solver.measure import mean_kl

@@ -22,7 +22,7 @@ from discquant.ops import (
 from discquant.solver.block import BlockState
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
-from discquant.solver.gradients import block_gradients
+from discquant.solver.gradients import BlockSink, StudentWeights, block_gradients
 from discquant.solver.journal import Journal
 from discquant.solver.placement import Placement
 from discquant.solver.ranks import Ranks
@@ -231,6 +231,23 @@ class Solver:
         term = state.curvature_gradient(original, grad.dtype)
         return grad if term is None else grad.add(term, alpha=weight)
 
+    def _gradients(
+        self, student: StudentWeights, batches: Sequence[Prepared], take: BlockSink, tokens: int | None
+    ) -> float:
+        """Hand every block's gradient to `take`, last block first; return the loss."""
+        return block_gradients(
+            self.chain,
+            student,
+            batches,
+            take,
+            loss=self.config.loss,
+            keep_graph=self.keep_graph,
+            teacher=self.teacher,
+            boundaries=self.boundaries,
+            ranks=self.ranks,
+            tokens=tokens,
+        )
+
     def _take_step(self, batches: Sequence[Prepared], tokens: int | None) -> StepRecord:
         number = self.step_number + 1
         now = settings(self.config, number)
@@ -312,18 +329,7 @@ class Solver:
             return self.student_block(index, step_at_once if alone else None)
 
         gain = self.gain.gain
-        loss = block_gradients(
-            self.chain,
-            student,
-            batches,
-            take,
-            loss=self.config.loss,
-            keep_graph=self.keep_graph,
-            teacher=self.teacher,
-            boundaries=self.boundaries,
-            ranks=self.ranks,
-            tokens=tokens,
-        )
+        loss = self._gradients(student, batches, take, tokens)
         table = torch.stack(counts).tolist()
         for name, row in zip(counted, table, strict=True):
             if row[4]:
@@ -372,18 +378,7 @@ class Solver:
                 )  # fmt: skip
             self.placement.write_back(index)
 
-        loss = block_gradients(
-            self.chain,
-            self.student_block,
-            batches,
-            take,
-            loss=self.config.loss,
-            keep_graph=self.keep_graph,
-            teacher=self.teacher,
-            boundaries=self.boundaries,
-            ranks=self.ranks,
-            tokens=tokens,
-        )
+        loss = self._gradients(self.student_block, batches, take, tokens)
         for name, good in zip(names, torch.stack(finite).tolist(), strict=True):
             if not good:
                 raise self._not_finite(name)

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.config import AS_LAID, DataConfig, GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import ConfigError
 from discquant.formats import registry
 from discquant.run import report
 from discquant.run.events import Events, RunStoppedError
 from discquant.run.pipeline import Pipeline
-from discquant.run.plots import AS_LAID
 from discquant.run.refine import RefinePipeline
 from discquant.solver.solver import StepRecord
 
