@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from discquant.config import SolverConfig
 from discquant.errors import MissingModelError, OutputExistsError, ResumeError
 from discquant.formats.checkpoint import RUN_MARKER
 from discquant.formats.coded import CodedLayer
@@ -26,6 +27,8 @@ from discquant.run.stored import Given, replacing, room_for, save_tensors_atomic
 
 CONFIG, METRICS, CODES = "config.json", "metrics.jsonl", "codes.safetensors"
 SUMMARY, REPORT = "summary.json", "report.md"
+# Solver options that earlier versions did not have, at what those did.
+SINCE = {"scale_iters": 0, "scale_lr": SolverConfig.scale_lr}
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -97,7 +100,7 @@ class RunDirectory:
             raise OutputExistsError(f"run: {self.path} is not empty and holds no run of discquant")
         if not resume:
             raise OutputExistsError(f"run: {self.path} already holds a run; choose another OUT or --resume")
-        changed = _differences(self.config()["identity"], json.loads(json.dumps(identity)))
+        changed = _differences(_completed(self.config()["identity"]), json.loads(json.dumps(identity)))
         if changed:
             advice = "Repeat the command that made it, or choose another OUT"
             if all(text.startswith("config.format was ") for text in changed):
@@ -192,6 +195,15 @@ class RunDirectory:
         """
         for layer in self.coded_layers():
             yield layer.linear()
+
+
+def _completed(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity with the options that came after its version: a run of that version is one of theirs, too."""
+    config = identity.get("config")
+    solver = config.get("solver") if isinstance(config, dict) else None
+    if not isinstance(solver, dict):
+        return identity
+    return {**identity, "config": {**config, "solver": {**SINCE, **solver}}}
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

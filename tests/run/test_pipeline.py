@@ -21,7 +21,7 @@ import torch
 import discquant
 from discquant.formats.compressed_tensors import Scheme
 from discquant.run import checks
-from discquant.run.directory import RunDirectory
+from discquant.run.directory import SINCE, RunDirectory
 from discquant.run.served import load_run_model
 
 Command = Callable[..., list[str]]
@@ -283,6 +283,22 @@ def test_a_run_of_earlier_arithmetic_is_refused(
     done = call(command(older))
     assert done.returncode == 2
     assert f"arithmetic was None, is {checks.ARITHMETIC['cpu']}" in done.stderr
+
+
+def test_a_run_from_before_an_option_is_continued(
+    finished: Path, command: Command, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Where the option is at what that version did; otherwise it is another run."""
+    older = tmp_path / "older"
+    shutil.copytree(finished, older)
+    record = json.loads((older / "config.json").read_text())
+    for option, value in SINCE.items():
+        assert record["identity"]["config"]["solver"].pop(option) == value
+    (older / "config.json").write_text(json.dumps(record))
+    done = call(command(older))
+    assert done.returncode == 0 and "complete already" in " ".join(done.stderr.split())
+    other = call(command(older, "--scale-iters", "2"))
+    assert other.returncode == 2 and "scale_iters was 0, is 2" in " ".join(other.stderr.split())
 
 
 def test_another_model_is_refused(
