@@ -200,8 +200,7 @@ class RunDirectory:
 def _completed(identity: dict[str, Any]) -> dict[str, Any]:
     """Return an identity with the options that came after its version: a run of that version is one of theirs, too."""
     config = identity.get("config")
-    solver = config.get("solver") if isinstance(config, dict) else None
-    if not isinstance(solver, dict):
+    if not isinstance(config, dict) or not isinstance(solver := config.get("solver"), dict):
         return identity
     return {**identity, "config": {**config, "solver": {**SINCE, **solver}}}
 
