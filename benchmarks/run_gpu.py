@@ -42,7 +42,7 @@ OPTIONAL = ("liger_kernel", "cut_cross_entropy", "bitsandbytes", "torchao", "mat
 # row (0.6 s of samples, data, gate) and 10 s for each graph that torch.compile builds; in every file ours come first.
 BENCHES = {
     "solver_step": 50, "projected_step": 60, "linear_kl": 60, "packed_linear": 110, "soft_linear": 130,
-    "soft_weight": 40, "hadamard": 30, "pack": 30,
+    "soft_weight": 40, "hadamard": 30, "pack": 30, "anchor_codes": 15, "place_outliers": 15,
 }  # fmt: skip
 # packed_linear goes before all else with few tokens: its other kernels have processes of their own, after the tuning.
 DECODE = 100
@@ -63,7 +63,8 @@ SETS = {
     "all": "",
 }
 # Files without a row in a set: pytest calls it an error to have nothing to run.
-UNASKED = {"quick": ("pack",), "targets": ("hadamard", "pack")}
+_BESIDE = ("pack", "anchor_codes", "place_outliers")
+UNASKED = {"quick": _BESIDE, "targets": ("hadamard", *_BESIDE)}
 STEPS = ("build", "tests", "decode", "packed-tests", "tune", "benchmarks", "sanitizers", "targets", "plots")
 # Of a set, where --steps does not say: the targets count what the dispatcher chooses, so its table comes first.
 STEPS_OF = {"targets": ("build", "decode", "packed-tests", "tune", "benchmarks", "targets")}
