@@ -138,7 +138,7 @@ def _run(
     on_step: Callable[[StepRecord], None] | None,
 ) -> Quantized:
     engine = Engine(device=chain.device)
-    grids = lay_grids(chain, config.grid)
+    grids = lay_grids(chain, config.grid_of)
     if config.method != "discquant":
         batches = rows.batches(range(min(config.gptq_samples, len(rows))))
         unreached: set[str] = set()
@@ -197,7 +197,7 @@ def quantize(
     check_ignore(model, config.ignore)
     with lent(model):
         chain = DecoderChain(model, config.ignore)
-        check_groups(chain, config.grid)
+        check_groups(chain, config)
         data = config.data
         windows = (
             load_windows(

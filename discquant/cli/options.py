@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from discquant.config import GRID_KINDS, GridConfig, Method, SolverConfig, preset
+from discquant.config import GRID_KINDS, GridConfig, LayerGrid, Method, SolverConfig, preset
 from discquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,15 @@ Kind = Annotated[
     typer.Option(
         help="uniform, or a grid that a format dictates: nf4, mxfp4, nvfp4, q4_0, q4_1, q4_k, q3_k "
         "(bits, group size and symmetry are then the format's)."
+    ),
+]
+LayerGrids = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer-grid",
+        help="Another grid for some layers; repeatable, the last that names a layer counts. PATTERN:SPEC, PATTERN as "
+        "of --ignore, SPEC a width (down_proj:4), a kind (v_proj:q6_k) or KEY=VALUE pairs "
+        "('*.layers.0.*:bits=8,group_size=32').",
     ),
 ]
 Preset = Annotated[
@@ -139,6 +148,15 @@ def grid_options(kind: str, bits: int, group_size: int, sym: bool, grid: str) ->
     """
     fixed = GRID_KINDS.get(kind, (bits, group_size, sym))
     return GridConfig(*fixed, grid=grid, kind=kind)  # type: ignore[arg-type]
+
+
+def layer_grids(rules: list[str] | None, grid: GridConfig) -> tuple[LayerGrid, ...]:
+    """Return the rules of `--layer-grid`; what a uniform one does not say is as in `grid`.
+
+    Raises:
+        ValueError: One cannot be read, or a value is out of range.
+    """
+    return tuple(LayerGrid.parse(rule, grid) for rule in rules or ())
 
 
 def solver_options(grid: GridConfig, preset_name: str, **given: Any) -> SolverConfig:

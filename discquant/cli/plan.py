@@ -29,6 +29,7 @@ def plan(
     sym: options.Sym = True,
     grid: options.GridRule = "search",
     kind: options.Kind = "uniform",
+    layer_grid: options.LayerGrids = None,
     preset_name: options.Preset = "default",
     gpu: Annotated[
         str, typer.Option(help="h100, h200, a100, 4090, l40s, cpu; auto is what this machine has.")
@@ -125,6 +126,7 @@ def plan(
         format=format_name,
         ignore=tuple(ignore or ["lm_head"]),
         gptq_samples=gptq_samples,
+        layers=options.layer_grids(layer_grid, grid_config),
         baselines=options.method_names(baselines),
     )
     for name in config.formats:

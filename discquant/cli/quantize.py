@@ -28,6 +28,7 @@ def quantize(
     sym: options.Sym = True,
     grid: options.GridRule = "search",
     kind: options.Kind = "uniform",
+    layer_grid: options.LayerGrids = None,
     dataset: Annotated[
         str,
         typer.Option(
@@ -87,6 +88,7 @@ def quantize(
         gptq_samples=gptq_samples,
         seed=seed,
         checkpoint_every=checkpoint_every,
+        layers=options.layer_grids(layer_grid, grid_config),
         baselines=options.method_names(baselines),
     )
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from discquant import environment
+from discquant.config import GridRules
 from discquant.errors import ProofError, UnrepresentableError
 from discquant.formats.bits import bits_per_weight
 from discquant.formats.card import ROTATION, hub_name, origin_of, write_card
@@ -113,10 +114,11 @@ def write_gguf(
     metadata = model_metadata(config)
     heads = Heads(int(metadata["attention.head_count"]), int(metadata["attention.head_count_kv"]), permuted)
     recipe = dict(recipe or {})
-    summary, grid = recipe.pop("summary", None), recipe.get("grid") or {}
+    summary = recipe.pop("summary", None)
+    wanted = GridRules.of_dict(recipe) if recipe.get("grid") else None
     with atomic_directory(out) as partial:
         spool = partial / "spool"
-        table, schemes, tensors = _spool(source, layers, heads, spool, grid.get("kind"))
+        table, schemes, tensors = _spool(source, layers, heads, spool, wanted)
         factors = rope_factors(config)
         if factors is not None:
             with spool.open("ab") as stream:
@@ -170,9 +172,9 @@ def _wanted(source: Checkpoint) -> list[str]:
 
 
 def _spool(
-    source: Checkpoint, layers: Iterable[CodedLayer], heads: Heads, spool: Path, wanted: object
+    source: Checkpoint, layers: Iterable[CodedLayer], heads: Heads, spool: Path, wanted: GridRules | None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Scheme], dict[str, _Spooled]]:
-    """Write the data of every tensor into one file, in the order it comes; `wanted` is the kind of grid of the run."""
+    """Write the data of every tensor into one file, in the order it comes; `wanted` gives the grids of the run."""
     table: dict[str, dict[str, Any]] = {}
     schemes: dict[str, Scheme] = {}
     tensors: dict[str, _Spooled] = {}
@@ -197,10 +199,11 @@ def _spool(
             found = _put(stream, kind.name, tuple(shape), raw if rows is None else raw[rows])
             tensors[to_gguf(key)] = found
             schemes[layer.name] = Scheme(kind.num_bits, kind.group_size, kind.symmetric, kind.name.lower())
+            asked = None if wanted is None else wanted(layer.name).kind
             table[layer.name] = {
                 **asdict(schemes[layer.name]),
                 "type": kind.name,
-                "fallback": wanted in FALLBACK and kind.name.lower() != wanted,
+                "fallback": asked in FALLBACK and kind.name.lower() != asked,
                 "widened_from_bits": layer.grid.num_bits if offset else None,
                 "shape": list(shape),
                 "bits": 8 * found.num_bytes,

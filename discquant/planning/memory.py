@@ -10,7 +10,15 @@ import torch
 
 from discquant.calibration.load import token_file
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
-from discquant.planning.setting import Setting, grid_share, keeps_graph, remembers_teacher, rows_sampled
+from discquant.planning.setting import (
+    Setting,
+    grid_share,
+    keeps_graph,
+    mean_over,
+    remembers_teacher,
+    rows_sampled,
+    state_of,
+)
 from discquant.planning.shape import Block, ModelShape
 from discquant.planning.traffic import boundary_bytes, factor_bytes, factor_entries
 
@@ -132,7 +140,7 @@ def gain_bytes(shape: ModelShape) -> float:
 
 def state_bytes(shape: ModelShape, setting: Setting) -> float:
     """Return bytes of the solver's state of a model, without scales."""
-    return shape.weights * setting.layout.total + factor_bytes(shape.blocks, setting.config)
+    return shape.weights * state_of(shape.blocks, setting).total + factor_bytes(shape.blocks, setting.config)
 
 
 def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
@@ -220,7 +228,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     sums = tree_bytes(float(wide * largest.weights), kept, setting.passes)
     logits = _logit_tensors(shape, setting) * wide
     graphs = float(saved * tokens * depth)
-    undo = float(min(shape.weights * setting.layout.written, JOURNAL_BYTES))
+    undo = float(min(shape.weights * state_of(shape.blocks, setting).written, JOURNAL_BYTES))
     # The curvature's term is made when the logits are gone.
     matrix = max(m.rows * m.columns for m in largest.matrices)
     factors = max(factor_entries([m], setting.config) / m.count for m in largest.matrices)
@@ -278,7 +286,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
 
     `start` and `teacher` are there where the run has them: GPTQ, and the teacher's last hidden states remembered.
     """
-    config, layout, element = setting.config, setting.layout, setting.element
+    config, layout, element = setting.config, state_of(shape.blocks, setting), setting.element
     grid = grid_share(shape, config)
     weights, largest = float(shape.weights), shape.largest
     matrix = max(m.rows * m.columns for m in largest.matrices)
@@ -286,7 +294,9 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     own = weights * element if setting.whole_model else 0.0
     grids, state = weights * grid, state_bytes(shape, setting)
     windows = config.data.nsamples * config.data.seqlen * 8.0
-    block = max(b.weights * (layout.total + grid) + factor_bytes([b], config) for b in shape.blocks)
+    block = max(
+        b.weights * (state_of([b], setting).total + grid) + factor_bytes([b], config) for b in shape.blocks
+    )
     slots = min(SLOTS, len(shape.blocks)) * block
     # Of one token; where they stay, what leaves the last block is counted with them.
     boundary = float((len(shape.blocks) + 1) * shape.hidden * element)
@@ -297,7 +307,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     )
     discquant = config.method == "discquant"
     started = discquant and config.solver.start == "gptq"
-    packed = weights * (0.5 if config.grid.bits <= 4 else 1.0)
+    packed = weights * mean_over(shape.blocks, config, lambda own, _: 0.5 if own.bits <= 4 else 1.0)
     device: dict[str, float] = {"frozen parameters": frozen}
     held: dict[str, float] = {"process": setting.process}
     stored: dict[str, float] = {}
@@ -381,7 +391,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     # Codes of a solve and of RTN are computed when they are asked for, those at the start lie in a file.
     held["codes"] = 0.0 if config.method in ("discquant", "rtn") else packed
     stored["codes"] = weights * (1 + grid)
-    bits = config.grid.bits / 8.0
+    bits = mean_over(shape.blocks, config, lambda own, _: own.bits / 8.0)
     exported = weights * (bits + grid) + shape.untouched * float(shape.file_bytes)
     # One after the other, each joined shard by shard from what is spooled before.
     stored["exported models"] = exported * len(config.formats)

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from discquant.planning.hardware import Device
 from discquant.planning.memory import PhasePeak, needed, phase_peaks
 from discquant.planning.rates import Rates, measured_step
-from discquant.planning.setting import Placement, Setting, grid_share, keeps_graph, remembers_teacher
+from discquant.planning.setting import (
+    Placement,
+    Setting,
+    grid_share,
+    keeps_graph,
+    remembers_teacher,
+    state_of,
+)
 from discquant.planning.shape import ModelShape
 from discquant.planning.traffic import (
     Moved,
@@ -92,7 +99,7 @@ def seconds_of(
         grid = grid_share(shape, setting.config)
         moved = moved_per_step(
             shape,
-            setting.layout,
+            state_of(shape.blocks, setting),
             setting.tokens,
             grid=grid,
             factors=factor_bytes(shape.blocks, setting.config),
@@ -115,7 +122,7 @@ def seconds_of(
     seconds += work.step / rates.matmul
     # Gradients of micro-batches are added in float32, two in and one out; the bytes that a step changes are kept.
     added = 1.5 * 4 * (-(-setting.tokens // setting.micro_tokens) - 1)
-    seconds += shape.weights * (added + setting.layout.written) / rates.copy
+    seconds += shape.weights * (added + state_of(shape.blocks, setting).written) / rates.copy
     if moved is not None:  # a copy on this machine competes with the work for the same memory: not hidden
         seconds += (moved.total_in + moved.out) / rates.copy
     return moved, modelled, seconds

@@ -20,7 +20,7 @@ from discquant.planning.option import (
 )
 from discquant.planning.rates import Rates
 from discquant.planning.refusal import every_rank_has_some, refusal, with_state
-from discquant.planning.setting import PLACEMENTS, Placement, Setting
+from discquant.planning.setting import PLACEMENTS, Placement, Setting, state_of
 from discquant.planning.shape import ModelShape
 from discquant.planning.traffic import (
     HidingTokens,
@@ -77,7 +77,7 @@ class Plan:
     def state_bytes_per_weight(self) -> float:
         """State without scales, the curvature's factors included, on average over the model."""
         factors = factor_bytes(self.shape.blocks, self.setting.config)
-        return self.setting.layout.total + factors / max(1, self.shape.weights)
+        return state_of(self.shape.blocks, self.setting).total + factors / max(1, self.shape.weights)
 
     @property
     def exchanged(self) -> float:
@@ -217,7 +217,9 @@ def make_plan(
     moved, modelled, seconds = seconds_of(shape, chosen, machine, rates)
     factors = factor_bytes(shape.blocks, config)
     device = machine.device.computing(config.solver.compute_dtype)
-    hide = tokens_to_hide(shape, chosen.layout, device, factors=factors, prefix=FORWARD_PREFIX)
+    hide = tokens_to_hide(
+        shape, state_of(shape.blocks, chosen), device, factors=factors, prefix=FORWARD_PREFIX
+    )
     own = (config.solver.state, config.solver.optimizer)
     solved = config.method == "discquant"
     states = [own, *(other for other in STATES if other != own and solved)]

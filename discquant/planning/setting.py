@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from discquant.calibration.sampling import rows_at_once
-from discquant.config import QuantizeConfig
-from discquant.planning.shape import ModelShape
+from discquant.config import GridConfig, QuantizeConfig
+from discquant.planning.shape import Block, Matrix, ModelShape
 from discquant.planning.traffic import (
     StateLayout,
+    code_bytes,
     grid_bytes_per_weight,
     outlier_bytes,
     scale_bytes,
@@ -69,7 +72,7 @@ class Setting:
 
     @property
     def layout(self) -> StateLayout:
-        """Bytes per weight of the state."""
+        """Bytes per weight of the state, but for what depends on a layer's grid: see `state_of`."""
         solver = self.config.solver
         return state_layout(
             solver.state,
@@ -77,8 +80,6 @@ class Setting:
             self.config.grid.bits,
             both=self.teacher_in_state and solver.start == "gptq",
             weight=float(self.stored) if self.streamed and not self.teacher_in_state else 0.0,
-            outliers=outlier_bytes(self.config.grid, solver.state) if self.teacher_in_state else 0.0,
-            scales=scale_bytes(self.config),
         )
 
     @property
@@ -124,15 +125,40 @@ def rows_sampled(shape: ModelShape, setting: Setting) -> int:
     return min(fit, config.data.nsamples + config.validation_windows)
 
 
+def mean_over(
+    blocks: Sequence[Block], config: QuantizeConfig, value: Callable[[GridConfig, Matrix], float]
+) -> float:
+    """Return a figure per weight that depends on the layer's grid, on average over the weights of some blocks."""
+    total = sum(
+        matrix.weights * share * value(grid, matrix)
+        for block in blocks
+        for matrix in block.matrices
+        for grid, share in config.grid_of.shares(matrix.modules)
+    )
+    return total / max(1, sum(block.weights for block in blocks))
+
+
+def state_of(blocks: Sequence[Block], setting: Setting) -> StateLayout:
+    """Return bytes per weight of the state, on average over some blocks."""
+    config, solver = setting.config, setting.config.solver
+    outliers = setting.teacher_in_state
+    return dataclasses.replace(
+        setting.layout,
+        code=mean_over(blocks, config, lambda grid, _: code_bytes(grid.bits, solver.state)),
+        outliers=mean_over(blocks, config, lambda grid, _: outlier_bytes(grid, solver.state))
+        if outliers
+        else 0.0,
+        scales=mean_over(blocks, config, lambda grid, _: scale_bytes(grid, config)),
+    )
+
+
 def grid_share(shape: ModelShape, config: QuantizeConfig) -> float:
     """Return bytes of scales and zero points per weight, on average over the model."""
-    grid = config.grid
-    total = sum(
-        matrix.weights * grid_bytes_per_weight(grid.group_size, matrix.columns, grid.sym, grid.kind)
-        for block in shape.blocks
-        for matrix in block.matrices
-    )
-    return total / max(1, shape.weights)
+
+    def own(grid: GridConfig, matrix: Matrix) -> float:
+        return grid_bytes_per_weight(grid.group_size, matrix.columns, grid.sym, grid.kind)
+
+    return mean_over(shape.blocks, config, own)
 
 
 def keeps_graph(shape: ModelShape, setting: Setting) -> bool:

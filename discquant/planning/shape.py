@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Matrix:
     """`count` equal matrices of a block, [rows, columns] each.
 
-    `active` is the share of tokens that pass one; `plain` says that each is a linear layer of its own.
+    `active` is the share of tokens that pass one; `plain` says that each is a linear layer of its own; `modules` are
+    their names in the model.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Matrix:
     count: int = 1
     active: float = 1.0
     plain: bool = True
+    modules: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -227,7 +229,7 @@ def chain_shape(chain: Chain, *, name: str = "model") -> ModelShape:
     hidden = int(chain.head.weight.shape[1])
     blocks = []
     for block, refs in zip(chain.blocks, chain.weights, strict=True):
-        found: dict[tuple[str, int, int], int] = {}
+        found: dict[tuple[str, int, int], list[str]] = {}
         experts: dict[tuple[str, int, int], float] = {}
         plain: dict[tuple[str, int, int], bool] = {}
         for ref in refs:
@@ -242,10 +244,11 @@ def chain_shape(chain: Chain, *, name: str = "model") -> ModelShape:
                     columns,
                 )
                 experts[key] = min(1.0, chosen / ref.parameter.shape[0])
-            found[key] = found.get(key, 0) + 1
+            found.setdefault(key, []).append(ref.name)
             plain[key] = ref.has_factors
         matrices = tuple(
-            Matrix(*key, count, experts.get(key, 1.0), plain[key]) for key, count in found.items()
+            Matrix(*key, len(names), experts.get(key, 1.0), plain[key], tuple(names))
+            for key, names in found.items()
         )
         total = sum(parameter.numel() for parameter in block.parameters())
         wide = [n for n in rms_norms(block) if sum(p.numel() for p in n.parameters()) == hidden]

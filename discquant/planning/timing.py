@@ -142,7 +142,7 @@ def measure(
     refs = chain.weights[0]
     weights = sum(ref.matrix().numel() for ref in refs)
     # How scales are found does not change how fast they are used.
-    grids = lay_grids(chain, dataclasses.replace(config.grid, grid="absmax"))
+    grids = lay_grids(chain, lambda name: dataclasses.replace(config.grid_of(name), grid="absmax"))
     states = [
         [
             WeightState(

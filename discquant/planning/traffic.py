@@ -81,11 +81,16 @@ def outlier_bytes(grid: GridConfig, state: str) -> float:
     return 3.0 * OUTLIER_SHARES[grid.bits] + 1.0 / OUTLIER_PIECE
 
 
-def scale_bytes(config: QuantizeConfig) -> float:
+def scale_bytes(grid: GridConfig, config: QuantizeConfig) -> float:
     """Return bytes per weight of what moves the scales; 0 where they stay, or there is one per row, next to nothing."""
-    size = config.grid.group_size
+    size = grid.group_size
     moves = config.method == "discquant" and config.solver.scale_iters > 0 and size > 0
     return SCALE_BYTES / size if moves else 0.0
+
+
+def code_bytes(bits: int, state: str) -> float:
+    """Return bytes of a code as a state holds it: two to a byte in u8, up to 4 bits wide."""
+    return 0.5 if state == "u8" and bits <= 4 else 1.0
 
 
 def state_layout(
@@ -113,7 +118,7 @@ def state_layout(
         scales: As of `scale_bytes`.
     """
     size = {"u8": 1.0, "bf16": 2.0, "fp32": 4.0}[state]
-    code = 0.5 if state == "u8" and bits <= 4 else 1.0
+    code = code_bytes(bits, state)
     moments = {"sgd": 0, "momentum": 1, "lion": 1, "adamw": 2}[optimizer]
     side = (0.125 if state == "u8" else size) if both else 0.0
     return StateLayout(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import discquant
 from discquant.calibration.documents import SUFFIXES
 from discquant.calibration.load import check_dataset, token_file
-from discquant.config import DataConfig, GridConfig, QuantizeConfig
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, names_module
 from discquant.environment import device_name, versions
 from discquant.errors import CalibrationError, CheckpointError, ConfigError, UnrepresentableError
 from discquant.formats import registry
@@ -28,7 +27,7 @@ from discquant.formats.scheme import Scheme
 from discquant.formats.source import Source, pickled_files
 from discquant.formats.stored import stored_name
 from discquant.grids import Grid, place_grid
-from discquant.solver.chain import Chain
+from discquant.solver.chain import Chain, WeightRef
 from discquant.solver.solve import lay_grid
 
 PROBE_ROWS = 64
@@ -45,25 +44,44 @@ def check_ignore(chain_model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
     for pattern in ignore:
         if pattern == "lm_head":  # ignored by default; not every model calls its head so
             continue
-        if not any(pattern in (name, name.rpartition(".")[2]) or fnmatch(name, pattern) for name in names):
-            known = sorted(
-                {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
+        if not any(names_module(pattern, name) for name in names):
+            raise ConfigError(
+                f"no module matches --ignore {pattern!r}; last names here: {_last_names(names)}"
             )
-            raise ConfigError(f"no module matches --ignore {pattern!r}; last names here: {', '.join(known)}")
 
 
-def check_groups(chain: Chain, grid: GridConfig) -> None:
-    """Refuse groups that are wider than every weight.
+def _last_names(names: Iterable[str]) -> str:
+    """What a pattern may say: the last parts of the names, without numbers."""
+    return ", ".join(sorted({last for name in names if not (last := name.rpartition(".")[2]).isdigit()}))
+
+
+def check_groups(chain: Chain, config: QuantizeConfig) -> None:
+    """Refuse groups that are wider than every weight they are for, and rules for layers that there are not.
 
     Raises:
         ConfigError: So they are; -1 asks for one group per row.
     """
-    widest = max((ref.shape[1] for refs in chain.weights for ref in refs), default=0)
-    if grid.kind == "uniform" and widest and grid.group_size > widest:
-        raise ConfigError(
-            f"quantize: --group-size must be at most the widest row = {widest}, or -1 for whole rows, "
-            f"got {grid.group_size}"
-        )
+    shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
+    for rule in config.layers:
+        if shapes and not any(names_module(rule.modules, name) for name in shapes):
+            raise ConfigError(
+                f"no quantized layer matches --layer-grid {rule.modules!r}; last names here: {_last_names(shapes)}"
+            )
+    for grid in config.grids:
+        widest = max((shape[1] for name, shape in shapes.items() if config.grid_of(name) == grid), default=0)
+        if grid.kind == "uniform" and widest and grid.group_size > widest:
+            raise ConfigError(
+                f"quantize: --group-size must be at most the widest row = {widest}, or -1 for whole rows, "
+                f"got {grid.group_size}"
+            )
+
+
+def _first_of_each(chain: Chain, config: QuantizeConfig) -> list[WeightRef]:
+    """The first weight on each grid."""
+    found: dict[GridConfig, WeightRef] = {}
+    for ref in (ref for refs in chain.weights for ref in refs):
+        found.setdefault(config.grid_of(ref.name), ref)
+    return list(found.values())
 
 
 def check_formats(
@@ -99,8 +117,10 @@ def check_formats(
     _check_names(source, original, chain)
     targets: dict[str, Path] = {}
     shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
-    first = chain.weights[chain.first][0]
-    probe = {first.name: lay_grid(first, config.grid, PROBE_ROWS)}
+    probe = {
+        first.name: lay_grid(first, config.grid_of(first.name), PROBE_ROWS)
+        for first in _first_of_each(chain, config)
+    }
     check_shapes(shapes, config, lambda name: check_grids(source, (name,), probe))
     for name in config.formats:
         chosen, target = registry.by_name(name), out / name
@@ -109,7 +129,7 @@ def check_formats(
         targets[name] = target
         for warning in chosen.check_source(original):
             say(f"note: {name}: {warning}")
-    schemes = {layer: Scheme.planned(shape, config.grid) for layer, shape in shapes.items()}
+    schemes = {layer: Scheme.planned(shape, config.grid_of(layer)) for layer, shape in shapes.items()}
     plan_formats(original, targets, schemes, say)
     check_grids(source, config.formats, probe)
 
@@ -132,7 +152,7 @@ def check_shapes(
 
     def ask(name: str) -> None:
         for layer, shape in shapes.items():
-            registry.by_name(name).check(shape, config.grid, layer)
+            registry.by_name(name).check(shape, config.grid_of(layer), layer)
 
     def refusal(name: str) -> UnrepresentableError | None:
         try:
@@ -142,8 +162,9 @@ def check_shapes(
             return error
         return None
 
+    kinds = dict.fromkeys(config.grid_of(layer).kind for layer in shapes)
     for name in config.formats:
-        if config.grid.kind == "uniform":
+        if all(kind == "uniform" for kind in kinds):
             ask(name)
             continue
         found = refusal(name)
@@ -152,7 +173,7 @@ def check_shapes(
             holders.sort(key=lambda other: other != "gguf")  # whose block types the q kinds are
             instead = f"give one that can ({', '.join(holders)})" if holders else "no format can; give none"
             raise UnrepresentableError(
-                f"quantize: --format {name} cannot hold this model in --kind {config.grid.kind}; {instead}"
+                f"quantize: --format {name} cannot hold this model in --kind {' and '.join(kinds)}; {instead}"
                 f"{', or none' if holders else ''} (the codes stay in the run directory): {found}"
             ) from found
 
@@ -168,18 +189,19 @@ def check_planned(chain: Chain, config: QuantizeConfig, dtype: torch.dtype) -> N
     Raises:
         ConfigError, UnrepresentableError: See there.
     """
-    check_groups(chain, config.grid)
+    check_groups(chain, config)
     shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
-    first = chain.weights[chain.first][0]
+    firsts = _first_of_each(chain, config)
 
     def check_laid(name: str) -> None:
         # Of a format's own kind any weights tell whether another format can hold it.
-        drawn = torch.randn(PROBE_ROWS, first.shape[1], generator=torch.Generator().manual_seed(0))
-        grid, chosen = place_grid(drawn, config.grid), registry.by_name(name)
-        if isinstance(chosen, SafetensorsFormat):
-            chosen.check_grid(first.name, grid, dtype)
-        else:
-            chosen.check_grid(first.name, grid)
+        for first in firsts:
+            drawn = torch.randn(PROBE_ROWS, first.shape[1], generator=torch.Generator().manual_seed(0))
+            grid, chosen = place_grid(drawn, config.grid_of(first.name)), registry.by_name(name)
+            if isinstance(chosen, SafetensorsFormat):
+                chosen.check_grid(first.name, grid, dtype)
+            else:
+                chosen.check_grid(first.name, grid)
 
     check_shapes(shapes, config, check_laid)
 

@@ -27,8 +27,9 @@ from discquant.run.stored import Given, replacing, room_for, save_tensors_atomic
 
 CONFIG, METRICS, CODES = "config.json", "metrics.jsonl", "codes.safetensors"
 SUMMARY, REPORT = "summary.json", "report.md"
-# Solver options that earlier versions did not have, at what those did.
-SINCE = {"scale_iters": 0, "scale_lr": SolverConfig.scale_lr}
+# Options that earlier versions did not have, at what those did: of the run, and of its solver.
+SINCE: dict[str, Any] = {"layers": []}
+SOLVER_SINCE = {"scale_iters": 0, "scale_lr": SolverConfig.scale_lr}
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -202,7 +203,7 @@ def _completed(identity: dict[str, Any]) -> dict[str, Any]:
     config = identity.get("config")
     if not isinstance(config, dict) or not isinstance(solver := config.get("solver"), dict):
         return identity
-    return {**identity, "config": {**config, "solver": {**SINCE, **solver}}}
+    return {**identity, "config": {**SINCE, **config, "solver": {**SOLVER_SINCE, **solver}}}
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

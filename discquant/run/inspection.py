@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from discquant.config import GridRules
 from discquant.formats import registry
 from discquant.formats.bits import bits_per_weight, grid_bits
 from discquant.formats.coded import Description, LayerFacts
@@ -25,13 +26,13 @@ def describe(path: Path) -> Description:
     if not RunDirectory.is_run(path):
         return registry.find(path).describe(path)
     run = RunDirectory(path)
-    config = run.config()["identity"]["config"]
+    grid_of = GridRules.of_dict(run.config()["identity"]["config"])
     name, served = _served(run)
     rows = []
     for layer in run.coded_layers():
         scheme = Scheme.of_grid(layer.grid)
         shape = (layer.q.shape[0], layer.q.shape[1])
-        bits = grid_bits(layer.grid, shape, config["grid"]["kind"])
+        bits = grid_bits(layer.grid, shape, grid_of(layer.name).kind)
         stored = -(-bits // 8)
         if layer.name in served:
             stored, bits = served[layer.name].stored_bytes, served[layer.name].weight_bits

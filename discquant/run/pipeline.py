@@ -256,7 +256,7 @@ class Pipeline:
         check_ignore(source.model, self.config.ignore)
         self._settle(source.model)
         chain = DecoderChain(source.model, self.config.ignore)
-        check_groups(chain, self.config.grid)
+        check_groups(chain, self.config)
         if chain.routers:
             few = ", ".join(chain.routers[:2])
             self.events.say(
@@ -292,7 +292,7 @@ class Pipeline:
 
     def _grids(self, chain: Chain, source: Source) -> dict[str, Grid]:
         """Lay the grids and ask every format whether it can hold them, before anything is rounded."""
-        grids = lay_grids(chain, self.config.grid)
+        grids = lay_grids(chain, self.config.grid_of)
         check_grids(source, self.config.formats, grids)
         return grids
 

@@ -95,7 +95,7 @@ class RefinePipeline(Pipeline):
         self.file_layers = {layer.name: layer for layer in self.chosen.read(self.quantized)}
         bits, group, sym = common_grid(self.file_layers)
         grid = GridConfig(bits, group if group == -1 or group % 8 == 0 else -1, sym)
-        config = dataclasses.replace(config, grid=grid, format=self.chosen.name)
+        config = dataclasses.replace(config, grid=grid, layers=(), format=self.chosen.name)
         self.derivation: Derivation | None = None
         self._fixed: dict[str, CodedLayer] = {}
         self._counts: dict[str, int] = {}

@@ -371,6 +371,12 @@ def _refined(summary: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _ruled(options: dict[str, Any]) -> str:
+    """Say how many rules give some layers another grid; the table of layers has each one's bits."""
+    rules = len(options.get("layers") or ())
+    return f" ({rules} rule{'s' * (rules > 1)} for other layers)" if rules else ""
+
+
 def _headline(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
     grid = options.get("grid") or {}
     if not isinstance(grid, dict) or "bits" not in grid:
@@ -380,6 +386,6 @@ def _headline(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
     kind = "symmetric" if grid.get("sym") else "asymmetric"
     method = plots.NAMES.get(str(options.get("method")), str(options.get("method")))
     return [
-        f"{method} at {grid['bits']} bits, {kind}, {groups}, {grid.get('grid')} scales, "
+        f"{method} at {grid['bits']} bits, {kind}, {groups}, {grid.get('grid')} scales{_ruled(options)}, "
         f"of `{Path(str(config.get('source', '?'))).name}`."
     ]

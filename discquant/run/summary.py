@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from discquant.calibration import Windows
-from discquant.config import AS_LAID
+from discquant.config import AS_LAID, GridRules
 from discquant.evaluation.divergence import compare_models
 from discquant.formats.bits import bits_per_weight, grid_bits
 from discquant.formats.checkpoint import Checkpoint
@@ -121,7 +121,7 @@ def summarize_run(
         The summary, plain data; the exporter adds the sizes of what it wrote, and bits per weight as they are there.
     """
     config = directory.config()["identity"]["config"]
-    method, kind = config["method"], config["grid"]["kind"]
+    method, grid_of = config["method"], GridRules.of_dict(config)
     measured = {}
     # One candidate at a time: a copy of the model each.
     candidates = {name: (found, grids) for name, found in baselines.items()}
@@ -140,7 +140,7 @@ def summarize_run(
             "original_bytes": original_bytes(source.path),
             "packed_bytes": None,
             "bits_per_weight": bits_per_weight(
-                (grid_bits(layer.grid, shape, kind), shape)
+                (grid_bits(layer.grid, shape, grid_of(layer.name).kind), shape)
                 for layer in coded_layers(codes, grids)
                 for shape in [(layer.q.shape[0], layer.q.shape[1])]
             ),

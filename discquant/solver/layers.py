@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from fnmatch import fnmatch
 
 from torch import nn
+
+from discquant.config import names_module
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -18,8 +19,7 @@ def joined(prefix: str, name: str) -> str:
 
 def selected(name: str, ignore: Sequence[str]) -> bool:
     """Say whether no entry of `ignore` (a name, a last name part, a glob pattern) is of this module."""
-    parts = name.split(".")
-    return not any(pattern in (name, parts[-1]) or fnmatch(name, pattern) for pattern in ignore)
+    return not any(names_module(pattern, name) for pattern in ignore)
 
 
 def quantizable_modules(root: nn.Module, prefix: str, ignore: Sequence[str]) -> list[tuple[str, nn.Module]]:

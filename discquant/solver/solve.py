@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.config import GridConfig, GridOf, GridRules, QuantizeConfig, SolverConfig
 from discquant.grids import Grid, place_grid
 from discquant.grids.fused import FUSED
 from discquant.solver.calibrate import calibrate_gain, published_gain
@@ -35,20 +35,22 @@ START_KL_ROWS = 32
 OnStep = Callable[[Solver, StepRecord], None]
 
 
-def lay_grids(chain: Chain, config: GridConfig) -> dict[str, Grid]:
+def lay_grids(chain: Chain, config: GridConfig | GridOf) -> dict[str, Grid]:
     """Lay a grid on every weight of the chain; by module name, on the CPU.
 
-    NVFP4 has one global scale per matrix, but engines keep one for all that they fuse (q, k and v, say) and take the
-    block scales as they are: those matrices get the same.
+    `config` is one for all, or says which one by the module's name (`QuantizeConfig.grid_of`). NVFP4 has one global
+    scale per matrix, but engines keep one for all that they fuse (q, k and v, say) and take the block scales as they
+    are: those matrices get the same.
 
     Raises:
         ValueError: A weight is not finite; the message names it.
     """
+    of = GridRules(config) if isinstance(config, GridConfig) else config
     grids: dict[str, Grid] = {}
     for refs in chain.weights:
-        largest = _largest_fused(refs) if config.kind == "nvfp4" else {}
+        largest = _largest_fused([ref for ref in refs if of(ref.name).kind == "nvfp4"])
         for ref in refs:
-            grids[ref.name] = lay_grid(ref, config, largest=largest.get(ref.name))
+            grids[ref.name] = lay_grid(ref, of(ref.name), largest=largest.get(ref.name))
     return grids
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,11 @@ def test_a_written_model_is_what_the_package_reads(
     layers = solve(source, GridConfig.of_kind(kind, bits=4, group_size=64))
     out = tmp_path / "out"
     manifest = FORMAT.write(
-        source, out, layers, recipe={"seed": 1, "grid": {"kind": kind}}, prove_from=lambda: layers
+        source,
+        out,
+        layers,
+        recipe={"seed": 1, "grid": asdict(GridConfig.of_kind(kind))},
+        prove_from=lambda: layers,
     )
     assert json.loads((out / "discquant_proof.json").read_text())["layers"] == 14
     reader = gguf.GGUFReader(out / "model.gguf")

@@ -19,7 +19,7 @@ from discquant.planning.compare import MEMORY_TOLERANCE
 from discquant.planning.hardware import DEVICES
 from discquant.planning.memory import HEAP, phase_peaks, state_bytes
 from discquant.planning.plan import Machine, setting_for
-from discquant.planning.setting import grid_share
+from discquant.planning.setting import grid_share, state_of
 from discquant.planning.shape import shape_of
 from discquant.run.served import apply_layers
 from discquant.run.summary import coded_layers
@@ -158,7 +158,7 @@ def test_state_beside_a_searched_grid(bits: int, group: int, model: Any) -> None
     chain = DecoderChain(model)
     run = Solve(chain, lay_grids(chain, config.grid), _rows(chain), config)
     planned = state_bytes(shape, setting) + shape.weights * grid_share(shape, config)
-    assert setting.layout.outliers > 0
+    assert state_of(shape.blocks, setting).outliers > 0
     assert run.solver.placement.nbytes == pytest.approx(planned, rel=0.01)
 
 

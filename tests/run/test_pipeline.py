@@ -21,7 +21,7 @@ import torch
 import discquant
 from discquant.formats.compressed_tensors import Scheme
 from discquant.run import checks
-from discquant.run.directory import SINCE, RunDirectory
+from discquant.run.directory import SOLVER_SINCE, RunDirectory
 from discquant.run.served import load_run_model
 
 Command = Callable[..., list[str]]
@@ -292,7 +292,7 @@ def test_a_run_from_before_an_option_is_continued(
     older = tmp_path / "older"
     shutil.copytree(finished, older)
     record = json.loads((older / "config.json").read_text())
-    for option, value in SINCE.items():
+    for option, value in SOLVER_SINCE.items():
         assert record["identity"]["config"]["solver"].pop(option) == value
     (older / "config.json").write_text(json.dumps(record))
     done = call(command(older))

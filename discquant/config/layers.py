@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grids of single layers: rules that name modules, and which grid a module gets by them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, get_args
+
+from discquant.config.checks import check
+from discquant.config.grid import GRID_KINDS, GridConfig, GridKind
+
+GridOf = Callable[[str], GridConfig]
+SPEC = "a width (4), a kind (q6_k), or KEY=VALUE of bits, group_size, sym, grid and kind, comma separated"
+
+
+def names_module(pattern: str, name: str) -> bool:
+    """Say whether a pattern is of this module: its name, the last part of that, or a glob pattern."""
+    return pattern in (name, name.rpartition(".")[2]) or fnmatch(name, pattern)
+
+
+@dataclass(frozen=True)
+class LayerGrid:
+    """A grid for the modules that a pattern names.
+
+    Attributes:
+        modules: A module's name, its last part, or a glob pattern, as in `ignore`.
+        grid: Their grid.
+    """
+
+    modules: str
+    grid: GridConfig
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: A field is out of range.
+        """
+        check(
+            "modules",
+            "a name or a pattern",
+            isinstance(self.modules, str) and bool(self.modules),
+            self.modules,
+        )
+        check("grid", "a GridConfig", isinstance(self.grid, GridConfig), self.grid)
+
+    @classmethod
+    def parse(cls, text: str, base: GridConfig) -> LayerGrid:
+        """Read `PATTERN:SPEC`, as `down_proj:4`, `v_proj:q6_k` or `*.layers.0.*:bits=8,group_size=32`.
+
+        Args:
+            text: The rule.
+            base: Grid of all other modules; a uniform rule takes from it what it does not say itself.
+
+        Raises:
+            ValueError: It cannot be read, or a value is out of range.
+        """
+        modules, _, spec = text.rpartition(":")
+        check("a grid for some layers", f"PATTERN:SPEC, SPEC {SPEC}", bool(modules and spec), text)
+        return cls(modules, parse_grid(spec, base))
+
+
+def parse_grid(spec: str, base: GridConfig) -> GridConfig:
+    """Read a grid: a width, a kind, or `KEY=VALUE` pairs; what a uniform one does not say is as in `base`.
+
+    Raises:
+        ValueError: It cannot be read, or a value is out of range.
+    """
+    found: dict[str, Any] = {}
+    for part in (part.strip() for part in spec.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            key, value = ("bits", part) if part.isdigit() else ("kind", part)
+        said = key not in found and value and key in {field.name for field in dataclasses.fields(GridConfig)}
+        check("a layer's grid", SPEC, bool(said), spec)
+        if key in ("bits", "group_size"):
+            check(key, "an integer", value.removeprefix("-").isdigit(), value)
+            found[key] = int(value)
+        elif key == "sym":
+            check(key, "true or false", value in ("true", "false"), value)
+            found[key] = value == "true"
+        else:
+            found[key] = value
+    kind = found.pop("kind", "uniform")
+    check("kind", f"one of {', '.join(get_args(GridKind))}", kind in get_args(GridKind), kind)
+    bits, group_size, sym = GRID_KINDS.get(kind, (base.bits, base.group_size, base.sym))
+    fixed = {"bits": bits, "group_size": group_size, "sym": sym, "grid": base.grid}
+    return GridConfig(**{**fixed, **found}, kind=kind)
+
+
+class GridRules:
+    """Which grid each module is put on: that of the last rule that names it, else the one for all."""
+
+    def __init__(self, grid: GridConfig, layers: Sequence[LayerGrid] = ()) -> None:
+        """Take the grid for all, and rules; of two that name a module the later one counts."""
+        self._grid = grid
+        # A list of every layer's grid (as `allocate` writes) names them exactly: those are looked up, not matched.
+        self._exact = {rule.modules: (place, rule.grid) for place, rule in enumerate(layers)}
+        self._patterns = [(place, rule) for place, rule in enumerate(layers) if not _is_path(rule.modules)]
+        self._known: dict[str, GridConfig] = {}
+        self._shares: dict[tuple[str, ...], tuple[tuple[GridConfig, float], ...]] = {}
+
+    def __call__(self, name: str) -> GridConfig:
+        """Return the grid of a module."""
+        if name not in self._known:
+            place, found = self._exact.get(name, (-1, self._grid))
+            for later, rule in self._patterns:
+                if later > place and names_module(rule.modules, name):
+                    place, found = later, rule.grid
+            self._known[name] = found
+        return self._known[name]
+
+    def shares(self, names: tuple[str, ...]) -> tuple[tuple[GridConfig, float], ...]:
+        """Return the grids of some modules, each with its share of them; of none, the grid for all."""
+        if not self._exact or not names:
+            return ((self._grid, 1.0),)
+        if names not in self._shares:
+            counts = Counter(map(self, names))
+            self._shares[names] = tuple((grid, count / len(names)) for grid, count in counts.items())
+        return self._shares[names]
+
+    @classmethod
+    def of_dict(cls, config: Mapping[str, Any]) -> GridRules:
+        """Return the rules of a run's configuration as its JSON has them."""
+        layers = [
+            LayerGrid(rule["modules"], GridConfig(**rule["grid"])) for rule in config.get("layers") or ()
+        ]
+        return cls(GridConfig(**config["grid"]), layers)
+
+
+def _is_path(pattern: str) -> bool:
+    """Whether only the module of exactly this name can be meant."""
+    return "." in pattern and not any(letter in pattern for letter in "*?[")
