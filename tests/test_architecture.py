@@ -16,7 +16,7 @@ LAYERS = {
     "errors": 0, "environment": 0, "_extension": 0, "config": 0,
     "ops": 1,
     "grids": 2, "rounding": 2, "modules": 2,
-    "calibration": 3, "formats": 3, "solver": 3, "planning": 3,
+    "calibration": 3, "formats": 3, "solver": 3, "planning": 3, "allocation": 3,
     "rotation": 4, "evaluation": 4, "integrations": 4, "run": 4, "api": 4, "generation": 4, "progress": 4,
     "cli": 5, "__main__": 6,
     "_C": 1, "triton_kernels": 1,

@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 
-from discquant.cli import env, evaluate, export, generate, inspect, plan, quantize, refine, rotate
+from discquant.cli import allocate, env, evaluate, export, generate, inspect, plan, quantize, refine, rotate
 from discquant.cli.app import app
 from discquant.errors import UserError
 
 __all__ = [
+    "allocate",
     "app",
     "env",
     "evaluate",

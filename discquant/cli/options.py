@@ -6,16 +6,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from discquant.config import GRID_KINDS, GridConfig, LayerGrid, Method, SolverConfig, preset
+from discquant.config import GRID_KINDS, GridConfig, LayerGrid, Method, SolverConfig, parse_grid, preset
 from discquant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from discquant.run.events import Events
     from discquant.run.pipeline import Pipeline
     from discquant.solver.engine import Engine
@@ -45,7 +44,7 @@ LayerGrids = Annotated[
         "--layer-grid",
         help="Another grid for some layers; repeatable, the last that names a layer counts. PATTERN:SPEC, PATTERN as "
         "of --ignore, SPEC a width (down_proj:4), a kind (v_proj:q6_k) or KEY=VALUE pairs "
-        "('*.layers.0.*:bits=8,group_size=32').",
+        "('*.layers.0.*:bits=8,group_size=32'); or @FILE of `discquant allocate`.",
     ),
 ]
 Preset = Annotated[
@@ -155,8 +154,28 @@ def layer_grids(rules: list[str] | None, grid: GridConfig) -> tuple[LayerGrid, .
 
     Raises:
         ValueError: One cannot be read, or a value is out of range.
+        MissingModelError, CheckpointError: The same of a file.
     """
-    return tuple(LayerGrid.parse(rule, grid) for rule in rules or ())
+    from discquant.run.allocate import read_layers
+
+    found: list[LayerGrid] = []
+    for rule in rules or ():
+        found += read_layers(Path(rule[1:])) if rule.startswith("@") else [LayerGrid.parse(rule, grid)]
+    return tuple(found)
+
+
+def grid_choices(text: str, base: GridConfig) -> dict[str, GridConfig]:
+    """Return the grids of `--choices` by their words: widths, kinds, or width and group size as in 4g32.
+
+    Raises:
+        ValueError: One cannot be read, or a value is out of range.
+    """
+    found = {}
+    for word in dict.fromkeys(part.strip() for part in text.split(",") if part.strip()):
+        bits, g, size = word.partition("g")
+        sized = g and bits.isdigit() and size.removeprefix("-").isdigit()
+        found[word] = parse_grid(f"bits={bits},group_size={size}" if sized else word, base)
+    return found
 
 
 def solver_options(grid: GridConfig, preset_name: str, **given: Any) -> SolverConfig:

@@ -194,16 +194,43 @@ def check_planned(chain: Chain, config: QuantizeConfig, dtype: torch.dtype) -> N
     firsts = _first_of_each(chain, config)
 
     def check_laid(name: str) -> None:
-        # Of a format's own kind any weights tell whether another format can hold it.
         for first in firsts:
-            drawn = torch.randn(PROBE_ROWS, first.shape[1], generator=torch.Generator().manual_seed(0))
-            grid, chosen = place_grid(drawn, config.grid_of(first.name)), registry.by_name(name)
-            if isinstance(chosen, SafetensorsFormat):
-                chosen.check_grid(first.name, grid, dtype)
-            else:
-                chosen.check_grid(first.name, grid)
+            _check_drawn(name, first.name, first.shape[1], config.grid_of(first.name), dtype)
 
     check_shapes(shapes, config, check_laid)
+
+
+def _check_drawn(name: str, layer: str, columns: int, grid: GridConfig, dtype: torch.dtype) -> None:
+    """Ask a format about a grid laid on drawn weights: of a format's own kind any tell whether another can hold it.
+
+    Raises:
+        UnrepresentableError: It cannot.
+    """
+    drawn = torch.randn(PROBE_ROWS, columns, generator=torch.Generator().manual_seed(0))
+    laid, chosen = place_grid(drawn, grid), registry.by_name(name)
+    if isinstance(chosen, SafetensorsFormat):
+        chosen.check_grid(layer, laid, dtype)
+    else:
+        chosen.check_grid(layer, laid)
+
+
+def holds(name: str, layer: str, shape: tuple[int, int], grid: GridConfig, dtype: torch.dtype) -> bool:
+    """Say whether a format can hold a grid of a layer, as far as shapes and kinds tell.
+
+    Args:
+        name: Of the format.
+        layer: Module path.
+        shape: Of its weight.
+        grid: The grid.
+        dtype: Of the weights in the checkpoint.
+    """
+    try:
+        registry.by_name(name).check(shape, grid, layer)
+        if grid.kind != "uniform":
+            _check_drawn(name, layer, shape[1], grid, dtype)
+    except UnrepresentableError:
+        return False
+    return True
 
 
 def _check_names(source: Source, original: Checkpoint, chain: Chain) -> None:

@@ -57,7 +57,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: torch.Generator) -> Tensor:
+def sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Return the gradient, by the last block's output, of minus the log-likelihood of labels that the model draws.
 
     Where an item of a module has several labels, of 1/sqrt(T) of it (see `kronecker_factors`).
@@ -223,7 +223,7 @@ def kronecker_factors(
                 chain.run_block(index, h, batch.calls[index], weights)
                 for h, batch in zip(hidden, batches, strict=True)
             ]
-    grads = [_sampled_gradient(chain, batch, h, generator) for batch, h in zip(batches, hidden, strict=True)]
+    grads = [sampled_gradient(chain, batch, h, generator) for batch, h in zip(batches, hidden, strict=True)]
     del hidden
     counted = sum(counted_tokens(batch, "kl", has_head) for batch in batches)
     for index in reversed(range(chain.first, len(chain.blocks))):

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bits where they count: one of several grids for each layer, so that KL is least at a given size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from discquant.allocation.choose import Option, choose
+from discquant.allocation.damage import projections
+from discquant.allocation.units import units_of
+from discquant.config import GridConfig, LayerGrid
+from discquant.errors import ConfigError, either
+from discquant.formats.bits import grid_bits
+from discquant.grids import Grid
+from discquant.rounding import gptq
+from discquant.solver.boundaries import Boundaries
+from discquant.solver.chain import Chain, Prepared
+from discquant.solver.curvature import label_generator
+from discquant.solver.layerwise import watch_inputs
+from discquant.solver.rows import TokenRows
+from discquant.solver.solve import lay_grid
+from discquant.solver.weight_ref import WeightRef
+
+Codes = Literal["gptq", "rtn"]
+Allowed = Callable[[str, tuple[int, int], GridConfig], bool]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that share a grid, and what each choice would cost them.
+
+    Attributes:
+        name: Of the unit: a module's, or of what engines join.
+        modules: Names of its layers.
+        weights: Weights of all of them.
+        bits: Per weight, scales included, by choice; choices that a format cannot hold are left out.
+        damage: KL of rounding this unit alone, nats per token, by choice.
+        chosen: The choice.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    weights: int
+    bits: Mapping[str, float]
+    damage: Mapping[str, float]
+    chosen: str
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A grid for each layer.
+
+    Attributes:
+        units: In order of the model.
+        grids: Grid of each choice, by its words.
+    """
+
+    units: tuple[Unit, ...]
+    grids: Mapping[str, GridConfig] = field(repr=False)
+
+    @property
+    def layers(self) -> tuple[LayerGrid, ...]:
+        """The rules for `QuantizeConfig.layers`, one per layer."""
+        return tuple(LayerGrid(name, self.grids[unit.chosen]) for unit in self.units for name in unit.modules)
+
+    def bits(self, choice: str | None = None) -> float | None:
+        """Bits per weight, scales included: as chosen, or of one choice everywhere; None where some unit has it not."""
+        return self._mean("bits", choice, weighted=True)
+
+    def damage(self, choice: str | None = None) -> float | None:
+        """Sum of the units' damages, which is about the KL of rounding all: as chosen, or of one choice everywhere."""
+        return self._mean("damage", choice, weighted=False)
+
+    def _mean(self, figure: str, choice: str | None, *, weighted: bool) -> float | None:
+        values = [getattr(unit, figure).get(choice or unit.chosen) for unit in self.units]
+        if any(value is None for value in values):
+            return None
+        if not weighted:
+            return float(sum(values))
+        weights = [unit.weights for unit in self.units]
+        return float(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "bits_per_weight": self.bits(),
+            "predicted_kl": self.damage(),
+            "everywhere": {
+                choice: {"bits_per_weight": self.bits(choice), "predicted_kl": self.damage(choice)}
+                for choice in self.grids
+            },
+            "units": [
+                {
+                    "name": unit.name,
+                    "weights": unit.weights,
+                    "chosen": unit.chosen,
+                    "bits_per_weight": dict(unit.bits),
+                    "damage": dict(unit.damage),
+                }
+                for unit in self.units
+            ],
+        }
+
+
+def allocate(
+    chain: Chain,
+    rows: TokenRows,
+    choices: Mapping[str, GridConfig],
+    average_bits: float,
+    *,
+    codes: Codes = "gptq",
+    damp: float = 0.1,
+    seed: int = 0,
+    allowed: Allowed | None = None,
+    boundaries: Boundaries | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Allocation:
+    """Measure what every choice costs every layer, and choose within a size.
+
+    A layer's damage is the KL that its rounded codes cause while all others are as they were, to second order
+    (`damage.projections`); damages of layers are taken to add up. Layers that engines join share a grid.
+
+    Args:
+        chain: The model.
+        rows: Calibration rows, all of which are used.
+        choices: Grids by their words.
+        average_bits: Bits per weight at most, scales and zero points included, on average over all weights.
+        codes: Whose codes are damaged by: `gptq`, on the inputs that each layer gets in the original model, which is
+            nearer to what a solve reaches; `rtn`, which takes a fraction of the time.
+        damp: GPTQ's damping.
+        seed: Of the sampled labels.
+        allowed: Says whether a layer (name, shape) may have a grid; None allows all.
+        boundaries: Where activations between blocks are kept.
+        progress: Called with (blocks done, blocks).
+
+    Raises:
+        ConfigError: Not even the narrowest choices fit the size, a unit has no allowed one, or nothing is to be
+            allocated.
+    """
+    if codes not in get_args(Codes):
+        raise ConfigError(f"allocate: codes must be one of {either(get_args(Codes))}, got {codes!r}")
+    if not choices or not any(chain.weights):
+        raise ConfigError("allocate: there must be at least one choice, and a layer to choose for")
+    refs = {ref.name: ref for own in chain.weights for ref in own}
+    units = units_of(refs)
+    options = {
+        name: _allowed(name, [refs[m] for m in members], choices, allowed) for name, members in units.items()
+    }
+    names = list(choices)
+    bits: dict[str, dict[str, float]] = {name: {} for name in refs}
+    # One row each, whatever the micro-batches of `rows`: a window's gradient is needed by itself.
+    windows = TokenRows(chain, rows.input_ids, rows.mask, 1).batches(range(len(rows)))
+    of = {member: unit for unit, members in units.items() for member in members}
+
+    def errors(index: int, inputs: list[Tensor]) -> list[Tensor]:
+        hessians = _hessians(chain, index, inputs, windows) if codes == "gptq" else {}
+        return [_errors(ref, hessians.get(ref.name)) for ref in chain.weights[index]]
+
+    def _errors(ref: WeightRef, hessian: Tensor | None) -> Tensor:
+        matrix = ref.matrix()
+        # In bfloat16: an error's own rounding is nothing beside it, and all choices of a block are held at once.
+        found = torch.zeros(len(names), *matrix.shape, dtype=torch.bfloat16, device=matrix.device)
+        for place, choice in enumerate(names):
+            if choice not in options[of[ref.name]]:
+                continue
+            grid = lay_grid(ref, choices[choice])
+            bits[ref.name][choice] = grid_bits(grid, ref.shape, choices[choice].kind)
+            found[place] = _error(matrix, grid.to(matrix.device), hessian, damp)
+        return found
+
+    generator = label_generator(chain.device, seed + 31)
+    made = projections(chain, windows, errors, generator=generator, boundaries=boundaries, progress=progress)
+    tokens = rows.tokens(range(len(rows)), "kl")
+    measured: dict[str, dict[str, Option]] = {}
+    for unit, members in units.items():
+        together = torch.stack([made[name] for name in members]).sum(dim=0)
+        damages = (0.5 / tokens * together.square().sum(dim=1)).tolist()
+        damage = dict(zip(names, damages, strict=True))
+        measured[unit] = {
+            choice: Option(sum(bits[name][choice] for name in members), damage[choice])
+            for choice in options[unit]
+        }
+    total = sum(ref.matrix_size for ref in refs.values())
+    chosen = _within(measured, average_bits, total)
+    found = []
+    for unit, members in units.items():
+        weights = sum(refs[name].matrix_size for name in members)
+        costs = {choice: option.cost / weights for choice, option in measured[unit].items()}
+        damage = {choice: option.damage for choice, option in measured[unit].items()}
+        found.append(Unit(unit, tuple(members), weights, costs, damage, chosen[unit]))
+    return Allocation(tuple(found), dict(choices))
+
+
+def _allowed(
+    unit: str, refs: Sequence[WeightRef], choices: Mapping[str, GridConfig], allowed: Allowed | None
+) -> list[str]:
+    """The choices that every layer of a unit may have.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    found = [
+        choice
+        for choice, grid in choices.items()
+        if allowed is None or all(allowed(ref.name, ref.shape, grid) for ref in refs)
+    ]
+    if not found:
+        raise ConfigError(
+            f"allocate: none of the choices {', '.join(choices)} can be held for {unit}; ignore it"
+        )
+    return found
+
+
+def _within(measured: Mapping[str, Mapping[str, Option]], average_bits: float, total: int) -> dict[str, str]:
+    """Choose for each unit.
+
+    Raises:
+        ConfigError: Not even the narrowest fit.
+    """
+    least = sum(min(option.cost for option in options.values()) for options in measured.values())
+    if least > average_bits * total:
+        raise ConfigError(
+            f"allocate: the narrowest choices take {least / total:.3f} bits per weight, scales included, and "
+            f"{average_bits:g} were asked for"
+        )
+    numbers = choose([list(options.values()) for options in measured.values()], average_bits * total)
+    return {unit: list(measured[unit])[number] for unit, number in zip(measured, numbers, strict=True)}
+
+
+def _hessians(
+    chain: Chain, index: int, inputs: Sequence[Tensor], windows: Sequence[Prepared]
+) -> dict[str, Tensor | None]:
+    """X^T X of the inputs of every layer of a block in the original model; None where no token came."""
+    refs = chain.weights[index]
+    hooks = watch_inputs(chain, refs, strict=False)
+    try:
+        with torch.no_grad():
+            for hidden, window in zip(inputs, windows, strict=True):
+                for hook in hooks.values():
+                    hook.mask = window.mask
+                chain.run_block(index, hidden, window.calls[index])
+    finally:
+        for hook in hooks.values():
+            hook.remove()
+    return {ref.name: hooks[ref.name].gathered(ref) for ref in refs}
+
+
+def _error(matrix: Tensor, grid: Grid, hessian: Tensor | None, damp: float) -> Tensor:
+    """Rounded weight minus the original: GPTQ's where there is a Hessian, else to nearest."""
+    q = grid.nearest(matrix) if hessian is None else gptq(matrix, hessian, grid, damp=damp)
+    return grid.dequantize(q, torch.float32) - matrix.float()

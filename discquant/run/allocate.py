@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model folder to a file of grids, one for each layer; and the rules that such a file holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from discquant.allocation import Allocation, allocate
+from discquant.allocation.allocate import Codes
+from discquant.calibration.load import check_named, load_windows
+from discquant.config import GridConfig, LayerGrid, QuantizeConfig
+from discquant.environment import versions
+from discquant.errors import CheckpointError, ConfigError, MissingModelError, OutputExistsError
+from discquant.formats import registry
+from discquant.formats.lazy import settle
+from discquant.formats.source import open_source
+from discquant.planning.shape import stored_dtype
+from discquant.run.checks import check_ignore, check_text, holds
+from discquant.run.directory import write_atomic
+from discquant.run.planned import place_run
+from discquant.solver.boundaries import Boundaries
+from discquant.solver.chain import DecoderChain
+from discquant.solver.engine import Engine
+from discquant.solver.rows import TokenRows
+
+MARKER = "discquant_allocation"  # in the file: its version
+
+
+def allocate_model(
+    model: str | Path,
+    out: Path,
+    config: QuantizeConfig,
+    choices: Mapping[str, GridConfig],
+    average_bits: float,
+    *,
+    codes: Codes = "gptq",
+    engine: Engine | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Allocation:
+    """Choose a grid for each layer of a model, and write the choice.
+
+    Args:
+        model: Folder of the original, or a hub name.
+        out: JSON file to write.
+        config: Text, dtype, seed, GPTQ's damping, what to leave alone, and the formats that must hold each grid; the
+            rest is not used.
+        choices: Grids by their words.
+        average_bits: See `allocation.allocate`.
+        codes: See there.
+        engine: Where and how; `auto` is settled by the plan of a GPTQ run.
+        trust_remote_code: As for `open_source`.
+        allow_pickle: As for `open_source`.
+        say: Takes each note.
+        progress: Called with (blocks done, blocks).
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: Bad input, found before any long work.
+    """
+    _check_out(out)
+    for name in config.formats:
+        registry.by_name(name)
+    check_named(config.data.dataset)
+    engine = dataclasses.replace(engine or Engine())
+    sampled = config.data.dataset == "self"
+    planned = dataclasses.replace(config, method="gptq", format="none", baselines=())
+    plan = place_run(str(model), planned, engine, out, trust_remote_code=trust_remote_code)
+    if engine.where == "auto":
+        engine.where = "resident" if plan is None else plan.setting.placement
+    dtype = getattr(torch, config.solver.compute_dtype)
+    source = open_source(
+        model, dtype=dtype, lazy=engine.streamed and not sampled, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
+    check_ignore(source.model, config.ignore)
+    check_text(source, config.data)
+    settle(source.model, engine.device, stream=engine.streamed and engine.device.type == "cuda")
+    chain, data = DecoderChain(source.model, config.ignore), config.data
+    windows = load_windows(
+        data.dataset, source.tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed,
+        model=source.model, chat_template=data.chat_template, text_key=data.text_key,
+    )  # fmt: skip
+    if len(windows) < data.nsamples:
+        say(f"note: {data.dataset} gives {len(windows)} of the {data.nsamples} windows asked for")
+    chain.verify(windows.input_ids[:1])
+    stored = stored_dtype(source.model.config)
+
+    def allowed(name: str, shape: tuple[int, int], grid: GridConfig) -> bool:
+        return all(holds(chosen, name, shape, grid, stored) for chosen in config.formats)
+
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as scratch:
+        boundaries = Boundaries(engine.activations or engine.where, engine.device, Path(scratch))
+        try:
+            with engine.reproducible():
+                found = allocate(
+                    chain,
+                    TokenRows(chain, windows.input_ids, windows.mask, 1),
+                    choices,
+                    average_bits,
+                    codes=codes,
+                    damp=config.gptq_damp,
+                    seed=config.seed,
+                    allowed=allowed,
+                    boundaries=boundaries,
+                    progress=progress,
+                )
+        finally:
+            boundaries.close()
+    facts = {
+        MARKER: 1,
+        "model": Path(str(model)).name,
+        "average_bits": average_bits,
+        "codes": codes,
+        "text": {
+            "source": windows.source,
+            "windows": len(windows),
+            "tokens": windows.tokens,
+            "digest": windows.digest,
+        },
+        "seed": config.seed,
+        "versions": versions(),
+    }
+    rules = [dataclasses.asdict(rule) for rule in found.layers]
+    write_atomic(out, json.dumps({**facts, **found.to_dict(), "layers": rules}, indent=1) + "\n")
+    return found
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a file that is there already, or has no folder.
+
+    Raises:
+        OutputExistsError, ConfigError: So it is.
+    """
+    if out.exists():
+        raise OutputExistsError(f"allocate: {out} exists; choose another OUT")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"allocate: there is no folder {out.absolute().parent}")
+
+
+def read_layers(path: Path) -> tuple[LayerGrid, ...]:
+    """Read the rules of a file that `allocate_model` wrote.
+
+    Raises:
+        MissingModelError: There is none.
+        CheckpointError: It holds something else.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise MissingModelError(f"{path} cannot be read: {cause.strerror}") from cause
+    except ValueError as cause:
+        raise CheckpointError(f"{path} is no JSON: {cause}") from cause
+    if not isinstance(found, dict) or found.get(MARKER) != 1:
+        raise CheckpointError(f"{path} is no file of `discquant allocate` (it has no {MARKER} = 1)")
+    try:
+        return tuple(LayerGrid(rule["modules"], GridConfig(**rule["grid"])) for rule in found["layers"])
+    except (KeyError, TypeError, ValueError) as cause:
+        raise CheckpointError(f"{path}: its layers cannot be read: {cause}") from cause
