@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """discquant: round a transformer's weights to a given grid with the least KL divergence.
 
-`quantize`, `quantize_module`, `refine`, `rotate`, `load`: the Python API; `discquant.ops` and `discquant.grids` stand
-alone.
+`quantize`, `quantize_module`, `allocate`, `refine`, `rotate`, `load`: the Python API; `discquant.ops` and
+`discquant.grids` stand alone.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from discquant.api import Quantized, load, quantize, quantize_module, refine
-    from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig, preset
+    from discquant.api import Quantized, allocate, load, quantize, quantize_module, refine
+    from discquant.config import DataConfig, GridConfig, LayerGrid, QuantizeConfig, SolverConfig, preset
     from discquant.rotation import rotate
 
 _HOMES = {
     "Quantized": "discquant.api",
+    "allocate": "discquant.api",
     "load": "discquant.api",
     "quantize": "discquant.api",
     "quantize_module": "discquant.api",
     "refine": "discquant.api",
     "DataConfig": "discquant.config",
     "GridConfig": "discquant.config",
+    "LayerGrid": "discquant.config",
     "QuantizeConfig": "discquant.config",
     "SolverConfig": "discquant.config",
     "preset": "discquant.config",
@@ -33,9 +35,11 @@ _HOMES = {
 __all__ = [
     "DataConfig",
     "GridConfig",
+    "LayerGrid",
     "QuantizeConfig",
     "Quantized",
     "SolverConfig",
+    "allocate",
     "load",
     "preset",
     "quantize",

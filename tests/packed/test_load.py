@@ -248,7 +248,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path, device: Any) -> Non
 
 def test_modes_of_the_cpu_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is read, with the modes that there are."""
-    monkeypatch.setattr("discquant.api._device_there", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("discquant.api.loading._device_there", lambda device: torch.device("cuda", 0))
     for mode in ("a15", "a8", "fp32"):
         with pytest.raises(
             ConfigError,

@@ -1,34 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python API: quantize a model in memory, a plain module, or load what was written."""
+"""The Python API: quantize a model in memory or a plain module, allocate bits, refine a file."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from discquant import _extension
+from discquant.allocation import Allocation
+from discquant.allocation import allocate as choose_grids
+from discquant.allocation.allocate import Codes
 from discquant.calibration import Windows, given_windows, load_windows
-from discquant.config import ComputeDtype, QuantizeConfig
+from discquant.config import ComputeDtype, DataConfig, GridConfig, QuantizeConfig, parse_grid
 from discquant.environment import compute_device
-from discquant.errors import ConfigError, MissingModelError, either
-from discquant.formats.checkpoint import check_finite, read_json, stated_quantization
+from discquant.errors import ConfigError
+from discquant.formats.checkpoint import check_finite
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.registry import quantized as quantized_format
-from discquant.formats.safetensors_format import SafetensorsFormat
-from discquant.formats.source import open_source
 from discquant.grids import Grid
-from discquant.ops.packed_linear import MODES, Mode, modes_on
 from discquant.run.checks import check_groups, check_ignore
-from discquant.run.directory import RunDirectory
-from discquant.run.served import load_run_model
 from discquant.run.summary import coded_layers
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
@@ -198,18 +194,71 @@ def quantize(
     with lent(model):
         chain = DecoderChain(model, config.ignore)
         check_groups(chain, config)
-        data = config.data
-        windows = (
-            load_windows(
-                data.dataset, tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed, model=model,
-                chat_template=data.chat_template, text_key=data.text_key,
-            )
-            if calibration is None
-            else given_windows(calibration, model)
-        )  # fmt: skip
+        windows = _windows(model, tokenizer, config, calibration)
         chain.verify(windows.input_ids[:1])
         rows = TokenRows(chain, windows.input_ids, windows.mask, config.solver.micro_batch)
         return _run(chain, rows, config, served, on_step)
+
+
+def allocate(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    average_bits: float,
+    choices: Sequence[str | GridConfig] = ("2", "3", "4", "5", "6", "8"),
+    config: QuantizeConfig | None = None,
+    codes: Codes = "rtn",
+    calibration: Windows | Tensor | None = None,
+) -> Allocation:
+    """Choose a grid for each linear layer of a causal language model, so that KL is least at a given size.
+
+    Put the result's `layers` into the configuration of `quantize`.
+
+    Args:
+        model: As of `quantize`.
+        tokenizer: As of `quantize`.
+        average_bits: Bits per weight at most, scales and zero points included, on average over the layers.
+        choices: Grids that a layer may get: `GridConfig`, or words as of the command (`3`, `q4_k`), which take from
+            `config.grid` what they do not say.
+        config: Text, what to leave alone, seed, GPTQ's damping; the rest is not used.
+        codes: Whose errors are measured: `rtn` or `gptq`, see `allocation.allocate`.
+        calibration: As of `quantize`; None loads `config.data`, 256 windows of 256 tokens by default.
+
+    Returns:
+        The allocation.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As `quantize`; also where no choices fit the size.
+    """
+    _served_dtype("allocate", "model", model, config)
+    config = config or QuantizeConfig(data=DataConfig(nsamples=256))
+    words = {}
+    for choice in choices:
+        grid = choice if isinstance(choice, GridConfig) else parse_grid(choice, config.grid)
+        words[str(choice) if isinstance(choice, str) else f"{grid.kind} {grid.bits}g{grid.group_size}"] = grid
+    check_ignore(model, config.ignore)
+    with lent(model):
+        chain = DecoderChain(model, config.ignore)
+        windows = _windows(model, tokenizer, config, calibration)
+        chain.verify(windows.input_ids[:1])
+        rows = TokenRows(chain, windows.input_ids, windows.mask, 1)
+        with Engine(device=chain.device).reproducible():
+            return choose_grids(
+                chain, rows, words, average_bits, codes=codes, damp=config.gptq_damp, seed=config.seed
+            )
+
+
+def _windows(
+    model: nn.Module, tokenizer: Any, config: QuantizeConfig, calibration: Windows | Tensor | None
+) -> Windows:
+    """Return the windows that were given, or those of the configuration."""
+    if calibration is not None:
+        return given_windows(calibration, model)
+    data = config.data
+    return load_windows(
+        data.dataset, tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed, model=model,
+        chat_template=data.chat_template, text_key=data.text_key,
+    )  # fmt: skip
 
 
 def quantize_module(
@@ -292,139 +341,3 @@ def refine(
 
     engine = Engine(device=compute_device(device))
     return RefinePipeline(quantized, out, original, config, engine=engine).execute()
-
-
-def load(
-    path: str | Path,
-    dtype: torch.dtype | None = None,
-    *,
-    mode: Mode | Literal["plain"] = "exact",
-    device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> nn.Module:
-    """Load an exported model, a run directory (its exported model, else its original with the codes), or an original.
-
-    Quantized layers of 3 and 4 bits stay packed in memory, where the compiled extension is there and the kernels cover
-    the grid (groups of 32, 64, a multiple of 128, or the row); all others become ordinary weights. So do those of MLX,
-    GGUF and ONNX: their own engines serve them, here they are decoded.
-
-    Args:
-        path: Folder, or a GGUF or ONNX file with config.json beside it.
-        dtype: Compute dtype; None keeps the checkpoint's, for GGUF and ONNX float32.
-        mode: "exact": logits are those of the rounded model, bit for bit. "auto": the fast kernels. On the CPU a matmul
-            then errs by at most the sum over its blocks of 2^-15 * largest activation * absolute weights, plus float32
-            rounding; on a GPU it is a float32 sum over weights in the compute dtype. "a15", "a8", "fp32": on the CPU,
-            see `packed_linear`. "plain": ordinary weights for all.
-        device: None is the CPU.
-        trust_remote_code: Allow a model that brings code of its own; that code then runs.
-        allow_pickle: Read .bin weights of an original with torch's restricted loader.
-
-    Returns:
-        A `transformers` model with the served weights.
-
-    Raises:
-        FileNotFoundError: No model there, or nothing says what the model in a file is.
-        ValueError: A damaged checkpoint, an unknown mode or one that the device has not, or a device that is not there.
-        RuntimeError: "a15", "a8" or "fp32" without the compiled extension.
-
-    Note:
-        Threads may call it at once. transformers sets the default dtype of the whole process while it builds a model.
-    """
-    if mode not in (*MODES, "plain"):
-        raise ConfigError(f"load: mode must be one of {either((*MODES, 'plain'))}, got {mode!r}")
-    target = None if device is None else _device_there(device)
-    known = (*modes_on(target or torch.device("cpu")), "plain")
-    if mode not in known:
-        raise ConfigError(
-            f"load: mode on {target} must be one of {either(known)}, got {mode!r} (for the CPU)"
-        )
-    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    model = _open_model(Path(path), dtype, mode, target, trust)
-    return model if target is None else model.to(target)
-
-
-def _device_there(device: torch.device | str) -> torch.device:
-    """The device that an argument means, once it is known to be there.
-
-    Raises:
-        ConfigError: torch knows no such device, has it not, or it holds no numbers (meta).
-    """
-    try:
-        found = torch.device(device)
-        if found.type == "cuda":
-            compute_device(str(found))
-        torch.empty(0, device=found)
-    except (AssertionError, ImportError, RuntimeError, TypeError) as cause:  # torch raises all of them
-        raise ConfigError(f"load: device must be one that torch has here, got {device!r}") from cause
-    if found.type == "meta":
-        raise ConfigError(f"load: device must hold numbers, got {device!r}")
-    return found
-
-
-def _open_model(
-    place: Path,
-    dtype: torch.dtype | None,
-    mode: Mode | Literal["plain"],
-    device: torch.device | None,
-    trust: Mapping[str, bool],
-) -> nn.Module:
-    from discquant.formats.load import load_quantized
-    from discquant.formats.load_packed import load_packed_model
-
-    own_code = trust["trust_remote_code"]
-    if RunDirectory.is_run(place):
-        exported = served_directory(place)
-        if exported is None:
-            return load_run_model(
-                place, dtype, trust_remote_code=own_code, allow_pickle=trust["allow_pickle"]
-            )
-        place = exported
-    chosen = quantized_format(place)
-    if chosen is None:
-        if not (place / "config.json").is_file():
-            raise MissingModelError(f"load: {place} is neither a model nor a run directory")
-        original: nn.Module = open_source(place, dtype=dtype, **trust).model
-        return original
-    if mode != "plain" and isinstance(chosen, SafetensorsFormat):
-        if mode not in ("auto", "exact"):
-            _extension.load()  # a kernel that is asked for by name is not left out without a word
-        packed: nn.Module | None = None
-        if _extension.available():
-            packed = load_packed_model(place, dtype, mode=mode, device=device, trust_remote_code=own_code)
-        if packed is not None:
-            return packed
-    loaded: nn.Module = load_quantized(place, dtype, original=original_of(place), trust_remote_code=own_code)
-    return loaded
-
-
-def served_directory(run: Path) -> Path | None:
-    """Return the exported model of a run that is run in this process, None where it wrote none of that kind.
-
-    MLX, GGUF and ONNX are not: their engines compute with other roundings than the solver's model has. MLX is where the
-    original is gone.
-
-    Raises:
-        ConfigError: `run` is no run directory.
-    """
-    if not RunDirectory.is_run(run):
-        raise ConfigError(f"{run} is no run directory")
-    found = RunDirectory(run)
-    folders = [run / name for name in found.formats()]
-    folders = [folder for folder in folders if (folder / "config.json").is_file()]
-    for folder in folders:
-        if stated_quantization(read_json(folder / "config.json")):
-            return folder
-    if Path(found.config()["source"]).exists() or found.config().get("quantized"):
-        return None
-    # Without the original the codes are no model: then rather what stands alone.
-    return next((folder for folder in folders if quantized_format(folder) is not None), None)
-
-
-def original_of(place: Path) -> Path | None:
-    """Return the original model of a folder or file in a run directory; None elsewhere, and where it is gone."""
-    for parent in place.absolute().parents[:2]:  # a file lies in the folder of its format
-        if RunDirectory.is_run(parent):
-            original = Path(RunDirectory(parent).config()["source"])
-            return original if original.is_dir() else None
-    return None
