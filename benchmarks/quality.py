@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from discquant import environment
+from discquant.allocation import allocate
 from discquant.calibration import load_windows
-from discquant.config import GridConfig, QuantizeConfig, SolverConfig, preset
+from discquant.config import GridConfig, GridRules, QuantizeConfig, SolverConfig, parse_grid, preset
 from discquant.formats import registry
 from discquant.formats.source import open_source
 from discquant.rotation import rotate
@@ -82,9 +83,11 @@ class Bench:
 
         return mean_kl(self.chain, weights, self.heldout.batches(range(len(self.heldout))))
 
-    def layerwise(self, grid: GridConfig, method: str, samples: int, damp: float = 0.1) -> dict[str, Any]:
-        """Measure RTN, GPTQ or greedy."""
-        grids = lay_grids(self.chain, grid)
+    def layerwise(
+        self, grid: GridConfig, method: str, samples: int, damp: float = 0.1, grids: Any = None
+    ) -> dict[str, Any]:
+        """Measure RTN, GPTQ or greedy, on `grids` where they are given."""
+        grids = lay_grids(self.chain, grid) if grids is None else grids
         batches = (
             self.calibration.batches(range(min(samples, len(self.calibration)))) if method != "rtn" else []
         )
@@ -201,6 +204,44 @@ def scales() -> None:
         )
 
 
+# Bits per weight, scales included, and what a layer may get; the first is the size of 3 bits everywhere, and so on.
+_ALLOCATED = (
+    (3.25, ("2", "3", "4")), (4.25, ("2", "3", "4", "5", "6", "8")), (3.25, ("2", "3", "4", "5", "6", "8")),
+    (2.75, ("2", "3", "4")), (3.75, ("3", "4")),
+)  # fmt: skip
+
+
+def allocation(iters: int) -> None:
+    """A width for each layer (`discquant allocate`) in groups of 64 of the bundled model: RTN, GPTQ and DiscQuant."""
+    bench, store = _tiny_llama(TINY), Store("allocation")
+    base, samples = GridConfig(4, 64, True, "search"), 256
+    mask = bench.calibration.mask
+    text = TokenRows(
+        bench.chain, bench.calibration.input_ids[:samples], None if mask is None else mask[:samples], 1
+    )
+    for average_bits, choices in _ALLOCATED:
+        name = f"{average_bits} bits of {','.join(choices)}"
+        if {f"{name}, {method}" for method in ("rtn", "gptq", "discquant")} <= {
+            row["key"] for row in store.rows
+        }:
+            continue
+        found = allocate(bench.chain, text, {word: parse_grid(word, base) for word in choices}, average_bits)
+        grids = lay_grids(bench.chain, GridRules(base, found.layers))
+        facts = {
+            "average_bits": average_bits, "choices": choices, "bits_per_weight": found.bits(),
+            "predicted_kl": found.damage(), "chosen": {unit.name: unit.chosen for unit in found.units},
+        }  # fmt: skip
+        for method, count in (("rtn", 0), ("gptq", samples)):
+            store.measure(
+                f"{name}, {method}",
+                lambda m=method, n=count, g=grids, f=facts: {**bench.layerwise(base, m, n, grids=g), **f},
+            )
+        solver = SolverConfig(iters=iters, warmup=max(1, iters // 8))
+        store.measure(
+            f"{name}, discquant", lambda s=solver, g=grids, f=facts: {**bench.solve(base, s, grids=g), **f}
+        )
+
+
 # Bits, group size, and the seeds of the rotations that are tried.
 _ROTATED = ((3, 64, (0, 1)), (3, -1, (0,)), (4, 64, (0,)))
 
@@ -311,10 +352,12 @@ def _kl_of_model(original: Bench, other: Bench) -> float:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("stories260k", "sweep", "scales", "rotation", "autoround"))
+    parser.add_argument(
+        "what", choices=("stories260k", "sweep", "scales", "allocation", "rotation", "autoround")
+    )
     parser.add_argument("--model", type=Path, help="folder of stories260k (shared test data)")
     parser.add_argument(
-        "--iters", type=int, default=256, help="DiscQuant steps of sweep, rotation and autoround"
+        "--iters", type=int, default=256, help="DiscQuant steps of sweep, allocation, rotation and autoround"
     )
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
@@ -323,7 +366,9 @@ def main() -> None:
     if arguments.what == "scales":
         scales()
         return
-    chosen = {"sweep": sweep, "rotation": rotation, "autoround": autoround}.get(arguments.what)
+    chosen = {"sweep": sweep, "allocation": allocation, "rotation": rotation, "autoround": autoround}.get(
+        arguments.what
+    )
     if chosen is not None:
         chosen(arguments.iters)
         return

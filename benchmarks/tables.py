@@ -249,6 +249,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "sweep": quality.sweep,
     "autoround": quality.autoround,
     "scales": quality.scales,
+    "allocation": quality.allocation,
     "rotation": quality.rotation,
     "stories260k": quality.stories,
     "training": quality.training,

@@ -139,6 +139,32 @@ def scales() -> str:
     return f"{table(header, body)}\n\n{note}"
 
 
+def allocation() -> str:
+    """A width for each layer, beside one for all of the same size."""
+    found = load(RESULTS / "allocation.json")
+    if found is None:
+        return MISSING
+    everywhere = _by_setting("tiny_llama_sweep")
+    by: dict[tuple[float, tuple[str, ...]], dict[str, Any]] = {}
+    for row in found["rows"]:
+        by.setdefault((row["average_bits"], tuple(row["choices"])), {})[row["method"]] = row
+    body = []
+    for (average_bits, choices), rows in sorted(by.items()):
+        same = {} if average_bits % 1 != 0.25 else everywhere.get((int(average_bits), 64), {})
+        cells = []
+        for method in ("rtn", "gptq", "discquant"):
+            own, other = rows.get(method), same.get(method)
+            ratio = "" if own is None or other is None else f" ({own['kl'] / other:.2f})"
+            cells.append("" if own is None else f"{own['kl']:.5f}{ratio}")
+        bits = next(iter(rows.values()))["bits_per_weight"]
+        body.append([f"{bits:.2f} bits per weight of {', '.join(choices)}", *cells])
+    note = (
+        "KL on the held-out text of the table above, groups of 64, scales counted in the bits; in brackets: of one "
+        f"width everywhere by the same method, in a file at least as large. {STEPS} steps."
+    )
+    return f"{table(['bundled model', 'RTN', 'GPTQ', '**DiscQuant**'], body)}\n\n{note}"
+
+
 def rotation() -> str:
     """The bundled model as it is and rotated."""
     found = load(RESULTS / "rotation.json")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from discquant.calibration import load_windows
-from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.config import DataConfig, GridConfig, LayerGrid, QuantizeConfig, SolverConfig
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
@@ -50,12 +50,19 @@ class Case:
         model: Key of MODELS.
         grid: The grid.
         ignore: Modules left alone, beside the head.
+        layers: Rules of `--layer-grid`.
     """
 
     name: str
     model: str
     grid: GridConfig
     ignore: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> tuple[LayerGrid, ...]:
+        """The rules as they are configured."""
+        return tuple(LayerGrid.parse(rule, self.grid) for rule in self.layers)
 
 
 # K-quants have blocks of 256 columns; the bundled model's down_proj has 640.
@@ -74,6 +81,10 @@ CASES = {
         Case("q4_1", "tiny_llama", GridConfig.of_kind("q4_1")),
         Case("q4_k", "tiny_llama", GridConfig.of_kind("q4_k"), NO_DOWN),
         Case("q3_k", "tiny_llama", GridConfig.of_kind("q3_k"), NO_DOWN),
+        # What `discquant allocate` makes of a model; widths that every tool of integers reads.
+        Case(
+            "mixed", "tiny_llama", GridConfig(4, 64), (), ("down_proj:3", "*.layers.1.*:8", "*.layers.2.*:3")
+        ),
         # Rows of 172 columns divide into no group of 32 or 64: whole rows, or that layer left alone.
         Case("stories_int3", "stories260k", GridConfig(3, -1)),
         Case("stories_int4", "stories260k", GridConfig(4, -1)),
@@ -153,6 +164,7 @@ class Workshop:
         model = MODELS[case.model]
         config = QuantizeConfig(
             grid=case.grid,
+            layers=case.rules,
             solver=SOLVER,
             data=DataConfig(DATASETS[case.model][0], CALIBRATION_WINDOWS, SEQLEN),
             format="none",

@@ -100,7 +100,7 @@ SHORT, LONG = "int8 activations, blocks of 32", "int8 activations, blocks of 256
 CONSUMERS = (
     *(
         Consumer("project", "consume_transformers", case, "compressed-tensors")
-        for case in ("int3", "int4", "int4_asym", "stories_int3", "stories_int4")
+        for case in ("int3", "int4", "int4_asym", "mixed", "stories_int3", "stories_int4")
     ),
     # Their modules compute in the dtype of the checkpoint.
     *(
@@ -110,13 +110,16 @@ CONSUMERS = (
     *(
         Consumer("gptqmodel", "consume_gptqmodel", case, format_name, HALF)
         for format_name in ("gptq", "gptq-v2")
-        for case in ("int3", "int4")
+        for case in ("int3", "int4", "mixed")
     ),
     Consumer("gptqmodel", "consume_gptqmodel", "int4_asym", "awq", HALF),
-    *(Consumer("autoround", "consume_autoround", case, "autoround", HALF) for case in ("int3", "int4")),
+    *(
+        Consumer("autoround", "consume_autoround", case, "autoround", HALF)
+        for case in ("int3", "int4", "mixed")
+    ),
     *(
         Consumer("project", "consume_gguf", case, "gguf", None)
-        for case in ("q4_0", "q4_1", "q4_k", "q3_k", "stories_q4_0")
+        for case in ("q4_0", "q4_1", "q4_k", "q3_k", "mixed", "stories_q4_0")
     ),
     _llama_cpp("q4_0", SHORT),
     _llama_cpp("q4_1", SHORT),
@@ -125,9 +128,12 @@ CONSUMERS = (
     _llama_cpp("stories_q4_0", SHORT),
     *(
         Consumer("mlx", "consume_mlx", case, "mlx", "float32, summed in sequence")
-        for case in ("int3", "int4")
+        for case in ("int3", "int4", "mixed")
     ),
-    *(Consumer("project", "consume_onnxruntime", case, "onnx") for case in ("int3", "int4", "int4_asym")),
+    *(
+        Consumer("project", "consume_onnxruntime", case, "onnx")
+        for case in ("int3", "int4", "int4_asym", "mixed")
+    ),
     *(
         Consumer("vllm", "consume_vllm", "int4", format_name, "bfloat16", logprobs=True, limit=1800)
         for format_name in ("compressed-tensors", "gptq", "autoround")
