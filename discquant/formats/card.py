@@ -19,6 +19,7 @@ from discquant.formats.checkpoint import read_json
 CARD, MANIFEST, PROOF = "README.md", "discquant_manifest.json", "discquant_proof.json"
 # What `discquant rotate` says of a model that it wrote; goes along with everything made from that.
 ROTATION = "discquant_rotation.json"
+FEW_RULES = 8  # grids of single layers that a card shows; a manifest has all
 # The hub takes every folder with a config.json for transformers unless its card names another library.
 LIBRARIES = {"mlx": "mlx", "gguf": "gguf", "onnx": "onnx"}
 _PROJECT = "[discquant](https://arxiv.org/abs/2501.06417)"
@@ -276,7 +277,9 @@ def _engines(manifest: Mapping[str, Any]) -> list[str]:
 
 def _recipe(manifest: Mapping[str, Any]) -> list[str]:
     recipe = manifest["recipe"]
-    seed = recipe.get("seed")
+    seed, rules = recipe.get("seed"), recipe.get("layers") or ()
+    if len(rules) > FEW_RULES:
+        recipe = {**recipe, "layers": f"{len(rules)} rules: {MANIFEST} has them"}
     text = json.dumps(recipe, indent=1, ensure_ascii=False)
     said = [] if seed is None else [f"Seed {seed}.", ""]
     return ["## Recipe", "", *said, "```json", text, "```", ""]

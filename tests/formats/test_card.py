@@ -188,3 +188,19 @@ def test_problems() -> None:
         "3 bits asymmetric: not known to be served by SGLang; symmetric is"
     ]
     assert json.dumps(found)
+
+
+def test_many_grids_of_single_layers_stay_in_the_manifest(exported: Path, tmp_path: Path) -> None:
+    """As `discquant allocate` makes them; a few are shown."""
+    folder = tmp_path / "out"
+    shutil.copytree(exported, folder)
+    path = folder / "discquant_manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for count, shown in ((8, True), (9, False)):
+        rules = [{"modules": f"layer.{number}", "grid": {"bits": 4}} for number in range(count)]
+        manifest["recipe"]["layers"] = rules
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+        write_card(folder, None, None)
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert ('"layer.7"' in text) == shown
+        assert ("9 rules: discquant_manifest.json has them" in text) != shown
