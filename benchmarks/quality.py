@@ -206,8 +206,7 @@ def scales() -> None:
 
 # Bits per weight, scales included, and what a layer may get; the first is the size of 3 bits everywhere, and so on.
 _ALLOCATED = (
-    (3.25, ("2", "3", "4")), (4.25, ("2", "3", "4", "5", "6", "8")), (3.25, ("2", "3", "4", "5", "6", "8")),
-    (2.75, ("2", "3", "4")), (3.75, ("3", "4")),
+    (3.25, ("2", "3", "4")), (4.25, ("2", "3", "4", "5", "6", "8")), (2.75, ("2", "3", "4")), (3.75, ("3", "4")),
 )  # fmt: skip
 
 

@@ -21,13 +21,14 @@ def consume(request, tokens):
         stored |= mx.load(str(shard))
     arrays = {}
     for name, _ in request["layers"]:
+        own = {**config, **config.get(name, {})}  # as mlx-lm: what a layer states counts before what all have
         weight = mx.dequantize(
             stored[f"{name}.weight"],
             # float32 parameters: the value of s * q + bias itself, without the rounding of a 16-bit product
             stored[f"{name}.scales"].astype(mx.float32),
             stored[f"{name}.biases"].astype(mx.float32),
-            group_size=config["group_size"],
-            bits=config["bits"],
+            group_size=own["group_size"],
+            bits=own["bits"],
         )
         arrays[f"weight/{name}"] = np.array(weight.astype(mx.float32))
     facts = {"versions": versions("mlx", "mlx-lm")}
