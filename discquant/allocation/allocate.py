@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +29,18 @@ from discquant.solver.weight_ref import WeightRef
 
 Codes = Literal["gptq", "rtn"]
 Allowed = Callable[[str, tuple[int, int], GridConfig], bool]
+
+
+class Measured(NamedTuple):
+    """What was measured of one layer.
+
+    Attributes:
+        bits: Of the whole weight, scales included, by choice; none where the layer may not have it.
+        products: <E, s> of every choice with every window (`damage.projections`), float64, [choices, windows].
+    """
+
+    bits: Mapping[str, int]
+    products: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,13 +103,18 @@ class Allocation:
         return {
             "bits_per_weight": self.bits(),
             "predicted_kl": self.damage(),
-            "everywhere": {
-                choice: {"bits_per_weight": self.bits(choice), "predicted_kl": self.damage(choice)}
-                for choice in self.grids
+            "choices": {
+                choice: {
+                    "grid": dataclasses.asdict(grid),
+                    "bits_per_weight": self.bits(choice),
+                    "predicted_kl": self.damage(choice),
+                }
+                for choice, grid in self.grids.items()
             },
             "units": [
                 {
                     "name": unit.name,
+                    "modules": list(unit.modules),
                     "weights": unit.weights,
                     "chosen": unit.chosen,
                     "bits_per_weight": dict(unit.bits),
@@ -105,6 +123,33 @@ class Allocation:
                 for unit in self.units
             ],
         }
+
+    @classmethod
+    def of_dict(cls, found: Mapping[str, Any]) -> Allocation:
+        """Undo `to_dict`."""
+        grids = {choice: GridConfig(**row["grid"]) for choice, row in found["choices"].items()}
+        units = tuple(
+            Unit(
+                row["name"], tuple(row["modules"]), row["weights"], row["bits_per_weight"], row["damage"],
+                row["chosen"],
+            )
+            for row in found["units"]
+        )  # fmt: skip
+        return cls(units, grids)
+
+    def at(self, average_bits: float) -> Allocation:
+        """Return the choice from the same figures at another size.
+
+        Raises:
+            ConfigError: Not even the narrowest choices fit it.
+        """
+        costs = {
+            unit.name: {c: Option(bits * unit.weights, unit.damage[c]) for c, bits in unit.bits.items()}
+            for unit in self.units
+        }
+        chosen = _within(costs, average_bits, sum(unit.weights for unit in self.units))
+        units = tuple(dataclasses.replace(unit, chosen=chosen[unit.name]) for unit in self.units)
+        return Allocation(units, self.grids)
 
 
 def allocate(
@@ -118,7 +163,8 @@ def allocate(
     seed: int = 0,
     allowed: Allowed | None = None,
     boundaries: Boundaries | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    known: Mapping[str, Measured] | None = None,
+    done: Callable[[int, Mapping[str, Measured]], None] | None = None,
 ) -> Allocation:
     """Measure what every choice costs every layer, and choose within a size.
 
@@ -136,7 +182,8 @@ def allocate(
         seed: Of the sampled labels.
         allowed: Says whether a layer (name, shape) may have a grid; None allows all.
         boundaries: Where activations between blocks are kept.
-        progress: Called with (blocks done, blocks).
+        known: What an earlier part of the same work has measured, by module name.
+        done: Called after each block with what was measured of it, the last block first.
 
     Raises:
         ConfigError: Not even the narrowest choices fit the size, a unit has no allowed one, or nothing is to be
@@ -152,16 +199,16 @@ def allocate(
         name: _allowed(name, [refs[m] for m in members], choices, allowed) for name, members in units.items()
     }
     names = list(choices)
-    bits: dict[str, dict[str, float]] = {name: {} for name in refs}
     # One row each, whatever the micro-batches of `rows`: a window's gradient is needed by itself.
     windows = TokenRows(chain, rows.input_ids, rows.mask, 1).batches(range(len(rows)))
     of = {member: unit for unit, members in units.items() for member in members}
+    measured, bits = dict(known or {}), {name: dict[str, int]() for name in refs}
 
     def errors(index: int, inputs: list[Tensor]) -> list[Tensor]:
         hessians = _hessians(chain, index, inputs, windows) if codes == "gptq" else {}
-        return [_errors(ref, hessians.get(ref.name)) for ref in chain.weights[index]]
+        return [of_weight(ref, hessians.get(ref.name)) for ref in chain.weights[index]]
 
-    def _errors(ref: WeightRef, hessian: Tensor | None) -> Tensor:
+    def of_weight(ref: WeightRef, hessian: Tensor | None) -> Tensor:
         matrix = ref.matrix()
         # In bfloat16: an error's own rounding is nothing beside it, and all choices of a block are held at once.
         found = torch.zeros(len(names), *matrix.shape, dtype=torch.bfloat16, device=matrix.device)
@@ -173,27 +220,24 @@ def allocate(
             found[place] = _error(matrix, grid.to(matrix.device), hessian, damp)
         return found
 
+    def keep(index: int, products: Mapping[str, Tensor]) -> None:
+        made = {name: Measured(bits[name], found) for name, found in products.items()}
+        measured.update(made)
+        if done is not None:
+            done(index, made)
+
     generator = label_generator(chain.device, seed + 31)
-    made = projections(chain, windows, errors, generator=generator, boundaries=boundaries, progress=progress)
+    projections(chain, windows, errors, generator=generator, boundaries=boundaries, known=measured, done=keep)
     tokens = rows.tokens(range(len(rows)), "kl")
-    measured: dict[str, dict[str, Option]] = {}
-    for unit, members in units.items():
-        together = torch.stack([made[name] for name in members]).sum(dim=0)
-        damages = (0.5 / tokens * together.square().sum(dim=1)).tolist()
-        damage = dict(zip(names, damages, strict=True))
-        measured[unit] = {
-            choice: Option(sum(bits[name][choice] for name in members), damage[choice])
-            for choice in options[unit]
-        }
-    total = sum(ref.matrix_size for ref in refs.values())
-    chosen = _within(measured, average_bits, total)
     found = []
     for unit, members in units.items():
         weights = sum(refs[name].matrix_size for name in members)
-        costs = {choice: option.cost / weights for choice, option in measured[unit].items()}
-        damage = {choice: option.damage for choice, option in measured[unit].items()}
-        found.append(Unit(unit, tuple(members), weights, costs, damage, chosen[unit]))
-    return Allocation(tuple(found), dict(choices))
+        together = torch.stack([measured[name].products for name in members]).sum(dim=0)
+        damage = dict(zip(names, (0.5 / tokens * together.square().sum(dim=1)).tolist(), strict=True))
+        per_weight = {c: sum(measured[name].bits[c] for name in members) / weights for c in options[unit]}
+        own = {choice: damage[choice] for choice in options[unit]}
+        found.append(Unit(unit, tuple(members), weights, per_weight, own, options[unit][0]))
+    return Allocation(tuple(found), dict(choices)).at(average_bits)
 
 
 def _allowed(
@@ -216,20 +260,20 @@ def _allowed(
     return found
 
 
-def _within(measured: Mapping[str, Mapping[str, Option]], average_bits: float, total: int) -> dict[str, str]:
+def _within(costs: Mapping[str, Mapping[str, Option]], average_bits: float, total: int) -> dict[str, str]:
     """Choose for each unit.
 
     Raises:
         ConfigError: Not even the narrowest fit.
     """
-    least = sum(min(option.cost for option in options.values()) for options in measured.values())
+    least = sum(min(option.cost for option in options.values()) for options in costs.values())
     if least > average_bits * total:
         raise ConfigError(
             f"allocate: the narrowest choices take {least / total:.3f} bits per weight, scales included, and "
             f"{average_bits:g} were asked for"
         )
-    numbers = choose([list(options.values()) for options in measured.values()], average_bits * total)
-    return {unit: list(measured[unit])[number] for unit, number in zip(measured, numbers, strict=True)}
+    numbers = choose([list(options.values()) for options in costs.values()], average_bits * total)
+    return {unit: list(costs[unit])[number] for unit, number in zip(costs, numbers, strict=True)}
 
 
 def _hessians(

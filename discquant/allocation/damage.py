@@ -11,7 +11,7 @@ inputs are large, as before `down_proj`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ def projections(
     *,
     generator: torch.Generator,
     boundaries: Boundaries | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    known: Collection[str] = (),
+    done: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
     """Return <E, s_window> of every candidate error of every weight.
 
@@ -42,7 +43,9 @@ def projections(
         errors: Called once per block, the last first, while the block's weights are in memory.
         generator: Draws the labels; on the chain's device.
         boundaries: Where block inputs are kept meanwhile.
-        progress: Called with (blocks done, blocks).
+        known: Names of weights whose products are there already; of a block of those nothing is computed but the
+            gradient that passes it.
+        done: Called with each block and its products.
 
     Returns:
         float64, [candidates, windows], on the CPU, by module name; zero where no token of a window came (an expert).
@@ -61,34 +64,46 @@ def projections(
     grads = [sampled_gradient(chain, w, h, generator) for w, h in zip(windows, hidden, strict=True)]
     del hidden
     found: dict[str, Tensor] = {}
-    blocks = range(chain.first, len(chain.blocks))
-    for index in reversed(blocks):
+    for index in reversed(range(chain.first, len(chain.blocks))):
         inputs, refs = boundaries.pop(), chain.weights[index]
+        if all(ref.name in known for ref in refs):
+            refs = []
         with chain.opened(index):
-            candidates = errors(index, inputs)
-            sums = [torch.zeros(len(e), len(windows), dtype=torch.float64) for e in candidates]
-            own = {name: weight.requires_grad_() for name, weight in _weights(refs).items()}
+            candidates = errors(index, inputs) if refs else []
+            products = [torch.zeros(len(e), len(windows), dtype=torch.float64) for e in candidates]
+            own = _weights(refs)
             for place, window in enumerate(windows):
-                leaf = inputs[place].detach()
-                targets = list(own.values())
-                if leaf.is_floating_point():
-                    targets.append(leaf.requires_grad_())
-                with torch.enable_grad():
-                    output = chain.run_block(index, leaf, window.calls[index], own)
-                made = list(torch.autograd.grad(output, targets, grads[place], allow_unused=True))
-                if leaf.is_floating_point():
-                    below = made.pop()
-                    grads[place] = torch.zeros_like(leaf) if below is None else below
-                values = {
-                    name: torch.zeros_like(leaf_) if grad is None else grad
-                    for (name, leaf_), grad in zip(own.items(), made, strict=True)
-                }
-                for total, error, grad in zip(sums, candidates, take_matrices(refs, values), strict=True):
-                    total[:, place] = _products(error, grad)
-        found |= {ref.name: total for ref, total in zip(refs, sums, strict=True)}
-        if progress is not None:
-            progress(len(blocks) - (index - chain.first), len(blocks))
+                values, below = _gradients(chain, index, inputs[place], window, own, grads[place])
+                if below is not None:
+                    grads[place] = below
+                for product, error, grad in zip(
+                    products, candidates, take_matrices(refs, values), strict=True
+                ):
+                    product[:, place] = _products(error, grad)
+        of_block = {ref.name: product for ref, product in zip(refs, products, strict=True)}
+        found |= of_block
+        if done is not None:
+            done(index, of_block)
     return found
+
+
+def _gradients(
+    chain: Chain, index: int, hidden: Tensor, window: Prepared, own: Mapping[str, Tensor], pull: Tensor
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return the gradients of a block's weights, and by its input; None by the first one's, which nothing needs."""
+    leaves = {name: weight.detach().requires_grad_() for name, weight in own.items()}
+    hidden = hidden.detach().requires_grad_(index > chain.first)
+    targets = [*leaves.values(), *([hidden] if index > chain.first else [])]
+    if not targets:
+        return {}, None
+    with torch.enable_grad():
+        output = chain.run_block(index, hidden, window.calls[index], leaves)
+    made = torch.autograd.grad(output, targets, pull, allow_unused=True)
+    # A weight may be unused: an expert that no token of the window chose.
+    filled = [
+        torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(targets, made, strict=True)
+    ]
+    return dict(zip(leaves, filled, strict=False)), filled[-1] if index > chain.first else None
 
 
 def _weights(refs: Sequence[WeightRef]) -> dict[str, Tensor]:

@@ -29,6 +29,12 @@ def allocate(
             help="What a layer may get, comma separated: widths, kinds of a format (q3_k), width and group size (4g32)."
         ),
     ] = "2,3,4,5,6,8",
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help="An earlier OUT: choose from its figures at another size. No model is read; no other option counts."
+        ),
+    ] = None,
     group_size: options.GroupSize = 64,
     sym: options.Sym = True,
     grid: options.GridRule = "search",
@@ -63,9 +69,12 @@ def allocate(
     """
     from discquant.environment import compute_device
     from discquant.progress import ProgressBar
-    from discquant.run.allocate import allocate_model
+    from discquant.run.allocate import allocate_model, choose_again
     from discquant.solver.engine import Engine
 
+    if measured is not None:
+        _print(choose_again(measured, out, average_bits), out)
+        return
     base = options.grid_options("uniform", 4, group_size, sym, grid)
     given = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
     config = QuantizeConfig(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from discquant.allocation import Allocation, allocate
-from discquant.allocation.allocate import Codes
+from discquant.allocation.allocate import Codes, Measured
 from discquant.calibration.load import check_named, load_windows
 from discquant.config import GridConfig, LayerGrid, QuantizeConfig
 from discquant.environment import versions
@@ -22,8 +22,9 @@ from discquant.formats import registry
 from discquant.formats.lazy import settle
 from discquant.formats.source import open_source
 from discquant.planning.shape import stored_dtype
-from discquant.run.checks import check_ignore, check_text, holds
+from discquant.run.checks import check_ignore, check_text, holds, run_identity
 from discquant.run.directory import write_atomic
+from discquant.run.measured import Unfinished
 from discquant.run.planned import place_run
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import DecoderChain
@@ -47,7 +48,7 @@ def allocate_model(
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Allocation:
-    """Choose a grid for each layer of a model, and write the choice.
+    """Choose a grid for each layer of a model, and write the choice; killed at any moment, the same call continues.
 
     Args:
         model: Folder of the original, or a hub name.
@@ -88,13 +89,30 @@ def allocate_model(
     check_text(source, config.data)
     settle(source.model, engine.device, stream=engine.streamed and engine.device.type == "cuda")
     chain, data = DecoderChain(source.model, config.ignore), config.data
-    windows = load_windows(
+    identity = {
+        **run_identity(source, config, engine.device),
+        "choices": {word: dataclasses.asdict(grid) for word, grid in choices.items()},
+        "codes": codes,
+    }
+    unfinished = Unfinished(out, identity)
+    windows = unfinished.windows or load_windows(
         data.dataset, source.tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed,
         model=source.model, chat_template=data.chat_template, text_key=data.text_key,
     )  # fmt: skip
     if len(windows) < data.nsamples:
         say(f"note: {data.dataset} gives {len(windows)} of the {data.nsamples} windows asked for")
     chain.verify(windows.input_ids[:1])
+    if unfinished.measured:
+        say(f"note: {len(unfinished.measured)} layers were measured before; the others follow")
+    unfinished.keep(windows, {})
+    blocks = len(chain.blocks) - chain.first
+
+    def done(index: int, made: Mapping[str, Measured]) -> None:
+        if made:
+            unfinished.keep(windows, made)
+        if progress is not None:
+            progress(blocks - (index - chain.first), blocks)
+
     stored = stored_dtype(source.model.config)
 
     def allowed(name: str, shape: tuple[int, int], grid: GridConfig) -> bool:
@@ -114,27 +132,49 @@ def allocate_model(
                     seed=config.seed,
                     allowed=allowed,
                     boundaries=boundaries,
-                    progress=progress,
+                    known=unfinished.measured,
+                    done=done,
                 )
         finally:
             boundaries.close()
-    facts = {
-        MARKER: 1,
-        "model": Path(str(model)).name,
-        "average_bits": average_bits,
-        "codes": codes,
-        "text": {
-            "source": windows.source,
-            "windows": len(windows),
-            "tokens": windows.tokens,
-            "digest": windows.digest,
-        },
-        "seed": config.seed,
-        "versions": versions(),
+    text = {
+        "source": windows.source,
+        "windows": len(windows),
+        "tokens": windows.tokens,
+        "digest": windows.digest,
     }
-    rules = [dataclasses.asdict(rule) for rule in found.layers]
-    write_atomic(out, json.dumps({**facts, **found.to_dict(), "layers": rules}, indent=1) + "\n")
+    facts = {
+        MARKER: 1, "model": Path(str(model)).name, "codes": codes, "text": text, "seed": config.seed,
+        "versions": versions(),
+    }  # fmt: skip
+    _write(out, found, average_bits, facts)
+    unfinished.remove()
     return found
+
+
+def choose_again(measured: Path, out: Path, average_bits: float) -> Allocation:
+    """Choose at another size from the figures of a file of `allocate_model`, and write that; no model is read.
+
+    Raises:
+        UserError: Bad input.
+    """
+    _check_out(out)
+    before = _read(measured)
+    try:
+        found = Allocation.of_dict(before).at(average_bits)
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise CheckpointError(f"{measured}: its figures cannot be read: {cause}") from cause
+    own = (*found.to_dict(), "average_bits", "layers")
+    _write(out, found, average_bits, {key: value for key, value in before.items() if key not in own})
+    return found
+
+
+def _write(out: Path, found: Allocation, average_bits: float, facts: Mapping[str, Any]) -> None:
+    rules = [dataclasses.asdict(rule) for rule in found.layers]
+    whole = {**facts, "average_bits": average_bits, **found.to_dict(), "layers": rules}
+    write_atomic(out, json.dumps(whole, indent=1) + "\n")
 
 
 def _check_out(out: Path) -> None:
@@ -156,6 +196,20 @@ def read_layers(path: Path) -> tuple[LayerGrid, ...]:
         MissingModelError: There is none.
         CheckpointError: It holds something else.
     """
+    found = _read(path)
+    try:
+        return tuple(LayerGrid(rule["modules"], GridConfig(**rule["grid"])) for rule in found["layers"])
+    except (KeyError, TypeError, ValueError) as cause:
+        raise CheckpointError(f"{path}: its layers cannot be read: {cause}") from cause
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file of `allocate_model`.
+
+    Raises:
+        MissingModelError: There is none.
+        CheckpointError: It holds something else.
+    """
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
@@ -164,7 +218,4 @@ def read_layers(path: Path) -> tuple[LayerGrid, ...]:
         raise CheckpointError(f"{path} is no JSON: {cause}") from cause
     if not isinstance(found, dict) or found.get(MARKER) != 1:
         raise CheckpointError(f"{path} is no file of `discquant allocate` (it has no {MARKER} = 1)")
-    try:
-        return tuple(LayerGrid(rule["modules"], GridConfig(**rule["grid"])) for rule in found["layers"])
-    except (KeyError, TypeError, ValueError) as cause:
-        raise CheckpointError(f"{path}: its layers cannot be read: {cause}") from cause
+    return found

@@ -15,8 +15,8 @@ import torch
 from discquant.allocation import allocate
 from discquant.allocation.units import unit_of, units_of
 from discquant.config import DataConfig, GridConfig, LayerGrid, QuantizeConfig
-from discquant.errors import CheckpointError, ConfigError, MissingModelError, OutputExistsError
-from discquant.run.allocate import allocate_model, read_layers
+from discquant.errors import CheckpointError, ConfigError, MissingModelError, OutputExistsError, ResumeError
+from discquant.run.allocate import allocate_model, choose_again, read_layers
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.rows import TokenRows
@@ -216,3 +216,53 @@ def test_the_file_is_what_quantize_takes(folder: Path, tmp_path: Path) -> None:
         facts = {row.name: row.num_bits for row in registry.find(out / name).describe(out / name).layers}
         assert facts == {name: grid.bits for name, grid in rules.items()} and len(set(facts.values())) > 1
     shutil.rmtree(out)
+
+
+def test_killed_between_two_blocks_it_goes_on(folder: Path, tmp_path: Path) -> None:
+    """To the same file, with the blocks measured before taken as they are; other work is refused there."""
+    whole, out = tmp_path / "whole.json", tmp_path / "grids.json"
+    allocate_model(folder / "model", whole, config_of(folder), CHOICES, 3.75)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        allocate_model(folder / "model", out, config_of(folder), CHOICES, 3.75, progress=stop)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["grids.json.unfinished", "whole.json"]
+    other = {word: grid for word, grid in CHOICES.items() if word != "8"}
+    with pytest.raises(ResumeError, match=r"grids\.json\.unfinished is of another model, text or choice"):
+        allocate_model(folder / "model", out, config_of(folder), other, 3.75)
+    said: list[str] = []
+    seen: list[tuple[int, int]] = []
+    allocate_model(
+        folder / "model", out, config_of(folder), CHOICES, 3.75, say=said.append,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert said == ["note: 7 layers were measured before; the others follow"] and seen == [(1, 2), (2, 2)]
+    assert out.read_bytes() == whole.read_bytes() and not (tmp_path / "grids.json.unfinished").exists()
+    damaged = tmp_path / "x.json.unfinished"
+    damaged.write_bytes(b"no safetensors")
+    with pytest.raises(CheckpointError):
+        allocate_model(folder / "model", tmp_path / "x.json", config_of(folder), CHOICES, 3.75)
+
+
+def test_another_size_from_the_same_figures(folder: Path, tmp_path: Path) -> None:
+    """Is what measuring again gives; no model is read."""
+    from typer.testing import CliRunner
+
+    from discquant.cli import app
+
+    first, direct, again = (tmp_path / f"{name}.json" for name in ("first", "direct", "again"))
+    allocate_model(folder / "model", first, config_of(folder), CHOICES, 3.75, codes="rtn")
+    allocate_model(folder / "model", direct, config_of(folder), CHOICES, 5.5, codes="rtn")
+    line = ["allocate", "nowhere", str(again), "--average-bits", "5.5", "--measured", str(first)]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 0, done.output
+    assert again.read_bytes() == direct.read_bytes() != first.read_bytes()
+    with pytest.raises(ConfigError, match="narrowest"):
+        choose_again(first, tmp_path / "x.json", 2)
+    for broken in ('{"discquant_allocation": 1}', '{"discquant_allocation": 1, "choices": [], "units": []}'):
+        (tmp_path / "broken.json").write_text(broken)
+        with pytest.raises(CheckpointError, match="figures cannot be read"):
+            choose_again(tmp_path / "broken.json", tmp_path / "x.json", 4)
