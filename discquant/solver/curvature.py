@@ -2,8 +2,10 @@
 """Kronecker-factored curvature of the KL at the original weights, gathered from the model's own samples.
 
 Near the original weight W, KL(W + E) is about 1/2 <E, F E> with the Fisher matrix F. For one layer y = W x, whose
-output receives the log-likelihood gradient g of a sampled text, F is about E[g g^T] (x) E[x x^T]: the gradient
-of the quadratic, G E H (`kronecker`), is known without the noise of a step's few tokens.
+output receives the log-likelihood gradient g of a sampled text, F is about E[g g^T] (x) E[|g|^2 x x^T] / E|g|^2: the
+gradient of the quadratic, G E H (`kronecker`), is known without the noise of a step's few tokens. A token counts in
+E[x x^T] by the energy of its gradient: inputs and gradients are not independent (before `down_proj` inputs are largest
+where gradients are small), and so the product has the trace of E[g g^T (x) x x^T].
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ from discquant.ops.reference.linear_kl import cap_logits
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.calls import See, on_call
 from discquant.solver.chain import Chain, Prepared
-from discquant.solver.counted import counted_rows
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.kronecker import gram
-from discquant.solver.losses import counted_tokens, head_chunk, positions_per_item
+from discquant.solver.losses import head_chunk, positions_per_item
 from discquant.solver.weight_ref import WeightRef
 
 
 class Factors(NamedTuple):
-    """H = sum x x^T and G = sum g g^T of one weight, as the diagonal blocks that are kept.
+    """A = sum |g|^2 x x^T and G = sum g g^T of one weight, as the diagonal blocks that are kept; H = A / trace(G).
+
+    Sums, so that those of several calls add up; the trace of G is sum |g|^2.
 
     Floating, [blocks, width, width]; the last block is padded with zeros where the width does not divide.
     """
@@ -99,13 +102,11 @@ def sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: t
 
 
 class _Watch:
-    """Hooks of one block's linear layers: inputs forward, output gradients backward."""
+    """Hooks of one block's linear layers, which bring inputs and output gradients together."""
 
     def __init__(self, chain: Chain, refs: Sequence[WeightRef], width: int) -> None:
-        self.mask: Tensor | None = None
         self.width = width
-        self._sums: dict[str, list[Tensor | None]] = {}
-        self._rows: dict[str, int] = {}
+        self._sums: dict[str, Factors] = {}
         self._handles = []
         for ref in refs:
             module = None if ref.part is not None else chain.model.get_submodule(ref.name)
@@ -113,35 +114,28 @@ class _Watch:
                 self._handles.append(on_call(chain.model, ref.name, self._hook(ref.name)))
 
     def _hook(self, name: str) -> See:
-        sums = self._sums.setdefault(name, [None, None])
-
-        def add(place: int, rows: Tensor) -> None:
-            product = gram(_wide(rows.detach()), self.width)
-            before = sums[place]
-            sums[place] = product if before is None else before + product
-
         def see(x: Tensor, output: Tensor) -> None:
-            rows = counted_rows(x, self.mask)
-            self._rows[name] = self._rows.get(name, 0) + rows.shape[0]
-            add(0, rows)
-            output.register_hook(lambda grad: add(1, grad.flatten(0, -2)))
+            rows = x.detach().flatten(0, -2)
+            output.register_hook(lambda grad: self._add(name, rows, grad.detach().flatten(0, -2)))
 
         return see
 
-    def take(self, counted: int, total: int) -> dict[str, Factors]:
-        """Stop watching; return the factors of the layers that saw both, averaged over what the loss counts.
+    def _add(self, name: str, inputs: Tensor, grads: Tensor) -> None:
+        grads = _wide(grads)
+        energy = grads.square().sum(dim=1)
+        weighted = _wide(inputs) * energy.sqrt().unsqueeze(1)
+        made = Factors(gram(weighted, self.width), gram(grads, self.width))
+        before = self._sums.get(name)
+        self._sums[name] = (
+            made if before is None else Factors(*(a + b for a, b in zip(before, made, strict=True)))
+        )
 
-        Args:
-            counted: Positions that counted in the loss while this watched; a layer may see more rows than that (the
-                patches of an image that counts once).
-            total: Counted positions of all calls together.
-        """
+    def take(self, total: int) -> dict[str, Factors]:
+        """Stop watching; return the factors of the layers that were reached, divided by `total`."""
         for handle in self._handles:
             handle.remove()
         return {
-            name: Factors(inputs * (counted / self._rows[name] / total), outputs * (1 / total))
-            for name, (inputs, outputs) in self._sums.items()
-            if inputs is not None and outputs is not None
+            name: Factors(*(factor * (1 / total) for factor in found)) for name, found in self._sums.items()
         }
 
 
@@ -183,9 +177,9 @@ def kronecker_factors(
 ) -> None:
     """Gather the factors of every linear layer on some micro-batches, block by block from the last.
 
-    H = mean of x x^T over the rows that a layer sees, G = mean of g g^T summed over the rows of a counted position,
-    g = d(-log p(sampled label)) / dy; over several calls both add up, each weighted by its share of `total`. A module
-    with logits [items, T, classes], whose loss is the mean over an item's T labels, has 1/T of that G.
+    A = sum of |g|^2 x x^T and G = sum of g g^T over the rows that a layer sees, g = d(-log p(sampled label)) / dy, both
+    divided by `total`; over several calls they add up. A module with logits [items, T, classes], whose loss is the mean
+    over an item's T labels, has 1/T of them.
 
     Args:
         chain: The model.
@@ -206,7 +200,6 @@ def kronecker_factors(
     boundaries = boundaries or Boundaries()
     boundaries.clear()
     hidden = [batch.hidden for batch in batches]
-    has_head = chain.head is not None
 
     def weights_of(index: int) -> Any:
         return None if teacher is None else teacher(index)
@@ -225,17 +218,15 @@ def kronecker_factors(
             ]
     grads = [sampled_gradient(chain, batch, h, generator) for batch, h in zip(batches, hidden, strict=True)]
     del hidden
-    counted = sum(counted_tokens(batch, "kl", has_head) for batch in batches)
     for index in reversed(range(chain.first, len(chain.blocks))):
         watch = _Watch(chain, chain.weights[index], width)
         inputs, weights = boundaries.pop(), weights_of(index)
         try:
             with opened(index, weights):
                 for position, batch in enumerate(batches):
-                    watch.mask = batch.mask if has_head else None
                     found = _gradients(chain, index, inputs[position], batch, weights, grads[position])
                     if found is not None:
                         grads[position] = found
         finally:
-            factors = watch.take(counted, total)
+            factors = watch.take(total)
         on_block(index, factors)

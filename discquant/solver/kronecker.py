@@ -46,6 +46,14 @@ def unpack_triangles(packed: Tensor) -> Tensor:
     return packed.index_select(1, _mirror(width, packed.device)).view(-1, width, width)
 
 
+def triangle_trace(packed: Tensor) -> Tensor:
+    """Return the trace of the factor that `pack_triangles` gave, in float32 or wider; no dimensions."""
+    width = (math.isqrt(8 * packed.shape[1] + 1) - 1) // 2
+    place = torch.arange(width, device=packed.device)
+    diagonal = packed.index_select(1, place * (place + 3) // 2)
+    return diagonal.to(torch.promote_types(packed.dtype, torch.float32)).sum()
+
+
 @functools.lru_cache
 def _mirror(width: int, device: torch.device) -> Tensor:
     """Place of each entry of a symmetric block in its packed lower triangle, int64, [width * width]."""

@@ -17,7 +17,7 @@ from discquant.solver.chain import Chain
 from discquant.solver.codes import NearestCodes, StateCodes, StateGrids
 from discquant.solver.curvature import Factors, kronecker_factors, label_generator, rows_at_once
 from discquant.solver.engine import Engine
-from discquant.solver.kronecker import pack_triangles
+from discquant.solver.kronecker import pack_triangles, triangle_trace
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.measure import mean_kl, served_weights
 from discquant.solver.rows import TokenRows, row_order
@@ -279,6 +279,13 @@ class Solve:
                 teacher=self.solver.teacher,
                 boundaries=self.solver.boundaries,
             )
+        for index in range(len(placement)):
+            for state in placement.home(index).states:
+                if state.curvature_in is not None and state.curvature_out is not None:
+                    energy = triangle_trace(state.curvature_out)
+                    state.curvature_in /= torch.where(
+                        energy == 0, 1.0, energy
+                    )  # of no gradient both are zero
         placement.changed_at_home()
 
     def _set_gain(self, grids: Mapping[str, Grid]) -> None:

@@ -21,6 +21,7 @@ from discquant.solver.kronecker import (
     products_at_once,
     times,
     triangle_shape,
+    triangle_trace,
     unpack_triangles,
 )
 from discquant.solver.measure import mean_kl
@@ -141,9 +142,11 @@ def whole_model_factors(
         outputs = {name: values[1] for name, values in seen.items()}
         grads = torch.autograd.grad((losses * mask.flatten()).sum(), list(outputs.values()))
         for (name, _), grad in zip(outputs.items(), grads, strict=True):
-            x, g = seen[name][0][mask], grad.flatten(0, 1)
+            x, g = seen[name][0].flatten(0, 1), grad.flatten(0, 1)
             before = found.get(name, (torch.zeros(()), torch.zeros(())))
-            found[name] = (before[0] + x.T @ x, before[1] + g.T @ g)
+            energy = g.square().sum(dim=1, keepdim=True)
+            assert not energy[~mask.flatten()].any()
+            found[name] = (before[0] + x.T @ (energy * x), before[1] + g.T @ g)
     for handle in handles:
         handle.remove()
     return found
@@ -256,7 +259,7 @@ def test_a_module_without_head_has_factors_of_its_linear_layers(token_ids: torch
 
 
 def test_a_shared_layer_counts_its_rows_once() -> None:
-    """A layer that sees R rows for each item of the loss: E = sum over the R rows of E[x x^T] (x) E[g g^T], not R^2."""
+    """A layer that sees R rows for each item of the loss: the sum over the R rows of x x^T (x) g g^T, not R^2."""
     torch.manual_seed(1)
     rows_per_item = 5
 
@@ -277,13 +280,19 @@ def test_a_shared_layer_counts_its_rows_once() -> None:
         chain, [batch], lambda index, factors: found.update(factors), total=64, width=16,
         generator=torch.Generator().manual_seed(2),
     )  # fmt: skip
-    x = inputs.flatten(0, 1)
-    torch.testing.assert_close(found["layer"].inputs[0], x.T @ x / len(x))
     # Every row of an item gets the gradient of the item's logits.
     probability = torch.softmax(model(inputs), dim=-1).detach()
     label = torch.multinomial(probability, 1, generator=torch.Generator().manual_seed(2))
     g = probability - torch.nn.functional.one_hot(label.flatten(), 4)
     torch.testing.assert_close(found["layer"].outputs[0], rows_per_item * g.T @ g / 64)
+    x, energy = inputs.flatten(0, 1), g.square().sum(dim=1).repeat_interleave(rows_per_item)
+    torch.testing.assert_close(found["layer"].inputs[0], x.T @ (energy[:, None] * x) / 64)
+
+
+def quadratic(error: torch.Tensor, factors: Factors) -> float:
+    """1/2 <E, G E A> / trace(G)."""
+    trace = torch.diagonal(factors.outputs, dim1=1, dim2=2).sum()
+    return 0.5 * float((error * curvature_gradient(error, *factors)).sum() / trace)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3)])
@@ -299,9 +308,48 @@ def test_the_quadratic_is_the_measured_kl(shape: tuple[int, ...]) -> None:
         generator=torch.Generator().manual_seed(2),
     )  # fmt: skip
     error = 1e-2 * torch.randn(12, 16, dtype=torch.float64)
-    quadratic = 0.5 * float((error * curvature_gradient(error, *found["0"])).sum())
     kl = mean_kl(chain, lambda index: {"0.weight": model[0].weight.detach() + error}, [batch])
-    assert 0.85 < quadratic / kl < 1.15
+    assert 0.85 < quadratic(error, found["0"]) / kl < 1.15
+
+
+def test_inputs_count_by_the_energy_of_their_gradients() -> None:
+    """Where the largest inputs have the smallest gradients: the KL, and not many times it."""
+
+    class Gated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(16, 12, bias=False).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) / x.square().mean(dim=-1, keepdim=True)
+
+    torch.manual_seed(3)
+    model = Gated()
+    chain = ModuleChain(model)
+    inputs = (
+        torch.randn(3000, 16, dtype=torch.float64) * torch.logspace(0, 1, 3000, dtype=torch.float64)[:, None]
+    )
+    batch = chain.prepare(inputs)
+    found: dict[str, Factors] = {}
+    kronecker_factors(
+        chain, [batch], lambda index, factors: found.update(factors), total=3000, width=16,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    factors = found["layer"]
+    error = 1e-2 * torch.randn(12, 16, dtype=torch.float64)
+    kl = mean_kl(chain, lambda index: {"layer.weight": model.layer.weight.detach() + error}, [batch])
+    assert 0.8 < quadratic(error, factors) / kl < 1.25
+    plain = Factors(inputs.T @ inputs / 3000 * torch.diagonal(factors.outputs[0]).sum(), factors.outputs[0])
+    assert quadratic(error, Factors(plain.inputs[None], plain.outputs[None])) / kl > 5
+
+
+def test_the_trace_of_packed_triangles() -> None:
+    for size, width in ((12, 4), (13, 5), (1, 8), (130, 64)):
+        blocks = gram(torch.randn(9, size), width)
+        expected = torch.diagonal(blocks, dim1=1, dim2=2).sum()
+        torch.testing.assert_close(triangle_trace(pack_triangles(blocks)), expected)
+        narrow = triangle_trace(pack_triangles(blocks).bfloat16())
+        assert narrow.dtype == torch.float32 and abs(float(narrow / expected) - 1) < 0.01
 
 
 def test_a_module_of_token_ids_has_factors(token_ids: torch.Tensor) -> None:
