@@ -19,7 +19,9 @@ def test_choices_are_words() -> None:
     assert [either(names) for names in (("a",), ("a", "b"), (2, 3, 4))] == ["a", "a or b", "2, 3 or 4"]
     with pytest.raises(ValueError, match="grid must be one of absmax or search, got 'none'"):
         GridConfig(grid="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="method must be one of rtn, greedy, gptq or discquant, got 'awq'"):
+    with pytest.raises(
+        ValueError, match="method must be one of rtn, greedy, gptq, guided or discquant, got 'awq'"
+    ):
         QuantizeConfig(method="awq")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="state must be one of fp32, bf16 or u8"):
         SolverConfig(state="fp8")  # type: ignore[arg-type]

@@ -21,9 +21,9 @@ from discquant.grids import Grid
 from discquant.rounding import gptq
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
-from discquant.solver.curvature import label_generator
 from discquant.solver.layerwise import watch_inputs
 from discquant.solver.rows import TokenRows
+from discquant.solver.sampled import label_generator
 from discquant.solver.solve import lay_grid
 from discquant.solver.weight_ref import WeightRef
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
-from discquant.solver.curvature import sampled_gradient
+from discquant.solver.sampled import sampled_gradient
 from discquant.solver.weight_ref import LAZY, WeightRef, assemble, take_matrices
 
 # (block, its inputs per window) -> candidate errors of each of its weights, [candidates, out_features, in_features].

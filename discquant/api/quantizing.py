@@ -27,6 +27,7 @@ from discquant.grids import Grid
 from discquant.run.checks import check_groups, check_ignore
 from discquant.run.summary import coded_layers
 from discquant.solver.chain import Chain, DecoderChain
+from discquant.solver.energies import energies_of
 from discquant.solver.engine import Engine
 from discquant.solver.layers import full_precision
 from discquant.solver.layerwise import layerwise_codes
@@ -138,8 +139,17 @@ def _run(
     if config.method != "discquant":
         batches = rows.batches(range(min(config.gptq_samples, len(rows))))
         unreached: set[str] = set()
+        with engine.reproducible():
+            energies = energies_of(chain, batches, config) if config.method == "guided" else None
         codes = layerwise_codes(
-            chain, grids, batches, config.method, damp=config.gptq_damp, served=served, unreached=unreached
+            chain,
+            grids,
+            batches,
+            config.method,
+            damp=config.gptq_damp,
+            served=served,
+            unreached=unreached,
+            energies=energies,
         )
         unseen = unseen_experts(chain, batches) | unreached
         # Held, not computed when asked for: `apply` changes the weights.

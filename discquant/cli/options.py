@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_THREADS = 1024
 
-MethodName = Annotated[str, typer.Option(help="rtn, greedy, gptq or discquant.")]
+MethodName = Annotated[str, typer.Option(help="rtn, greedy, gptq, guided (GPTQ by gradients) or discquant.")]
 Bits = Annotated[int, typer.Option(help="Bits per code, 2 to 8.")]
 GroupSize = Annotated[
     int,
@@ -63,7 +63,7 @@ Formats = Annotated[
         "or none (codes stay in the run directory).",
     ),
 ]
-GptqSamples = Annotated[int, typer.Option(help="Windows for GPTQ and greedy.")]
+GptqSamples = Annotated[int, typer.Option(help="Windows for GPTQ, guided and greedy.")]
 ChatTemplate = Annotated[
     bool, typer.Option(help="Put plain text and question-answer pairs through the tokenizer's chat template.")
 ]

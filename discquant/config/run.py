@@ -15,7 +15,7 @@ from discquant.config.layers import GridRules, LayerGrid
 from discquant.config.solver import SolverConfig
 from discquant.errors import either
 
-Method = Literal["rtn", "greedy", "gptq", "discquant"]
+Method = Literal["rtn", "greedy", "gptq", "guided", "discquant"]
 AS_LAID = (
     "discquant, scales as laid"  # in a run's summary: the final codes on the grid that they were chosen on
 )
@@ -98,7 +98,7 @@ class QuantizeConfig:
         for name in ("ignore", "baselines"):
             names(name, getattr(self, name))
         known = all(name in get_args(Method) and name != "discquant" for name in self.baselines)
-        check("baselines", "a list of rtn, greedy, gptq", known, self.baselines)
+        check("baselines", "a list of rtn, greedy, gptq, guided", known, self.baselines)
         for name in ("validation_windows", "gptq_samples"):
             whole(name, 1, getattr(self, name))
         if self.checkpoint_every is not None:

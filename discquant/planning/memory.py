@@ -6,24 +6,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from discquant.calibration.load import token_file
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
+from discquant.planning.rounding import WIDE_POSITIONS, layerwise_items
 from discquant.planning.setting import (
     Setting,
     grid_share,
     keeps_graph,
+    logit_tensors,
     mean_over,
     remembers_teacher,
     rows_sampled,
     state_of,
 )
-from discquant.planning.shape import Block, ModelShape
+from discquant.planning.shape import ModelShape
 from discquant.planning.traffic import boundary_bytes, factor_bytes, factor_entries
 
 SLOTS = 3  # one block arriving, one at work, one leaving
-CHUNK = 1024  # tokens whose logits exist at once
 # Of evaluation.divergence, a layer above: windows and logits at once, logits compared at once in float64.
 EVALUATION_ROWS, EVALUATION_LOGITS, EVALUATION_CHUNK = 8, 1 << 28, 1 << 24
 VALIDATION_ROWS = 8  # of run.solving, a layer above: windows that a solve is watched on
@@ -45,9 +44,6 @@ OF_WEIGHTS = frozenset(
         "a candidate's weights",
     )
 )  # fmt: skip
-WIDE_POSITIONS = (
-    6 * 4.0
-)  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
 
 
 @dataclass
@@ -63,50 +59,6 @@ class PhasePeak:
         """Return the sum of "gpu", "host" or "disk"."""
         items: Mapping[str, float] = getattr(self, where)
         return float(sum(items.values()))
-
-
-def gptq_bytes(block: Block) -> float:
-    """Return what GPTQ of one block holds at most, in bytes.
-
-    While inputs pass: X^T X of every layer in float64 and one float32 product. While a layer is rounded: its own and
-    those of the layers after it, one more for the factor, a slice of rows (float64 twice, codes once) and its codes.
-    Those of fused experts stay to the end.
-    """
-    from discquant.rounding.gptq import COPIED_COLUMNS, slice_rows
-
-    kept = [8.0 * m.columns**2 * m.count for m in block.matrices]
-    peak = sum(kept) + max(4.0 * m.columns**2 for m in block.matrices)
-    left = sum(kept)
-    for matrix, own in zip(block.matrices, kept, strict=True):
-        rows = min(matrix.rows, slice_rows(matrix.columns))
-        copied = 2 * 8.0 * matrix.columns * min(matrix.columns, COPIED_COLUMNS)
-        work = 8.0 * matrix.columns**2 + max(copied, 17.0 * rows * matrix.columns)
-        peak = max(peak, left + work + 1.0 * matrix.rows * matrix.columns)
-        if matrix.active == 1:
-            left -= own
-    return peak
-
-
-def greedy_bytes(block: Block) -> float:
-    """Return what greedy rounding of one block holds: as GPTQ, but one Hessian more and twelve matrices in float64."""
-    held = sum(8.0 * m.columns**2 * m.count for m in block.matrices)
-    return held + max(8.0 * m.columns**2 + 12 * 8.0 * m.rows * m.columns for m in block.matrices)
-
-
-def _layerwise(shape: ModelShape, setting: Setting, method: str) -> dict[str, float]:
-    """Return what rounding layer by layer holds besides weights and codes."""
-    config, element, largest = setting.config, setting.element, shape.largest
-    matrix = max(m.rows * m.columns for m in largest.matrices)
-    if method == "rtn":
-        return {"positions of one matrix": WIDE_POSITIONS * matrix}
-    rows = min(config.gptq_samples, config.data.nsamples) * config.data.seqlen
-    # The first block's inputs are kept with the batches; beside them those of the block at work.
-    return {
-        "hidden states": 2.0 * rows * shape.hidden * element,
-        "activations of a block": largest.passing_elements * element * setting.micro_tokens,
-        "a matrix as read": matrix * element if setting.streamed else 0.0,
-        "X^T X and its factor": greedy_bytes(largest) if method == "greedy" else gptq_bytes(largest),
-    }
 
 
 def _measuring(shape: ModelShape, setting: Setting) -> dict[str, float]:
@@ -160,17 +112,8 @@ def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
         "factors of a block": wide,
         "activations of a block": saved,
         "hidden states": 3.0 * tokens * shape.hidden * element,
-        "logits": _logit_tensors(shape, setting) * (4 if element < 8 else 8),
+        "logits": logit_tensors(shape, setting) * (4 if element < 8 else 8),
     }
-
-
-def _logit_tensors(shape: ModelShape, setting: Setting) -> float:
-    """Return entries of all tensors over the vocabulary that exist at once in the head: 2 on a device, 10 here."""
-    from discquant.solver.losses import head_chunk
-
-    if setting.accelerator:
-        return 2.0 * min(CHUNK, setting.micro_tokens) * shape.vocab
-    return 10.0 * min(head_chunk(shape.vocab, torch.device("cpu")), setting.micro_tokens) * shape.vocab
 
 
 def tree_bytes(gradient: float, kept: float, passes: int) -> float:
@@ -226,7 +169,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     narrow = element if element < wide and not setting.accelerator else 0
     kept = float(saved * tokens) if keep else 0.0
     sums = tree_bytes(float(wide * largest.weights), kept, setting.passes)
-    logits = _logit_tensors(shape, setting) * wide
+    logits = logit_tensors(shape, setting) * wide
     graphs = float(saved * tokens * depth)
     undo = float(min(shape.weights * state_of(shape.blocks, setting).written, JOURNAL_BYTES))
     # The curvature's term is made when the logits are gone.
@@ -341,9 +284,9 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held["windows"] = windows
     if setting.accelerator:
         held["GPU libraries"] = LIBRARIES
-    if started or config.method in ("gptq", "greedy"):
+    if started or config.method in ("gptq", "guided", "greedy"):
         method = "gptq" if started else config.method
-        layer = _layerwise(shape, setting, method)
+        layer = layerwise_items(shape, setting, method)
         peaks.append(peak("start", layer | _heap(shape, setting, layer), {"codes": packed}))
     if discquant and teacher:
         # All rows enter and pass block by block beside what entered; at the end they are joined.
@@ -401,7 +344,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     unknown = [name for name in config.baselines if name not in known]
     others = {"codes of baselines": packed * sum(name != "rtn" for name in unknown)}
     # Baselines are rounded first, then measured one after the other.
-    moments = [_measuring(shape, setting), *(_layerwise(shape, setting, name) for name in unknown)]
+    moments = [_measuring(shape, setting), *(layerwise_items(shape, setting, name) for name in unknown)]
     moment = max(moments, key=lambda items: sum(items.values()))
     peaks.append(peak("evaluate", moment | _heap(shape, setting, moment), others))
     return peaks

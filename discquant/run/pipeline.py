@@ -48,6 +48,7 @@ from discquant.run.stored import room_for
 from discquant.run.summary import beaten, coded_layers, summarize_run
 from discquant.run.windows import CALIBRATION, few_windows, keep_windows, run_windows, split_windows
 from discquant.solver.chain import Chain, DecoderChain
+from discquant.solver.energies import energies_of
 from discquant.solver.engine import Engine
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.rows import TokenRows
@@ -370,6 +371,10 @@ class Pipeline:
         strict: bool = True,
     ) -> Mapping[str, Tensor]:
         batches = rows.batches(range(min(self.config.gptq_samples, len(rows)))) if method != "rtn" else []
+        energies = None
+        if method == "guided":
+            with contextlib.closing(self.engine.boundaries()) as boundaries, self.engine.reproducible():
+                energies = energies_of(chain, batches, self.config, boundaries)
         return layerwise_codes(
             chain,
             grids,
@@ -378,6 +383,7 @@ class Pipeline:
             damp=self.config.gptq_damp,
             served=self._served(source),
             strict=strict,
+            energies=energies,
         )
 
     def _solve(

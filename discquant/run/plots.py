@@ -16,11 +16,13 @@ from discquant.config import AS_LAID
 
 # One colour per method in every plot (Okabe and Ito: told apart by colour-blind eyes and in grey).
 COLOURS = {
-    "original": "#555555", "rtn": "#D55E00", "greedy": "#CC79A7", "gptq": "#009E73", "discquant": "#0072B2",
+    "original": "#555555", "rtn": "#D55E00", "greedy": "#CC79A7", "gptq": "#009E73", "guided": "#56B4E9",
+    "discquant": "#0072B2",
 }  # fmt: skip
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F", "#B8A900")
 NAMES = {
-    "rtn": "RTN", "greedy": "greedy", "gptq": "GPTQ", AS_LAID: "DiscQuant, scales as laid", "discquant": "DiscQuant",
+    "rtn": "RTN", "greedy": "greedy", "gptq": "GPTQ", "guided": "guided GPTQ",
+    AS_LAID: "DiscQuant, scales as laid", "discquant": "DiscQuant",
     "original": "original",
 }  # fmt: skip
 _STYLE = {

@@ -17,7 +17,7 @@ from discquant.run.directory import REPORT, write_atomic
 from discquant.run.planned import report_lines
 
 PLOTS = "plots"
-_METHODS = ("rtn", "greedy", "gptq", AS_LAID, "discquant")
+_METHODS = ("rtn", "greedy", "gptq", "guided", AS_LAID, "discquant")
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -25,10 +25,12 @@ def layer_by_layer() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def on_call(model: nn.Module, name: str, see: See) -> RemovableHandle:
+def on_call(model: nn.Module, name: str, see: See, *, paired: bool = False) -> RemovableHandle:
     """Have `see(input, output)` called whenever the layer `name` of a model runs; the handle removes it.
 
-    Of `out_proj` in `nn.MultiheadAttention`, which never calls it, both come from the attention around it.
+    Of `out_proj` in `nn.MultiheadAttention`, which never calls it, both come from the attention around it. The input
+    has a window per row, as masks have it; with `paired` its rows stand as those of the output, which of an attention
+    without `batch_first` have a position per row.
     """
     attention = _attention_around(model, name)
     if attention is None:
@@ -43,8 +45,8 @@ def on_call(model: nn.Module, name: str, see: See) -> RemovableHandle:
 
     def attention_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = _projected(around, args, kwargs)
-        # A window per row, as masks have it.
-        see(x.transpose(0, 1) if x.ndim == 3 and not around.batch_first else x, output[0])
+        turned = x.ndim == 3 and not around.batch_first and not paired
+        see(x.transpose(0, 1) if turned else x, output[0])
 
     return around.register_forward_hook(attention_hook, with_kwargs=True)
 

@@ -10,20 +10,18 @@ where gradients are small), and so the product has the trace of E[g g^T (x) x x^
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from discquant.ops.reference.linear_kl import cap_logits
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.calls import See, on_call
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.kronecker import gram
-from discquant.solver.losses import head_chunk, positions_per_item
+from discquant.solver.sampled import backward_blocks, wide
 from discquant.solver.weight_ref import WeightRef
 
 
@@ -51,56 +49,6 @@ def rows_at_once(samples: int, batch_size: int) -> int:
     return max(batch_size, -(-samples // MOST_PARTS))
 
 
-def label_generator(device: torch.device, seed: int) -> torch.Generator:
-    """Return what draws labels where their probabilities are: one CPU core takes 5 ms for a token of 128k words."""
-    return torch.Generator(device).manual_seed(seed)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the gradient, by the last block's output, of minus the log-likelihood of labels that the model draws.
-
-    Where an item of a module has several labels, of 1/sqrt(T) of it (see `kronecker_factors`).
-    """
-    with torch.enable_grad():
-        leaf = hidden.detach().requires_grad_()
-        features = chain.finish(leaf, batch)
-    head = chain.head
-    flat = features.detach().flatten(0, -2)
-    size = flat.shape[1] if head is None else head.weight.shape[0]
-    chunk = head_chunk(size, flat.device)
-    grad = torch.empty_like(flat)
-    mask = None if batch.mask is None else batch.mask.flatten()
-    for begin in range(0, flat.shape[0], chunk):
-        rows = _wide(flat[begin : begin + chunk])
-        if head is None:
-            logits = rows
-            # Of T labels, each with a share of 1/T in the loss: G, a sum of g g^T over them, gets this twice.
-            slope = positions_per_item(features) ** -0.5
-        else:
-            weight = head.weight.to(rows.dtype)
-            bias = None if head.bias is None else head.bias.to(rows.dtype)
-            logits, slope = cap_logits(
-                nn.functional.linear(rows, weight, bias), head.logit_scale, head.softcap
-            )
-            slope = head.logit_scale if slope is None else slope
-        pull = torch.softmax(logits, dim=-1)
-        del logits  # to draw takes a tensor as large as they are
-        label = torch.multinomial(pull, 1, generator=generator)
-        pull.scatter_add_(1, label, torch.full_like(label, -1, dtype=pull.dtype))
-        pull *= slope
-        if head is not None:
-            if mask is not None:
-                pull *= mask[begin : begin + chunk].unsqueeze(1)
-            pull = pull @ weight
-        grad[begin : begin + chunk] = pull
-    (found,) = torch.autograd.grad(features, leaf, grad.view_as(features))
-    return found
-
-
 class _Watch:
     """Hooks of one block's linear layers, which bring inputs and output gradients together."""
 
@@ -111,7 +59,7 @@ class _Watch:
         for ref in refs:
             module = None if ref.part is not None else chain.model.get_submodule(ref.name)
             if isinstance(module, nn.Linear):
-                self._handles.append(on_call(chain.model, ref.name, self._hook(ref.name)))
+                self._handles.append(on_call(chain.model, ref.name, self._hook(ref.name), paired=True))
 
     def _hook(self, name: str) -> See:
         def see(x: Tensor, output: Tensor) -> None:
@@ -121,9 +69,9 @@ class _Watch:
         return see
 
     def _add(self, name: str, inputs: Tensor, grads: Tensor) -> None:
-        grads = _wide(grads)
+        grads = wide(grads)
         energy = grads.square().sum(dim=1)
-        weighted = _wide(inputs) * energy.sqrt().unsqueeze(1)
+        weighted = wide(inputs) * energy.sqrt().unsqueeze(1)
         made = Factors(gram(weighted, self.width), gram(grads, self.width))
         before = self._sums.get(name)
         self._sums[name] = (
@@ -137,31 +85,6 @@ class _Watch:
         return {
             name: Factors(*(factor * (1 / total) for factor in found)) for name, found in self._sums.items()
         }
-
-
-def _gradients(
-    chain: Chain,
-    index: int,
-    hidden: Tensor,
-    batch: Prepared,
-    weights: Mapping[str, Tensor] | None,
-    grad: Tensor,
-) -> Tensor | None:
-    """Run a block forward and backward; return the gradient by its input, None by one of integers (token ids)."""
-    if hidden.is_floating_point():
-        # A leaf even at the first block: the weights need no gradient, so nothing else would.
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            output = chain.run_block(index, leaf, batch.calls[index], weights)
-        (found,) = torch.autograd.grad(output, leaf, grad)
-        return found
-    refs = chain.weights[index]
-    own = {ref.param_name: ref.parameter for ref in refs} if weights is None else weights
-    leaves = {name: weight.detach().requires_grad_() for name, weight in own.items()}
-    with torch.enable_grad():
-        output = chain.run_block(index, hidden, batch.calls[index], leaves)
-    torch.autograd.grad(output, list(leaves.values()), grad, allow_unused=True)
-    return None
 
 
 def kronecker_factors(
@@ -197,36 +120,12 @@ def kronecker_factors(
     Source:
         KFAC, arXiv 1503.05671.
     """
-    boundaries = boundaries or Boundaries()
-    boundaries.clear()
-    hidden = [batch.hidden for batch in batches]
-
-    def weights_of(index: int) -> Any:
-        return None if teacher is None else teacher(index)
-
-    def opened(index: int, weights: Any) -> contextlib.AbstractContextManager[None]:
-        return chain.opened(index) if weights is None else contextlib.nullcontext()
-
-    for index in range(len(chain.blocks)):
-        if index >= chain.first:
-            boundaries.push(hidden)
-        weights = weights_of(index)
-        with torch.no_grad(), opened(index, weights):
-            hidden = [
-                chain.run_block(index, h, batch.calls[index], weights)
-                for h, batch in zip(hidden, batches, strict=True)
-            ]
-    grads = [sampled_gradient(chain, batch, h, generator) for batch, h in zip(batches, hidden, strict=True)]
-    del hidden
-    for index in reversed(range(chain.first, len(chain.blocks))):
+    for index, run in backward_blocks(
+        chain, batches, generator=generator, teacher=teacher, boundaries=boundaries
+    ):
         watch = _Watch(chain, chain.weights[index], width)
-        inputs, weights = boundaries.pop(), weights_of(index)
         try:
-            with opened(index, weights):
-                for position, batch in enumerate(batches):
-                    found = _gradients(chain, index, inputs[position], batch, weights, grads[position])
-                    if found is not None:
-                        grads[position] = found
+            run()
         finally:
             factors = watch.take(total)
         on_block(index, factors)

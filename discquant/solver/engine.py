@@ -105,6 +105,12 @@ class Engine:
             )
         return Placement(self.where, self.device, self._files())
 
+    def boundaries(self) -> Boundaries:
+        """Return where block inputs are kept by whoever has no state placed; `where` must be settled."""
+        where = self.activations or self.where
+        assert where != "auto"
+        return Boundaries(where, self.device, self._files())
+
     def boundary_store(self, placement: Placement) -> Boundaries:
         """Return where boundary activations are kept."""
         return Boundaries(self.activations or placement.where, self.device, self._files())

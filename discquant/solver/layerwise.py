@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer-wise rounding of a whole chain: RTN, or GPTQ / greedy on the inputs that each layer really gets."""
+"""Layer-wise rounding of a whole chain: RTN, or GPTQ / greedy on the inputs that each layer really gets.
+
+guided: GPTQ whose inputs count by how much their tokens matter to the model (`energies`): sum |g|^2 x x^T.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from discquant.solver.measure import served_weights
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+GUIDED_DAMP = 0.2  # of the damping, measured on the bundled model
 
 
 class _HessianHook:
@@ -33,7 +37,17 @@ class _HessianHook:
         self._called = False
         self.hessian: Tensor | None = None
         self.mask: Tensor | None = None
+        self.energies: Tensor | None = None  # one per row of all calls to come
+        self._seen = 0
         self._handle = on_call(model, name, self._see)
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        """Return the rows of an input, those that count in no loss too: they have no energy."""
+        assert self.energies is not None
+        rows = x.flatten(0, -2).float()
+        energy = self.energies[self._seen : self._seen + len(rows)].to(rows.device)
+        self._seen += len(rows)
+        return rows * energy.sqrt().unsqueeze(1)
 
     def _rows(self, x: Tensor) -> Tensor:
         if isinstance(self.module, nn.Conv2d):
@@ -54,7 +68,7 @@ class _HessianHook:
     def _see(self, x: Tensor, output: Tensor) -> None:
         self._called = True
         try:
-            rows = self._rows(x.detach()).float()
+            rows = self._rows(x.detach()).float() if self.energies is None else self._weighted(x.detach())
         except NotImplementedError:
             if self.strict:
                 raise
@@ -112,6 +126,7 @@ def layerwise_codes(
     served: torch.dtype = torch.float32,
     strict: bool = True,
     unreached: set[str] | None = None,
+    energies: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Mapping[str, Tensor]:
     """Round block after block, each on the outputs of the rounded blocks before it.
@@ -120,12 +135,13 @@ def layerwise_codes(
         chain: Model.
         grids: Grid of each weight by module name.
         batches: Calibration micro-batches.
-        method: `rtn`, `gptq` or `greedy`.
+        method: `rtn`, `gptq`, `guided` or `greedy`.
         damp: Hessian damping.
         served: Dtype to which served weights are rounded.
         strict: Refuse layer kinds whose inputs cannot be gathered; otherwise they are rounded to nearest.
         unreached: Gets the names of weights that gptq and greedy know no input of, and so round to nearest: experts
             that no token came to, layers that were never called (their module reads the weight past them).
+        energies: Of `guided`: what `token_energies` gave on the same micro-batches; a layer without is rounded by GPTQ.
         progress: Called with (blocks done, blocks).
 
     Returns:
@@ -143,6 +159,9 @@ def layerwise_codes(
     past: list[str] = []
     for index, refs in enumerate(chain.weights):
         hooks = watch_inputs(chain, refs, strict)
+        for name, hook in hooks.items():
+            if isinstance(hook, _HessianHook):
+                hook.energies = (energies or {}).get(name)
         try:
             with chain.opened(index):
                 for h, batch in zip(hidden, batches, strict=True):
@@ -161,8 +180,11 @@ def layerwise_codes(
                     unseen.add(ref.name)
                     past += [ref.name] if ref.part is None else []
             else:
-                round_matrix = gptq if method == "gptq" else greedy
-                q = round_matrix(matrix, hessian, grid, damp=damp)
+                round_matrix = greedy if method == "greedy" else gptq
+                # Weighted inputs are fewer in effect, but what is between them is less noise.
+                q = round_matrix(
+                    matrix, hessian, grid, damp=damp * GUIDED_DAMP if method == "guided" else damp
+                )
             codes.put(ref.name, q.cpu(), grid.num_bits)
             del hessian, matrix, q
         weights = served_weights(chain, grids, codes, served, refs[0].parameter.dtype)(index) if refs else {}

@@ -15,12 +15,13 @@ from discquant.grids.fused import FUSED
 from discquant.solver.calibrate import calibrate_gain, published_gain
 from discquant.solver.chain import Chain
 from discquant.solver.codes import NearestCodes, StateCodes, StateGrids
-from discquant.solver.curvature import Factors, kronecker_factors, label_generator, rows_at_once
+from discquant.solver.curvature import Factors, kronecker_factors, rows_at_once
 from discquant.solver.engine import Engine
 from discquant.solver.kronecker import pack_triangles, triangle_trace
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.measure import mean_kl, served_weights
 from discquant.solver.rows import TokenRows, row_order
+from discquant.solver.sampled import label_generator
 from discquant.solver.schedule import GainControl, resolve
 from discquant.solver.solver import Solver, StepRecord
 from discquant.solver.state import Kept, WeightState

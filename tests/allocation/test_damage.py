@@ -14,9 +14,9 @@ from discquant.allocation.damage import projections
 from discquant.formats.source import open_source
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import DecoderChain, Prepared
-from discquant.solver.curvature import label_generator, sampled_gradient
 from discquant.solver.measure import mean_kl
 from discquant.solver.rows import TokenRows
+from discquant.solver.sampled import label_generator, sampled_gradient
 
 
 def llama(**changes: Any) -> Any:

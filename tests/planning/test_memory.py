@@ -12,8 +12,9 @@ import pytest
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig
 from discquant.planning.hardware import DEVICES, GB, GIB
-from discquant.planning.memory import HEAP, HEAP_SHARE, gptq_bytes, needed, phase_peaks, tree_bytes
+from discquant.planning.memory import HEAP, HEAP_SHARE, needed, phase_peaks, tree_bytes
 from discquant.planning.plan import Machine, make_plan, setting_for
+from discquant.planning.rounding import gptq_bytes
 from discquant.planning.setting import PLACEMENTS
 from discquant.planning.shape import ModelShape, read_shape
 

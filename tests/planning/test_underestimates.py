@@ -14,10 +14,11 @@ import torch
 from discquant.config import GridConfig, QuantizeConfig
 from discquant.grids import place_grid
 from discquant.planning.hardware import DEVICES
-from discquant.planning.memory import greedy_bytes, phase_peaks
+from discquant.planning.memory import phase_peaks
 from discquant.planning.option import seconds_of
 from discquant.planning.plan import Machine, setting_for
 from discquant.planning.rates import Rates
+from discquant.planning.rounding import greedy_bytes
 from discquant.planning.setting import remembers_teacher
 from discquant.planning.shape import Block, Matrix, ModelShape
 from discquant.rounding import greedy

@@ -435,3 +435,35 @@ def test_attentions_projection_has_factors() -> None:
         attention.out_proj.bias.zero_()
     for one, other in zip(within, factors(model, "project"), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_rows_of_an_attention_are_paired_in_either_layout() -> None:
+    """`out_proj` of torch's attention, windows or positions first: each input with the gradient of its own output."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, batch_first: bool) -> None:
+            super().__init__()
+            torch.manual_seed(4)
+            self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=batch_first).double()
+            self.head = torch.nn.Linear(8, 5).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.attention.batch_first
+            turned = x if first else x.transpose(0, 1)
+            found = self.attention(turned, turned, turned, need_weights=False)[0]
+            return self.head((found if first else found.transpose(0, 1)).square().mean(dim=1))
+
+    inputs = torch.randn(6, 4, 8, dtype=torch.float64) * torch.logspace(0, 1, 4, dtype=torch.float64)[:, None]
+    made: list[dict[str, Factors]] = []
+    for batch_first in (True, False):
+        found: dict[str, Factors] = {}
+        chain = ModuleChain(Net(batch_first))
+        kronecker_factors(
+            chain, [chain.prepare(inputs)], lambda index, factors, found=found: found.update(factors),  # type: ignore[misc]
+            total=6, width=16, generator=torch.Generator().manual_seed(2),
+        )  # fmt: skip
+        made.append(found)
+    assert made[0].keys() == made[1].keys() == {"attention.out_proj", "head"}
+    for name in made[0]:
+        for one, other in zip(made[0][name], made[1][name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

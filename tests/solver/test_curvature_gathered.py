@@ -11,9 +11,10 @@ import torch
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.solver import solve
 from discquant.solver.chain import DecoderChain
-from discquant.solver.curvature import kronecker_factors, label_generator
+from discquant.solver.curvature import kronecker_factors
 from discquant.solver.kronecker import unpack_triangles
 from discquant.solver.rows import TokenRows
+from discquant.solver.sampled import label_generator
 from discquant.solver.solve import Solve, lay_grids
 
 

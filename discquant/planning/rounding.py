@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rounding layer by layer holds: RTN, GPTQ, guided and greedy."""
+
+from __future__ import annotations
+
+from discquant.planning.setting import Setting, logit_tensors
+from discquant.planning.shape import Block, ModelShape
+
+WIDE_POSITIONS = (
+    6 * 4.0
+)  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
+
+
+def gptq_bytes(block: Block) -> float:
+    """Return what GPTQ of one block holds at most, in bytes.
+
+    While inputs pass: X^T X of every layer in float64 and one float32 product. While a layer is rounded: its own and
+    those of the layers after it, one more for the factor, a slice of rows (float64 twice, codes once) and its codes.
+    Those of fused experts stay to the end.
+    """
+    from discquant.rounding.gptq import COPIED_COLUMNS, slice_rows
+
+    kept = [8.0 * m.columns**2 * m.count for m in block.matrices]
+    peak = sum(kept) + max(4.0 * m.columns**2 for m in block.matrices)
+    left = sum(kept)
+    for matrix, own in zip(block.matrices, kept, strict=True):
+        rows = min(matrix.rows, slice_rows(matrix.columns))
+        copied = 2 * 8.0 * matrix.columns * min(matrix.columns, COPIED_COLUMNS)
+        work = 8.0 * matrix.columns**2 + max(copied, 17.0 * rows * matrix.columns)
+        peak = max(peak, left + work + 1.0 * matrix.rows * matrix.columns)
+        if matrix.active == 1:
+            left -= own
+    return peak
+
+
+def greedy_bytes(block: Block) -> float:
+    """Return what greedy rounding of one block holds: as GPTQ, but one Hessian more and twelve matrices in float64."""
+    held = sum(8.0 * m.columns**2 * m.count for m in block.matrices)
+    return held + max(8.0 * m.columns**2 + 12 * 8.0 * m.rows * m.columns for m in block.matrices)
+
+
+def layerwise_items(shape: ModelShape, setting: Setting, method: str) -> dict[str, float]:
+    """Return what rounding layer by layer holds besides weights and codes."""
+    config, element, largest = setting.config, setting.element, shape.largest
+    matrix = max(m.rows * m.columns for m in largest.matrices)
+    if method == "rtn":
+        return {"positions of one matrix": WIDE_POSITIONS * matrix}
+    rows = min(config.gptq_samples, config.data.nsamples) * config.data.seqlen
+    # The first block's inputs are kept with the batches; beside them those of the block at work.
+    rounding = {
+        "hidden states": 2.0 * rows * shape.hidden * element,
+        "activations of a block": largest.passing_elements * element * setting.micro_tokens,
+        "a matrix as read": matrix * element if setting.streamed else 0.0,
+        "X^T X and its factor": greedy_bytes(largest) if method == "greedy" else gptq_bytes(largest),
+    }
+    if method != "guided":
+        return rounding
+    energies = 4.0 * rows * sum(m.count for b in shape.blocks for m in b.matrices if m.plain)
+    moment = max(rounding, _energies(shape, setting, rows), key=lambda items: sum(items.values()))
+    return {**moment, "energies of gradients": energies}
+
+
+def _energies(shape: ModelShape, setting: Setting, rows: int) -> dict[str, float]:
+    """Return what the gradients' energies take while they are measured, beside themselves; `rows` in tokens."""
+    from discquant.solver.curvature import rows_at_once
+
+    config, element = setting.config, setting.element
+    tokens = min(rows, rows_at_once(config.gptq_samples, config.solver.batch_size) * config.data.seqlen)
+    kept = len(shape.blocks) + 3 if (setting.activations or setting.placement) == "resident" else 3
+    return {
+        "hidden states": (1.0 * rows + kept * tokens) * shape.hidden * element,
+        "activations of a block": shape.largest.saved_bytes(element, setting.accelerator)
+        * setting.micro_tokens,
+        "a matrix as read": 1.0 * shape.largest.weights * element if setting.streamed else 0.0,
+        "logits": logit_tensors(shape, setting) * (4 if element < 8 else 8),
+    }

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ guided by gradients: each token counts by the energy of the gradient that the layer's output receives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import discquant
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.planning.hardware import DEVICES
+from discquant.planning.memory import phase_peaks
+from discquant.planning.plan import Machine, setting_for
+from discquant.planning.shape import shape_of
+from discquant.rounding import gptq
+from discquant.run.pipeline import Pipeline
+from discquant.solver.chain import DecoderChain
+from discquant.solver.energies import energies_of, token_energies
+from discquant.solver.layerwise import GUIDED_DAMP, layerwise_codes
+from discquant.solver.module_chain import ModuleChain
+from discquant.solver.rows import TokenRows
+from discquant.solver.sampled import label_generator, sampled_gradient
+from discquant.solver.solve import lay_grids
+
+CPU = torch.device("cpu")
+
+
+def rows_of(chain: DecoderChain, masked: bool = False) -> TokenRows:
+    ids = torch.randint(3, 61, (6, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if masked:
+        mask[2, 5:] = False
+    return TokenRows(chain, ids, mask, 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_energies_are_those_of_the_gradients(masked: bool, make_model: Callable[..., Any]) -> None:
+    """Against autograd through the whole model, on the same labels; in order, mean 1, none where nothing counts."""
+    chain = DecoderChain(make_model("llama", torch.float32))
+    rows = rows_of(chain, masked)
+    batches = rows.batches(range(6))
+    found = token_energies(chain, batches, at_once=3, generator=label_generator(CPU, 5))
+    generator = label_generator(CPU, 5)
+    pulls = [sampled_gradient(chain, batch, chain.teacher_output(batch), generator) for batch in batches]
+    name = chain.weights[0][-1].name
+    seen: list[torch.Tensor] = []
+    handle = chain.model.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append(out))
+    energies = []
+    for batch, pull in zip(batches, pulls, strict=True):
+        seen.clear()
+        with torch.enable_grad():
+            hidden = batch.hidden.detach().requires_grad_()
+            for index, call in enumerate(batch.calls):
+                hidden = chain.run_block(index, hidden, call)
+            (grad,) = torch.autograd.grad(hidden, seen, pull)
+        energies.append(grad.flatten(0, 1).square().sum(dim=1))
+    handle.remove()
+    expected = torch.cat(energies)
+    torch.testing.assert_close(found[name], expected / expected.mean(), rtol=1e-4, atol=1e-6)
+    assert found.keys() == {ref.name for refs in chain.weights for ref in refs}
+    assert all(rows.shape == (72,) and float(rows.mean()) == pytest.approx(1) for rows in found.values())
+    if masked:
+        assert not found[name].view(6, 12)[2, 5:].any() and bool(found[name].view(6, 12)[2, :5].all())
+    # However many are taken together.
+    alone = token_energies(chain, batches, at_once=1, generator=label_generator(CPU, 5))
+    assert all(torch.allclose(found[key], alone[key], rtol=1e-5) for key in found)
+
+
+def test_the_first_layer_is_gptq_on_weighted_inputs(make_model: Callable[..., Any]) -> None:
+    chain = DecoderChain(make_model("llama", torch.float32))
+    rows, grid = rows_of(chain, masked=True), GridConfig(3, 16)
+    batches, grids = rows.batches(range(6)), lay_grids(chain, grid)
+    energies = token_energies(chain, batches, at_once=3, generator=label_generator(CPU, 5))
+    codes = layerwise_codes(chain, grids, batches, "guided", damp=0.1, energies=energies)
+    ref = chain.weights[0][0]
+    inputs: list[torch.Tensor] = []
+    handle = chain.model.get_submodule(ref.name).register_forward_hook(
+        lambda m, args, out: inputs.append(args[0])
+    )
+    for batch in batches:
+        chain.run_block(0, batch.hidden, batch.calls[0])
+    handle.remove()
+    x = torch.cat([part.flatten(0, 1) for part in inputs]).double()
+    hessian = x.T @ (energies[ref.name].double()[:, None] * x)
+    assert torch.equal(codes[ref.name], gptq(ref.matrix(), hessian, grids[ref.name], damp=0.1 * GUIDED_DAMP))
+    plain = layerwise_codes(chain, grids, batches, "gptq", damp=0.1)
+    assert any(not torch.equal(codes[name], plain[name]) for name in codes)
+    # Without energies a layer is GPTQ's, with the smaller damping.
+    none = layerwise_codes(chain, grids, batches, "guided", damp=0.1 / GUIDED_DAMP, energies={})
+    assert all(torch.equal(none[name], plain[name]) for name in plain)
+
+
+def test_everywhere_a_method_is_named(tmp_path: Path, make_model: Callable[..., Any]) -> None:
+    """In memory, in a run, as a baseline and streamed: the same codes; convolutions are rounded as by GPTQ."""
+    from safetensors.torch import save_file
+
+    model = make_model("llama", torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(3, 61, (12, 12), generator=torch.Generator().manual_seed(1))
+    save_file({"text": ids.int()}, tmp_path / "tokens.safetensors")
+    config = QuantizeConfig(
+        grid=GridConfig(3, 16), method="guided", format="none", baselines=("rtn",), gptq_samples=8,
+        validation_windows=4,
+        data=DataConfig(f"{tmp_path / 'tokens.safetensors'}:text", 8, 12),
+        solver=SolverConfig(iters=2, batch_size=2, micro_batch=2, warmup=1),
+    )  # fmt: skip
+    from discquant.run.directory import RunDirectory
+    from discquant.solver.engine import Engine
+
+    Pipeline(tmp_path / "model", tmp_path / "out", config).execute()
+    expected = {layer.name: layer.q for layer in RunDirectory(tmp_path / "out").coded_layers()}
+    Pipeline(tmp_path / "model", tmp_path / "disk", config, engine=Engine("disk")).execute()
+    streamed = {layer.name: layer.q for layer in RunDirectory(tmp_path / "disk").coded_layers()}
+    assert expected.keys() == streamed.keys() and all(torch.equal(expected[n], streamed[n]) for n in expected)
+    inside = discquant.quantize(model, config=config, calibration=ids[:8])
+    assert expected.keys() == inside.codes.keys()
+    beside = dataclasses.replace(config, method="discquant", baselines=("gptq", "guided"))
+    summary = Pipeline(tmp_path / "model", tmp_path / "solved", beside).execute()
+    assert set(summary["methods"]) == {"gptq", "guided", "discquant"}
+    assert "guided GPTQ" in (tmp_path / "solved" / "report.md").read_text()
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 5))
+    chain = ModuleChain(net)
+    batches = TokenRows(chain, torch.randn(4, 1, 4, 4), None, 2).batches(range(4))  # type: ignore[arg-type]
+    assert energies_of(chain, batches, config).keys() == {"2"}
+    done = discquant.quantize_module(
+        net, torch.randn(4, 1, 4, 4), dataclasses.replace(config, grid=GridConfig(4, -1))
+    )
+    assert done.codes.keys() == {"0", "2"}
+
+
+def test_the_plan_counts_the_energies(make_model: Callable[..., Any]) -> None:
+    shape = shape_of(make_model("llama", torch.float32), name="small")
+
+    def start(method: Any, samples: int) -> dict[str, float]:
+        config = QuantizeConfig(method=method, gptq_samples=samples, data=DataConfig("text.txt", 4096, 256))
+        setting = setting_for(shape, config, "resident", Machine(DEVICES["cpu"], 1e15, 1e15))
+        return next(peak for peak in phase_peaks(shape, setting) if peak.name == "start").host
+
+    layers = sum(m.count for block in shape.blocks for m in block.matrices)
+    assert start("guided", 256)["energies of gradients"] == 4 * 256 * 256 * layers
+    assert "energies of gradients" not in start("gptq", 256)
+    assert sum(start("guided", 256).values()) > sum(start("gptq", 256).values())
