@@ -28,6 +28,7 @@ from discquant.formats.source import open_source
 from discquant.rotation import rotate
 from discquant.run.served import served_dtype
 from discquant.solver.chain import DecoderChain
+from discquant.solver.energies import energies_of
 from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.measure import mean_kl
 from discquant.solver.rows import TokenRows
@@ -91,7 +92,11 @@ class Bench:
         batches = (
             self.calibration.batches(range(min(samples, len(self.calibration)))) if method != "rtn" else []
         )
-        codes = layerwise_codes(self.chain, grids, batches, method, damp=damp, served=self.served)  # type: ignore[arg-type]
+        config = QuantizeConfig(gptq_samples=samples or 1)
+        energies = energies_of(self.chain, batches, config) if method == "guided" else None
+        codes = layerwise_codes(
+            self.chain, grids, batches, method, damp=damp, served=self.served, energies=energies,  # type: ignore[arg-type]
+        )  # fmt: skip
         return {"method": method, **dataclasses.asdict(grid), "kl": self.kl(grids, codes), "samples": samples}
 
     def solve(
@@ -180,6 +185,7 @@ def sweep(iters: int) -> None:
             name = f"{bits} bits, group {group_size}"
             store.measure(f"{name}, rtn", lambda g=grid: bench.layerwise(g, "rtn", 0))
             store.measure(f"{name}, gptq", lambda g=grid: bench.layerwise(g, "gptq", 256))
+            store.measure(f"{name}, guided", lambda g=grid: bench.layerwise(g, "guided", 256))
             solver = SolverConfig(iters=iters, warmup=max(1, iters // 8))
             store.measure(f"{name}, discquant", lambda g=grid, s=solver: bench.solve(g, s))
             if group_size == 64 and bits > 2:

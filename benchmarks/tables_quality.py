@@ -55,9 +55,10 @@ def sweep() -> str:
     for setting in sorted(now, key=lambda item: (item[0], item[1] % 10_000)):
         kl, former = now[setting], before.get(setting, {})
         name = f"{setting[0]} bits, {'whole row' if setting[1] == -1 else f'group {setting[1]}'}"
+        same = former.keys() - {"discquant"}  # whose recipe has changed besides
         cells = [
-            "" if m not in kl else f"{kl[m]:.5f} ({kl[m] / former[m]:.2f})" if m in former else f"{kl[m]:.5f}"
-            for m in ("rtn", "greedy", "gptq", "paper", "discquant")
+            "" if m not in kl else f"{kl[m]:.5f} ({kl[m] / former[m]:.2f})" if m in same else f"{kl[m]:.5f}"
+            for m in ("rtn", "greedy", "gptq", "guided", "paper", "discquant")
         ]
         body.append([name, *cells, f"{kl['discquant'] / kl['gptq']:.2f}"])
     if not body:
@@ -66,7 +67,7 @@ def sweep() -> str:
         f"Mean KL to the original on held-out text, nats per token; {STEPS} steps, of the `paper` preset, too. In "
         "brackets: of the same method on scales that were positive alone, as they were before."
     )
-    header = ["bundled model", "RTN", "greedy", "GPTQ", "`paper`", "**`default`**", "ratio to GPTQ"]
+    header = ["bundled model", "RTN", "greedy", "GPTQ", "guided", "`paper`", "**`default`**", "ratio to GPTQ"]
     return f"{table(header, body)}\n\n{note}"
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer-wise rounding of a whole chain: RTN, or GPTQ / greedy on the inputs that each layer really gets.
 
-guided: GPTQ whose inputs count by how much their tokens matter to the model (`energies`): sum |g|^2 x x^T.
+guided: GPTQ whose inputs count by how much their tokens matter to the model (`energies`): sum |g|^2 x x^T. After
+GuidedQuant (arXiv 2505.07004), which has such sums for groups of outputs; here one serves a whole layer.
 """
 
 from __future__ import annotations
