@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -189,10 +190,9 @@ def allocate(
         ConfigError: Not even the narrowest choices fit the size, a unit has no allowed one, or nothing is to be
             allocated.
     """
-    if codes not in get_args(Codes):
-        raise ConfigError(f"allocate: codes must be one of {either(get_args(Codes))}, got {codes!r}")
-    if not choices or not any(chain.weights):
-        raise ConfigError("allocate: there must be at least one choice, and a layer to choose for")
+    check_request(choices, average_bits, codes)
+    if not any(chain.weights):
+        raise ConfigError("allocate: there is no layer to choose for")
     refs = {ref.name: ref for own in chain.weights for ref in own}
     units = units_of(refs)
     options = {
@@ -238,6 +238,20 @@ def allocate(
         own = {choice: damage[choice] for choice in options[unit]}
         found.append(Unit(unit, tuple(members), weights, per_weight, own, options[unit][0]))
     return Allocation(tuple(found), dict(choices)).at(average_bits)
+
+
+def check_request(choices: Mapping[str, GridConfig], average_bits: float, codes: str) -> None:
+    """Refuse what needs no model to be seen wrong.
+
+    Raises:
+        ConfigError: No choices, a size that is none, or codes that there are not.
+    """
+    if codes not in get_args(Codes):
+        raise ConfigError(f"allocate: codes must be one of {either(get_args(Codes))}, got {codes!r}")
+    if not choices:
+        raise ConfigError("allocate: there must be at least one choice")
+    if not 0 < average_bits < math.inf:
+        raise ConfigError(f"allocate: average bits must be above 0 and finite, got {average_bits}")
 
 
 def _allowed(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from discquant.allocation import Allocation, allocate
-from discquant.allocation.allocate import Codes, Measured
+from discquant.allocation.allocate import Codes, Measured, check_request
 from discquant.calibration.load import check_named, load_windows
 from discquant.config import GridConfig, LayerGrid, QuantizeConfig
 from discquant.environment import versions
@@ -70,6 +70,7 @@ def allocate_model(
     Raises:
         UserError: Bad input, found before any long work.
     """
+    check_request(choices, average_bits, codes)
     _check_out(out)
     for name in config.formats:
         registry.by_name(name)
@@ -161,11 +162,11 @@ def choose_again(measured: Path, out: Path, average_bits: float) -> Allocation:
     _check_out(out)
     before = _read(measured)
     try:
-        found = Allocation.of_dict(before).at(average_bits)
-    except ConfigError:
-        raise
+        figures = Allocation.of_dict(before)
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
         raise CheckpointError(f"{measured}: its figures cannot be read: {cause}") from cause
+    check_request(figures.grids, average_bits, "rtn")
+    found = figures.at(average_bits)
     own = (*found.to_dict(), "average_bits", "layers")
     _write(out, found, average_bits, {key: value for key, value in before.items() if key not in own})
     return found

@@ -132,6 +132,9 @@ def test_sizes_that_cannot_be_are_refused(folder: Path) -> None:
         allocate(chain, rows, CHOICES, 4, codes="awq")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="at least one choice"):
         allocate(chain, rows, {}, 4)
+    for size in (float("nan"), float("inf"), 0, -3):
+        with pytest.raises(ConfigError, match="average bits must be above 0 and finite"):
+            allocate(chain, rows, CHOICES, size)
 
 
 def config_of(folder: Path, **changes: Any) -> QuantizeConfig:
