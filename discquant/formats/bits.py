@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from discquant.formats.coded import Format
-from discquant.formats.gguf_blocks import TYPES
+from discquant.formats.gguf_types import TYPES
 from discquant.grids import AffineGrid, Grid, TableGrid
 from discquant.grids.gguf import gguf_kind
 

@@ -123,7 +123,11 @@ def wide_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("grid", "name", "bits"),
     [
         (GridConfig.of_kind("q4_k"), "gguf", 4.5),
+        (GridConfig.of_kind("q2_k"), "gguf", 2.625),
         (GridConfig.of_kind("q3_k"), "gguf", 3.4375),
+        (GridConfig.of_kind("q5_k"), "gguf", 5.5),
+        (GridConfig.of_kind("q6_k"), "gguf", 6.5625),
+        (GridConfig.of_kind("q5_0"), "gguf", 5.5),
         (GridConfig.of_kind("q4_1"), "gguf", 5),
         (GridConfig(3, 64, True), "compressed-tensors", 3.25),
         (GridConfig(4, 32, False), "compressed-tensors", 4.625),
