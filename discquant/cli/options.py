@@ -35,7 +35,7 @@ Kind = Annotated[
     str,
     typer.Option(
         help="uniform, or a grid that a format dictates: nf4, mxfp4, nvfp4, q4_0, q4_1, q5_0, q5_1, "
-        "q2_k, q3_k, q4_k, q5_k, q6_k (bits, group size and symmetry are then the format's)."
+        "q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs (bits, group size and symmetry are then the format's)."
     ),
 ]
 LayerGrids = Annotated[

@@ -12,7 +12,7 @@ from discquant.errors import either
 GridSearch = Literal["absmax", "search"]
 GridKind = Literal[
     "uniform", "nf4", "mxfp4", "nvfp4",
-    "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
 ]  # fmt: skip
 
 # (bits, group_size, sym) that each of the formats' own grids fixes.
@@ -29,6 +29,8 @@ GRID_KINDS: dict[str, tuple[int, int, bool]] = {
     "q4_k": (4, 32, False),
     "q5_k": (5, 32, False),
     "q6_k": (6, 16, True),
+    "iq4_nl": (4, 32, True),
+    "iq4_xs": (4, 32, True),
 }
 
 # Kinds whose scales are numbers of their own, not multiples of others.
@@ -48,7 +50,7 @@ class GridConfig:
         grid: `absmax` covers the largest weight of the group; `search` picks the scale of least squared error, of
             either sign where levels are symmetric.
         kind: `uniform`, or a format's own grid: look-up tables (nf4, mxfp4, nvfp4) and GGUF block types (q4_0, q4_1,
-            q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k); these fix bits, group size and symmetry (see `of_kind`).
+            q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs); these fix bits, group size and symmetry.
     """
 
     bits: int = 4

@@ -12,8 +12,9 @@ from discquant.errors import UnrepresentableError, either
 from discquant.formats.gguf_blocks import Parts
 from discquant.formats.gguf_types import TYPES, BlockType
 from discquant.formats.scheme import Scheme
-from discquant.grids import AffineGrid, Grid, UniformGrid
-from discquant.grids.gguf import SUPER_KINDS, gguf_kind
+from discquant.grids import AffineGrid, Grid, TableGrid, UniformGrid
+from discquant.grids.gguf import gguf_kind
+from discquant.grids.table import SIGNED_KINDS
 
 WIDEST_AFFINE = 5
 
@@ -25,11 +26,15 @@ def grid_of(kind: BlockType, parts: Mapping[str, Tensor]) -> Grid:
         ValueError: A scale is NaN or infinite.
     """
     if not kind.scale_bits:
+        if kind.looked_up:
+            return TableGrid.iq4(parts["d"], kind.name.lower())
         if kind.symmetric:
             return UniformGrid(kind.num_bits, kind.group_size, True, parts["d"])
         return AffineGrid(kind.num_bits, kind.group_size, parts["d"], parts["m"])
     # An 11-bit mantissa times an integer of 8 bits: both products are exact in float32.
     scale = parts["d"].float().unsqueeze(-1) * (parts["sc"].float() - kind.scale_zero)
+    if kind.looked_up:
+        return TableGrid.iq4(scale.flatten(1), kind.name.lower())
     if kind.symmetric:
         return UniformGrid(kind.num_bits, kind.group_size, True, scale.flatten(1))
     depth = parts["dmin"].float().unsqueeze(-1) * parts["mn"].float()
@@ -41,7 +46,7 @@ def fit_grid(grid: Grid, columns: int, name: str = "layer") -> tuple[BlockType, 
 
     Symmetric grids of up to 4 bits fit Q4_0 (codes widened), of 5 Q5_0, of more Q8_0; with two-level scales those of 3
     bits Q3_K, of 6 Q6_K. Affine grids fit whichever reproduces scale and minimum: of up to 4 bits Q4_K or Q4_1, of 5
-    Q5_K or Q5_1, of 2 also Q2_K.
+    Q5_K or Q5_1, of 2 also Q2_K. Grids of the IQ4 table are of the type that they were laid for.
 
     Args:
         grid: Grid of the layer.
@@ -53,12 +58,14 @@ def fit_grid(grid: Grid, columns: int, name: str = "layer") -> tuple[BlockType, 
     """
     if isinstance(grid, UniformGrid) and grid.symmetric and grid.g_idx is None:
         return _fit_symmetric(grid, columns, name)
+    if isinstance(grid, TableGrid) and grid.kind in SIGNED_KINDS:
+        return _fit_table(grid, columns, name)
     return _fit_affine(grid, columns, name)
 
 
 def planned_type(scheme: Scheme, columns: int) -> BlockType:
     """The block type that `fit_grid` will choose for a scheme, or where the values decide between two, the larger."""
-    if scheme.kind in SUPER_KINDS:
+    if scheme.kind.upper() in TYPES:
         return TYPES[gguf_kind(scheme.kind, columns).upper()]
     symmetric = scheme.kind == "int" and scheme.symmetric
     own = _two_level(scheme.num_bits, scheme.group_size, symmetric, columns)
@@ -67,7 +74,11 @@ def planned_type(scheme: Scheme, columns: int) -> BlockType:
 
 def plain_type(num_bits: int, symmetric: bool) -> BlockType:
     """The narrowest type with a float16 scale (and minimum) per 32 columns that holds such codes, else the widest."""
-    kinds = [kind for kind in TYPES.values() if kind.symmetric == symmetric and not kind.scale_bits]
+    kinds = [
+        kind
+        for kind in TYPES.values()
+        if kind.symmetric == symmetric and not (kind.scale_bits or kind.looked_up)
+    ]
     return next((kind for kind in kinds if kind.num_bits >= num_bits), kinds[-1])
 
 
@@ -76,7 +87,7 @@ def _two_level(num_bits: int, group_size: int, symmetric: bool, columns: int) ->
     wanted = (num_bits, group_size, symmetric)
     for kind in TYPES.values():
         found = (kind.num_bits, kind.group_size, kind.symmetric)
-        if kind.scale_bits and found == wanted and columns % kind.columns == 0:
+        if kind.scale_bits and not kind.looked_up and found == wanted and columns % kind.columns == 0:
             return kind
     return None
 
@@ -89,13 +100,7 @@ def _fit_symmetric(grid: UniformGrid, columns: int, name: str) -> tuple[BlockTyp
     size = columns if grid.group_size == -1 else grid.group_size
     own = _two_level(grid.num_bits, size, True, columns)
     if own is not None:
-        found = _factor(grid.scale.float().unflatten(1, (-1, own.groups)), *own.scale_range)
-        if found is None:
-            raise UnrepresentableError(
-                f"{name}: its scales are no small multiples of one float16 per 256 columns, as {own.name} needs; "
-                f"lay the grid with kind {own.name.lower()}"
-            )
-        return own, {"d": found[0], "sc": (found[1] + own.scale_zero).to(torch.uint8)}, 0
+        return own, _multiples(own, grid.scale, name), 0
     if size % 32 and size != columns:
         raise UnrepresentableError(f"{name}: GGUF has a scale per 32 columns, got group_size {size}")
     d = _exact_half(grid.scale)
@@ -106,6 +111,33 @@ def _fit_symmetric(grid: UniformGrid, columns: int, name: str) -> tuple[BlockTyp
     kind = plain_type(grid.num_bits, True)
     d = d.repeat_interleave(size // 32, dim=1)[:, : columns // 32]
     return kind, {"d": d}, 2 ** (kind.num_bits - 1) - 2 ** (grid.num_bits - 1)
+
+
+def _fit_table(grid: TableGrid, columns: int, name: str) -> tuple[BlockType, Parts, int]:
+    kind = TYPES[grid.kind.upper()]
+    if columns % kind.columns:
+        raise UnrepresentableError(
+            f"{name}: {kind.name} needs rows of whole {kind.columns}-column blocks, got {columns} columns"
+        )
+    if kind.scale_bits:
+        return kind, _multiples(kind, grid.scale, name), 0
+    d = _exact_half(grid.scale)
+    if d is None:
+        raise UnrepresentableError(
+            f"{name}: GGUF scales are float16, and a scale of this grid is none exactly"
+        )
+    return kind, {"d": d}, 0
+
+
+def _multiples(kind: BlockType, scale: Tensor, name: str) -> Parts:
+    """Scales with a sign as integers times d."""
+    found = _factor(scale.float().unflatten(1, (-1, kind.groups)), *kind.scale_range)
+    if found is None:
+        raise UnrepresentableError(
+            f"{name}: its scales are no small multiples of one float16 per 256 columns, as {kind.name} needs; "
+            f"lay the grid with kind {kind.name.lower()}"
+        )
+    return {"d": found[0], "sc": (found[1] + kind.scale_zero).to(torch.uint8)}
 
 
 def _fit_affine(grid: Grid, columns: int, name: str) -> tuple[BlockType, Parts, int]:

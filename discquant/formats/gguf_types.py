@@ -64,6 +64,7 @@ class BlockType:
         planes: Bits of the codes.
         scale_bits: Width of an integer scale (and minimum), which multiplies d (and dmin); 0 where d is the scale.
         scale_planes: Their bits.
+        looked_up: A code stands for a level of the IQ4 table, not for a multiple of the scale.
         scale_run: So many scales, then as many minima, and so on, in `scale_planes`.
     """
 
@@ -80,6 +81,7 @@ class BlockType:
     scale_bits: int = 0
     scale_planes: tuple[Plane, ...] = ()
     scale_run: int = 0
+    looked_up: bool = False
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row of that many weights."""
@@ -128,6 +130,9 @@ TYPES = {
         BlockType("Q6_K", 14, 18, 256, 210, 6, 16, True, (("d", 208),),
                   (Plane(0, 128, 64, 4), Plane(128, 64, 32, 2, place=4)),
                   8, (Plane(192, 16, 16, 8, signed=True),)),
+        BlockType("IQ4_NL", 20, 25, 32, 18, 4, 32, True, _D, (Plane(2, 16, 16, 4),), looked_up=True),
+        BlockType("IQ4_XS", 23, 30, 256, 136, 4, 32, True, _D, (Plane(8, 128, 16, 4),),
+                  6, (Plane(4, 4, 1, 4), Plane(2, 2, 1, 2, place=4)), looked_up=True),
     )
 }  # fmt: skip
 BY_NUMBER = {kind.number: kind for kind in TYPES.values()}

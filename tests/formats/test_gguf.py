@@ -27,7 +27,7 @@ from discquant.formats.gguf_tokenizer import read_vocabulary
 from discquant.formats.gguf_types import TYPES
 from discquant.formats.scheme import Scheme
 from discquant.grids import place_grid
-from discquant.grids.gguf import SUPER_KINDS
+from discquant.grids.gguf import FALLBACK, SUPER_KINDS
 
 gguf = pytest.importorskip("gguf")
 GGUF_KINDS = [kind for kind in GRID_KINDS if kind.upper() in TYPES]
@@ -119,6 +119,8 @@ def solve(source: Checkpoint, grid: GridConfig, only: str = "_proj") -> list[Cod
         ("LlamaForCausalLM", "q2_k", {}),
         ("Qwen2ForCausalLM", "q5_k", {}),
         ("Qwen3ForCausalLM", "q6_k", {}),
+        ("LlamaForCausalLM", "iq4_nl", {}),
+        ("Qwen2ForCausalLM", "iq4_xs", {}),
     ],
 )
 def test_a_written_model_is_what_the_package_reads(
@@ -181,15 +183,8 @@ def test_a_written_model_is_what_the_package_reads(
     assert not stored
     # A row of 288 columns has no 256-column block.
     row = manifest["layers"]["model.layers.0.mlp.down_proj"]
-    others = {
-        "uniform": "Q4_0",
-        "q2_k": "Q4_0",
-        "q3_k": "Q4_0",
-        "q4_k": "Q4_1",
-        "q5_k": "Q5_1",
-        "q6_k": "Q8_0",
-    }
-    assert row["type"] == others.get(kind, kind.upper())
+    others = FALLBACK | {"uniform": "q4_0"}
+    assert row["type"] == others.get(kind, kind).upper()
     assert row["fallback"] == (kind in SUPER_KINDS)
     mostly = reader.fields["general.file_type"].contents()
     names = {
@@ -203,6 +198,7 @@ def test_a_written_model_is_what_the_package_reads(
         16: "q5_k",
         18: "q6_k",
     }
+    names |= {25: "iq4_nl", 30: "iq4_xs"}
     assert names[mostly] == ("q4_0" if kind == "uniform" else kind)
 
 

@@ -70,6 +70,7 @@ MADE: dict[str, Callable[[], Grid]] = {
     "mlx float16": lambda: AffineGrid(3, 64, _signed(4), torch.randn(ROWS, 4).half() * 0.05, torch.float16),
     "mlx bfloat16": lambda: AffineGrid(4, 64, _scales(4, torch.bfloat16), -_scales(4, torch.bfloat16)),
     "nf4": lambda: TableGrid.nf4(_scales(4)),
+    "file iq4_nl": lambda: TableGrid.iq4(_signed(8) / 16, "iq4_nl"),
     "mxfp4": lambda: TableGrid.mxfp4(torch.randint(115, 123, (ROWS, 8), dtype=torch.uint8)),
     "nvfp4": lambda: TableGrid.nvfp4((_scales(16) * 4000).to(torch.float8_e4m3fn), torch.tensor([5376.0])),
 } | {
@@ -104,6 +105,7 @@ def grid(request: pytest.FixtureRequest) -> Grid:
         "file q5_k",
         "mlx float16",
         "nf4",
+        "file iq4_nl",
         "placed nvfp4 search",
     ]
 )
@@ -124,7 +126,7 @@ def _levels(grid: Grid) -> Tensor:
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.uint8, torch.uint16, torch.bfloat16])
 def test_soft_weight_at_the_ends_is_served(grid: Grid, kind: torch.dtype) -> None:
     q_down, _ = grid.neighbours(_weight())
-    packed = q_down[:, 0::2] | (q_down[:, 1::2] << 4)
+    packed = q_down[:, 0::2] | (q_down[:, 1::2] << 4) if grid.num_bits <= 4 else q_down
     top = {torch.uint8: 255, torch.uint16: 65535}.get(kind, 1)
     for end in (0, 1):
         frac = torch.full((ROWS, COLUMNS), end * top).to(kind)

@@ -9,8 +9,9 @@ import torch
 from discquant.config import GRID_KINDS, GridConfig, GridKind
 from discquant.errors import UnrepresentableError
 from discquant.formats.gguf_types import TYPES
-from discquant.grids import AffineGrid, UniformGrid, place_grid
+from discquant.grids import AffineGrid, TableGrid, UniformGrid, place_grid
 from discquant.grids.gguf import FALLBACK, SUPER_KINDS, gguf_kind, place_gguf
+from discquant.grids.table import IQ4_LEVELS, SIGNED_KINDS
 
 KINDS = tuple(kind for kind in GRID_KINDS if kind.upper() in TYPES)
 
@@ -55,7 +56,13 @@ def from_the_ends(weight: torch.Tensor, kind: str) -> float:
     bits, group, symmetric = GRID_KINDS[kind]
     most, top = (1 << SUPER_KINDS[kind]) - 1, (1 << bits) - 1
     values = weight.reshape(-1, 256 // group, group)
-    if symmetric:
+    if kind in SIGNED_KINDS:
+        levels = torch.tensor(IQ4_LEVELS)
+        end = values.abs().amax(-1)
+        d = (end.amax(-1, keepdim=True) / 127 / (most // 2)).half().float()
+        scale = (d * torch.round(end / 127 / d).clamp(1, most // 2)).unsqueeze(-1)
+        found = scale * levels[(values.unsqueeze(-1) / scale.unsqueeze(-1) - levels).abs().argmin(-1)]
+    elif symmetric:
         low = -(top + 1) // 2
         end = values.gather(-1, values.abs().argmax(-1, keepdim=True)).squeeze(-1)
         d = (end.abs().amax(-1, keepdim=True) / -low / (most // 2)).half().float()
@@ -88,7 +95,7 @@ def test_scales_are_those_of_the_types(kind: GridKind) -> None:
     bits, group, symmetric = GRID_KINDS[kind]
     assert (grid.num_bits, grid.group_size, grid.symmetric) == (bits, group, symmetric)
     assert grid.scale.shape == (24, 512 // group) and not bool((grid.scale == 0).any())
-    assert grid.scale.dtype == (torch.float32 if kind in SUPER_KINDS else torch.float16)
+    assert grid.scale.dtype == (torch.float32 if kind in (*SUPER_KINDS, "iq4_nl") else torch.float16)
     if isinstance(grid, AffineGrid):
         assert grid.minimum.shape == grid.scale.shape and bool((grid.scale > 0).all())
         assert kind not in SUPER_KINDS or bool((grid.minimum <= 0).all())
@@ -104,23 +111,22 @@ def test_constant_rows(kind: str, value: float) -> None:
     rounded = grid.dequantize(grid.nearest(weight), torch.float32)
     assert bool(torch.isfinite(rounded).all())
     # One level can always be laid close to a single value; float16 gives it 11 bits, below its range 2^-24 steps, of
-    # which Q2_K has fifteen at most.
-    steps = 2 if kind == "q2_k" else 1
+    # which Q2_K has fifteen at most, and of which levels of the IQ4 table are up to 24 apart.
+    steps = 2 if kind == "q2_k" else 12 if kind in SIGNED_KINDS else 1
     assert float((rounded - weight).abs().max()) <= abs(value) * 2**-6 + steps * 2.0**-24
 
 
 def test_rows_that_are_no_multiple_of_256_fall_back() -> None:
-    assert FALLBACK == {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q4_1", "q5_k": "q5_1", "q6_k": "q8_0"}
     assert [gguf_kind(kind, 640) for kind in KINDS] == [FALLBACK.get(kind, kind) for kind in KINDS]
     assert [gguf_kind(kind, 768) for kind in KINDS] == list(KINDS)
     weight = torch.randn(4, 640)
     for kind, (bits, type_) in {
         "q2_k": (4, UniformGrid), "q3_k": (4, UniformGrid), "q4_k": (4, AffineGrid), "q5_k": (5, AffineGrid),
-        "q6_k": (8, UniformGrid),
+        "q6_k": (8, UniformGrid), "iq4_xs": (4, TableGrid),
     }.items():  # fmt: skip
         grid = place_gguf(weight, kind)
         assert type(grid) is type_ and (grid.num_bits, grid.group_size) == (bits, 32)
-        assert grid.scale.dtype == torch.float16
+        assert torch.equal(grid.scale, grid.scale.half().to(grid.scale.dtype))
         assert squared_error(grid, weight) < float(weight.square().sum()) * 4.0 ** (2 - bits)
     with pytest.raises(UnrepresentableError, match=r"down_proj: Q4_0 .* 172 columns .* ignore"):
         gguf_kind("q4_0", 172, "down_proj")

@@ -67,7 +67,8 @@ class Case:
 
 # K-quants have blocks of 256 columns; the bundled model's down_proj has 640.
 NO_DOWN = ("down_proj",)
-GGUF = ("q4_0", "q4_1", "q4_k", "q3_k", "q5_0", "q5_1", "q2_k", "q5_k", "q6_k")
+LONG_BLOCKS = ("_k", "_xs")
+GGUF = ("q4_0", "q4_1", "q4_k", "q3_k", "q5_0", "q5_1", "q2_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 CASES = {
     case.name: case
     for case in (
@@ -79,7 +80,7 @@ CASES = {
         Case("nvfp4", "tiny_llama", GridConfig.of_kind("nvfp4")),
         Case("mxfp4", "tiny_llama", GridConfig.of_kind("mxfp4")),
         *(
-            Case(kind, "tiny_llama", GridConfig.of_kind(kind), NO_DOWN if kind.endswith("_k") else ())
+            Case(kind, "tiny_llama", GridConfig.of_kind(kind), NO_DOWN if kind.endswith(LONG_BLOCKS) else ())
             for kind in GGUF
         ),
         # What `discquant allocate` makes of a model; widths that every tool of integers reads.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cases import GGUF
+from cases import GGUF, LONG_BLOCKS
 
 # Text and steps of a refine by the bits of the file: fewer bits lose more, and get it back from more of both.
 REFINE = {
@@ -121,7 +121,7 @@ CONSUMERS = (
         for case in ("int3", "int4", "mixed")
     ),
     *(Consumer("project", "consume_gguf", case, "gguf", None) for case in (*GGUF, "mixed", "stories_q4_0")),
-    *(_llama_cpp(kind, LONG if kind.endswith("_k") else SHORT) for kind in GGUF),
+    *(_llama_cpp(kind, LONG if kind.endswith(LONG_BLOCKS) else SHORT) for kind in GGUF),
     _llama_cpp("stories_q4_0", SHORT),
     *(
         Consumer("mlx", "consume_mlx", case, "mlx", "float32, summed in sequence")
