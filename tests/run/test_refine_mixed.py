@@ -22,7 +22,7 @@ from discquant.run.refine import RefinePipeline
 pytest.importorskip("gguf")
 # By the last part of a module's name. Rows of 288 columns have no block of 256: a fallback is among them.
 MIX: dict[str, GridKind] = {
-    "q_proj": "q2_k", "k_proj": "q2_k", "v_proj": "q6_k", "o_proj": "q5_k", "gate_proj": "q4_k", "up_proj": "q3_k",
+    "q_proj": "q2_k", "k_proj": "iq4_xs", "v_proj": "q6_k", "o_proj": "q5_k", "gate_proj": "q4_k", "up_proj": "q3_k",
     "down_proj": "q6_k",
 }  # fmt: skip
 
@@ -71,7 +71,7 @@ def test_only_codes_of_a_mixed_file_change(
     refined = tmp_path / "out" / "gguf" / "model.gguf"
     before, after = GgufFile(file), GgufFile(refined)
     assert {before.tensors[name].type for name in before.tensors} >= {
-        "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
+        "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS",
     }  # fmt: skip
     changed = torch.from_numpy(np.fromfile(file, np.uint8) != np.fromfile(refined, np.uint8))
     for tensor in before.tensors.values():
