@@ -34,8 +34,8 @@ GridRule = Annotated[str, typer.Option(help="absmax, or search for the scale of 
 Kind = Annotated[
     str,
     typer.Option(
-        help="uniform, or a grid that a format dictates: nf4, mxfp4, nvfp4, q4_0, q4_1, q4_k, q3_k "
-        "(bits, group size and symmetry are then the format's)."
+        help="uniform, or a grid that a format dictates: nf4, mxfp4, nvfp4, q4_0, q4_1, q5_0, q5_1, "
+        "q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs (bits, group size and symmetry are then the format's)."
     ),
 ]
 LayerGrids = Annotated[

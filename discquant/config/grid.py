@@ -10,7 +10,10 @@ from discquant.config.checks import check
 from discquant.errors import either
 
 GridSearch = Literal["absmax", "search"]
-GridKind = Literal["uniform", "nf4", "mxfp4", "nvfp4", "q4_0", "q4_1", "q4_k", "q3_k"]
+GridKind = Literal[
+    "uniform", "nf4", "mxfp4", "nvfp4",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+]  # fmt: skip
 
 # (bits, group_size, sym) that each of the formats' own grids fixes.
 GRID_KINDS: dict[str, tuple[int, int, bool]] = {
@@ -19,12 +22,19 @@ GRID_KINDS: dict[str, tuple[int, int, bool]] = {
     "nvfp4": (4, 16, True),
     "q4_0": (4, 32, True),
     "q4_1": (4, 32, False),
-    "q4_k": (4, 32, False),
+    "q5_0": (5, 32, True),
+    "q5_1": (5, 32, False),
+    "q2_k": (2, 16, False),
     "q3_k": (3, 16, True),
+    "q4_k": (4, 32, False),
+    "q5_k": (5, 32, False),
+    "q6_k": (6, 16, True),
+    "iq4_nl": (4, 32, True),
+    "iq4_xs": (4, 32, True),
 }
 
 # Kinds whose scales are numbers of their own, not multiples of others.
-FREE_SCALES = ("uniform", "q4_0")
+FREE_SCALES = ("uniform", "q4_0", "q5_0")
 
 GROUP_SIZES_HINT = "-1 (whole row) or a positive multiple of 8, usually 32, 64 or 128"
 
@@ -40,7 +50,7 @@ class GridConfig:
         grid: `absmax` covers the largest weight of the group; `search` picks the scale of least squared error, of
             either sign where levels are symmetric.
         kind: `uniform`, or a format's own grid: look-up tables (nf4, mxfp4, nvfp4) and GGUF block types (q4_0, q4_1,
-            q4_k, q3_k); these fix bits, group size and symmetry (`of_kind` fills them in).
+            q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs); these fix bits, group size and symmetry.
     """
 
     bits: int = 4

@@ -92,7 +92,7 @@ class QuantizeConfig:
         moved = self.solver.scale_iters if self.method == "discquant" else 0
         rules = isinstance(self.layers, tuple) and all(isinstance(rule, LayerGrid) for rule in self.layers)
         check("layers", "a tuple of LayerGrid", rules, self.layers)
-        told = f"0; only {' and '.join(FREE_SCALES)} have free scales"
+        told = f"0; only {either(FREE_SCALES)} grids have free scales"
         for kind in dict.fromkeys(grid.kind for grid in self.grids):
             check(f"scale_iters with kind {kind}", told, moved == 0 or kind in FREE_SCALES, moved)
         for name in ("ignore", "baselines"):

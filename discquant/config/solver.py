@@ -58,7 +58,7 @@ class SolverConfig:
         curvature_samples: Token windows that the factors are gathered on.
         curvature_width: Channels per diagonal block of a factor; wider layers keep several blocks.
         scale_iters: Steps after `iters`, with the codes fixed, in which the scales move on the loss; 0 keeps the grid
-            as it was laid. Uniform grids and q4_0, whose scales are free numbers.
+            as it was laid. Uniform grids, q4_0 and q5_0, whose scales are free numbers.
         scale_lr: Their peak learning rate: a step moves a scale by about this share of itself.
         state: Width of the per-weight state.
         compute_dtype: Dtype of the forward and backward passes; a model given in memory brings its own.

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from discquant.formats.coded import Format
-from discquant.formats.gguf_blocks import TYPES
+from discquant.formats.gguf_types import TYPES
 from discquant.grids import AffineGrid, Grid, TableGrid
 from discquant.grids.gguf import gguf_kind
 
@@ -53,7 +53,7 @@ def grid_bits(grid: Grid, shape: tuple[int, int], kind: str = "uniform") -> int:
         Bits of codes, scales, zero points (of the codes' width) and minima; block scales of tables as wide as they are.
     """
     rows, columns = shape
-    block = TYPES.get(gguf_kind(kind, columns).upper()) if kind.startswith("q") else None
+    block = TYPES.get(gguf_kind(kind, columns).upper()) if kind.upper() in TYPES else None
     if block is not None:
         return 8 * rows * block.row_bytes(columns)
     scales = grid.block_scale if isinstance(grid, TableGrid) else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from discquant.errors import either
+from discquant.formats.gguf_types import TYPES
 from discquant.formats.scheme import Scheme
 from discquant.grids.fused import FUSED
 
@@ -53,7 +54,7 @@ class EngineRow:
 
 
 _INT = ("int",)
-_BLOCKS = ("int", "affine", "q4_0", "q4_1", "q4_k", "q3_k", "Q4_0", "Q4_1", "Q4_K", "Q3_K")
+_BLOCKS = ("int", "affine", *(name.lower() for name in TYPES), *TYPES)
 _UNSEEN = "not looked up for this width or grid"
 _HUMMING = "only with --quantization humming; no act-order"
 _V2_UNSEEN = "most loaders expect v1 (--format gptq)"

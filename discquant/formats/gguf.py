@@ -2,7 +2,7 @@
 """GGUF behind the interface of all formats: whole models for llama.cpp, and other codes into existing files.
 
 A written folder holds `model.gguf`, the original's config.json, manifest, proof and card. Anything a file of these
-architectures holds besides Q4_0, Q4_1, Q8_0, Q4_K and Q3_K matrices is left as it is.
+architectures holds besides matrices of `gguf_types.TYPES` is left as it is.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discquant.config import GridConfig
-from discquant.errors import CheckpointError, MissingModelError, ProofError, UnrepresentableError
+from discquant.config import GRID_KINDS, GridConfig
+from discquant.errors import CheckpointError, MissingModelError, ProofError, UnrepresentableError, either
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, Format, LayerFacts
-from discquant.formats.gguf_blocks import TYPES, BlockType, fit_grid, grid_of, replace_codes, unpack_blocks
+from discquant.formats.gguf_blocks import replace_codes, unpack_blocks
 from discquant.formats.gguf_file import MAGIC, PLAIN, GgufFile, GgufTensor, byte_diff
+from discquant.formats.gguf_fit import WIDEST_AFFINE, fit_grid, grid_of, plain_type
 from discquant.formats.gguf_model import Heads, from_gguf, heads_of_file
+from discquant.formats.gguf_types import TYPES, BlockType
 from discquant.formats.gguf_write import check_source, space, write_gguf
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import Finish, close_rewritten, file_facts, span_row
@@ -111,14 +113,15 @@ class Gguf:
                 yield ours, _unpermuted(file.plain(name), _rows_of(file, heads, module, tensor))
 
     def check(self, shape: tuple[int, int], grid: GridConfig, name: str = "layer") -> None:
-        """Refuse what no block type holds, whatever its scales: see `gguf_blocks.fit_grid`."""
-        if grid.kind in ("q4_0", "q4_1", "q4_k", "q3_k"):
+        """Refuse what no block type holds, whatever its scales: see `gguf_fit.fit_grid`."""
+        if grid.kind.upper() in TYPES:
             gguf_kind(grid.kind, shape[1], name)
             return
-        if grid.kind != "uniform" or (not grid.sym and grid.bits > 4):
+        if grid.kind != "uniform" or (not grid.sym and grid.bits > WIDEST_AFFINE):
             kind = grid.kind if grid.kind != "uniform" else f"{grid.bits}-bit asymmetric"
             raise UnrepresentableError(
-                f"{name}: GGUF has no place for {kind} grids; lay one of its own with kind q4_0, q4_1, q4_k or q3_k"
+                f"{name}: GGUF has no place for {kind} grids; lay one of its own with kind "
+                f"{either(kind for kind in GRID_KINDS if kind.upper() in TYPES)}"
             )
         # Whether a block type holds the minima of an asymmetric grid shows in their values: `check_grid`.
         gguf_kind("q4_0" if grid.sym else "q4_1", shape[1], name)
@@ -139,12 +142,16 @@ class Gguf:
 
     def stored_wider(self, bits: int, symmetric: bool = True) -> str:
         """See `coded.Format`."""
-        if bits >= 4:
+        stored = plain_type(bits, symmetric)
+        if bits >= stored.num_bits:
             return ""
-        own = "; its own 3-bit grid is --kind q3_k" if bits == 3 else ""
-        # Q4_0; Q4_1, or Q4_K with its 4.5 where that holds the same grid.
-        size = "4.5" if symmetric else "up to 5"
-        return f"{bits}-bit codes are stored in 4-bit blocks ({size} bits per weight){own}"
+        kinds = [
+            name for name, (width, _, _) in GRID_KINDS.items() if width == bits and name.upper() in TYPES
+        ]
+        own = f"; its own {bits}-bit grid is --kind {either(kinds)}" if kinds else ""
+        # A minimum may fit the smaller type of integer scales, too.
+        size = f"{'' if symmetric else 'up to '}{8 * stored.size / stored.columns:g}"
+        return f"{bits}-bit codes are stored in {stored.num_bits}-bit blocks ({size} bits per weight){own}"
 
     def space(self, source: Checkpoint, schemes: Mapping[str, Scheme]) -> int:
         """See `coded.Format`."""

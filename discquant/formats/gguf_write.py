@@ -29,8 +29,9 @@ from discquant.formats.card import ROTATION, hub_name, origin_of, write_card
 from discquant.formats.checkpoint import Checkpoint, check_unquantized
 from discquant.formats.coded import CodedLayer
 from discquant.formats.engines import engine_rows
-from discquant.formats.gguf_blocks import TYPES, fit_grid, pack_blocks, planned_type
+from discquant.formats.gguf_blocks import pack_blocks
 from discquant.formats.gguf_file import NUMBERS
+from discquant.formats.gguf_fit import fit_grid, planned_type
 from discquant.formats.gguf_model import (
     ROPE_FACTORS,
     Heads,
@@ -40,6 +41,7 @@ from discquant.formats.gguf_model import (
     to_gguf,
 )
 from discquant.formats.gguf_tokenizer import GgufVocabulary, read_vocabulary
+from discquant.formats.gguf_types import TYPES
 from discquant.formats.mapped import forget_pages
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import digest
@@ -48,8 +50,7 @@ from discquant.formats.scheme import Scheme
 from discquant.grids.gguf import FALLBACK
 
 FILE = "model.gguf"
-# llama.cpp's number for "mostly this type".
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q3_K": 11, "Q4_K": 14, "BF16": 32}
+_MOSTLY_F16 = 1  # llama.cpp's number of a file without a quantized matrix
 _PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Bytes of a string's length, type and score in a header; of a tensor's entry there and its row in the manifest.
 _STRING, _FACTS, ALIGNMENT = 16, 1024, 32
@@ -125,8 +126,8 @@ def write_gguf(
                 tensors[ROPE_FACTORS] = _put(stream, "F32", tuple(factors.shape), factors)
         check_space(out, spool.stat().st_size)  # as much again
         types = [row["type"] for row in table.values()]
-        mostly = max(sorted(set(types)), key=types.count) if types else "F16"
-        _write_file(source, partial, spool, tensors, metadata, architecture, _FILE_TYPES[mostly])
+        mostly = TYPES[max(sorted(set(types)), key=types.count)].file_type if types else _MOSTLY_F16
+        _write_file(source, partial, spool, tensors, metadata, architecture, mostly)
         spool.unlink()
         (partial / "config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"

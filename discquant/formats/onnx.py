@@ -100,9 +100,9 @@ class Onnx:
 
     def check(self, shape: tuple[int, int], grid: GridConfig, name: str = "layer") -> None:
         """Refuse grids that are not uniform, and groups that no block divides."""
-        if grid.kind not in ("uniform", "q4_0", "q3_k"):
+        if grid.kind not in ("uniform", "q4_0", "q5_0", "q3_k", "q6_k"):
             raise UnrepresentableError(
-                f"{name}: MatMulNBits has no place for {grid.kind} grids; take kind uniform, or q4_0"
+                f"{name}: MatMulNBits has no place for {grid.kind} grids; take kind uniform, q4_0 or q5_0"
             )
         block_size(-1 if grid.group_size > shape[1] else grid.group_size, name)
 

@@ -11,8 +11,8 @@ from discquant.formats.codes import QuantizedLinear
 from discquant.grids import Grid, UniformGrid
 from discquant.grids.affine import AffineGrid
 
-# GGUF's Q4_0 is a plain uniform grid; Q4_1 is uniform but for its floating minimum.
-KINDS = {"uniform": "int", "q4_0": "int", "q4_1": "affine"}
+# GGUF's Q4_0 and Q5_0 are plain uniform grids; Q4_1 and Q5_1 are uniform but for their floating minimum.
+KINDS = {"uniform": "int", "q4_0": "int", "q5_0": "int", "q4_1": "affine", "q5_1": "affine"}
 
 
 @dataclass(frozen=True)

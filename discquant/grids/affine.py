@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Affine grids: weight = scale * q + minimum with a floating minimum (Q4_1, Q4_K, MLX)."""
+"""Affine grids: weight = scale * q + minimum with a floating minimum (Q4_1, Q4_K and the like of GGUF, MLX)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from discquant.ops import expand_groups, soft_weight
 class AffineGrid(Grid):
     """Affine grid of one weight matrix.
 
-    Q4_1: scale = d, minimum = m. Q4_K: scale = d sc, minimum = -(dmin mn), both exact in float32; then
-    (d sc) q - (dmin mn) rounds once, as the format's own decoder does. MLX: scales and biases, in their own dtype.
+    Q4_1, Q5_1: scale = d, minimum = m. Q2_K, Q4_K, Q5_K: scale = d sc, minimum = -(dmin mn), both exact in float32;
+    then (d sc) q - (dmin mn) rounds once, as the format's own decoder does. MLX: scales and biases, in their own dtype.
 
     Attributes:
         num_bits: Code width b, 2 to 8.

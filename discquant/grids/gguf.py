@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids that GGUF block types dictate: scales are chosen, quantized as the file stores them, and only then rounded on.
 
-Q4_0 and Q3_K have a signed scale and levels around zero; Q4_1 and Q4_K a scale and a minimum. The K types keep their
-scales as small integers times one float16 per 256 columns.
+A type has a signed scale and levels around zero (Q4_0, Q5_0, Q8_0, Q3_K, Q6_K; of a table: IQ4_NL, IQ4_XS), or a scale
+and a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K). Scales are float16 numbers, or, in the K types and IQ4_XS, small integers
+times one float16 per 256 columns.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from discquant.config import GRID_KINDS
 from discquant.errors import UnrepresentableError
 from discquant.grids.affine import AffineGrid
 from discquant.grids.base import Grid
+from discquant.grids.table import IQ4_LEVELS, SIGNED_KINDS, TableGrid
 from discquant.grids.uniform import UniformGrid
 
 MIN_HALF = (
@@ -23,13 +26,18 @@ MIN_HALF = (
 )  # the smallest float16 above zero: no scale of ours is zero, so every code keeps its meaning
 MAX_HALF = 65504.0
 SUPER = 256
-SUPER_KINDS = ("q4_k", "q3_k")
-# What a row that is no multiple of 256 takes instead: the 32-column type with the same kind of levels, 4 bits wide.
-FALLBACK = {"q4_k": "q4_1", "q3_k": "q4_0"}
-SCALE_LEVELS = 63
+# The types of integer scales (and minima), and the bits of those.
+SUPER_KINDS = {"q2_k": 4, "q3_k": 6, "q4_k": 6, "q5_k": 6, "q6_k": 8, "iq4_xs": 6}
+# What a row that is no multiple of 256 takes instead: a 32-column type of as many levels or more, of the same kind but
+# for Q2_K, which needs no minimum among sixteen.
+FALLBACK = {
+    "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q4_1", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl",
+}  # fmt: skip
+_LEVELS = {**GRID_KINDS, "q8_0": (8, 32, True)}  # bits, group size, symmetric; Q8_0 is no kind to ask for
 # Weights that are taken at a time: the scratch of a candidate then stays in the cache (twice as fast as 2^22).
 _CHUNK = 1 << 17
 _STRETCH = torch.linspace(-0.9, 0.9, 9, device="cpu").tolist()  # importable under torch.device("meta")
+_REACHES = torch.linspace(0.75, 1.15, 9, device="cpu").tolist()
 _RATIOS = torch.linspace(0.7, 1.05, 8, device="cpu").tolist()
 
 
@@ -37,12 +45,12 @@ def gguf_kind(kind: str, in_features: int, name: str = "layer") -> str:
     """The block type that a row of this length gets.
 
     Args:
-        kind: Wanted type: q4_0, q4_1, q4_k or q3_k.
+        kind: Wanted type, a GGUF kind of `config.GRID_KINDS`.
         in_features: Length of a row.
         name: Module path, for the message.
 
     Returns:
-        `kind`, or for a K type whose rows are no multiple of 256 its fallback: Q4_K -> Q4_1, Q3_K -> Q4_0.
+        `kind`, or for a type of `SUPER_KINDS` whose rows are no multiple of 256 its `FALLBACK`.
 
     Raises:
         UnrepresentableError: The row is no multiple of 32 either.
@@ -60,7 +68,7 @@ def place_gguf(weight: Tensor, kind: str, *, search: bool = True) -> Grid:
 
     Args:
         weight: Floating, finite, [out_features, in_features].
-        kind: q4_0, q4_1, q4_k or q3_k.
+        kind: A GGUF kind of `config.GRID_KINDS`.
         search: Look for the scale of least squared error; else cover the largest weight.
 
     Returns:
@@ -76,80 +84,117 @@ def place_gguf(weight: Tensor, kind: str, *, search: bool = True) -> Grid:
         raise ValueError("place_gguf: weight must be finite, got NaN or Inf")
     if weight.numel() and float(weight.abs().max()) > MAX_HALF:
         raise ValueError(f"place_gguf: weight must be at most {MAX_HALF} in magnitude")
-    place = {"q4_0": place_q4_0, "q4_1": place_q4_1, "q4_k": place_q4_k, "q3_k": place_q3_k}
+    found = gguf_kind(kind, weight.shape[1])
+    bits, group, symmetric = _LEVELS[found]
+    scale_bits = SUPER_KINDS.get(found, 0)
     with torch.no_grad():
-        return place[gguf_kind(kind, weight.shape[1])](weight, search=search)
+        if not symmetric:
+            return _place_affine(weight, bits, group, scale_bits, search)
+        snap, ends = _signed_levels(found, bits, weight.device)
+        scale = _place_signed(weight, group, scale_bits, snap, ends if search else ends[:1])
+        return TableGrid.iq4(scale, found) if found in SIGNED_KINDS else UniformGrid(bits, group, True, scale)
 
 
-def place_q4_0(weight: Tensor, *, search: bool = True) -> UniformGrid:
-    """Q4_0: d (q - 8), one signed float16 d per 32 columns. Arguments and errors as `place_gguf`."""
-    scale = _by_rows(weight, 32, lambda values: _half(_symmetric(values, -8, search)))
-    return UniformGrid(4, 32, True, scale.half())
+def _signed_levels(kind: str, bits: int, device: torch.device) -> tuple[_Snap, list[float]]:
+    """What rounds to the levels of a type, and where among them the largest weight of a group may lie.
 
-
-def place_q4_1(weight: Tensor, *, search: bool = True) -> AffineGrid:
-    """Q4_1: d q + m, float16 d and m per 32 columns. Arguments and errors as `place_gguf`."""
-
-    def fit(values: Tensor) -> Tensor:
-        found = _affine(values, search, below_zero=False)
-        return torch.stack((found.scale, found.minimum), dim=-1)
-
-    both = _by_rows(weight, 32, fit)
-    return AffineGrid(4, 32, both[..., 0].half(), both[..., 1].half())
-
-
-def place_q4_k(weight: Tensor, *, search: bool = True) -> AffineGrid:
-    """Q4_K: d sc q - dmin mn, sc and mn 6-bit per 32 columns, d and dmin float16 per 256.
-
-    Arguments and errors as `place_gguf`; in_features must be a multiple of 256.
+    First it lies at the lowest level, the largest in magnitude; a search goes on to places about either end, and so
+    tries both signs of the scale.
     """
-
-    def fit(values: Tensor) -> Tensor:
-        """[rows, blocks, 8, 32] -> [rows, blocks, 8, 2]: d sc and -dmin mn."""
-        found = _affine(values, search, below_zero=True)
-        steps, depths = found.scale, -found.minimum
-        d = _half(steps.amax(dim=-1, keepdim=True) / SCALE_LEVELS)
-        dmin = _half(depths.amax(dim=-1, keepdim=True) / SCALE_LEVELS)
-        sc = torch.round(steps / d).clamp_(1, SCALE_LEVELS)
-        mn = torch.round(depths / dmin).clamp_(0, SCALE_LEVELS)
-
-        def build(step: int, depth: int) -> tuple[Tensor, Tensor]:
-            return (
-                d * (sc + step).clamp_(1, SCALE_LEVELS),
-                dmin * (mn + depth).clamp_(0, SCALE_LEVELS),
-            )
-
-        moves = [(step, depth) for step in (0, -1, 1) for depth in (0, -1, 1)] if search else [(0, 0)]
-        candidates = ((scale, -depth) for scale, depth in (build(*move) for move in moves))
-        best = _best(values, candidates)
-        return torch.stack((best.scale, best.minimum), dim=-1)
-
-    both = _by_rows(weight, 32, fit, SUPER)
-    return AffineGrid(4, 32, both[..., 0].contiguous(), both[..., 1].contiguous())
+    if kind in SIGNED_KINDS:
+        ends = [end * reach for end in (IQ4_LEVELS[0], IQ4_LEVELS[-1]) for reach in _REACHES]
+        return _Table(torch.tensor(IQ4_LEVELS, device=device)), [IQ4_LEVELS[0], *ends]
+    low = -(1 << (bits - 1))
+    ends = [sign * (low + stretch) for sign in (1.0, -1.0) for stretch in _STRETCH]
+    return _Integers(low, -low - 1), [low, *ends]
 
 
-def place_q3_k(weight: Tensor, *, search: bool = True) -> UniformGrid:
-    """Q3_K: d sc (q - 4), sc in -32..31 per 16 columns, float16 d per 256.
+def _place_signed(weight: Tensor, group: int, scale_bits: int, snap: _Snap, ends: list[float]) -> Tensor:
+    """A signed scale per group: float16, or with `scale_bits` a signed integer times a float16 of 256 columns.
 
-    Arguments and errors as `place_gguf`; in_features must be a multiple of 256.
+    Args:
+        weight: [out_features, in_features].
+        group: Columns per scale.
+        scale_bits: Of the integer, 0 for none.
+        snap: Rounds weights in units of their scale.
+        ends: See `_signed_levels`; a single one is taken as it is, and nothing sought.
+
+    Returns:
+        [out_features, num_groups]: float16, or the products in float32.
     """
+    if not scale_bits:
+        return _by_rows(weight, group, lambda values: _fitted(values, snap, ends)).half()
+    least, most = -(1 << (scale_bits - 1)), (1 << (scale_bits - 1)) - 1
 
     def fit(values: Tensor) -> Tensor:
-        """[rows, blocks, 16, 16] -> [rows, blocks, 16]: d sc."""
-        steps = _symmetric(values, -4, search)
-        d = _half(_peak(steps).unsqueeze(-1) / -32)
-        sc = torch.round(steps / d).clamp_(-32, 31)
+        """[rows, blocks, groups, group] -> [rows, blocks, groups]: d sc."""
+        steps = _fitted(values, snap, ends)
+        d = _half(_peak(steps).unsqueeze(-1) / least)
+        sc = torch.round(steps / d).clamp_(least, most)
 
         def build(move: int) -> Tensor:
-            # sc = 0 would make all eight levels equal; 0 is on the grid of any other sc too.
-            moved = (sc + move).clamp_(-32, 31)
+            # sc = 0 would make all levels equal; what it stands for is near a level of any other sc too.
+            moved = (sc + move).clamp_(least, most)
             return d * torch.where(moved == 0, sc.sign() + (sc == 0), moved)
 
-        moves = (0, -1, 1, -2, 2) if search else (0,)
+        moves = (0, -1, 1, -2, 2) if len(ends) > 1 else (0,)
         zero = torch.zeros((), device=values.device)
-        return _best(values, ((build(move), zero) for move in moves), low=-4, high=3).scale
+        return _best(values, ((build(move), zero) for move in moves), snap).scale
 
-    return UniformGrid(3, 16, True, _by_rows(weight, 16, fit, SUPER))
+    return _by_rows(weight, group, fit, SUPER)
+
+
+def _place_affine(weight: Tensor, bits: int, group: int, scale_bits: int, search: bool) -> AffineGrid:
+    """d q + m, both float16; with `scale_bits` d sc q - dmin mn, sc and mn integers, d and dmin of 256 columns."""
+    top, most = (1 << bits) - 1, (1 << scale_bits) - 1
+
+    def fit(values: Tensor) -> Tensor:
+        """[.., groups, group] -> [.., groups, 2]: scale and minimum."""
+        found = _affine(values, top, search, below_zero=scale_bits > 0)
+        if not scale_bits:
+            return torch.stack((found.scale, found.minimum), dim=-1)
+        steps, depths = found.scale, -found.minimum
+        d = _half(steps.amax(dim=-1, keepdim=True) / most)
+        dmin = _half(depths.amax(dim=-1, keepdim=True) / most)
+        sc = torch.round(steps / d).clamp_(1, most)
+        mn = torch.round(depths / dmin).clamp_(0, most)
+
+        def build(step: int, depth: int) -> tuple[Tensor, Tensor]:
+            return d * (sc + step).clamp_(1, most), -(dmin * (mn + depth).clamp_(0, most))
+
+        moves = [(step, depth) for step in (0, -1, 1) for depth in (0, -1, 1)] if search else [(0, 0)]
+        best = _best(values, (build(*move) for move in moves), _Integers(0, top))
+        return torch.stack((best.scale, best.minimum), dim=-1)
+
+    both = _by_rows(weight, group, fit, SUPER if scale_bits else 0)
+    if not scale_bits:
+        both = both.half()
+    return AffineGrid(bits, group, both[..., 0].contiguous(), both[..., 1].contiguous())
+
+
+class _Integers(NamedTuple):
+    """Rounds to whole levels within their range."""
+
+    low: int
+    high: int
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Nearest levels of weights in units of their scale."""
+        return torch.round(values).clamp_(self.low, self.high)
+
+
+class _Table(NamedTuple):
+    """Rounds to levels of a table, ascending."""
+
+    levels: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Nearest levels of weights in units of their scale."""
+        middle = (self.levels[1:] + self.levels[:-1]) / 2
+        return self.levels[torch.searchsorted(middle, values.contiguous())]
+
+
+_Snap = _Integers | _Table
 
 
 class _Fit(NamedTuple):
@@ -183,20 +228,20 @@ def _peak(values: Tensor) -> Tensor:
     return values.gather(-1, values.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
-def _error(values: Tensor, fit: _Fit, low: int, high: int) -> Tensor:
+def _error(values: Tensor, fit: _Fit, snap: _Snap) -> Tensor:
     """Squared error per group of rounding to the nearest level."""
     scale, minimum = fit.scale.unsqueeze(-1), fit.minimum.unsqueeze(-1)
-    levels = torch.round((values - minimum) / scale).clamp_(low, high)
+    levels = snap((values - minimum) / scale)
     return (levels.mul_(scale).add_(minimum) - values).square_().sum(dim=-1)
 
 
-def _best(values: Tensor, candidates: Iterator[tuple[Tensor, Tensor]], low: int = 0, high: int = 15) -> _Fit:
+def _best(values: Tensor, candidates: Iterator[tuple[Tensor, Tensor]], snap: _Snap) -> _Fit:
     """The candidate (scale, minimum) of least squared error, group by group; the first of equals."""
     best: _Fit | None = None
     least = torch.empty(())
     for candidate in candidates:
         fit = _Fit(*candidate)
-        error = _error(values, fit, low, high)
+        error = _error(values, fit, snap)
         if best is None:
             best, least = fit, error
             continue
@@ -209,28 +254,27 @@ def _best(values: Tensor, candidates: Iterator[tuple[Tensor, Tensor]], low: int 
     return best
 
 
-def _symmetric(values: Tensor, low: int, search: bool) -> Tensor:
-    """Signed float16 scale per group for levels low .. -low - 1, the end at `low` laid on the largest weight.
+def _fitted(values: Tensor, snap: _Snap, ends: list[float]) -> Tensor:
+    """Signed float16 scale per group: the first end laid on the largest weight, or the best of the refitted others.
 
-    The search moves that end, tries the other sign, and refits the scale to the codes it gave by least squares.
+    Each of those gives codes, to which the scale is then fitted by least squares.
     """
     peak = _peak(values)
 
     def candidates() -> Iterator[tuple[Tensor, Tensor]]:
         zero = torch.zeros((), device=values.device)
-        yield _half(peak / low), zero
-        for sign in (1.0, -1.0) if search else ():
-            for stretch in _STRETCH:
-                inverse = torch.where(peak == 0, 0.0, sign * (low + stretch) / peak).unsqueeze(-1)
-                levels = torch.round(values * inverse).clamp_(low, -low - 1)
-                power = levels.square().sum(dim=-1)
-                yield _half(torch.where(power == 0, 0.0, (values * levels).sum(dim=-1) / power)), zero
+        yield _half(peak / ends[0]), zero
+        for end in ends[1:]:
+            inverse = torch.where(peak == 0, 0.0, end / peak).unsqueeze(-1)
+            levels = snap(values * inverse)
+            power = levels.square().sum(dim=-1)
+            yield _half(torch.where(power == 0, 0.0, (values * levels).sum(dim=-1) / power)), zero
 
-    return _best(values, candidates(), low, -low - 1).scale
+    return _best(values, candidates(), snap).scale
 
 
-def _affine(values: Tensor, search: bool, *, below_zero: bool) -> _Fit:
-    """Scale above 0 and minimum per group for levels 0 .. 15; with `below_zero` the minimum is 0 or less.
+def _affine(values: Tensor, top_level: int, search: bool, *, below_zero: bool) -> _Fit:
+    """Scale above 0 and minimum per group for levels 0 .. top_level; with `below_zero` the minimum is 0 or less.
 
     The search narrows the range from both sides and refits scale and minimum to the codes it gave by least squares.
     """
@@ -244,15 +288,17 @@ def _affine(values: Tensor, search: bool, *, below_zero: bool) -> _Fit:
         return scale, (minimum.clamp(max=0) if below_zero else minimum).half().float()
 
     def candidates() -> Iterator[tuple[Tensor, Tensor]]:
-        yield stored(span / 15, bottom)
+        yield stored(span / top_level, bottom)
         for ratio in _RATIOS if search else ():
             for shift in (0.0, 0.5, 1.0):
-                scale = (span * (ratio / 15)).clamp(min=MIN_HALF)
+                scale = (span * (ratio / top_level)).clamp(min=MIN_HALF)
                 minimum = bottom + span * ((1 - ratio) * shift)
-                levels = torch.round((values - minimum.unsqueeze(-1)) / scale.unsqueeze(-1)).clamp_(0, 15)
+                levels = torch.round((values - minimum.unsqueeze(-1)) / scale.unsqueeze(-1)).clamp_(
+                    0, top_level
+                )
                 yield stored(*_least_squares(values, levels, below_zero))
 
-    return _best(values, candidates())
+    return _best(values, candidates(), _Integers(0, top_level))
 
 
 def _least_squares(values: Tensor, levels: Tensor, below_zero: bool) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look-up-table grids: weight = scale * table[q] (NF4, MXFP4, NVFP4); codes ascend with the levels."""
+"""Look-up-table grids: weight = scale * table[q] (NF4, MXFP4, NVFP4, IQ4_NL, IQ4_XS); codes ascend with the levels."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ NF4_LEVELS = (
 E2M1_LEVELS = (
     -6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
 )  # fmt: skip
+# The levels of GGUF's IQ4 types, an int8 number each: finer around zero, which is none of them, and not symmetric, so
+# that a scale may want either sign.
+IQ4_LEVELS = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+)  # fmt: skip
+SIGNED_KINDS = ("iq4_nl", "iq4_xs")
 E8M0_BIAS = 127
 
 
@@ -43,16 +49,17 @@ def power_of_two(exponents: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TableGrid(Grid):
-    """Look-up grid of one weight matrix; made by `nf4`, `mxfp4` or `nvfp4`.
+    """Look-up grid of one weight matrix; made by `nf4`, `mxfp4`, `nvfp4` or `iq4`.
 
     Attributes:
         num_bits: Code width b.
         group_size: Columns per scale, -1 for the row; the last group may be short.
         table: Levels, ascending, float32, [2 ** b].
-        scale: What multiplies the table, in weight units, float32, [out_features, num_groups].
+        scale: What multiplies the table, in weight units, float32, [out_features, num_groups]; of either sign where
+            the table is not symmetric (`SIGNED_KINDS`).
         block_scale: Block scales as the file stores them (e8m0 exponents uint8, or float8_e4m3fn), or None.
         tensor_scale: Divisor of the block scales (NVFP4's global scale), float32, one element, or None.
-        kind: Name of the table: nf4, mxfp4, nvfp4.
+        kind: Name of the table: nf4, mxfp4, nvfp4, iq4_nl, iq4_xs.
     """
 
     num_bits: int
@@ -68,10 +75,12 @@ class TableGrid(Grid):
         """Validate.
 
         Raises:
-            ValueError: The scale is not finite or is negative, or the table is not ascending.
+            ValueError: The scale is not finite, or negative with a symmetric table, or the table is not ascending.
         """
-        if not bool(torch.isfinite(self.scale).all()) or bool((self.scale < 0).any()):
-            raise ValueError("TableGrid: scale must be finite and at least 0")
+        if not bool(torch.isfinite(self.scale).all()):
+            raise ValueError("TableGrid: scale must be finite, got NaN or Inf")
+        if self.kind not in SIGNED_KINDS and bool((self.scale < 0).any()):
+            raise ValueError(f"TableGrid: scale of {self.kind} must be at least 0, got a negative one")
         if self.table.shape != (2**self.num_bits,) or bool((self.table.diff() < 0).any()):
             raise ValueError(f"TableGrid: table must hold {2**self.num_bits} ascending levels")
 
@@ -110,6 +119,17 @@ class TableGrid(Grid):
             )
         scale = block_scale.float() / divisor
         return cls(4, 16, _e2m1(block_scale), scale, block_scale, divisor.reshape(1), kind="nvfp4")
+
+    @classmethod
+    def iq4(cls, scale: Tensor, kind: str) -> TableGrid:
+        """weight = IQ4 level * scale, per 32 columns.
+
+        Args:
+            scale: d, or of iq4_xs d times its integer, of either sign, floating, [out_features, num_groups].
+            kind: iq4_nl or iq4_xs.
+        """
+        table = torch.tensor(IQ4_LEVELS, device=scale.device)
+        return cls(4, 32, table, scale.float(), kind=kind)
 
     def dequantize(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """Return scale * table[q]: a float32 product, rounded once to `dtype`."""

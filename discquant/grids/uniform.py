@@ -34,14 +34,14 @@ def held_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class UniformGrid(Grid):
-    """Uniform grid of one weight matrix: ours, or the one inside a GPTQ, AWQ, compressed-tensors, Q4_0 or Q3_K file.
+    """Uniform grid of one weight matrix: ours, or the one inside a GPTQ, AWQ, compressed-tensors or GGUF file.
 
     Attributes:
         num_bits: Code width b, 2 to 8.
         group_size: Columns per scale, -1 for the row; the last group may be short.
         symmetric: True means the zero point is 2^(b-1) and `zero_point` is None.
         scale: Grid step in weight units, [out_features, num_groups], in the dtype the file stores; may be negative
-            (searched, Q4_0, Q3_K), and zero where a group has one level only.
+            (searched, or of a GGUF type), and zero where a group has one level only.
         zero_point: Code of weight zero, uint8, [out_features, num_groups], or None.
         g_idx: Group of each column, integer, [in_features], where groups are not contiguous (act-order); or None.
     """

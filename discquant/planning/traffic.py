@@ -21,7 +21,10 @@ OUTLIER_SHARES = {2: 0.06, 3: 0.022, 4: 0.0100, 5: 0.0055, 6: 0.005, 7: 0.0012, 
 
 SCALE_BYTES = 12.0  # of a group: what moves its scale
 # Scales and minima of a group, by kind: float32 beside the block scales of a file where those are narrower.
-GROUP_BYTES = {"nf4": 4.0, "mxfp4": 5.0, "nvfp4": 5.0, "q4_0": 2.0, "q4_1": 4.0, "q4_k": 8.0, "q3_k": 4.0}
+GROUP_BYTES = {
+    "nf4": 4.0, "mxfp4": 5.0, "nvfp4": 5.0, "q4_0": 2.0, "q4_1": 4.0, "q5_0": 2.0, "q5_1": 4.0,
+    "iq4_nl": 4.0, "iq4_xs": 4.0, "q2_k": 8.0, "q3_k": 4.0, "q4_k": 8.0, "q5_k": 8.0, "q6_k": 4.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def outlier_bytes(grid: GridConfig, state: str) -> float:
     groups of 32 to the row (those of a Student's t of 5 degrees are alike).
     """
     if (
-        state != "u8" or grid.grid != "search" or grid.kind in ("nf4", "mxfp4", "nvfp4")
+        state != "u8" or grid.grid != "search" or grid.kind in ("nf4", "mxfp4", "nvfp4", "iq4_nl", "iq4_xs")
     ):  # tables: one in a thousand
         return 0.0
     from discquant.ops.reference.place_outliers import OUTLIER_PIECE

@@ -269,7 +269,9 @@ def test_codes_that_a_format_stores_wider_are_told(
     gguf, plain = registry.by_name("gguf"), registry.by_name("gptq")
     assert "4-bit blocks" in gguf.stored_wider(3) and "--kind q3_k" in gguf.stored_wider(3)
     assert "(4.5 bits" in gguf.stored_wider(3) and "(up to 5 bits" in gguf.stored_wider(3, symmetric=False)
-    assert not gguf.stored_wider(4) and not plain.stored_wider(3)
+    assert "--kind q2_k" in gguf.stored_wider(2) and "--kind q6_k" in gguf.stored_wider(6)
+    assert "8-bit blocks (8.5 bits" in gguf.stored_wider(7) and "--kind" not in gguf.stored_wider(7)
+    assert not any(gguf.stored_wider(bits) for bits in (4, 5, 8)) and not plain.stored_wider(3)
 
 
 def test_an_encoder_decoder_is_refused_by_its_configuration(run: Run, tokens: str, tmp_path: Path) -> None:

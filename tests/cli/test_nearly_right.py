@@ -25,6 +25,8 @@ def _line(error: str) -> str:
     ("kind", "words"),
     [
         ("q4_0", "give one that can (gguf, "),
+        ("q2_k", "give one that can (gguf"),
+        ("q6_k", "give one that can (gguf, "),
         ("nvfp4", "give one that can (compressed-tensors"),
         ("nf4", "no format can; give none (the codes stay"),
     ],

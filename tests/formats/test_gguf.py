@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from discquant.config import GridConfig
+from discquant.config import GRID_KINDS, GridConfig
 from discquant.errors import CheckpointError, MissingModelError, UnrepresentableError, UserError
 from discquant.formats import gguf_write
 from discquant.formats.checkpoint import Checkpoint
@@ -24,10 +24,13 @@ from discquant.formats.gguf import FORMAT
 from discquant.formats.gguf_file import GgufFile
 from discquant.formats.gguf_model import to_gguf
 from discquant.formats.gguf_tokenizer import read_vocabulary
+from discquant.formats.gguf_types import TYPES
 from discquant.formats.scheme import Scheme
 from discquant.grids import place_grid
+from discquant.grids.gguf import FALLBACK, SUPER_KINDS
 
 gguf = pytest.importorskip("gguf")
+GGUF_KINDS = [kind for kind in GRID_KINDS if kind.upper() in TYPES]
 HIDDEN, MIDDLE, VOCABULARY, HEADS, SHARED = 256, 288, 300, 4, 2
 CONFIG: dict[str, Any] = {
     "hidden_size": HIDDEN, "intermediate_size": MIDDLE, "num_hidden_layers": 2, "num_attention_heads": HEADS,
@@ -111,6 +114,13 @@ def solve(source: Checkpoint, grid: GridConfig, only: str = "_proj") -> list[Cod
         ("MistralForCausalLM", "uniform", {"head_dim": 32}),
         ("Qwen2ForCausalLM", "q4_1", {"tie_word_embeddings": True}),
         ("Qwen3ForCausalLM", "q4_k", {"head_dim": 96}),
+        ("LlamaForCausalLM", "q5_0", {"tie_word_embeddings": True}),
+        ("MistralForCausalLM", "q5_1", {}),
+        ("LlamaForCausalLM", "q2_k", {}),
+        ("Qwen2ForCausalLM", "q5_k", {}),
+        ("Qwen3ForCausalLM", "q6_k", {}),
+        ("LlamaForCausalLM", "iq4_nl", {}),
+        ("Qwen2ForCausalLM", "iq4_xs", {}),
     ],
 )
 def test_a_written_model_is_what_the_package_reads(
@@ -173,13 +183,28 @@ def test_a_written_model_is_what_the_package_reads(
     assert not stored
     # A row of 288 columns has no 256-column block.
     row = manifest["layers"]["model.layers.0.mlp.down_proj"]
-    assert row["type"] == {"q4_k": "Q4_1", "q3_k": "Q4_0", "q4_1": "Q4_1"}.get(kind, "Q4_0")
-    assert row["fallback"] == (kind in ("q4_k", "q3_k"))
+    others = FALLBACK | {"uniform": "q4_0"}
+    assert row["type"] == others.get(kind, kind).upper()
+    assert row["fallback"] == (kind in SUPER_KINDS)
+    mostly = reader.fields["general.file_type"].contents()
+    names = {
+        2: "q4_0",
+        3: "q4_1",
+        8: "q5_0",
+        9: "q5_1",
+        10: "q2_k",
+        11: "q3_k",
+        14: "q4_k",
+        16: "q5_k",
+        18: "q6_k",
+    }
+    names |= {25: "iq4_nl", 30: "iq4_xs"}
+    assert names[mostly] == ("q4_0" if kind == "uniform" else kind)
 
 
 @pytest.mark.parametrize(
     "grid",
-    [*map(GridConfig.of_kind, ("q4_0", "q4_1", "q4_k", "q3_k")), GridConfig(3, 32), GridConfig(6, 64)],
+    [*map(GridConfig.of_kind, GGUF_KINDS), GridConfig(3, 32), GridConfig(5, 32), GridConfig(6, 64)],
     ids=str,
 )
 def test_space_is_what_it_takes(grid: GridConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,13 +219,13 @@ def test_space_is_what_it_takes(grid: GridConfig, tmp_path: Path, monkeypatch: p
     planned = {layer.name: Scheme.planned((layer.q.shape[0], layer.q.shape[1]), grid) for layer in layers}
     for schemes in (planned, {layer.name: Scheme.of_grid(layer.grid) for layer in layers}):
         needed = FORMAT.space(source, schemes)
-        # Where only values decide between Q4_1 and Q4_K, the larger counts.
-        share = 20 / 18 if grid.kind == "q4_k" else 1
+        # Where only values decide between Q4_1 and Q4_K, or Q5_1 and Q5_K, the larger counts.
+        share = {"q4_k": 20 / 18, "q5_k": 24 / 22}.get(grid.kind, 1)
         assert file + spooled <= needed <= 2 * share * spooled + 1100 * len(source.tensors) + 16384
     assert needed < 0.8 * 2 * sum(info.num_bytes for info in source.tensors.values())
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q4_k", "q3_k"])
+@pytest.mark.parametrize("kind", GGUF_KINDS)
 def test_read_rest_and_rewrite(tmp_path: Path, kind: Any) -> None:
     source = make_model(tmp_path / "model")
     layers = {layer.name: layer for layer in solve(source, GridConfig.of_kind(kind))}
@@ -230,16 +255,14 @@ def test_read_rest_and_rewrite(tmp_path: Path, kind: Any) -> None:
     assert again["byte_diff"] == diff and again["tensors"] == manifest["tensors"]
     assert (tmp_path / "again" / "model.gguf").read_bytes() == (tmp_path / "new" / "model.gguf").read_bytes()
     rows = {row.name: row for row in FORMAT.describe(tmp_path / "new").layers}
-    assert rows.keys() == layers.keys() and rows["model.layers.0.mlp.up_proj"].kind == kind.upper().replace(
-        "_K", "_K"
-    )
+    assert rows.keys() == layers.keys() and rows["model.layers.0.mlp.up_proj"].kind == kind.upper()
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(UnrepresentableError, match=r"up_proj.*shape"):
         FORMAT.rewrite(tmp_path / "out", tmp_path / "bad", {name: layers[name].q[:1]})
     with pytest.raises(UnrepresentableError, match="no quantized layers"):
         FORMAT.rewrite(tmp_path / "out", tmp_path / "bad", {"nobody": layers[name].q})
     with pytest.raises(UnrepresentableError, match="below"):
-        FORMAT.rewrite(tmp_path / "out", tmp_path / "bad", {name: layers[name].q + 16})
+        FORMAT.rewrite(tmp_path / "out", tmp_path / "bad", {name: layers[name].q | 0x80})
     assert not (tmp_path / "bad").exists()
 
 
@@ -261,6 +284,8 @@ def test_a_package_made_file_is_read(tmp_path: Path) -> None:
     for name, values, qtype in (
         ("blk.0.attn_q.weight", permuted, "Q4_0"),
         ("blk.0.ffn_up.weight", weight, "Q4_1"),
+        ("blk.0.ffn_gate.weight", weight, "Q5_0"),
+        ("blk.0.attn_output.weight", weight, "Q5_1"),
         ("token_embd.weight", weight, "Q8_0"),
     ):
         kind = gguf.GGMLQuantizationType[qtype]
@@ -270,8 +295,15 @@ def test_a_package_made_file_is_read(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     found = {layer.name: layer for layer in FORMAT.read(tmp_path / "theirs.gguf")}
-    assert found.keys() == {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
-    for name, qtype in (("model.layers.0.self_attn.q_proj", "Q4_0"), ("model.layers.0.mlp.up_proj", "Q4_1")):
+    types = {
+        "self_attn.q_proj": "Q4_0",
+        "mlp.up_proj": "Q4_1",
+        "mlp.gate_proj": "Q5_0",
+        "self_attn.o_proj": "Q5_1",
+    }
+    wanted_types = {f"model.layers.0.{name}": qtype for name, qtype in types.items()}
+    assert found.keys() == wanted_types.keys()
+    for name, qtype in wanted_types.items():
         kind = gguf.GGMLQuantizationType[qtype]
         wanted = gguf.dequantize(gguf.quantize(weight, kind), kind)
         np.testing.assert_array_equal(found[name].dequantize(torch.float32).numpy(), wanted)
@@ -358,7 +390,8 @@ def test_asymmetric_codes_go_where_their_minima_do(tmp_path: Path, bits: int) ->
     config = GridConfig(bits=bits, group_size=64, sym=False)
     if bits == 4:
         with pytest.raises(
-            UnrepresentableError, match=r"neither Q4_1 .* holds this grid exactly; .*kind q4_1 or q4_k"
+            UnrepresentableError,
+            match=r"not exactly one of Q4_1 .*; lay it with kind q4_1",
         ):
             solve(source, config)
         return

@@ -9,17 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from discquant.config import GRID_KINDS
 from discquant.errors import UnrepresentableError
-from discquant.formats.gguf_blocks import (
-    BY_NUMBER,
-    TYPES,
-    BlockType,
-    fit_grid,
-    grid_of,
-    pack_blocks,
-    replace_codes,
-    unpack_blocks,
-)
+from discquant.formats.gguf_blocks import pack_blocks, replace_codes, unpack_blocks
+from discquant.formats.gguf_fit import fit_grid, grid_of
+from discquant.formats.gguf_types import BY_NUMBER, TYPES, BlockType
 from discquant.grids import AffineGrid, UniformGrid
 from discquant.grids.gguf import place_gguf
 
@@ -31,8 +25,7 @@ def random_bytes(kind: BlockType, rows: int, blocks: int, seed: int) -> torch.Te
     """Any bytes make a tensor, but for scales that are NaN or infinite."""
     generator = np.random.default_rng(seed)
     raw = generator.integers(0, 256, (rows, blocks, kind.size), dtype=np.uint8)
-    places = {"Q3_K": (108,), "Q4_1": (0, 2), "Q4_K": (0, 2)}.get(kind.name, (0,))
-    for place in places:
+    for _, place in kind.halves:
         half = generator.standard_normal((rows, blocks)).astype(np.float16)
         raw[..., place : place + 2] = half[..., None].view(np.uint8)
     return torch.from_numpy(raw.reshape(rows, -1))
@@ -77,7 +70,7 @@ def test_replacing_codes_leaves_every_other_byte(kind: BlockType, seed: int) -> 
         replace_codes(kind, raw, q[:, :-1])
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q3_K"])
+@pytest.mark.parametrize("name", [name for name in TYPES if name.lower() in GRID_KINDS])
 def test_placed_grids_fit_their_type_exactly(name: str) -> None:
     weight = torch.randn(6, 512) * 0.02
     weight[0, :256] = 0
@@ -104,7 +97,7 @@ def test_symmetric_grids_of_any_width_are_exact(bits: int, group: int, blocks: i
     grid = UniformGrid(bits, group, True, scale)
     q = torch.randint(0, 2**bits, (3, columns), generator=generator, dtype=torch.uint8)
     kind, parts, offset = fit_grid(grid, columns)
-    assert kind.name == ("Q4_0" if bits <= 4 else "Q8_0")
+    assert kind.name == ("Q4_0" if bits <= 4 else "Q5_0" if bits == 5 else "Q8_0")
     decoded = gguf.dequantize(
         pack_blocks(kind, q + offset, parts).numpy(), gguf.GGMLQuantizationType[kind.name]
     )
@@ -123,6 +116,25 @@ def test_integer_zero_points_fit_where_they_are_exact() -> None:
     np.testing.assert_array_equal(decoded, grid.dequantize(q, torch.float32).numpy())
 
 
+def test_affine_grids_take_the_smallest_type_that_holds_them() -> None:
+    """Float16 scales were laid for a type that has them; others are kept as multiples where they are some."""
+    d, numbers = torch.full((2, 1), 0.01).half().float(), torch.arange(1, 17).expand(2, 16)
+    for bits, group, scale, name in (
+        (2, 16, d * numbers.clamp(max=15), "Q2_K"), (2, 32, d * numbers[:, :8], "Q2_K"),
+        (2, 32, d * 3 * numbers[:, :8], "Q4_K"), (3, 32, d * numbers[:, :8], "Q4_K"),
+        (5, 32, d * numbers[:, :8], "Q5_K"),
+        (4, 32, (d * numbers[:, :8]).half(), "Q4_1"),
+        (5, 32, (d * numbers[:, :8]).half(), "Q5_1"),
+        (5, 64, d * numbers[:, :4], "Q5_K"),
+    ):  # fmt: skip
+        grid = AffineGrid(bits, group, scale, -scale)
+        q = torch.randint(0, 2**bits, (2, 256), dtype=torch.uint8)
+        kind, parts, offset = fit_grid(grid, 256)
+        assert (kind.name, offset) == (name, 0)
+        decoded = gguf.dequantize(pack_blocks(kind, q, parts).numpy(), gguf.GGMLQuantizationType[name])
+        np.testing.assert_array_equal(decoded, grid.dequantize(q, torch.float32).numpy())
+
+
 def test_refuses_what_no_type_holds() -> None:
     ones = torch.ones(1, 8)
     with pytest.raises(UnrepresentableError, match="whole 32-column blocks"):
@@ -134,9 +146,14 @@ def test_refuses_what_no_type_holds() -> None:
     irrational = torch.rand(1, 16) + 1
     with pytest.raises(UnrepresentableError, match="kind q3_k"):
         fit_grid(UniformGrid(3, 16, True, irrational), 256)
-    with pytest.raises(UnrepresentableError, match="kind q4_1 or q4_k"):
-        fit_grid(AffineGrid(4, 32, irrational[:, :8], -irrational[:, 8:]), 256)
+    with pytest.raises(UnrepresentableError, match="kind q6_k"):
+        fit_grid(UniformGrid(6, 16, True, irrational), 256)
+    for bits, words in ((4, "kind q4_1 or q4_k"), (5, "kind q5_1 or q5_k")):
+        with pytest.raises(UnrepresentableError, match=words):
+            fit_grid(AffineGrid(bits, 32, irrational[:, :8], -irrational[:, 8:]), 256)
+    with pytest.raises(UnrepresentableError, match=r"Q2_K \(4-bit multiples of a float16\); .*kind q2_k"):
+        fit_grid(AffineGrid(2, 16, irrational, -irrational), 256)
     with pytest.raises(UnrepresentableError, match="no GGUF type"):
-        fit_grid(AffineGrid(5, 32, ones, ones), 256)
+        fit_grid(AffineGrid(6, 32, ones, ones), 256)
     with pytest.raises(ValueError, match="below"):
         pack_blocks(TYPES["Q4_0"], torch.full((1, 32), 16, dtype=torch.uint8), {"d": ones[:, :1].half()})

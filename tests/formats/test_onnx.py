@@ -254,7 +254,7 @@ def test_refuses_before_any_work(tmp_path: Path) -> None:
     assert [block_size(group) for group in (-1, 16, 48, 64, 96, 1024)] == [128, 16, 16, 64, 32, 256]
     with pytest.raises(UnrepresentableError, match="multiple of 16"):
         FORMAT.check((8, 64), GridConfig(bits=4, group_size=8))
-    for kind in ("nf4", "q4_k"):
+    for kind in ("nf4", "q2_k", "q4_k", "q5_1", "q5_k"):
         with pytest.raises(UnrepresentableError, match=kind):
             FORMAT.check((8, 256), GridConfig.of_kind(kind))
     with pytest.raises(UnrepresentableError, match="AffineGrid"):

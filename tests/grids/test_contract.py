@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import get_args
 
 import hypothesis.strategies as st
 import pytest
@@ -18,7 +19,7 @@ from discquant.grids.table import E2M1_LEVELS, NF4_LEVELS, e2m1_codes, e2m1_nibb
 from discquant.rounding import gptq, greedy
 
 ROWS, COLUMNS = 4, 256
-KINDS: tuple[GridKind, ...] = ("nf4", "mxfp4", "nvfp4", "q4_0", "q4_1", "q4_k", "q3_k")
+KINDS = tuple(kind for kind in get_args(GridKind) if kind != "uniform")
 
 
 def _weight() -> Tensor:
@@ -34,15 +35,17 @@ def _signed(groups: int, dtype: torch.dtype = torch.float16) -> Tensor:
     return (sign * _scales(groups)).to(dtype)
 
 
-def _q3_k() -> UniformGrid:
+def _multiples(bits: int, most: int) -> UniformGrid:
+    """Q3_K, Q6_K."""
     d = (torch.randn(ROWS, 1) * 1e-3).half().float()
-    return UniformGrid(3, 16, True, d * torch.randint(-32, 32, (ROWS, COLUMNS // 16)))
+    return UniformGrid(bits, 16, True, d * torch.randint(-most - 1, most + 1, (ROWS, COLUMNS // 16)))
 
 
-def _q4_k() -> AffineGrid:
+def _affine_multiples(bits: int, group: int, most: int) -> AffineGrid:
+    """Q2_K, Q4_K, Q5_K."""
     d, dmin = ((torch.rand(ROWS, 1) * 1e-3).half().float() for _ in range(2))
-    sc, mn = (torch.randint(1, 64, (ROWS, COLUMNS // 32)) for _ in range(2))
-    return AffineGrid(4, 32, d * sc, -(dmin * mn))
+    sc, mn = (torch.randint(1, most + 1, (ROWS, COLUMNS // group)) for _ in range(2))
+    return AffineGrid(bits, group, d * sc, -(dmin * mn))
 
 
 MADE: dict[str, Callable[[], Grid]] = {
@@ -58,12 +61,16 @@ MADE: dict[str, Callable[[], Grid]] = {
     "act-order symmetric": lambda: UniformGrid(
         3, 64, True, _scales(4), g_idx=(torch.arange(COLUMNS) // 64)[torch.randperm(COLUMNS)]
     ),
-    "file q3_k": _q3_k,
-    "file q4_k": _q4_k,
+    "file q3_k": lambda: _multiples(3, 31),
+    "file q6_k": lambda: _multiples(6, 127),
+    "file q2_k": lambda: _affine_multiples(2, 16, 15),
+    "file q4_k": lambda: _affine_multiples(4, 32, 63),
+    "file q5_k": lambda: _affine_multiples(5, 32, 63),
     "q4_1": lambda: AffineGrid(4, 32, _signed(8), torch.randn(ROWS, 8).half() * 0.05),
     "mlx float16": lambda: AffineGrid(3, 64, _signed(4), torch.randn(ROWS, 4).half() * 0.05, torch.float16),
     "mlx bfloat16": lambda: AffineGrid(4, 64, _scales(4, torch.bfloat16), -_scales(4, torch.bfloat16)),
     "nf4": lambda: TableGrid.nf4(_scales(4)),
+    "file iq4_nl": lambda: TableGrid.iq4(_signed(8) / 16, "iq4_nl"),
     "mxfp4": lambda: TableGrid.mxfp4(torch.randint(115, 123, (ROWS, 8), dtype=torch.uint8)),
     "nvfp4": lambda: TableGrid.nvfp4((_scales(16) * 4000).to(torch.float8_e4m3fn), torch.tensor([5376.0])),
 } | {
@@ -93,9 +100,12 @@ def grid(request: pytest.FixtureRequest) -> Grid:
         "negative scales",
         "act-order",
         "file q3_k",
-        "file q4_k",
+        "file q6_k",
+        "file q2_k",
+        "file q5_k",
         "mlx float16",
         "nf4",
+        "file iq4_nl",
         "placed nvfp4 search",
     ]
 )
@@ -116,7 +126,7 @@ def _levels(grid: Grid) -> Tensor:
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.uint8, torch.uint16, torch.bfloat16])
 def test_soft_weight_at_the_ends_is_served(grid: Grid, kind: torch.dtype) -> None:
     q_down, _ = grid.neighbours(_weight())
-    packed = q_down[:, 0::2] | (q_down[:, 1::2] << 4)
+    packed = q_down[:, 0::2] | (q_down[:, 1::2] << 4) if grid.num_bits <= 4 else q_down
     top = {torch.uint8: 255, torch.uint16: 65535}.get(kind, 1)
     for end in (0, 1):
         frac = torch.full((ROWS, COLUMNS), end * top).to(kind)

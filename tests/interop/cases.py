@@ -67,6 +67,8 @@ class Case:
 
 # K-quants have blocks of 256 columns; the bundled model's down_proj has 640.
 NO_DOWN = ("down_proj",)
+LONG_BLOCKS = ("_k", "_xs")
+GGUF = ("q4_0", "q4_1", "q4_k", "q3_k", "q5_0", "q5_1", "q2_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 CASES = {
     case.name: case
     for case in (
@@ -77,10 +79,10 @@ CASES = {
         Case("int3_asym", "tiny_llama", GridConfig(3, 64, sym=False)),
         Case("nvfp4", "tiny_llama", GridConfig.of_kind("nvfp4")),
         Case("mxfp4", "tiny_llama", GridConfig.of_kind("mxfp4")),
-        Case("q4_0", "tiny_llama", GridConfig.of_kind("q4_0")),
-        Case("q4_1", "tiny_llama", GridConfig.of_kind("q4_1")),
-        Case("q4_k", "tiny_llama", GridConfig.of_kind("q4_k"), NO_DOWN),
-        Case("q3_k", "tiny_llama", GridConfig.of_kind("q3_k"), NO_DOWN),
+        *(
+            Case(kind, "tiny_llama", GridConfig.of_kind(kind), NO_DOWN if kind.endswith(LONG_BLOCKS) else ())
+            for kind in GGUF
+        ),
         # What `discquant allocate` makes of a model; widths that every tool of integers reads.
         Case(
             "mixed", "tiny_llama", GridConfig(4, 64), (), ("down_proj:3", "*.layers.1.*:8", "*.layers.2.*:3")

@@ -11,8 +11,12 @@ from safetensors import safe_open
 
 CODES = ("qweight", "weight_packed", "weight")
 # Bytes of a block that hold codes, by GGUF type: the rest is scales and minima.
-CODE_BYTES = {"Q4_0": (18, slice(2, 18)), "Q4_1": (20, slice(4, 20)), "Q4_K": (144, slice(16, 144))}
-CODE_BYTES["Q3_K"] = (110, slice(0, 96))
+CODE_BYTES = {
+    "Q4_0": (18, slice(2, 18)), "Q4_1": (20, slice(4, 20)), "Q5_0": (22, slice(2, 22)), "Q5_1": (24, slice(4, 24)),
+    "Q8_0": (34, slice(2, 34)), "Q2_K": (84, slice(16, 80)), "Q3_K": (110, slice(0, 96)), "Q4_K": (144, slice(16, 144)),
+    "Q5_K": (176, slice(16, 176)), "Q6_K": (210, slice(0, 192)), "IQ4_NL": (18, slice(2, 18)),
+    "IQ4_XS": (136, slice(8, 136)),
+}  # fmt: skip
 
 
 def outside_codes(before: Path, after: Path) -> list[str]:

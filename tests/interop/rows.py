@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Text and steps of a refine by the bits of the file: 3 bits lose more, and get it back from more of both.
+from cases import GGUF, LONG_BLOCKS
+
+# Text and steps of a refine by the bits of the file: fewer bits lose more, and get it back from more of both.
 REFINE = {
+    2: {"nsamples": 8192, "seqlen": 256, "iters": 1024},
     3: {"nsamples": 8192, "seqlen": 256, "iters": 1024},
     4: {"nsamples": 512, "seqlen": 128, "iters": 512},
 }
@@ -80,7 +83,7 @@ class Producer:
     @property
     def bar(self) -> float:
         """Largest allowed share of the file's own KL."""
-        return 0.5 if self.bits == 3 else 0.7
+        return 0.5 if self.bits <= 3 else 0.7
 
     @property
     def options(self) -> list[str]:
@@ -117,14 +120,8 @@ CONSUMERS = (
         Consumer("autoround", "consume_autoround", case, "autoround", HALF)
         for case in ("int3", "int4", "mixed")
     ),
-    *(
-        Consumer("project", "consume_gguf", case, "gguf", None)
-        for case in ("q4_0", "q4_1", "q4_k", "q3_k", "mixed", "stories_q4_0")
-    ),
-    _llama_cpp("q4_0", SHORT),
-    _llama_cpp("q4_1", SHORT),
-    _llama_cpp("q4_k", LONG),
-    _llama_cpp("q3_k", LONG),
+    *(Consumer("project", "consume_gguf", case, "gguf", None) for case in (*GGUF, "mixed", "stories_q4_0")),
+    *(_llama_cpp(kind, LONG if kind.endswith(LONG_BLOCKS) else SHORT) for kind in GGUF),
     _llama_cpp("stories_q4_0", SHORT),
     *(
         Consumer("mlx", "consume_mlx", case, "mlx", "float32, summed in sequence")
@@ -172,4 +169,7 @@ PRODUCERS = (
     _gguf("llamacpp", "Q4_0", 4),
     _gguf("llamacpp", "Q4_K_S", 4),
     _gguf("llamacpp", "Q3_K_S", 3),
+    # Mixes: Q4_K_M holds Q6_K, Q2_K also Q3_K and Q4_K, and both what llama.cpp takes for rows without blocks of 256.
+    _gguf("llamacpp", "Q4_K_M", 4),
+    _gguf("llamacpp", "Q2_K", 2),
 )

@@ -64,7 +64,7 @@ KINDS = (
     GridConfig(3, 32),
     GridConfig(4, -1, sym=False),
     GridConfig(4, 64, kind="nf4"),
-    GridConfig(4, 32, False, kind="q4_k"),
+    *(GridConfig.of_kind(kind) for kind in ("q2_k", "q4_k", "q5_k", "q6_k")),
 )
 
 

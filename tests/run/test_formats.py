@@ -123,7 +123,12 @@ def wide_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("grid", "name", "bits"),
     [
         (GridConfig.of_kind("q4_k"), "gguf", 4.5),
+        (GridConfig.of_kind("q2_k"), "gguf", 2.625),
         (GridConfig.of_kind("q3_k"), "gguf", 3.4375),
+        (GridConfig.of_kind("q5_k"), "gguf", 5.5),
+        (GridConfig.of_kind("q6_k"), "gguf", 6.5625),
+        (GridConfig.of_kind("q5_0"), "gguf", 5.5),
+        (GridConfig.of_kind("iq4_xs"), "gguf", 4.25),
         (GridConfig.of_kind("q4_1"), "gguf", 5),
         (GridConfig(3, 64, True), "compressed-tensors", 3.25),
         (GridConfig(4, 32, False), "compressed-tensors", 4.625),
@@ -208,6 +213,7 @@ def test_store_and_restore() -> None:
         TableGrid.nf4(scale.float(), 32),
         TableGrid.mxfp4(torch.full((3, 2), 120, dtype=torch.uint8)),
         TableGrid.nvfp4(block, torch.tensor([100.0])),
+        TableGrid.iq4(-scale, "iq4_xs"),
     ]
     for grid in grids:
         tensors, facts = store(grid)
