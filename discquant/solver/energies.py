@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from discquant.config import QuantizeConfig
 from discquant.solver.boundaries import Boundaries
-from discquant.solver.calls import See, on_call
+from discquant.solver.calls import on_call
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.curvature import rows_at_once
 from discquant.solver.sampled import backward_blocks, label_generator, wide
@@ -37,22 +37,51 @@ def token_energies(
         float32, [rows of all micro-batches], on the CPU, by module name; rows in the order of the forward passes.
         Convolutions and experts have none, nor has a layer that no gradient reaches.
     """
-    found: dict[str, list[Tensor]] = {}
+    # Of a language model every token is a row; made before anything else, for what is small and stays would keep the
+    # heap from giving back what is large and goes.
+    count = 0 if chain.head is None else sum(batch.inputs.numel() for batch in batches)
+    linear = [
+        ref.name
+        for refs in chain.weights
+        for ref in refs
+        if ref.part is None and isinstance(chain.model.get_submodule(ref.name), nn.Linear)
+    ]
+    found = {name: _Rows(count) for name in linear}
     for begin in range(0, len(batches), at_once):
         part = batches[begin : begin + at_once]
         for index, run in backward_blocks(chain, part, generator=generator, boundaries=boundaries):
-            handles = []
-            for ref in chain.weights[index]:
-                if ref.part is None and isinstance(chain.model.get_submodule(ref.name), nn.Linear):
-                    see = _keeper(found.setdefault(ref.name, []))
-                    handles.append(on_call(chain.model, ref.name, see, paired=True))
+            handles = [
+                on_call(chain.model, ref.name, found[ref.name].see, paired=True)
+                for ref in chain.weights[index]
+                if ref.name in found
+            ]
             try:
                 run()
             finally:
                 for handle in handles:
                     handle.remove()
-    joined = {name: torch.cat(rows) for name, rows in found.items() if rows}
-    return {name: rows / rows.mean() for name, rows in joined.items() if bool(rows.any())}
+    energies = {name: rows.values[: rows.used] for name, rows in found.items()}
+    return {name: rows / rows.mean() for name, rows in energies.items() if bool(rows.any())}
+
+
+class _Rows:
+    """The energies of one layer, those of each call in the place of its forward pass."""
+
+    def __init__(self, count: int) -> None:
+        """Make room for `count` rows; more is made where there are more."""
+        self.values, self.used = torch.zeros(count), 0
+
+    def see(self, x: Tensor, output: Tensor) -> None:
+        """Keep the energies of the gradient that this output will get; zeros where none comes."""
+        begin, self.used = self.used, self.used + output.shape[:-1].numel()
+        if self.used > len(self.values):
+            self.values = torch.cat((self.values, torch.zeros(self.used - len(self.values))))
+        end = self.used
+
+        def keep(grad: Tensor) -> None:
+            self.values[begin:end] = wide(grad.detach().flatten(0, -2)).square().sum(dim=1)
+
+        output.register_hook(keep)
 
 
 def energies_of(
@@ -67,18 +96,3 @@ def energies_of(
         generator=label_generator(chain.device, config.seed + 37),
         boundaries=boundaries,
     )
-
-
-def _keeper(rows: list[Tensor]) -> See:
-    """Return what keeps a layer's energies, each call's in the place of its forward pass."""
-
-    def see(x: Tensor, output: Tensor) -> None:
-        place = len(rows)
-        rows.append(torch.zeros(output.shape[:-1].numel()))  # of a call that no gradient reaches
-
-        def keep(grad: Tensor) -> None:
-            rows[place] = wide(grad.detach().flatten(0, -2)).square().sum(dim=1).float().cpu()
-
-        output.register_hook(keep)
-
-    return see
