@@ -25,7 +25,7 @@ LR_PER_ROOT_KL = 0.18
 LR_HIGHEST = 0.1
 TRAVEL = 2.0
 CURVATURE = 16.0
-CURVATURE_DAMAGE = 0.1
+CURVATURE_DAMAGE = (0.25, 0.5)  # its full weight up to the first, none from the second on
 LINEAR_UNTIL = {True: 0.05, False: 0.15}  # with the curvature term, and without it
 
 
@@ -35,7 +35,8 @@ def resolve(config: SolverConfig, start_kl: float) -> SolverConfig:
     lr = 0.18 sqrt(KL of the starting vertex), within [2 / iters, 0.1]: coordinates that are still undecided jitter by
     about lr per step, which costs KL in proportion to lr^2, and that must stay below the damage to be removed.
     The floor is a tenth of the peak, or what lets a coordinate travel twice the unit interval in the run.
-    curvature = 16 where that KL is below 0.1, else 0: the quadratic that it stands for holds while the damage is small.
+    curvature = 16 where that KL is at most 0.25, linear to 0 at 0.5: the quadratic that it stands for holds while the
+    damage is small.
     linear_until = 0.05 with the curvature term, which holds undecided coordinates against noise; without it 0.15, which
     is enough to reach the anchor's vertex first.
 
@@ -55,7 +56,8 @@ def resolve(config: SolverConfig, start_kl: float) -> SolverConfig:
         floor = min(1.0, max(0.1, lowest / lr))
     curvature = config.curvature
     if curvature is None:
-        curvature = CURVATURE if start_kl < CURVATURE_DAMAGE else 0.0
+        full, none = CURVATURE_DAMAGE
+        curvature = CURVATURE * min(1.0, max(0.0, (none - start_kl) / (none - full)))
     resolved = dataclasses.replace(config, lr=lr, lr_floor=floor, curvature=curvature)
     return dataclasses.replace(resolved, linear_until=linear_until(resolved))
 

@@ -70,6 +70,8 @@ def test_curvature_and_linear_phase_follow_the_damage() -> None:
     small, large = resolve(SolverConfig(), 0.02), resolve(SolverConfig(), 0.9)
     assert (small.curvature, small.linear_until) == (16.0, 0.05)
     assert (large.curvature, large.linear_until) == (0.0, 0.15)
+    fading = [resolve(SolverConfig(), kl).curvature for kl in (0.25, 0.375, 0.4375, 0.5)]
+    assert fading == [16.0, 8.0, 4.0, 0.0]
     given = resolve(SolverConfig(curvature=0.0), 0.01)
     assert (given.curvature, given.linear_until) == (0.0, 0.15)
     assert resolve(SolverConfig(curvature=3.0, linear_until=0.4), 0.9).linear_until == 0.4
