@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from discquant.ops import _registry
 from discquant.run import plots
-from discquant.solver import solve
+from discquant.solver import kronecker, solve, state
 
 
 @pytest.fixture(scope="session")
@@ -254,6 +254,9 @@ def _batched_product(
 
 def simulation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Return a context in which torch has one GPU; it gives the watch on its operations."""
+    # Tables that an earlier simulation has left: this one does not know that they are on its GPU.
+    for kept in (kronecker._mirror, state._anchor_table):
+        kept.cache_clear()
     nothing = types.SimpleNamespace(
         wait_event=lambda *_: None, record=lambda *_: None, synchronize=lambda *_: None,
     )  # fmt: skip

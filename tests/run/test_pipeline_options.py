@@ -35,4 +35,4 @@ def test_layerwise_codes_get_the_damping_and_the_windows(
     ((chain, grids, batches, named, options),) = seen
     assert (chain, grids, named) == ("chain", {}, method)
     assert batches == ([] if method == "rtn" else [4, 5, 6])
-    assert options == {"damp": 0.37, "served": torch.float16, "strict": True}
+    assert options == {"damp": 0.37, "served": torch.float16, "strict": True, "energies": None}
