@@ -217,7 +217,7 @@ def allocate(
     average_bits: float,
     choices: Sequence[str | GridConfig] = ("2", "3", "4", "5", "6", "8"),
     config: QuantizeConfig | None = None,
-    codes: Codes = "rtn",
+    codes: Codes = "gptq",
     calibration: Windows | Tensor | None = None,
 ) -> Allocation:
     """Choose a grid for each linear layer of a causal language model, so that KL is least at a given size.
@@ -231,7 +231,7 @@ def allocate(
         choices: Grids that a layer may get: `GridConfig`, or words as of the command (`3`, `q4_k`), which take from
             `config.grid` what they do not say.
         config: Text, what to leave alone, seed, GPTQ's damping; the rest is not used.
-        codes: Whose errors are measured: `rtn` or `gptq`, see `allocation.allocate`.
+        codes: Whose errors are measured: `gptq` or `rtn`, see `allocation.allocate`.
         calibration: As of `quantize`; None loads `config.data`, 256 windows of 256 tokens by default.
 
     Returns:

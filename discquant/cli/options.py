@@ -170,12 +170,8 @@ def grid_choices(text: str, base: GridConfig) -> dict[str, GridConfig]:
     Raises:
         ValueError: One cannot be read, or a value is out of range.
     """
-    found = {}
-    for word in dict.fromkeys(part.strip() for part in text.split(",") if part.strip()):
-        bits, g, size = word.partition("g")
-        sized = g and bits.isdigit() and size.removeprefix("-").isdigit()
-        found[word] = parse_grid(f"bits={bits},group_size={size}" if sized else word, base)
-    return found
+    words = dict.fromkeys(part.strip() for part in text.split(",") if part.strip())
+    return {word: parse_grid(word, base) for word in words}
 
 
 def solver_options(grid: GridConfig, preset_name: str, **given: Any) -> SolverConfig:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from discquant.config.checks import check
 from discquant.config.grid import GRID_KINDS, GridConfig, GridKind
 
 GridOf = Callable[[str], GridConfig]
-SPEC = "a width (4), a kind (q6_k), or KEY=VALUE of bits, group_size, sym, grid and kind, comma separated"
+SPEC = (
+    "a width (4), also with a group size (4g32), a kind (q6_k), or KEY=VALUE of bits, group_size, sym, grid and kind, "
+    "comma separated"
+)
 
 
 def names_module(pattern: str, name: str) -> bool:
@@ -65,13 +69,15 @@ class LayerGrid:
 
 
 def parse_grid(spec: str, base: GridConfig) -> GridConfig:
-    """Read a grid: a width, a kind, or `KEY=VALUE` pairs; what a uniform one does not say is as in `base`.
+    """Read a grid: a width (`4`, `4g32`), a kind, or `KEY=VALUE` pairs; what a uniform one leaves out is as in `base`.
 
     Raises:
         ValueError: It cannot be read, or a value is out of range.
     """
     found: dict[str, Any] = {}
-    for part in (part.strip() for part in spec.split(",")):
+    # 4g32 is short for two of them.
+    written = re.sub(r"(^|,)\s*(\d+)g(-?\d+)\s*(?=,|$)", r"\1bits=\2,group_size=\3", spec)
+    for part in (part.strip() for part in written.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
             key, value = ("bits", part) if part.isdigit() else ("kind", part)

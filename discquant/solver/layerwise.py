@@ -32,15 +32,16 @@ GUIDED_DAMP = 0.2  # of the damping, measured on the bundled model
 class _HessianHook:
     """Accumulate X^T X of a layer's input over counted positions; float64 sums of float32 products."""
 
-    def __init__(self, model: nn.Module, name: str, strict: bool) -> None:
+    def __init__(self, model: nn.Module, name: str, strict: bool, energies: Tensor | None = None) -> None:
+        """Start watching; `energies` has one for each row of all calls to come, in the order of the layer's output."""
         self.module = model.get_submodule(name)
         self.strict = strict
         self._called = False
         self.hessian: Tensor | None = None
         self.mask: Tensor | None = None
-        self.energies: Tensor | None = None  # one per row of all calls to come
+        self.energies = energies
         self._seen = 0
-        self._handle = on_call(model, name, self._see)
+        self._handle = on_call(model, name, self._see, paired=energies is not None)
 
     def _weighted(self, x: Tensor) -> Tensor:
         """Return the rows of an input, those that count in no loss too: they have no energy."""
@@ -99,14 +100,14 @@ def _padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def watch_inputs(
-    chain: Chain, refs: Sequence[WeightRef], strict: bool
+    chain: Chain, refs: Sequence[WeightRef], strict: bool, energies: Mapping[str, Tensor] | None = None
 ) -> dict[str, _HessianHook | RoutedInputs]:
     """Hook every layer of a block, by the name of its weight; the matrices of one experts module share a hook."""
     hooks: dict[str, _HessianHook | RoutedInputs] = {}
     routed: dict[str, RoutedInputs] = {}
     for ref in refs:
         if ref.part is None:
-            hooks[ref.name] = _HessianHook(chain.model, ref.name, strict)
+            hooks[ref.name] = _HessianHook(chain.model, ref.name, strict, (energies or {}).get(ref.name))
             continue
         owner = ref.part.owner
         if owner not in routed:
@@ -159,10 +160,7 @@ def layerwise_codes(
     codes = PackedCodes()
     past: list[str] = []
     for index, refs in enumerate(chain.weights):
-        hooks = watch_inputs(chain, refs, strict)
-        for name, hook in hooks.items():
-            if isinstance(hook, _HessianHook):
-                hook.energies = (energies or {}).get(name)
+        hooks = watch_inputs(chain, refs, strict, energies)
         try:
             with chain.opened(index):
                 for h, batch in zip(hidden, batches, strict=True):

@@ -145,3 +145,31 @@ def test_the_plan_counts_the_energies(make_model: Callable[..., Any]) -> None:
     assert start("guided", 256)["energies of gradients"] == 4 * 256 * 256 * layers
     assert "energies of gradients" not in start("gptq", 256)
     assert sum(start("guided", 256).values()) > sum(start("gptq", 256).values())
+
+
+def test_an_attention_s_rows_meet_their_energies_in_either_layout() -> None:
+    """`out_proj` of torch's attention, windows or positions first: the same codes."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, batch_first: bool) -> None:
+            super().__init__()
+            torch.manual_seed(4)
+            self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=batch_first)
+            self.head = torch.nn.Linear(16, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.attention.batch_first
+            turned = x if first else x.transpose(0, 1)
+            found = self.attention(turned, turned, turned, need_weights=False)[0]
+            return self.head((found if first else found.transpose(0, 1)).square().mean(dim=1))
+
+    inputs = torch.randn(12, 4, 16) * torch.logspace(0, 1, 4)[:, None]
+    made = []
+    for batch_first in (True, False):
+        chain = ModuleChain(Net(batch_first))
+        batches = TokenRows(chain, inputs, None, 4).batches(range(12))
+        grids = lay_grids(chain, GridConfig(3, 16))
+        energies = token_energies(chain, batches, at_once=2, generator=label_generator(CPU, 5))
+        assert energies["attention.out_proj"].shape == (48,)
+        made.append(layerwise_codes(chain, grids, batches, "guided", energies=energies))
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
