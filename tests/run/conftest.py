@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from discquant.allocation import allocate
 from discquant.ops import _registry
 from discquant.run import plots
-from discquant.solver import kronecker, solve, state
+from discquant.solver import energies, kronecker, solve, state
 
 
 @pytest.fixture(scope="session")
@@ -281,7 +282,10 @@ def simulation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             patch.setattr(torch.autograd, "has_torch_function", lambda *_: False)
             patch.setattr(torch, "bmm", _batched_product)
             # The random numbers of a device are made by the device.
-            patch.setattr(solve, "label_generator", lambda device, seed: torch.Generator().manual_seed(seed))
+            for module in (solve, energies, importlib.import_module(allocate.__module__)):
+                patch.setattr(
+                    module, "label_generator", lambda device, seed: torch.Generator().manual_seed(seed)
+                )
             if not kernels:  # the interpreter is slow; the references compute the same
                 patch.setattr(_registry, "triton_problem", lambda device: "simulated")
             with Operations(TAGS) as watch, Device(TAGS, watch):

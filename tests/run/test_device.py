@@ -23,6 +23,7 @@ from discquant.formats.lazy import settle
 from discquant.grids import Grid, place_grid
 from discquant.ops import _registry
 from discquant.run import pipeline
+from discquant.run.allocate import allocate_model
 from discquant.run.events import Events, RunStoppedError
 from discquant.run.pipeline import Pipeline
 from discquant.run.refine import RefinePipeline
@@ -114,6 +115,27 @@ def test_refine_is_on_the_device(
         ).execute()  # fmt: skip
     assert watch.on_gpu > 10_000
     assert summary["refine"]["improved"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["resident", "host"])
+def test_grids_of_layers_and_guided_codes_are_of_the_device(
+    where: Where, model_dir: Path, dataset: str, tmp_path: Path, simulate: Callable[..., Any]
+) -> None:
+    """What each layer's choices cost is measured there, and codes for them made there by the energies of gradients."""
+    choices = {str(bits): GridConfig(bits, 32, grid="absmax") for bits in (2, 3, 4)}
+    config = dataclasses.replace(_config(dataset), baselines=("rtn",), method="guided")
+    with simulate() as watch:
+        measured = tmp_path / "grids.json"
+        found = allocate_model(
+            model_dir, measured, config, choices, 3.6, engine=Engine(where, device=GPU)
+        )
+        assert watch.on_gpu > 1_000
+        run = dataclasses.replace(config, layers=found.layers)
+        summary = Pipeline(model_dir, tmp_path / "run", run, engine=Engine(where, device=GPU)).execute()
+    assert not watch.left_on_cpu
+    assert len({unit.chosen for unit in found.units}) > 1
+    assert set(summary["methods"]) == {"rtn", "guided"}
 
 
 @pytest.mark.parametrize("state", ["u8", "bf16", "fp32"])
