@@ -28,7 +28,7 @@ def refine(
     seqlen: options.Seqlen = 256,
     chat_template: options.ChatTemplate = False,
     text_key: options.TextKey = "text",
-    method: Annotated[str, typer.Option(help="discquant, gptq or greedy.")] = "discquant",
+    method: Annotated[str, typer.Option(help="discquant, guided, gptq or greedy.")] = "discquant",
     iters: options.Iters = None,
     batch_size: options.BatchSize = None,
     micro_batch: options.MicroBatch = None,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from discquant.calibration import Windows
 from discquant.calibration.load import check_named
@@ -43,18 +42,17 @@ from discquant.run.lock import locked
 from discquant.run.phases import PHASES, Phases
 from discquant.run.planned import compare_run, place_run, plan_run
 from discquant.run.served import served_dtype
-from discquant.run.solving import Codes, Solving
+from discquant.run.solving import Solving
 from discquant.run.stored import room_for
-from discquant.run.summary import beaten, coded_layers, summarize_run
+from discquant.run.summary import beaten, coded_layers, summarize_run, weight_bytes
 from discquant.run.windows import CALIBRATION, few_windows, keep_windows, run_windows, split_windows
+from discquant.run.work import Codes, Work
 from discquant.solver.chain import Chain, DecoderChain
-from discquant.solver.energies import energies_of
 from discquant.solver.engine import Engine
-from discquant.solver.layerwise import layerwise_codes
 from discquant.solver.rows import TokenRows
 from discquant.solver.solve import Solve, lay_grids
 
-__all__ = ["Events", "Pipeline", "RunStoppedError", "weight_bytes"]
+__all__ = ["Events", "Pipeline", "RunStoppedError"]
 
 COMPLETE = "complete"
 STATE = "state"  # files of a placement on disk, within the run directory
@@ -142,8 +140,7 @@ class Pipeline:
         windows = run_windows(self.directory, self.config, source)
         train, held = split_windows(windows, self.config, self.directory)
         if self.config.method == "discquant":
-            rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
-            self._solve(chain, grids, rows, held, source)
+            self._solve(self._work(source, chain, grids, train, held))
         return {}
 
     def _execute(self, held_open: contextlib.ExitStack) -> dict[str, Any]:
@@ -191,39 +188,27 @@ class Pipeline:
                 self.phases.keep(self.directory.path / PHASES)
             keep_windows(self.directory, windows, len(held))
             self.engine.ranks.share("calibrated")
-        rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
-        solve: Solve | None = None
+        work, solve = self._work(source, chain, grids, train, held), None
         with self._phase("round"):
-            codes: Mapping[str, Tensor]
+            codes: Codes
             served_grids: Mapping[str, Grid] = grids  # the others are measured on the grids as they were laid
             if self.config.method == "discquant":
-                solve = self._solve(chain, grids, rows, held, source)
+                solve = self._solve(work)
                 codes = solve.coded()
                 if self.config.solver.scale_iters:
                     served_grids = solve.grids()
                     check_grids(source, self.config.formats, served_grids)
             else:
-                codes = self._layerwise(chain, grids, rows, self.config.method, source)
-            codes = self._final(codes, grids)
+                codes = self._layerwise(work, self.config.method)
+            codes = self._final(codes)
             self.directory.save_codes(codes, served_grids)
         with self._phase("evaluate"):
-            baselines = self._baselines(chain, grids, rows, codes, solve, source)
-            summary = summarize_run(
-                self.directory,
-                source,
-                chain,
-                grids,
-                served_grids,
-                codes,
-                baselines,
-                held,
-                solve,
-                self._served(source),
-            )
+            baselines = self._baselines(work, codes, solve)
+            summary = summarize_run(self.directory, work, served_grids, codes, baselines, solve)
             if (better := beaten(summary)) is not None:
                 self.events.say(f"note: {better}")
         with self._phase("export"):
-            self._export(source, codes, served_grids, summary)
+            self._export(work, codes, served_grids, summary)
         summary["phases"], summary["processes"] = self.phases.total(), self.phases.processes
         summary["checkpoints"] = self._solving.checkpoints
         summary["plan"] = compare_run(plan, self.directory, self.phases.records, self.events.say)
@@ -301,26 +286,24 @@ class Pipeline:
         """Return the dtype that engines dequantize to."""
         return served_dtype(source.config)
 
-    def _final(self, codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Mapping[str, Tensor]:
+    def _work(
+        self, source: Source, chain: Chain, grids: Mapping[str, Grid], train: Windows, held: Windows
+    ) -> Work:
+        rows = TokenRows(chain, train.input_ids, train.mask, self.config.solver.micro_batch)
+        return Work(source, chain, grids, self._served(source), rows, held)
+
+    def _final(self, codes: Codes) -> Codes:
         """Return the codes to write, from those that rounding gave."""
         return codes
 
-    def _baselines(
-        self,
-        chain: Chain,
-        grids: Mapping[str, Grid],
-        rows: TokenRows,
-        codes: Mapping[str, Tensor],
-        solve: Solve | None,
-        source: Source,
-    ) -> dict[str, Mapping[str, Tensor]]:
+    def _baselines(self, work: Work, codes: Codes, solve: Solve | None) -> dict[str, Codes]:
         """Return the codes of what the result is compared with, by name."""
-        found: dict[str, Mapping[str, Tensor]] = {}
+        found: dict[str, Codes] = {}
         for name in self.config.baselines:
             known = solve.start_codes if solve is not None and name == "gptq" else None
             if name == self.config.method:
                 known = codes
-            found[name] = known or self._layerwise(chain, grids, rows, name, source)
+            found[name] = known or self._layerwise(work, name)
         return found
 
     def _phase(self, name: str) -> Any:
@@ -360,66 +343,26 @@ class Pipeline:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
-    def _layerwise(
-        self,
-        chain: Chain,
-        grids: Mapping[str, Grid],
-        rows: TokenRows,
-        method: Method,
-        source: Source,
-        *,
-        strict: bool = True,
-    ) -> Mapping[str, Tensor]:
-        batches = rows.batches(range(min(self.config.gptq_samples, len(rows)))) if method != "rtn" else []
-        energies = None
-        if method == "guided":
-            with contextlib.closing(self.engine.boundaries()) as boundaries, self.engine.reproducible():
-                energies = energies_of(chain, batches, self.config, boundaries)
-        return layerwise_codes(
-            chain,
-            grids,
-            batches,
-            method,
-            damp=self.config.gptq_damp,
-            served=self._served(source),
-            strict=strict,
-            energies=energies,
-        )
+    def _layerwise(self, work: Work, method: Method, *, strict: bool = True) -> Codes:
+        return work.layerwise(method, self.config, self.engine, strict=strict)
 
-    def _solve(
-        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, held: Windows, source: Source
-    ) -> Solve:
-        return self._solving.run(
-            chain,
-            grids,
-            rows,
-            held,
-            served=self._served(source),
-            choose_start=lambda: self._choose_start(chain, grids, rows, source),
-        )
+    def _solve(self, work: Work) -> Solve:
+        return self._solving.run(work, choose_start=lambda: self._choose_start(work))
 
-    def _choose_start(
-        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, source: Source
-    ) -> Codes | None:
+    def _choose_start(self, work: Work) -> Codes | None:
         """Return codes to start from, None where the solve starts from the weights."""
         if self.config.solver.start != "gptq":
             return None
-        return self._layerwise(chain, grids, rows, "gptq", source, strict=False)
+        return self._layerwise(work, "gptq", strict=False)
 
-    def _export(
-        self,
-        source: Source,
-        codes: Mapping[str, Tensor],
-        grids: Mapping[str, Grid],
-        summary: dict[str, Any],
-    ) -> None:
+    def _export(self, work: Work, codes: Codes, grids: Mapping[str, Grid], summary: dict[str, Any]) -> None:
         """Write every format that is not there yet: each is written whole and proven before it gets its name."""
         sizes = {}
         for name in self.config.formats:
             target = self.directory.path / name
             if not target.exists():
                 registry.by_name(name).write(
-                    Checkpoint(source.path),
+                    Checkpoint(work.source.path),
                     target,
                     coded_layers(codes, grids),
                     recipe={**told_options(self.config), "summary": summary},
@@ -438,11 +381,3 @@ class Pipeline:
         from discquant.run.report import write_report
 
         write_report(self.directory.path)
-
-
-def weight_bytes(path: Path) -> int:
-    """Return the bytes of all weight files of an exported model, a folder or one file."""
-    if path.is_file():
-        return path.stat().st_size
-    kinds = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data")
-    return sum(file.stat().st_size for kind in kinds for file in path.glob(kind))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from discquant.config import GridConfig, QuantizeConfig
 from discquant.errors import CheckpointError, ConfigError, ResumeError
@@ -32,14 +31,14 @@ from discquant.grids import Grid
 from discquant.run.checks import told_options
 from discquant.run.derive import Derivation, check_derivation, common_grid
 from discquant.run.events import Events
-from discquant.run.pipeline import Pipeline, weight_bytes
+from discquant.run.pipeline import Pipeline
 from discquant.run.served import served_dtype
 from discquant.run.solving import kept_start
-from discquant.run.summary import layer_table
+from discquant.run.summary import layer_table, weight_bytes
+from discquant.run.work import Codes, Work
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.measure import mean_kl, served_weights
-from discquant.solver.rows import TokenRows
 from discquant.solver.solve import START_KL_ROWS, Solve
 
 FILE = "file"
@@ -87,7 +86,9 @@ class RefinePipeline(Pipeline):
         self.chosen = registry.find(self.quantized)
         config = config or QuantizeConfig(baselines=())
         if config.method == "rtn":
-            raise ConfigError("refine: rounding to nearest is no refinement; use discquant, gptq or greedy")
+            raise ConfigError(
+                "refine: rounding to nearest is no refinement; use discquant, guided, gptq or greedy"
+            )
         if config.method == "discquant" and config.solver.scale_iters:
             raise ConfigError(
                 f"refine: scale_iters must be 0, for the file keeps its scales, got {config.solver.scale_iters}"
@@ -98,8 +99,6 @@ class RefinePipeline(Pipeline):
         config = dataclasses.replace(config, grid=grid, layers=(), format=self.chosen.name)
         self.derivation: Derivation | None = None
         self._fixed: dict[str, CodedLayer] = {}
-        self._counts: dict[str, int] = {}
-        self._measured: Chain | None = None
         super().__init__(
             original,
             out,
@@ -152,23 +151,18 @@ class RefinePipeline(Pipeline):
             return served_dtype(read_json(self.quantized / "config.json"))
         return torch.float32
 
-    def _choose_start(
-        self, chain: Chain, grids: Mapping[str, Grid], rows: TokenRows, source: Source
-    ) -> Mapping[str, Tensor] | None:
+    def _choose_start(self, work: Work) -> Codes | None:
         """Start from the file's codes or from GPTQ's on the file's grids, whichever is nearer to the original."""
         if self.config.solver.start != "gptq":
             return None
-        served = self._served(source)
-        dtype = self._compute_dtype()
-        candidates: dict[str, Mapping[str, Tensor]] = {
-            FILE: {
-                name: self.file_layers[name].q for refs in chain.weights for name in (r.name for r in refs)
-            },
-            "gptq": self._layerwise(chain, grids, rows, "gptq", source),
+        chain, dtype = work.chain, self._compute_dtype()
+        candidates: dict[str, Codes] = {
+            FILE: {ref.name: self.file_layers[ref.name].q for refs in chain.weights for ref in refs},
+            "gptq": self._layerwise(work, "gptq"),
         }
-        batches = rows.batches(range(min(START_KL_ROWS, len(rows))))
+        batches = work.rows.batches(range(min(START_KL_ROWS, len(work.rows))))
         found = {
-            name: mean_kl(chain, served_weights(chain, grids, codes, served, dtype), batches)
+            name: mean_kl(chain, served_weights(chain, work.grids, codes, work.served, dtype), batches)
             for name, codes in candidates.items()
         }
         chosen = min(found, key=lambda name: found[name])
@@ -178,7 +172,7 @@ class RefinePipeline(Pipeline):
         )
         return candidates[chosen]
 
-    def _final(self, codes: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Mapping[str, Tensor]:
+    def _final(self, codes: Codes) -> Codes:
         """Keep the file's code wherever it stands for the same weight (a group of one level, the two zeros of e2m1)."""
         final = {}
         for name, layer in self.file_layers.items():
@@ -189,33 +183,15 @@ class RefinePipeline(Pipeline):
             final[name] = torch.where(same, layer.q, codes[name])
         return final
 
-    def _baselines(
-        self,
-        chain: Chain,
-        grids: Mapping[str, Grid],
-        rows: TokenRows,
-        codes: Mapping[str, Tensor],
-        solve: Solve | None,
-        source: Source,
-    ) -> dict[str, Mapping[str, Tensor]]:
+    def _baselines(self, work: Work, codes: Codes, solve: Solve | None) -> dict[str, Codes]:
         """The file itself, and what was asked for besides."""
-        self._counts = _outside(chain, self.file_layers)
-        self._measured = chain
         fixed = {name: layer.q for name, layer in self._fixed.items()}
-        found: dict[str, Mapping[str, Tensor]] = {
-            FILE: {name: layer.q for name, layer in self.file_layers.items()}
-        }
+        found: dict[str, Codes] = {FILE: {name: layer.q for name, layer in self.file_layers.items()}}
         for name in self.config.baselines:
-            found[name] = {**self._layerwise(chain, grids, rows, name, source), **fixed}
+            found[name] = {**self._layerwise(work, name), **fixed}
         return found
 
-    def _export(
-        self,
-        source: Source,
-        codes: Mapping[str, Tensor],
-        grids: Mapping[str, Grid],
-        summary: dict[str, Any],
-    ) -> None:
+    def _export(self, work: Work, codes: Codes, grids: Mapping[str, Grid], summary: dict[str, Any]) -> None:
         """Write the file with the better codes, and say which they are."""
         methods = summary["methods"]
         before, after = methods[FILE]["kl_mean"], methods[self.config.method]["kl_mean"]
@@ -230,8 +206,7 @@ class RefinePipeline(Pipeline):
             self.directory.save_codes(codes, grids)
             # What is served is the file: card and report must not give it the numbers of the rejected solve.
             summary["method"] = FILE
-            assert self._measured is not None
-            summary["layers"] = layer_table(self._measured, grids, codes, summary.get("experts_unseen", ()))
+            summary["layers"] = layer_table(work.chain, grids, codes, summary.get("experts_unseen", ()))
         assert self.derivation is not None
         summary["refine"] = {
             "format": self.chosen.name,
@@ -241,7 +216,7 @@ class RefinePipeline(Pipeline):
             "improved": better,
             "rejected": None if better else self.config.method,
             "start": self._started_from(),
-            **self._counts,
+            **_outside(work.chain, self.file_layers),
             "codes_changed": sum(
                 int((codes[name] != layer.q).sum()) for name, layer in self.file_layers.items()
             ),
@@ -258,14 +233,15 @@ class RefinePipeline(Pipeline):
         else:
             recipe = {**told_options(self.config), "summary": summary}
             # Pickled weights are hashed by file, and together with config.json.
-            pickled = pickled_files(source.path)
-            sha256 = source.digest if pickled else Checkpoint(source.path).sha256()
-            origin = origin_of(source.path, sha256)
+            original = work.source.path
+            pickled = pickled_files(original)
+            sha256 = work.source.digest if pickled else Checkpoint(original).sha256()
+            origin = origin_of(original, sha256)
             manifest = self.chosen.rewrite(
                 self.quantized,
                 target,
                 codes,
-                finish=lambda folder: finish_refined(self.chosen, folder, source.path, origin, recipe),
+                finish=lambda folder: finish_refined(self.chosen, folder, original, origin, recipe),
             )
         summary["byte_diff"] = manifest["byte_diff"]
         summary["refine"]["file"] = manifest["refined_from"]

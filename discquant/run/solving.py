@@ -7,24 +7,20 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from discquant.calibration import Windows
 from discquant.config import QuantizeConfig
 from discquant.errors import ResumeError
-from discquant.grids import Grid
 from discquant.run.checkpoint import Checkpointer, has_checkpoint, load_checkpoint
 from discquant.run.directory import RunDirectory, write_atomic
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.phases import resident_bytes
 from discquant.run.stored import StoredCodes, digest_codes, keep_codes
 from discquant.run.summary import START, frac_histogram
-from discquant.solver.chain import Chain
+from discquant.run.work import Codes, Work
 from discquant.solver.engine import Engine
 from discquant.solver.measure import mean_kl
 from discquant.solver.rows import TokenRows
@@ -34,8 +30,6 @@ from discquant.solver.solver import StepRecord
 VALIDATIONS = 16  # per run
 VALIDATION_ROWS = 8
 START_CODES = "start_codes.safetensors"
-
-Codes = Mapping[str, Tensor]
 
 
 def kept_start(directory: RunDirectory) -> Codes | None:
@@ -95,24 +89,11 @@ class Solving:
         self._writer: Checkpointer | None = None
         self._folder = directory.path / "checkpoints"
 
-    def run(
-        self,
-        chain: Chain,
-        grids: Mapping[str, Grid],
-        rows: TokenRows,
-        held: Windows,
-        *,
-        served: torch.dtype,
-        choose_start: Callable[[], Codes | None],
-    ) -> Solve:
+    def run(self, work: Work, *, choose_start: Callable[[], Codes | None]) -> Solve:
         """Begin or continue, and take every step.
 
         Args:
-            chain: The model.
-            grids: Grid of each weight.
-            rows: Calibration rows.
-            held: Windows to watch the solve on.
-            served: Dtype that engines dequantize to.
+            work: The model, its grids, the text to choose by and the windows to watch the solve on.
             choose_start: Gives the codes that a fresh solve starts from; None where it starts from the weights.
 
         Returns:
@@ -126,7 +107,7 @@ class Solving:
         """
         ranks = self.engine.ranks
         fresh = bool(ranks.share(not has_checkpoint(self._folder)))
-        self._check_same_text(rows)
+        self._check_same_text(work.rows)
         start = kept_start(self.directory)
         if start is None:
             with self.engine.reproducible():  # as the steps that go on from there
@@ -136,15 +117,16 @@ class Solving:
                 start = kept_start(self.directory)  # from now on in the file only
         self._check_same_start(start)
         solve = self.solve = Solve(
-            chain, grids, rows, self.config, served=served, fresh=fresh, start_codes=start, engine=self.engine
-        )
+            work.chain, work.grids, work.rows, self.config, served=work.served, fresh=fresh, start_codes=start,
+            engine=self.engine,
+        )  # fmt: skip
         self._say_notes(solve)
         if not fresh:
             self._restore(solve)
         if solve.solver.step_number:
             self.events.say(f"continuing after step {solve.solver.step_number}")
         if ranks.first:
-            self._lead(solve, held, fresh)
+            self._lead(solve, work.held, fresh)
         else:
             self._follow(solve)
         return solve

@@ -19,10 +19,11 @@ from discquant.evaluation.divergence import compare_models
 from discquant.formats.bits import bits_per_weight, grid_bits
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
-from discquant.formats.source import Source, pickled_files
+from discquant.formats.source import pickled_files
 from discquant.grids import Grid
 from discquant.run.directory import RunDirectory
 from discquant.run.served import apply_layers
+from discquant.run.work import Codes, Work
 from discquant.solver.chain import Chain
 from discquant.solver.measure import mean_kl
 from discquant.solver.rows import TokenRows
@@ -93,49 +94,42 @@ def beaten(summary: Mapping[str, Any]) -> str | None:
 
 def summarize_run(
     directory: RunDirectory,
-    source: Source,
-    chain: Chain,
-    grids: Mapping[str, Grid],
+    work: Work,
     served_grids: Mapping[str, Grid],
-    codes: Mapping[str, Tensor],
-    baselines: Mapping[str, Mapping[str, Tensor]],
-    held: Windows,
+    codes: Codes,
+    baselines: Mapping[str, Codes],
     solve: Solve | None,
-    served: torch.dtype,
 ) -> dict[str, Any]:
     """Measure the run's codes and its baselines on the held-out windows and collect what the report shows.
 
     Args:
         directory: The run.
-        source: The original model, unchanged.
-        chain: The same as a chain.
-        grids: Grid of every weight, as it was laid.
-        served_grids: Those that the final codes are served on: the same, unless their scales have moved.
+        work: The original, its grids and the windows.
+        served_grids: Those that the final codes are served on: as they were laid, unless their scales have moved.
         codes: Final codes.
-        baselines: Codes of other methods on the same grids.
-        held: Windows that calibration did not see.
+        baselines: Codes of other methods on the grids as they were laid.
         solve: The solve, if the method was DiscQuant.
-        served: Dtype that engines dequantize to.
 
     Returns:
         The summary, plain data; the exporter adds the sizes of what it wrote, and bits per weight as they are there.
     """
     config = directory.config()["identity"]["config"]
     method, grid_of = config["method"], GridRules.of_dict(config)
+    source, grids, held = work.source, work.grids, work.held
     measured = {}
     # One candidate at a time: a copy of the model each.
     candidates = {name: (found, grids) for name, found in baselines.items()}
     if solve is not None and solve.config.solver.scale_iters:
         candidates[AS_LAID] = (codes, grids)
     for name, (found, laid) in {**candidates, method: (codes, served_grids)}.items():
-        candidate = apply_layers(copy.deepcopy(source.model), coded_layers(found, laid), served)
+        candidate = apply_layers(copy.deepcopy(source.model), coded_layers(found, laid), work.served)
         measured[name] = compare_models(source.model, {name: candidate}, held)[name].to_dict()
         del candidate
     summary: dict[str, Any] = {
         "method": method,
         "methods": measured,
         "held_out": {"windows": len(held), "tokens": held.tokens, "source": held.source},
-        "layers": layer_table(chain, grids, codes, frozenset() if solve is None else solve.unseen),
+        "layers": layer_table(work.chain, grids, codes, frozenset() if solve is None else solve.unseen),
         "sizes": {
             "original_bytes": original_bytes(source.path),
             "packed_bytes": None,
@@ -161,6 +155,14 @@ def original_bytes(folder: Path) -> int:
     """Return the bytes of the weight files that were read; the same weights may lie there in another layout, too."""
     files = set(pickled_files(folder)) or {info.file for info in Checkpoint(folder).tensors.values()}
     return sum(file.stat().st_size for file in files)
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the bytes of all weight files of an exported model, a folder or one file."""
+    if path.is_file():
+        return path.stat().st_size
+    kinds = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data")
+    return sum(file.stat().st_size for kind in kinds for file in path.glob(kind))
 
 
 def _state_bytes(solve: Solve) -> float:

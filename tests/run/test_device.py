@@ -127,9 +127,7 @@ def test_grids_of_layers_and_guided_codes_are_of_the_device(
     config = dataclasses.replace(_config(dataset), baselines=("rtn",), method="guided")
     with simulate() as watch:
         measured = tmp_path / "grids.json"
-        found = allocate_model(
-            model_dir, measured, config, choices, 3.6, engine=Engine(where, device=GPU)
-        )
+        found = allocate_model(model_dir, measured, config, choices, 3.6, engine=Engine(where, device=GPU))
         assert watch.on_gpu > 1_000
         run = dataclasses.replace(config, layers=found.layers)
         summary = Pipeline(model_dir, tmp_path / "run", run, engine=Engine(where, device=GPU)).execute()

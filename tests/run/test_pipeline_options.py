@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from discquant.config import QuantizeConfig
-from discquant.run import pipeline
+from discquant.config import Method, QuantizeConfig
+from discquant.run import work
+from discquant.solver.engine import Engine
 
 
-@pytest.mark.parametrize("method", ["gptq", "greedy", "rtn"])
+@pytest.mark.parametrize("method", ["gptq", "greedy", "guided", "rtn"])
 def test_layerwise_codes_get_the_damping_and_the_windows(
-    method: str, monkeypatch: pytest.MonkeyPatch
+    method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many windows as GPTQ is to have; nearest codes need none."""
+    """As many windows as GPTQ is to have; nearest codes need none, and only guided ones energies."""
     seen: list[tuple[Any, ...]] = []
 
     def watched(*given: Any, **named: Any) -> None:
@@ -27,12 +27,14 @@ def test_layerwise_codes_get_the_damping_and_the_windows(
         def batches(self, rows: range) -> list[int]:
             return [self[place] for place in rows]
 
-    monkeypatch.setattr(pipeline, "layerwise_codes", watched)
-    run = SimpleNamespace(
-        config=QuantizeConfig(gptq_damp=0.37, gptq_samples=3), _served=lambda source: torch.float16
-    )
-    pipeline.Pipeline._layerwise(run, "chain", {}, Rows([4, 5, 6, 7]), method, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(work, "layerwise_codes", watched)
+    monkeypatch.setattr(work, "energies_of", lambda chain, batches, *_: f"energies of {batches}")
+    nothing: Any = None
+    rows: Any = Rows([4, 5, 6, 7])
+    given = work.Work(nothing, "chain", {}, torch.float16, rows, nothing)  # type: ignore[arg-type]
+    given.layerwise(method, QuantizeConfig(gptq_damp=0.37, gptq_samples=3), Engine())
     ((chain, grids, batches, named, options),) = seen
     assert (chain, grids, named) == ("chain", {}, method)
     assert batches == ([] if method == "rtn" else [4, 5, 6])
-    assert options == {"damp": 0.37, "served": torch.float16, "strict": True, "energies": None}
+    energies = "energies of [4, 5, 6]" if method == "guided" else None
+    assert options == {"damp": 0.37, "served": torch.float16, "strict": True, "energies": energies}

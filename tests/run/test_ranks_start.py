@@ -19,7 +19,8 @@ from discquant.errors import ResumeError
 from discquant.run import solving
 from discquant.run.directory import RunDirectory
 from discquant.run.events import Events, StopSignal
-from discquant.run.solving import Codes, Solving, keep_start
+from discquant.run.solving import Solving, keep_start
+from discquant.run.work import Codes, Work
 from discquant.solver.engine import Engine
 from discquant.solver.rows import TokenRows
 
@@ -81,7 +82,7 @@ def _run(folder: Path, ranks: Any, codes: Codes | None) -> Exception:
     run = Solving(RunDirectory(folder), QuantizeConfig(), engine, Events(), StopSignal())
     nothing: Any = None
     with pytest.raises((_Begun, ResumeError)) as caught:
-        run.run(nothing, {}, rows, nothing, served=torch.float32, choose_start=lambda: codes)
+        run.run(Work(nothing, nothing, {}, torch.float32, rows, nothing), choose_start=lambda: codes)
     return caught.value
 
 

@@ -256,9 +256,7 @@ def test_a_worse_result_keeps_the_file(
     make: Make, model_dir: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, out = make("compressed-tensors"), tmp_path / "out"
-    monkeypatch.setattr(
-        RefinePipeline, "_final", lambda self, codes, grids: {n: 7 - q for n, q in codes.items()}
-    )
+    monkeypatch.setattr(RefinePipeline, "_final", lambda self, codes: {n: 7 - q for n, q in codes.items()})
     config = replace(_config(dataset), method="greedy")
     summary = RefinePipeline(file, out, model_dir, config).execute()
     found = summary["refine"]
