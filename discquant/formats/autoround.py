@@ -121,7 +121,8 @@ class AutoRound(SafetensorsFormat):
         packings = {_packing(scheme) for scheme in schemes.values()} or {_packing(base)}
         if len(packings) > 1:
             raise UnrepresentableError(
-                "autoround states one packing for all layers; symmetric and asymmetric ones need different"
+                "autoround states one packing for all layers; these need "
+                f"{', '.join(sorted(packings))} (symmetric, asymmetric at 4 bits, asymmetric at other widths)"
             )
         extra: dict[str, Any] = {
             name: {"bits": 16, "data_type": "float"} for name in ignored if name != "lm_head"

@@ -23,6 +23,17 @@ GRIDS = (
     *(GridConfig(bits, 32, sym) for bits in (4, 3, 2, 8) for sym in (True, False)),
     *(GridConfig.of_kind(kind) for kind in GRID_KINDS),
 )
+# Of all layers but the last of a block, and of that.
+MIXED = (
+    *(
+        (GridConfig(4, 32, sym), GridConfig(bits, size, sym))
+        for sym in (True, False)
+        for bits, size in ((8, 32), (4, 64))
+    ),
+    (GridConfig(3, 32), GridConfig(4, 32)),
+    (GridConfig.of_kind("q4_k"), GridConfig.of_kind("q6_k")),
+    (GridConfig.of_kind("q4_0"), GridConfig.of_kind("q5_1")),
+)
 
 
 def source_model(folder: Path, hidden: int) -> Path:
@@ -85,15 +96,15 @@ def _tokenizer(folder: Path) -> None:
 
 
 def base_files(chosen: Format, folder: Path) -> list[Path]:
-    """Small valid files of a format, one of each grid that it can hold."""
+    """Small valid files of a format, one of each grid that it can hold, and of each mix of two."""
     found = []
-    for index, grid in enumerate(GRIDS):
-        hidden = next((width for width in WIDTHS if _fits(chosen, grid, width)), None)
+    for index, (grid, last) in enumerate([*((grid, grid) for grid in GRIDS), *MIXED]):
+        hidden = next((w for w in WIDTHS if _fits(chosen, grid, w) and _fits(chosen, last, w)), None)
         if hidden is None:
             continue
-        # Some refuse only the values: a scale that the served dtype does not have.
+        # Some refuse only the values, a scale that the served dtype does not have, and some to state a mix.
         with suppress(UnrepresentableError):
-            found.append(_base(chosen, grid, hidden, folder, f"{chosen.name}_{index}"))
+            found.append(_base(chosen, grid, last, hidden, folder, f"{chosen.name}_{index}"))
     others = {"gptq": _old, "awq": _old_awq, "compressed-tensors": _with_activations}
     if chosen.name in others:
         made = [shutil.copytree(base, base.with_name(f"{base.name}_foreign")) for base in found]
@@ -138,7 +149,7 @@ def _more(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({**load_file(file), **tensors}, file, {"format": "pt"})
 
 
-def _base(chosen: Format, grid: GridConfig, hidden: int, folder: Path, name: str) -> Path:
+def _base(chosen: Format, grid: GridConfig, last: GridConfig, hidden: int, folder: Path, name: str) -> Path:
     source = folder / f"source{hidden}"
     if not source.exists():
         source_model(source, hidden)
@@ -147,7 +158,7 @@ def _base(chosen: Format, grid: GridConfig, hidden: int, folder: Path, name: str
     for key in checkpoint.tensors:
         if key.endswith("proj.weight"):
             weight = checkpoint.read(key).float()
-            laid = place_grid(weight, grid)
+            laid = place_grid(weight, last if "down_proj" in key else grid)
             layers.append(CodedLayer(key.removesuffix(".weight"), laid.nearest(weight), laid))
     chosen.write(checkpoint, target, layers)
     return target
