@@ -210,41 +210,41 @@ def scales() -> None:
         )
 
 
-# Bits per weight, scales included, and what a layer may get; the first is the size of 3 bits everywhere, and so on.
-_ALLOCATED = (
-    (3.25, ("2", "3", "4")), (4.25, ("2", "3", "4", "5", "6", "8")), (2.75, ("2", "3", "4")), (3.75, ("3", "4")),
-)  # fmt: skip
+# What a layer may get, and bits per weight, scales included: 3.25 is the size of 3 bits everywhere, and so on.
+_ALLOCATED = {("2", "3", "4", "5", "6", "8"): (3.25, 4.25, 2.75, 3.75), ("3", "4"): (3.75,)}
 
 
 def allocation(iters: int) -> None:
     """A width for each layer (`discquant allocate`) in groups of 64 of the bundled model: RTN, GPTQ and DiscQuant."""
     bench, store = _tiny_llama(TINY), Store("allocation")
-    base, samples = GridConfig(4, 64, True, "search"), 256
+    base, samples = GridConfig(4, 64, True, "search"), 1024
     mask = bench.calibration.mask
     text = TokenRows(
         bench.chain, bench.calibration.input_ids[:samples], None if mask is None else mask[:samples], 1
     )
-    for average_bits, choices in _ALLOCATED:
-        name = f"{average_bits} bits of {','.join(choices)}"
-        if {f"{name}, {method}" for method in ("rtn", "gptq", "discquant")} <= {
-            row["key"] for row in store.rows
-        }:
+    known = {row["key"] for row in store.rows}
+    for choices, sizes in _ALLOCATED.items():
+        names = {average_bits: f"{average_bits} bits of {','.join(choices)}" for average_bits in sizes}
+        if {f"{n}, {method}" for n in names.values() for method in ("rtn", "gptq", "discquant")} <= known:
             continue
-        found = allocate(bench.chain, text, {word: parse_grid(word, base) for word in choices}, average_bits)
-        grids = lay_grids(bench.chain, GridRules(base, found.layers))
-        facts = {
-            "average_bits": average_bits, "choices": choices, "bits_per_weight": found.bits(),
-            "predicted_kl": found.damage(), "chosen": {unit.name: unit.chosen for unit in found.units},
-        }  # fmt: skip
-        for method, count in (("rtn", 0), ("gptq", samples)):
+        figures = allocate(bench.chain, text, {word: parse_grid(word, base) for word in choices}, sizes[0])
+        for average_bits, name in names.items():
+            found = figures.at(average_bits)
+            grids = lay_grids(bench.chain, GridRules(base, found.layers))
+            facts = {
+                "average_bits": average_bits, "choices": choices, "windows": samples, "bits_per_weight": found.bits(),
+                "predicted_kl": found.damage(), "chosen": {unit.name: unit.chosen for unit in found.units},
+            }  # fmt: skip
+            for method, count in (("rtn", 0), ("gptq", 256)):
+                store.measure(
+                    f"{name}, {method}",
+                    lambda m=method, n=count, g=grids, f=facts: {**bench.layerwise(base, m, n, grids=g), **f},
+                )
+            solver = SolverConfig(iters=iters, warmup=max(1, iters // 8))
             store.measure(
-                f"{name}, {method}",
-                lambda m=method, n=count, g=grids, f=facts: {**bench.layerwise(base, m, n, grids=g), **f},
+                f"{name}, discquant",
+                lambda s=solver, g=grids, f=facts: {**bench.solve(base, s, grids=g), **f},
             )
-        solver = SolverConfig(iters=iters, warmup=max(1, iters // 8))
-        store.measure(
-            f"{name}, discquant", lambda s=solver, g=grids, f=facts: {**bench.solve(base, s, grids=g), **f}
-        )
 
 
 # Bits, group size, and the seeds of the rotations that are tried.

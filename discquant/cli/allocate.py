@@ -48,7 +48,7 @@ def allocate(
         str, typer.Option("--format", help="Formats that must be able to hold every layer's grid, or none.")
     ] = "none",
     dataset: Annotated[str, typer.Option(help="Calibration text, as of quantize.")] = "self",
-    nsamples: options.Samples = 256,
+    nsamples: options.Samples = 1024,
     seqlen: options.Seqlen = 256,
     chat_template: options.ChatTemplate = False,
     text_key: options.TextKey = "text",
