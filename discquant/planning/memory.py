@@ -5,10 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from discquant.calibration.load import token_file
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
-from discquant.planning.rounding import WIDE_POSITIONS, layerwise_items
+from discquant.planning.rounding import (
+    WIDE_POSITIONS,
+    Kept,
+    boundaries,
+    energy_items,
+    energy_tokens,
+    head_copy,
+    layerwise_items,
+)
 from discquant.planning.setting import (
     Setting,
     grid_share,
@@ -20,7 +29,7 @@ from discquant.planning.setting import (
     state_of,
 )
 from discquant.planning.shape import ModelShape
-from discquant.planning.traffic import boundary_bytes, factor_bytes, factor_entries
+from discquant.planning.traffic import factor_bytes, factor_entries
 
 SLOTS = 3  # one block arriving, one at work, one leaving
 # Of evaluation.divergence, a layer above: windows and logits at once, logits compared at once in float64.
@@ -113,6 +122,7 @@ def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
         "activations of a block": saved,
         "hidden states": 3.0 * tokens * shape.hidden * element,
         "logits": logit_tensors(shape, setting) * (4 if element < 8 else 8),
+        "head in float32": head_copy(shape, setting),
     }
 
 
@@ -241,8 +251,6 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         b.weights * (state_of([b], setting).total + grid) + factor_bytes([b], config) for b in shape.blocks
     )
     slots = min(SLOTS, len(shape.blocks)) * block
-    # Of one token; where they stay, what leaves the last block is counted with them.
-    boundary = float((len(shape.blocks) + 1) * shape.hidden * element)
     teacher = (
         config.data.nsamples * config.data.seqlen * shape.hidden * 4.0
         if remembers_teacher(shape, setting)
@@ -261,11 +269,16 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     elif setting.whole_model:
         device["original weights"] = own
 
-    def peak(name: str, at_device: dict[str, float], at_host: dict[str, float]) -> PhasePeak:
-        on_device, on_host = {**device, **at_device}, {**held, **at_host}
+    def peak(
+        name: str,
+        at_device: dict[str, float],
+        at_host: dict[str, float],
+        at_disk: Mapping[str, float] = MappingProxyType({}),
+    ) -> PhasePeak:
+        on_device, on_host, on_disk = {**device, **at_device}, {**held, **at_host}, {**stored, **at_disk}
         if not setting.accelerator:
-            return PhasePeak(name, {}, {**on_host, **on_device}, dict(stored))
-        return PhasePeak(name, on_device, on_host, dict(stored))
+            return PhasePeak(name, {}, {**on_host, **on_device}, on_disk)
+        return PhasePeak(name, on_device, on_host, on_disk)
 
     # The library maps the whole checkpoint while it converts it; block-wise reading holds one matrix.
     mapped = (weights + shape.untouched) * shape.file_bytes if setting.whole_model else 0.0
@@ -286,8 +299,10 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         held["GPU libraries"] = LIBRARIES
     if started or config.method in ("gptq", "guided", "greedy"):
         method = "gptq" if started else config.method
-        layer = layerwise_items(shape, setting, method)
-        peaks.append(peak("start", layer | _heap(shape, setting, layer), {"codes": packed}))
+        layer, away = layerwise_items(shape, setting, method), _guided_items(shape, setting, method)
+        peaks.append(
+            peak("start", layer | _heap(shape, setting, layer), {"codes": packed} | away.host, away.disk)
+        )
     if discquant and teacher:
         # All rows enter and pass block by block beside what entered; at the end they are joined.
         passing = {
@@ -306,13 +321,9 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
             held["scales"] = 0.0  # what was laid is a view of the state; beside one on a device it stays here
         if setting.placement == "disk":  # which all ranks share, each with files of its own
             stored["state"] = where["state"] * setting.ranks
-        if setting.boundaries == "disk":
-            stored["boundary activations"] = boundary_bytes(shape, longest, element) * setting.ranks
-        elif setting.boundaries == "host" and setting.accelerator:
-            held["boundary activations"] = boundary_bytes(shape, longest, element)
-        else:
-            work["boundary activations"] = boundary * setting.tokens
-            gathering["boundary activations"] = boundary * setting.gathered_tokens
+        away = boundaries(shape, setting, longest)
+        work |= boundaries(shape, setting, setting.tokens).device
+        gathering |= boundaries(shape, setting, setting.gathered_tokens).device
         if setting.placement != "resident":
             work["block slots"] = gathering["block slots"] = slots
         # Before the first step every block's state is made: unpacked beside its place, from one matrix after the other.
@@ -328,9 +339,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         moment = max(work, building, gathering, gain, key=lambda items: sum(items.values()))
         watched = float(min(VALIDATION_ROWS, config.validation_windows) * config.data.seqlen * shape.hidden)
         moment = {**moment, "teacher of the validation windows": watched * element}
-        peaks.append(peak("solve", moment | _heap(shape, setting, moment), {}))
-        held.pop("boundary activations", None)
-        stored.pop("boundary activations", None)
+        peaks.append(peak("solve", moment | _heap(shape, setting, moment), away.host, away.disk))
     # Codes of a solve and of RTN are computed when they are asked for, those at the start lie in a file.
     held["codes"] = 0.0 if config.method in ("discquant", "rtn") else packed
     stored["codes"] = weights * (1 + grid)
@@ -346,8 +355,17 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     # Baselines are rounded first, then measured one after the other.
     moments = [_measuring(shape, setting), *(layerwise_items(shape, setting, name) for name in unknown)]
     moment = max(moments, key=lambda items: sum(items.values()))
-    peaks.append(peak("evaluate", moment | _heap(shape, setting, moment), others))
+    away = _guided_items(shape, setting, "guided" if "guided" in unknown else "gptq")
+    peaks.append(peak("evaluate", moment | _heap(shape, setting, moment), others | away.host, away.disk))
     return peaks
+
+
+def _guided_items(shape: ModelShape, setting: Setting, method: str) -> Kept:
+    """Return what guided rounding keeps elsewhere than on the device; nothing of other methods."""
+    if method != "guided":
+        return Kept({}, {}, {})
+    kept = boundaries(shape, setting, energy_tokens(setting.config))
+    return Kept({}, kept.host | energy_items(shape, setting.config), kept.disk)
 
 
 def needed(peaks: list[PhasePeak], where: str) -> float:

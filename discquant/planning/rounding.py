@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from discquant.config import QuantizeConfig
 from discquant.planning.setting import Setting, logit_tensors
 from discquant.planning.shape import Block, ModelShape
+from discquant.planning.traffic import boundary_bytes
+
+BOUNDARIES = "boundary activations"
 
 WIDE_POSITIONS = (
     6 * 4.0
@@ -55,22 +61,61 @@ def layerwise_items(shape: ModelShape, setting: Setting, method: str) -> dict[st
     }
     if method != "guided":
         return rounding
-    energies = 4.0 * rows * sum(m.count for b in shape.blocks for m in b.matrices if m.plain)
-    moment = max(rounding, _energies(shape, setting, rows), key=lambda items: sum(items.values()))
-    return {**moment, "energies of gradients": energies}
+    return max(rounding, _energies(shape, setting, rows), key=lambda items: sum(items.values()))
+
+
+def energy_items(shape: ModelShape, config: QuantizeConfig) -> dict[str, float]:
+    """Return what the energies of the gradients are themselves; they stay with the host."""
+    rows = min(config.gptq_samples, config.data.nsamples) * config.data.seqlen
+    return {
+        "energies of gradients": 4.0
+        * rows
+        * sum(m.count for b in shape.blocks for m in b.matrices if m.plain)
+    }
+
+
+def energy_tokens(config: QuantizeConfig) -> int:
+    """Return how many tokens are taken through the model together where the energies are measured."""
+    from discquant.solver.curvature import rows_at_once
+
+    windows = rows_at_once(config.gptq_samples, config.solver.batch_size)
+    return min(windows, config.gptq_samples, config.data.nsamples) * config.data.seqlen
 
 
 def _energies(shape: ModelShape, setting: Setting, rows: int) -> dict[str, float]:
-    """Return what the gradients' energies take while they are measured, beside themselves; `rows` in tokens."""
-    from discquant.solver.curvature import rows_at_once
-
-    config, element = setting.config, setting.element
-    tokens = min(rows, rows_at_once(config.gptq_samples, config.solver.batch_size) * config.data.seqlen)
-    kept = len(shape.blocks) + 3 if (setting.activations or setting.placement) == "resident" else 3
+    """Return what measuring the gradients' energies takes beside them, on the device; `rows` in tokens."""
+    element, tokens = setting.element, energy_tokens(setting.config)
     return {
-        "hidden states": (1.0 * rows + kept * tokens) * shape.hidden * element,
+        "hidden states": (1.0 * rows + 3 * tokens) * shape.hidden * element,
         "activations of a block": shape.largest.saved_bytes(element, setting.accelerator)
         * setting.micro_tokens,
         "a matrix as read": 1.0 * shape.largest.weights * element if setting.streamed else 0.0,
         "logits": logit_tensors(shape, setting) * (4 if element < 8 else 8),
+        "head in float32": head_copy(shape, setting),
+        **boundaries(shape, setting, tokens).device,
     }
+
+
+def head_copy(shape: ModelShape, setting: Setting) -> float:
+    """Return the bytes of a copy of the head in float32, which labels are drawn with where it is narrower."""
+    return 4.0 * shape.vocab * shape.hidden if setting.element < 4 else 0.0
+
+
+class Kept(NamedTuple):
+    """The block inputs of some tokens where they are kept: one of these has an item."""
+
+    device: dict[str, float]
+    host: dict[str, float]
+    disk: dict[str, float]
+
+
+def boundaries(shape: ModelShape, setting: Setting, tokens: int) -> Kept:
+    """Return what the block inputs of `tokens` tokens take; those on the device with what leaves the last block."""
+    size = boundary_bytes(shape, tokens, setting.element)
+    if setting.boundaries == "disk":
+        return Kept({}, {}, {BOUNDARIES: size * setting.ranks})
+    if setting.boundaries == "host" and setting.accelerator:
+        return Kept({}, {BOUNDARIES: size}, {})
+    return Kept(
+        {BOUNDARIES: float((len(shape.blocks) + 1) * tokens * shape.hidden * setting.element)}, {}, {}
+    )

@@ -10,6 +10,7 @@ where gradients are small), and so the product has the trace of E[g g^T (x) x x^
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from discquant.solver.gradients import TeacherWeights
 from discquant.solver.kronecker import gram
 from discquant.solver.sampled import backward_blocks, wide
 from discquant.solver.weight_ref import WeightRef
+
+logger = logging.getLogger(__name__)
 
 
 class Factors(NamedTuple):
@@ -55,6 +58,7 @@ class _Watch:
     def __init__(self, chain: Chain, refs: Sequence[WeightRef], width: int) -> None:
         self.width = width
         self._sums: dict[str, Factors] = {}
+        self._changed: set[str] = set()
         self._handles = []
         for ref in refs:
             module = None if ref.part is not None else chain.model.get_submodule(ref.name)
@@ -63,8 +67,18 @@ class _Watch:
 
     def _hook(self, name: str) -> See:
         def see(x: Tensor, output: Tensor) -> None:
+            if not output.requires_grad:  # computed from constants, or where no gradient is kept
+                return
             rows = x.detach().flatten(0, -2)
-            output.register_hook(lambda grad: self._add(name, rows, grad.detach().flatten(0, -2)))
+            version = rows._version
+
+            def add(grad: Tensor) -> None:
+                if rows._version == version:
+                    self._add(name, rows, grad.detach().flatten(0, -2))
+                else:
+                    self._changed.add(name)
+
+            output.register_hook(add)
 
         return see
 
@@ -82,8 +96,12 @@ class _Watch:
         """Stop watching; return the factors of the layers that were reached, divided by `total`."""
         for handle in self._handles:
             handle.remove()
+        for name in sorted(self._changed):
+            logger.warning("curvature: the model changes the input of %s in place; it has no term", name)
         return {
-            name: Factors(*(factor * (1 / total) for factor in found)) for name, found in self._sums.items()
+            name: Factors(*(factor * (1 / total) for factor in found))
+            for name, found in self._sums.items()
+            if name not in self._changed
         }
 
 
@@ -115,7 +133,8 @@ def kronecker_factors(
         boundaries: Where block inputs are kept meanwhile.
 
     Note:
-        Convolutions and experts have no factors. Never more than one block's activations exist.
+        Convolutions and experts have no factors, nor has a layer that no gradient reaches, or whose input the model
+        changes in place afterwards (a warning names it). Never more than one block's activations exist.
 
     Source:
         KFAC, arXiv 1503.05671.

@@ -35,7 +35,8 @@ def token_energies(
 
     Returns:
         float32, [rows of all micro-batches], on the CPU, by module name; rows in the order of the forward passes.
-        Convolutions and experts have none, nor has a layer that no gradient reaches.
+        Convolutions and experts have none, nor has a layer that no gradient reaches. Of a language model every call
+        must have a row for each token: a router may send other tokens once the blocks before are rounded.
     """
     # Of a language model every token is a row; made before anything else, for what is small and stays would keep the
     # heap from giving back what is large and goes.
@@ -60,7 +61,13 @@ def token_energies(
             finally:
                 for handle in handles:
                     handle.remove()
-    energies = {name: rows.values[: rows.used] for name, rows in found.items()}
+    tokens = [batch.inputs.numel() for batch in batches]
+    energies = {
+        name: rows.values[: rows.used]
+        for name, rows in found.items()
+        if chain.head is None
+        or rows.calls == [t for t in tokens for _ in range(len(rows.calls) // len(tokens))]
+    }
     return {name: rows / rows.mean() for name, rows in energies.items() if bool(rows.any())}
 
 
@@ -70,10 +77,12 @@ class _Rows:
     def __init__(self, count: int) -> None:
         """Make room for `count` rows; more is made where there are more."""
         self.values, self.used = torch.zeros(count), 0
+        self.calls: list[int] = []
 
     def see(self, x: Tensor, output: Tensor) -> None:
         """Keep the energies of the gradient that this output will get; zeros where none comes."""
-        begin, self.used = self.used, self.used + output.shape[:-1].numel()
+        self.calls.append(output.shape[:-1].numel())
+        begin, self.used = self.used, self.used + self.calls[-1]
         if self.used > len(self.values):
             self.values = torch.cat((self.values, torch.zeros(self.used - len(self.values))))
         end = self.used
@@ -81,7 +90,8 @@ class _Rows:
         def keep(grad: Tensor) -> None:
             self.values[begin:end] = wide(grad.detach().flatten(0, -2)).square().sum(dim=1)
 
-        output.register_hook(keep)
+        if output.requires_grad:
+            output.register_hook(keep)
 
 
 def energies_of(

@@ -34,7 +34,7 @@ class _HessianHook:
 
     def __init__(self, model: nn.Module, name: str, strict: bool, energies: Tensor | None = None) -> None:
         """Start watching; `energies` has one for each row of all calls to come, in the order of the layer's output."""
-        self.module = model.get_submodule(name)
+        self.module, self.name = model.get_submodule(name), name
         self.strict = strict
         self._called = False
         self.hessian: Tensor | None = None
@@ -49,6 +49,8 @@ class _HessianHook:
         rows = x.flatten(0, -2).float()
         energy = self.energies[self._seen : self._seen + len(rows)].to(rows.device)
         self._seen += len(rows)
+        if self._seen > len(self.energies):
+            self._refuse()
         return rows * energy.sqrt().unsqueeze(1)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -70,9 +72,9 @@ class _HessianHook:
     def _see(self, x: Tensor, output: Tensor) -> None:
         self._called = True
         try:
-            rows = self._rows(x.detach()).float() if self.energies is None else self._weighted(x.detach())
+            rows = self._weighted(x.detach()) if self.energies is not None else self._rows(x.detach()).float()
         except NotImplementedError:
-            if self.strict:
+            if self.strict or self.energies is not None:
                 raise
             return
         product = rows.T @ rows
@@ -84,8 +86,16 @@ class _HessianHook:
 
     def gathered(self, ref: WeightRef) -> Tensor | None:
         """Return X^T X of a weight's inputs, None where no token came; it is let go: nobody else asks for it."""
+        if self.energies is not None and self._called and self._seen != len(self.energies):
+            self._refuse()
         hessian, self.hessian = self.hessian, None
         return hessian
+
+    def _refuse(self) -> None:
+        raise NotImplementedError(
+            f"layerwise: {self.name} gets other rows once the layers before it are rounded, so that none knows its "
+            "energy; use gptq"
+        )
 
     def remove(self) -> None:
         """Stop watching."""
@@ -181,9 +191,8 @@ def layerwise_codes(
             else:
                 round_matrix = greedy if method == "greedy" else gptq
                 # Weighted inputs are fewer in effect, but what is between them is less noise.
-                q = round_matrix(
-                    matrix, hessian, grid, damp=damp * GUIDED_DAMP if method == "guided" else damp
-                )
+                share = GUIDED_DAMP if ref.name in (energies or {}) else 1.0
+                q = round_matrix(matrix, hessian, grid, damp=damp * share)
             codes.put(ref.name, q.cpu(), grid.num_bits)
             del hessian, matrix, q
         weights = served_weights(chain, grids, codes, served, refs[0].parameter.dtype)(index) if refs else {}

@@ -45,6 +45,9 @@ def sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: t
     chunk = head_chunk(size, flat.device)
     grad = torch.empty_like(flat)
     mask = None if batch.mask is None else batch.mask.flatten()
+    if head is not None:
+        # Once for all chunks: of a head in bfloat16 it is a copy twice as large.
+        weight = head.weight.to(torch.promote_types(flat.dtype, torch.float32))
     for begin in range(0, flat.shape[0], chunk):
         rows = wide(flat[begin : begin + chunk])
         if head is None:
@@ -52,7 +55,6 @@ def sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: t
             # Of T labels, each with a share of 1/T in the loss: G, a sum of g g^T over them, gets this twice.
             slope = positions_per_item(features) ** -0.5
         else:
-            weight = head.weight.to(rows.dtype)
             bias = None if head.bias is None else head.bias.to(rows.dtype)
             logits, slope = cap_logits(
                 nn.functional.linear(rows, weight, bias), head.logit_scale, head.softcap
