@@ -6,13 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.solver import solve
 from discquant.solver.chain import DecoderChain
-from discquant.solver.curvature import kronecker_factors
+from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.kronecker import unpack_triangles
+from discquant.solver.module_chain import ModuleChain
 from discquant.solver.rows import TokenRows
 from discquant.solver.sampled import label_generator
 from discquant.solver.solve import Solve, lay_grids
@@ -48,3 +50,26 @@ def test_parts_are_scaled_by_the_tokens_of_all(make_model: Callable[..., Any]) -
         ):  # fmt: skip
             assert packed is not None
             torch.testing.assert_close(unpack_triangles(packed), wanted.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_an_input_that_is_changed_in_place_gives_no_factors(caplog: pytest.LogCaptureFixture) -> None:
+    """What the layer got is gone when its gradient comes."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two, self.out = (torch.nn.Linear(8, size) for size in (8, 8, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tanh(self.one(x)) + 0
+            return self.out(hidden.add_(self.two(hidden)))
+
+    chain, found = ModuleChain(Net()), dict[str, Factors]()
+    batches = TokenRows(chain, torch.randn(16, 8), None, 8).batches(range(16))
+    generator = label_generator(torch.device("cpu"), 0)
+    kronecker_factors(
+        chain, batches, lambda index, factors: found.update(factors), total=16, width=64, generator=generator
+    )
+    assert set(found) == {"one", "out"}
+    assert "the input of two in place" in caplog.text

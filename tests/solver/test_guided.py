@@ -173,3 +173,68 @@ def test_an_attention_s_rows_meet_their_energies_in_either_layout() -> None:
         assert energies["attention.out_proj"].shape == (48,)
         made.append(layerwise_codes(chain, grids, batches, "guided", energies=energies))
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_a_layer_without_gradient_has_no_energies() -> None:
+    """The query of a pooling head is computed from a parameter alone: rounded as by GPTQ, without a curvature term."""
+
+    class Pool(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.start = torch.nn.Parameter(torch.randn(1, 2, 16))
+            self.query, self.key, self.out = (torch.nn.Linear(16, size) for size in (16, 16, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query = self.query(self.start).expand(len(x), -1, -1)
+            found = torch.nn.functional.scaled_dot_product_attention(query, self.key(x), x)
+            return self.out(found.mean(dim=1))
+
+    x = torch.randn(16, 12, 16)
+    solver = SolverConfig(iters=2, batch_size=8, micro_batch=8, warmup=1)
+    for method in ("guided", "discquant"):
+        config = QuantizeConfig(
+            grid=GridConfig(3, -1), method=method, ignore=(), solver=solver, gptq_samples=16,  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert len(list(discquant.quantize_module(Pool(), x, config).layers())) == 3
+    chain = ModuleChain(Pool())
+    batches = TokenRows(chain, x, None, 8).batches(range(16))
+    found = token_energies(chain, batches, at_once=2, generator=label_generator(CPU, 5))
+    assert set(found) == {"key", "out"}
+
+
+class Routed(torch.nn.Module):
+    """Experts of plain linear layers, as models' own code has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(32, 4, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        chosen = self.gate(rows).argmax(-1)
+        out = torch.zeros_like(rows)
+        for index, expert in enumerate(self.experts):
+            (at,) = torch.where(chosen == index)
+            out = out.index_add(0, at, expert(rows[at]))
+        return out.view_as(x)
+
+
+def test_experts_of_plain_layers_have_no_energies(make_model: Callable[..., Any]) -> None:
+    """Other tokens may come to them once the blocks before are rounded; they are GPTQ's."""
+    model = make_model("llama", torch.float32)
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        layer.mlp = Routed()
+    chain = DecoderChain(model)
+    batches, grids = rows_of(chain).batches(range(6)), lay_grids(chain, GridConfig(3, 16))
+    energies = token_energies(chain, batches, at_once=3, generator=label_generator(CPU, 5))
+    names = {ref.name for refs in chain.weights for ref in refs}
+    assert {name for name in names if "experts" in name} == names - set(energies)
+    assert set(layerwise_codes(chain, grids, batches, "guided", energies=energies)) == names
+    # Where other rows come than energies were measured of, none is taken for another's.
+    name = chain.weights[0][0].name
+    short = {**energies, name: energies[name][:-1]}
+    with pytest.raises(NotImplementedError, match=f"{name} gets other rows"):
+        layerwise_codes(chain, grids, batches, "guided", energies=short)
