@@ -19,10 +19,13 @@ from discquant.config import (
     LayerGrid,
     QuantizeConfig,
     SolverConfig,
+    names_module,
+    names_none,
     parse_grid,
 )
 from discquant.errors import ConfigError, UnrepresentableError
 from discquant.formats import registry
+from discquant.run.checks import check_groups
 from discquant.run.directory import RunDirectory
 from discquant.run.inspection import inspect
 from discquant.run.pipeline import Pipeline
@@ -91,6 +94,8 @@ def test_specs(spec: str, expected: GridConfig) -> None:
         ("down_proj:", "PATTERN:SPEC"),
         ("down_proj:four", "kind must be one of"),
         ("down_proj:bits=x", "bits must be an integer"),
+        ("down_proj:bits=²", "bits must be an integer, got '²'"),
+        ("down_proj:²", "kind must be one of"),
         ("down_proj:4,bits=3", "a width"),
         ("down_proj:4g32,group_size=64", "a width"),
         ("down_proj:group_size=64,4g32", "a width"),
@@ -131,6 +136,37 @@ def test_the_last_rule_that_names_a_module_counts() -> None:
     assert [grid.bits for grid in config.grids] == [3, 4, 5, 6, 7]
 
 
+def test_a_rule_covers_what_is_below_a_module() -> None:
+    """The last that covers a layer counts, be it by the layer's own name or by that of a module around it."""
+    base = GridConfig(3, 64)
+    rules = [
+        LayerGrid(pattern, GridConfig(bits, 64))
+        for bits, pattern in enumerate(("a.0.mlp", "up", "mlp", "a.1.mlp.up", "*.[2]", "a.3"), 2)
+    ]
+    of = GridRules(base, rules)
+    names = ("a.0.mlp.up", "a.1.mlp.up", "a.2.mlp.up", "a.3.mlp.up", "a.30.mlp.up", "a.30.up", "a.30.down")
+    assert [of(name).bits for name in names] == [4, 5, 6, 7, 4, 3, 3]
+    assert [GridRules(base, rules[::-1])(name).bits for name in names] == [2, 3, 3, 3, 3, 3, 3]
+    for name in names:
+        last = next((rule.grid for rule in rules[::-1] if names_module(rule.modules, name)), base)
+        assert of(name) == last
+    assert names_none(("mlp", "*.3", "0.mlp", "a.4", "a.3*", "*.x", "up"), names) == ["0.mlp", "a.4", "*.x"]
+
+
+def test_plain_names_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`allocate` writes a rule per layer: matching each with each took minutes for thousands of experts."""
+
+    def never(*_: str) -> bool:
+        raise AssertionError("matched a plain name")
+
+    monkeypatch.setattr("discquant.config.layers.fnmatch", never)
+    chain = DecoderChain(llama())
+    names = [ref.name for refs in chain.weights for ref in refs]
+    config = QuantizeConfig(layers=tuple(LayerGrid(name, GridConfig(4, 32)) for name in names))
+    check_groups(chain, dataclasses.replace(config, grid=GridConfig(3, 32)))
+    assert {config.grid_of(name).bits for name in names} == {4}
+
+
 def test_configurations_are_validated() -> None:
     with pytest.raises(ValueError, match="layers must be a tuple of LayerGrid"):
         QuantizeConfig(layers=["down_proj:4"])  # type: ignore[arg-type]
@@ -167,11 +203,23 @@ def test_in_memory() -> None:
     result = discquant.quantize(llama(), config=config, calibration=ids)
     assert {layer.name.rpartition(".")[2]: layer.num_bits for layer in result.layers()}["down_proj"] == 5
     assert all(grid.num_bits == (5 if "down" in name else 3) for name, grid in result.grids.items())
-    wrong = dataclasses.replace(config, layers=(LayerGrid("mlp", GridConfig(5, 32)),))
+    part = dataclasses.replace(
+        config,
+        layers=(LayerGrid("mlp", GridConfig(5, 32)),),
+        ignore=("lm_head", "model.layers.1", "self_attn"),
+    )
+    grids = discquant.quantize(llama(), config=part, calibration=ids).grids
+    assert len(grids) == 3 and {grid.num_bits for grid in grids.values()} == {5}
+    wrong = dataclasses.replace(config, layers=(LayerGrid("mpl", GridConfig(5, 32)),))
     with pytest.raises(
-        ConfigError, match=r"no quantized layer matches --layer-grid 'mlp'; last names here: down_proj"
+        ConfigError, match=r"no quantized layer matches --layer-grid 'mpl'; last names here: down_proj"
     ):
         discquant.quantize(llama(), config=wrong, calibration=ids)
+    for nothing in ("norm", "embed_tokens", "*.act_fn", "layers.1"):
+        with pytest.raises(ConfigError, match=r"no layer that is quantized matches --ignore"):
+            discquant.quantize(
+                llama(), config=dataclasses.replace(config, ignore=("lm_head", nothing)), calibration=ids
+            )
     wide = dataclasses.replace(config, layers=(LayerGrid("q_proj", GridConfig(5, 96)),))
     with pytest.raises(ConfigError, match=r"widest row = 64, .* got 96"):
         discquant.quantize(llama(), config=wide, calibration=ids)

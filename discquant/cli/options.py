@@ -42,7 +42,7 @@ LayerGrids = Annotated[
     list[str] | None,
     typer.Option(
         "--layer-grid",
-        help="Another grid for some layers; repeatable, the last that names a layer counts. PATTERN:SPEC, PATTERN as "
+        help="Another grid for some layers; repeatable, the last that covers a layer counts. PATTERN:SPEC, PATTERN as "
         "of --ignore, SPEC a width (down_proj:4), a kind (v_proj:q6_k) or KEY=VALUE pairs "
         "('*.layers.0.*:bits=8,group_size=32'); or @FILE of `discquant allocate`.",
     ),
@@ -53,7 +53,8 @@ Preset = Annotated[
 Loss = Annotated[str | None, typer.Option(help="kl, or the paper's variants ce and mse.")]
 Start = Annotated[str | None, typer.Option(help="Where frac starts: ref, gptq or random.")]
 Ignore = Annotated[
-    list[str] | None, typer.Option(help="Modules to leave alone (name, last part, or glob); repeatable.")
+    list[str] | None,
+    typer.Option(help="Modules to leave alone with all below them (name, last part, or glob); repeatable."),
 ]
 Formats = Annotated[
     str,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, get_args
@@ -21,9 +21,38 @@ SPEC = (
 )
 
 
+def _paths(name: str) -> list[str]:
+    """The names of a module and of all around it."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _words(name: str) -> set[str]:
+    """The patterns without glob letters that cover a module."""
+    return {*_paths(name), *name.split(".")}
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(letter in pattern for letter in "*?[")
+
+
 def names_module(pattern: str, name: str) -> bool:
-    """Say whether a pattern is of this module: its name, the last part of that, or a glob pattern."""
-    return pattern in (name, name.rpartition(".")[2]) or fnmatch(name, pattern)
+    """Say whether a pattern covers a module: names it or one around it, by name, last part of that, or glob pattern."""
+    return pattern in _words(name) or (
+        _is_glob(pattern) and any(fnmatch(path, pattern) for path in _paths(name))
+    )
+
+
+def names_none(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the patterns that cover none of some modules; quick where many patterns are plain names."""
+    names = list(names)
+    words = {word for name in names for word in _words(name)}
+    paths = {path for name in names for path in _paths(name)}
+    return [
+        pattern
+        for pattern in patterns
+        if pattern not in words and not (_is_glob(pattern) and any(fnmatch(path, pattern) for path in paths))
+    ]
 
 
 @dataclass(frozen=True)
@@ -31,7 +60,7 @@ class LayerGrid:
     """A grid for the modules that a pattern names.
 
     Attributes:
-        modules: A module's name, its last part, or a glob pattern, as in `ignore`.
+        modules: A module's name, its last part, or a glob pattern, as in `ignore`; covers what is below it, too.
         grid: Their grid.
     """
 
@@ -80,11 +109,11 @@ def parse_grid(spec: str, base: GridConfig) -> GridConfig:
     for part in (part.strip() for part in written.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            key, value = ("bits", part) if part.isdigit() else ("kind", part)
+            key, value = ("bits", part) if _is_number(part) else ("kind", part)
         said = key not in found and value and key in {field.name for field in dataclasses.fields(GridConfig)}
         check("a layer's grid", SPEC, bool(said), spec)
         if key in ("bits", "group_size"):
-            check(key, "an integer", value.removeprefix("-").isdigit(), value)
+            check(key, "an integer", _is_number(value.removeprefix("-")), value)
             found[key] = int(value)
         elif key == "sym":
             check(key, "true or false", value in ("true", "false"), value)
@@ -99,21 +128,22 @@ def parse_grid(spec: str, base: GridConfig) -> GridConfig:
 
 
 class GridRules:
-    """Which grid each module is put on: that of the last rule that names it, else the one for all."""
+    """Which grid each module is put on: that of the last rule that covers it, else the one for all."""
 
     def __init__(self, grid: GridConfig, layers: Sequence[LayerGrid] = ()) -> None:
-        """Take the grid for all, and rules; of two that name a module the later one counts."""
+        """Take the grid for all, and rules; of two that cover a module the later one counts."""
         self._grid = grid
-        # A list of every layer's grid (as `allocate` writes) names them exactly: those are looked up, not matched.
+        # A list of every layer's grid (as `allocate` writes) is of plain names: those are looked up, not matched.
         self._exact = {rule.modules: (place, rule.grid) for place, rule in enumerate(layers)}
-        self._patterns = [(place, rule) for place, rule in enumerate(layers) if not _is_path(rule.modules)]
+        self._patterns = [(place, rule) for place, rule in enumerate(layers) if _is_glob(rule.modules)]
         self._known: dict[str, GridConfig] = {}
         self._shares: dict[tuple[str, ...], tuple[tuple[GridConfig, float], ...]] = {}
 
     def __call__(self, name: str) -> GridConfig:
         """Return the grid of a module."""
         if name not in self._known:
-            place, found = self._exact.get(name, (-1, self._grid))
+            known = [self._exact[word] for word in _words(name) if word in self._exact]
+            place, found = max(known, key=lambda rule: rule[0], default=(-1, self._grid))
             for later, rule in self._patterns:
                 if later > place and names_module(rule.modules, name):
                     place, found = later, rule.grid
@@ -138,6 +168,5 @@ class GridRules:
         return cls(GridConfig(**config["grid"]), layers)
 
 
-def _is_path(pattern: str) -> bool:
-    """Whether only the module of exactly this name can be meant."""
-    return "." in pattern and not any(letter in pattern for letter in "*?[")
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()

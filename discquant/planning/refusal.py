@@ -16,6 +16,7 @@ from discquant.planning.shape import ModelShape
 
 # Stands for calibration text of the user's own.
 TEXT_FILE = "TEXT.jsonl"
+LEAST_SAMPLES = 16  # windows for GPTQ and its like that advice goes down to
 
 
 def with_state(config: QuantizeConfig, state: str, optimizer: str) -> QuantizeConfig:
@@ -38,6 +39,43 @@ def _places(given: Placement | None) -> dict[tuple[Placement, Placement], str]:
     return found
 
 
+def _rounding(config: QuantizeConfig) -> str:
+    """Return the name of what rounds the weights, or makes DiscQuant's start."""
+    return config.solver.start if config.method == "discquant" else config.method
+
+
+def _fewer_samples(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
+    """Return the configuration with fewer windows for what is rounded layer by layer, each half of the one before."""
+    used = {_rounding(config), *config.baselines}
+    found: list[tuple[str, QuantizeConfig]] = []
+    samples = min(config.gptq_samples, config.data.nsamples)
+    while samples > LEAST_SAMPLES and used & {"gptq", "guided", "greedy"}:
+        samples = max(LEAST_SAMPLES, samples // 2)
+        found.append((f"--gptq-samples {samples}", dataclasses.replace(config, gptq_samples=samples)))
+    return found
+
+
+def _less_solving(config: QuantizeConfig) -> list[tuple[str, QuantizeConfig]]:
+    """Return changes of DiscQuant's start and state, mildest first."""
+    # What the windows are for may be left out, too: fewer are not said with what comes after.
+    found = _fewer_samples(config)
+    current, said = config, ""
+    if config.solver.curved:
+        current = dataclasses.replace(current, solver=dataclasses.replace(current.solver, curvature=0.0))
+        said = "--curvature 0"
+        found.append((said, current))
+    if config.solver.start == "gptq":
+        current = dataclasses.replace(current, solver=dataclasses.replace(current.solver, start="ref"))
+        said = f"{said} --start ref{' --baselines none' if config.baselines else ''}".strip()
+        current = dataclasses.replace(current, baselines=())
+        found.append((said, current))
+    if (config.solver.state, config.solver.optimizer) != ("u8", "momentum"):
+        current = with_state(current, "u8", "momentum")
+        said = f"{said} --state u8 --optimizer momentum".strip()
+        found.append((said, current))
+    return found
+
+
 def _smaller(config: QuantizeConfig, accelerated: bool) -> list[tuple[str, QuantizeConfig]]:
     """Return changes that need less memory, mildest first, each with the options that make it."""
     found = []
@@ -46,19 +84,13 @@ def _smaller(config: QuantizeConfig, accelerated: bool) -> list[tuple[str, Quant
         current = dataclasses.replace(current, data=dataclasses.replace(current.data, dataset=TEXT_FILE))
         said = f"--dataset {TEXT_FILE}"
         found.append((said, current))
-    if config.solver.curved:
-        current = dataclasses.replace(current, solver=dataclasses.replace(current.solver, curvature=0.0))
-        said = f"{said} --curvature 0".strip()
-        found.append((said, current))
-    if config.solver.start == "gptq":
-        current = dataclasses.replace(current, solver=dataclasses.replace(current.solver, start="ref"))
-        said = f"{said} --start ref --baselines none".strip()
+    if set(config.baselines) - {"rtn", _rounding(config)}:  # only measured: no byte of the result changes
         current = dataclasses.replace(current, baselines=())
+        said = f"{said} --baselines none".strip()
         found.append((said, current))
-    if (config.solver.state, config.solver.optimizer) != ("u8", "momentum"):
-        current = with_state(current, "u8", "momentum")
-        said = f"{said} --state u8 --optimizer momentum".strip()
-        found.append((said, current))
+    if config.method == "discquant" and (changes := _less_solving(current)):
+        found += [(f"{said} {change}".strip(), changed) for change, changed in changes]
+        said, current = found[-1]
     # CPUs compute in bfloat16 far more slowly.
     narrow: ComputeDtype = "bfloat16" if accelerated else "float32"
     if config.solver.compute_dtype not in (narrow, "bfloat16"):
@@ -73,12 +105,17 @@ def _smaller(config: QuantizeConfig, accelerated: bool) -> list[tuple[str, Quant
         solver = dataclasses.replace(current.solver, micro_batch=micro)
         current = dataclasses.replace(current, solver=solver)
         found.append((f"{said} --micro-batch {micro}".strip(), current))
-    batch, micro_said = current.solver.batch_size, f"{said} --micro-batch {micro}".strip()
+    if micro < config.solver.micro_batch:
+        said = f"{said} --micro-batch {micro}".strip()
+    if config.method != "discquant":
+        found += [(f"{said} {fewer}".strip(), changed) for fewer, changed in _fewer_samples(current)]
+        said, current = found[-1] if found else (said, current)
+    batch = current.solver.batch_size
     while batch > 1:
         batch //= 2
         solver = dataclasses.replace(current.solver, batch_size=batch)
         current = dataclasses.replace(current, solver=solver)
-        found.append((f"{micro_said} --batch-size {batch}", current))
+        found.append((f"{said} --batch-size {batch}".strip(), current))
     return found
 
 

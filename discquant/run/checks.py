@@ -13,7 +13,7 @@ import torch
 import discquant
 from discquant.calibration.documents import SUFFIXES
 from discquant.calibration.load import check_dataset, token_file
-from discquant.config import DataConfig, GridConfig, QuantizeConfig, names_module
+from discquant.config import DataConfig, GridConfig, QuantizeConfig, names_none
 from discquant.environment import device_name, versions
 from discquant.errors import CalibrationError, CheckpointError, ConfigError, UnrepresentableError
 from discquant.formats import registry
@@ -26,28 +26,37 @@ from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
 from discquant.formats.source import Source, pickled_files
 from discquant.formats.stored import stored_name
+from discquant.formats.write import weight_shape
 from discquant.grids import Grid, place_grid
-from discquant.solver.chain import Chain, WeightRef
+from discquant.solver.chain import Chain, DecoderChain, WeightRef
+from discquant.solver.experts import layer_names
 from discquant.solver.solve import lay_grid
 
 PROBE_ROWS = 64
 PIECE = 1 << 24  # bytes of a file hashed at a time
 
 
-def check_ignore(chain_model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
-    """Refuse an ignore entry that names nothing.
+def check_ignore(model: torch.nn.Module, ignore: tuple[str, ...], *, whole: bool = False) -> None:
+    """Refuse an ignore entry that leaves nothing alone.
+
+    Args:
+        model: The model; of a decoder only what its blocks hold is quantized.
+        ignore: Patterns. `lm_head` is never refused: it is there by default, and not every model calls its head so.
+        whole: The model is any module, all of which is quantized.
 
     Raises:
-        ConfigError: It matches no module; the message lists some that exist.
+        ConfigError: It covers no layer; the message lists some that exist.
+        NotImplementedError: The model is no decoder with a list of blocks.
     """
-    names = [name for name, module in chain_model.named_modules() if name]
-    for pattern in ignore:
-        if pattern == "lm_head":  # ignored by default; not every model calls its head so
-            continue
-        if not any(names_module(pattern, name) for name in names):
-            raise ConfigError(
-                f"no module matches --ignore {pattern!r}; last names here: {_last_names(names)}"
-            )
+    given = [pattern for pattern in ignore if pattern != "lm_head"]
+    if not given:
+        return
+    blocks = {"": model} if whole else DecoderChain.named_blocks(model)
+    names = [name for prefix, block in blocks.items() for name in layer_names(model, block, prefix)]
+    for pattern in names_none(given, names):
+        raise ConfigError(
+            f"no layer that is quantized matches --ignore {pattern!r}; last names here: {_last_names(names)}"
+        )
 
 
 def _last_names(names: Iterable[str]) -> str:
@@ -62,11 +71,10 @@ def check_groups(chain: Chain, config: QuantizeConfig) -> None:
         ConfigError: So they are; -1 asks for one group per row.
     """
     shapes = {ref.name: ref.shape for refs in chain.weights for ref in refs}
-    for rule in config.layers:
-        if shapes and not any(names_module(rule.modules, name) for name in shapes):
-            raise ConfigError(
-                f"no quantized layer matches --layer-grid {rule.modules!r}; last names here: {_last_names(shapes)}"
-            )
+    for pattern in names_none((rule.modules for rule in config.layers), shapes):
+        raise ConfigError(
+            f"no quantized layer matches --layer-grid {pattern!r}; last names here: {_last_names(shapes)}"
+        )
     for grid in config.grids:
         widest = max((shape[1] for name, shape in shapes.items() if config.grid_of(name) == grid), default=0)
         if grid.kind == "uniform" and widest and grid.group_size > widest:
@@ -293,7 +301,7 @@ def check_grids(source: Source, formats: Iterable[str], grids: Mapping[str, Grid
         grids: By module name.
 
     Raises:
-        UnrepresentableError: Scales or offsets have no place in a format.
+        UnrepresentableError: Scales or offsets have no place in a format, or the checkpoint holds no such matrix.
     """
     for name in formats:
         chosen = registry.by_name(name)
@@ -301,9 +309,10 @@ def check_grids(source: Source, formats: Iterable[str], grids: Mapping[str, Grid
             for layer, grid in grids.items():
                 chosen.check_grid(layer, grid)
             continue
-        tensors = Checkpoint(source.path).tensors
+        original = Checkpoint(source.path)
         for layer, grid in grids.items():
-            chosen.check_grid(layer, grid, TORCH_DTYPES[tensors[f"{layer}.weight"].dtype])
+            weight_shape(original, layer)
+            chosen.check_grid(layer, grid, TORCH_DTYPES[original.tensors[f"{layer}.weight"].dtype])
 
 
 def check_written(out: Path, formats: Iterable[str]) -> None:

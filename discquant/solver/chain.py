@@ -265,12 +265,12 @@ class DecoderChain(Chain):
                 that is not quantized in the blocks (`transformers`' Conv1D).
             ValueError: Nothing is left to quantize.
         """
-        refuse_encoder_decoder(getattr(model, "config", None))
+        named = self.named_blocks(model)
         self.model = model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self._decoder = self._find_decoder(model)
-        self.blocks, self.block_names = self._find_blocks(model, self._decoder)
+        self.blocks, self.block_names = list(named.values()), list(named)
         output = _called(model, "get_output_embeddings")
         if not isinstance(output, nn.Linear):
             raise NotImplementedError("DecoderChain: the model has no linear output head")
@@ -285,6 +285,17 @@ class DecoderChain(Chain):
         for prefix, block in zip(self.block_names, self.blocks, strict=True):
             refuse_transposed(transposed_modules(block, prefix, ignore))
         self._collect(ignore, routers)
+
+    @classmethod
+    def named_blocks(cls, model: nn.Module) -> dict[str, nn.Module]:
+        """Return a model's blocks in order, by their names.
+
+        Raises:
+            NotImplementedError: It has none, or is an encoder-decoder.
+        """
+        refuse_encoder_decoder(getattr(model, "config", None))
+        blocks, names = cls._find_blocks(model, cls._find_decoder(model))
+        return dict(zip(names, blocks, strict=True))
 
     @staticmethod
     def _find_decoder(model: nn.Module) -> nn.Module:

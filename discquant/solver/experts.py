@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from discquant.formats.stored import checkpoint_parts, fused_parameters
 from discquant.solver.counted import counted_rows
+from discquant.solver.layers import KINDS, is_transposed, joined
 from discquant.solver.weight_ref import WeightRef
 
 # Where a configuration of transformers keeps what `set_experts_implementation` sets.
@@ -105,6 +106,25 @@ def expert_refs(
         ordered = sorted(parts.items(), key=lambda item: (item[1].expert, item[1].begin))
         refs += [WeightRef(found, param_name, parameter, part) for found, part in ordered if selected(found)]
     return refs
+
+
+def layer_names(model: nn.Module, root: nn.Module, prefix: str) -> list[str]:
+    """Return the names of all below `root` that can be left alone: layers, experts, and matrices of no layer.
+
+    Args:
+        model: The whole model.
+        root: A block of it.
+        prefix: The block's name in the model, "" for the model itself.
+    """
+    found = [ref.name for ref in expert_refs(model, root, prefix, lambda name: True, strict=False)]
+    for name, module in root.named_modules():
+        path = joined(prefix, name)
+        if isinstance(module, KINDS) or is_transposed(module):
+            found.append(path)
+        elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            own = module.named_parameters(recurse=False)
+            found += [joined(path, key) for key, parameter in own if parameter.ndim > 1]
+    return found
 
 
 class RoutedInputs:

@@ -18,7 +18,7 @@ def joined(prefix: str, name: str) -> str:
 
 
 def selected(name: str, ignore: Sequence[str]) -> bool:
-    """Say whether no entry of `ignore` (a name, a last name part, a glob pattern) is of this module."""
+    """Say whether no entry of `ignore` (a name, a last name part, a glob pattern) covers this module."""
     return not any(names_module(pattern, name) for pattern in ignore)
 
 
@@ -42,16 +42,18 @@ def quantizable_modules(root: nn.Module, prefix: str, ignore: Sequence[str]) -> 
     return found
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is `transformers`' Conv1D."""
+    wanted = ("transformers.pytorch_utils", "Conv1D")
+    return any((kind.__module__, kind.__name__) == wanted for kind in type(module).__mro__)
+
+
 def transposed_modules(root: nn.Module, prefix: str, ignore: Sequence[str]) -> list[str]:
     """Return the names of layers that `transformers` keeps as [in_features, out_features] (Conv1D), if not ignored."""
     return [
         joined(prefix, name)
         for name, module in root.named_modules()
-        if any(
-            (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-            for kind in type(module).__mro__
-        )
-        and selected(joined(prefix, name), ignore)
+        if is_transposed(module) and selected(joined(prefix, name), ignore)
     ]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from discquant.config import LossName
-from discquant.solver.chain import Chain, Prepared
+from discquant.solver.chain import BlockCall, Chain, Prepared
 from discquant.solver.gradients import TeacherWeights
 from discquant.solver.losses import counted_tokens
 
@@ -57,12 +59,14 @@ class TokenRows:
 
     def stream(self) -> Iterator[Prepared]:
         """Yield micro-batches of all rows, made one at a time."""
-        for begin in range(0, len(self), self.micro_batch):
-            yield from self.batches(range(begin, min(begin + self.micro_batch, len(self))))
+        return self._made(range(len(self)))
 
     def batches(self, rows: Sequence[int]) -> list[Prepared]:
-        """Return micro-batches of the given rows, in order."""
-        found = []
+        """Return micro-batches of the given rows, in order; what all their blocks are called with exists once."""
+        return list(self._made(rows))
+
+    def _made(self, rows: Sequence[int]) -> Iterator[Prepared]:
+        calls: list[BlockCall] = []
         for begin in range(0, len(rows), self.micro_batch):
             index = torch.tensor(list(rows[begin : begin + self.micro_batch]))
             device = self.chain.device
@@ -70,5 +74,28 @@ class TokenRows:
             prepared = self.chain.prepare(self.input_ids[index].to(device), mask)
             if self._teacher is not None:
                 prepared = prepared._replace(teacher=self._teacher[index.to(self._teacher.device)])
-            found.append(prepared)
-        return found
+            calls = _shared(prepared.calls, calls)
+            yield prepared._replace(calls=calls)
+
+
+def _shared(calls: list[BlockCall], before: list[BlockCall]) -> list[BlockCall]:
+    """Return a micro-batch's calls with the tensors of the one before in place of equal ones.
+
+    Masks of eager attention are [windows, 1, seqlen, seqlen] in the dtype of computing, far more than hidden states.
+    """
+    (own, form), (others, other_form) = tree_flatten(calls), tree_flatten(before)
+    if form != other_form:
+        return calls
+    equal: dict[tuple[int, int], bool] = {}  # all blocks get the same few
+
+    def chosen(one: Any, other: Any) -> Any:
+        if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+            return one
+        pair = (id(one), id(other))
+        if pair not in equal:
+            like = (one.dtype, one.device, one.stride()) == (other.dtype, other.device, other.stride())
+            equal[pair] = like and torch.equal(one, other)
+        return other if equal[pair] else one
+
+    made: list[BlockCall] = tree_unflatten([chosen(*pair) for pair in zip(own, others, strict=True)], form)
+    return made

@@ -67,6 +67,7 @@ def test_measure_times_a_real_block(state: str, folder: Path) -> None:
     [
         ("model.layers.0.*", 1.0), ("model.layers.2.*", 1.0), ("model.layers.[12].*", 1.0),
         ("model.layers.1.mlp.*", 1.0), ("*.mlp.*", 1 / 3), ("down_proj", 7 / 9),
+        ("model.layers.1", 1.0), ("mlp", 1 / 3),
     ],
 )  # fmt: skip
 def test_measure_times_a_usual_block_of_what_is_left(ignore: str, share: float, folder: Path) -> None:

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from discquant.calibration.positions import Positions
 from discquant.cli import app
-from discquant.config import DataConfig, QuantizeConfig
+from discquant.config import DataConfig, Method, QuantizeConfig
 from discquant.errors import CapacityError, CheckpointError, ConfigError, MissingModelError
 from discquant.planning import compare
 from discquant.planning.hardware import DEVICES, GB, find_device
 from discquant.planning.memory import needed, phase_peaks
 from discquant.planning.plan import Machine, make_plan, setting_for
+from discquant.planning.refusal import _smaller
 from discquant.planning.setting import PLACEMENTS
 from discquant.planning.shape import ModelShape, read_shape
 
@@ -69,6 +70,36 @@ def test_advice_changes_activations_before_anything_else(shape_8b: ModelShape, o
     apart = dataclasses.replace(roomy, host=30 * GB, disk=80 * GB)
     assert advice(apart) == {"--placement": "host", "--activations": "disk"}
     assert make_plan(shape_8b, config, apart, placement="host", activations="disk")
+
+
+@pytest.mark.parametrize("method", ["guided", "gptq"])
+def test_advice_for_what_is_rounded_layer_by_layer(
+    method: Method, shape_8b: ModelShape, options: Options
+) -> None:
+    """Fewer windows, and nothing of DiscQuant's; baselines are left out before them."""
+    config = dataclasses.replace(
+        options(start="gptq", curvature=1.0, state="fp32", optimizer="adamw"), method=method
+    )
+    device = dataclasses.replace(DEVICES["4090"], memory=10 * GB)
+    machine = Machine(device, 64 * GB, ROOMY)
+    with pytest.raises(CapacityError) as refused:
+        make_plan(shape_8b, config, machine)
+    flags = str(refused.value).rpartition("fit with ")[2].split()
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert given.keys() == {"--placement", "--micro-batch", "--gptq-samples"}
+    fewer = dataclasses.replace(config, gptq_samples=int(given["--gptq-samples"]))
+    fewer = dataclasses.replace(fewer, solver=dataclasses.replace(fewer.solver, micro_batch=1))
+    assert make_plan(shape_8b, fewer, machine, placement=given["--placement"])  # type: ignore[arg-type]
+    with pytest.raises(CapacityError, match=r"fit with .* --baselines none --micro-batch 1 --gptq-samples"):
+        make_plan(shape_8b, dataclasses.replace(config, baselines=("greedy",)), machine)
+
+
+def test_advice_halves_the_windows_of_a_start(shape_8b: ModelShape, options: Options) -> None:
+    """Before the start by GPTQ is given up, and not beside it."""
+    config = dataclasses.replace(options(start="gptq"), baselines=("gptq",))
+    said = [words for words, _ in _smaller(config, True)]
+    assert said[:5] == [*(f"--gptq-samples {n}" for n in (128, 64, 32, 16)), "--start ref --baselines none"]
+    assert not any("samples" in words for words in said[4:])
 
 
 def test_advice_computes_narrower_on_a_gpu(shape_8b: ModelShape, options: Options) -> None:

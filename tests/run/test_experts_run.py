@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from discquant.api import load
-from discquant.config import DataConfig, GridConfig, Method, QuantizeConfig, SolverConfig
+from discquant.config import DataConfig, GridConfig, LayerGrid, Method, QuantizeConfig, SolverConfig
 from discquant.errors import UnrepresentableError
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint
@@ -118,6 +118,24 @@ def test_quantize_export_load(family: str, tmp_path: Path) -> None:
             assert row["moved"] == 0 or row["name"] not in unseen
             if row["name"] in unseen:
                 assert f"| `{row['name']}` | 4 | {row['weights']:,} | 0.0% | 0.00% |" in report
+
+
+@pytest.mark.parametrize("rule", ["*.experts.*:8", "*.experts.*:nvfp4", "experts:q4_0"])
+def test_experts_in_one_tensor_are_refused_on_any_grid(rule: str, tmp_path: Path) -> None:
+    """No format writes them; the refusal names what to ignore."""
+    import transformers
+
+    config = transformers.GptOssConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "model")
+    options = write_config(torch.randint(3, 61, (6, 8)), tmp_path, ())
+    options = dataclasses.replace(options, layers=(LayerGrid.parse(rule, options.grid),))
+    with pytest.raises(
+        UnrepresentableError, match=r"holds the experts of .* in one tensor, .* --ignore experts"
+    ):
+        Pipeline(tmp_path / "model", tmp_path / "run", options).execute()
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

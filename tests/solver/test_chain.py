@@ -51,6 +51,9 @@ def test_ignore_by_name_part_and_pattern(make_model: Callable[..., Any]) -> None
     assert _names(DecoderChain(model, ["model.layers.0.*"])) == [
         n for n in everything if ".layers.0." not in n
     ]
+    assert _names(DecoderChain(model, ["model.layers.0", "mlp", "*.layers.2"])) == [
+        n for n in everything if ".layers.1.self_attn." in n
+    ]
     with pytest.raises(ValueError, match="no linear layer left"):
         DecoderChain(model, ["*"])
 

@@ -13,7 +13,9 @@ from torch.func import functional_call
 
 from discquant.api import quantize
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
+from discquant.errors import ConfigError
 from discquant.formats.lazy import LazyBlock, settle
+from discquant.run.checks import check_ignore
 from discquant.solver import usage
 from discquant.solver.chain import DecoderChain
 from discquant.solver.curvature import Factors, kronecker_factors
@@ -410,6 +412,17 @@ def test_experts_can_be_ignored() -> None:
         assert torch.equal(own[ref.param_name], ref.parameter)
     none = DecoderChain(model, ["lm_head", "experts"])
     assert not any(".experts." in ref.name for block in none.weights for ref in block)
+    for pattern in (
+        "experts",
+        "*.experts.0",
+        "*.experts.0.*",
+        "gate_up_proj",
+        "gate",
+        "mlp",
+    ):  # a router stays anyway
+        check_ignore(model, ("lm_head", pattern))
+    with pytest.raises(ConfigError, match=r"'\*.experts.99'; last names here: .*down_proj"):
+        check_ignore(model, ("lm_head", "*.experts.99"))
 
 
 def test_undeclared_orientation_is_refused() -> None:
