@@ -31,7 +31,7 @@ from discquant.formats.safetensors_format import (
     uniform,
 )
 from discquant.formats.scheme import Scheme
-from discquant.formats.stated import contradictions, old_quantization, quantization, stated_in
+from discquant.formats.stated import contradictions, old_quantization, override, quantization, stated_in
 from discquant.grids import UniformGrid
 from discquant.grids.fused import JOINED, experts_of
 
@@ -72,8 +72,8 @@ class Gptq(SafetensorsFormat):
         """Modules with a `qweight`."""
         said = quantization(checkpoint)
         bits, group_size = width_and_group(said, checkpoint)
-        symmetric = said.get("sym", True) is True
         for name, tensors in grouped(checkpoint, CODES, (CODES, ZEROS, SCALES, INDEX)):
+            symmetric = {**said, **(override(said, name) or {})}.get("sym", True) is True
             yield stored_layer(name, tensors, bits, group_size, symmetric, self.offset)
 
     def decode(self, stored: StoredLayer) -> CodedLayer:

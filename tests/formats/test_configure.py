@@ -247,3 +247,20 @@ def test_mlx_states_the_experts_as_mlx_lm_stacks_them() -> None:
         stated("mlx", {**schemes, EXPERTS[4]: FOUR}, [], model_type="qwen2_moe")
     with pytest.raises(UnrepresentableError, match=r"1\.down_proj differ"):
         stated("mlx", dict.fromkeys(EXPERTS[:-1], FOUR), EXPERTS[-1:], model_type="qwen2_moe")
+
+
+def test_autoround_states_experts_by_their_layer() -> None:
+    """vLLM looks up the module that holds them; auto-round, which searches that name in others, finds their own."""
+
+    def extra(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, Any]:
+        config = stated("autoround", schemes, ignored)
+        prove_configuration(config, schemes, dict.fromkeys(schemes, (64, 64)))
+        found: dict[str, Any] = config["quantization_config"]["extra_config"]
+        return found
+
+    whole, dense = "model.layers.1.mlp.experts", dict.fromkeys([*OTHERS, *ATTENTION], FOUR)
+    found = extra(dense | dict.fromkeys(EXPERTS, THREE), [])
+    assert found == {name: {"bits": 3, "group_size": 32, "sym": True} for name in (*EXPERTS, whole)}
+    assert extra(dense, EXPERTS)[whole]["bits"] == 16
+    assert whole not in extra(dense | dict.fromkeys(EXPERTS, FOUR), [])
+    assert whole not in extra(dense | {**dict.fromkeys(EXPERTS, THREE), EXPERTS[0]: FOUR}, [])
