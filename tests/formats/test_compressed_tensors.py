@@ -212,7 +212,7 @@ def test_transformers_finds_the_scheme_of_the_experts() -> None:
 
 
 def test_experts_are_looked_up_in_linear_time() -> None:
-    """As many layers as a large mixture of experts has, each in a group of its own or in one of two."""
+    """Of experts that differ within a layer, and so go by their names."""
     names = [
         f"m.{layer}.experts.{expert}.w{part}" for layer in range(40) for expert in range(50) for part in "12"
     ]
