@@ -156,6 +156,8 @@ def _experts_of_transformers(format_name: str, schemes: Mapping[str, Scheme]) ->
     """
     experts = {name: scheme for name, scheme in schemes.items() if experts_of(name)}
     kinds, found = set(experts.values()), []
+    odd = next((name for name in experts if name.rpartition(".")[2] not in _IN_MEMORY), None)
+    unfound = f"looks for {', '.join(sorted(_IN_MEMORY))} and does not find {odd}"
     if format_name == "compressed-tensors":
         if any(kind.kind == "nvfp4" for kind in kinds):
             found.append("experts lose their global scales (nvfp4)")
@@ -164,11 +166,10 @@ def _experts_of_transformers(format_name: str, schemes: Mapping[str, Scheme]) ->
         if len(kinds) > 1:
             found.append("all experts of a model are read on one grid, and these have several")
     elif format_name in (*_GPTQ, "awq") and experts:
-        found.append("quantized experts are not read and get random weights")
-    elif format_name == "autoround":
-        odd = next((name for name in experts if name.rpartition(".")[2] not in _IN_MEMORY), None)
-        if odd is not None:
-            found.append(f"auto-round looks for {', '.join(sorted(_IN_MEMORY))} and does not find {odd}")
+        own = "reads them" if odd is None else unfound
+        found.append(f"experts get random weights; gptqmodel's own loader (GPTQModel.load) {own}")
+    elif format_name == "autoround" and odd is not None:
+        found.append(f"auto-round {unfound}")
     return found
 
 

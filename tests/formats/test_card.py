@@ -226,7 +226,8 @@ def test_what_transformers_reads_of_experts() -> None:
         assert verdict == "no" and reason in note
     for name, scheme in (("gptq", four), ("gptq-v2", four), ("awq", odd)):
         verdict, note = of_transformers(name, {"m.q": scheme, gate: scheme})
-        assert verdict == "no" and "random" in note
+        assert verdict == "no" and "random" in note and "(GPTQModel.load) reads them" in note
+        assert f"does not find {w1}" in of_transformers(name, {w1: scheme})[1]
         assert of_transformers(name, {"m.q": scheme})[0] == "yes"
     assert of_transformers("autoround", {gate: four, other: four})[0] == "yes"
     verdict, note = of_transformers("autoround", {gate: four, w1: four})
