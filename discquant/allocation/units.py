@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
-from discquant.grids.fused import JOINED
-
-_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
+from discquant.grids.fused import JOINED, experts_of
 
 
 def unit_of(name: str) -> str:
@@ -16,9 +13,9 @@ def unit_of(name: str) -> str:
 
     Engines run all experts of a layer in one kernel (vLLM's FusedMoE), on one grid.
     """
-    expert = _EXPERT.match(name)
-    if expert is not None:
-        return expert[1]
+    experts = experts_of(name)
+    if experts is not None:
+        return experts
     parent, _, last = name.rpartition(".")
     joined = next((whole for whole, members in JOINED if last in members), None)
     return name if joined is None else f"{parent}.{joined}"

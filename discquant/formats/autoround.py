@@ -23,6 +23,7 @@ from discquant.formats.layout import StoredLayer
 from discquant.formats.safetensors_format import SafetensorsFormat, grouped
 from discquant.formats.scheme import Scheme
 from discquant.formats.stated import contradictions, override, quantization
+from discquant.grids.fused import experts_of
 
 # The field names the auto-round release that made a file. Ours are not made by it: this is the release whose loader the
 # interop checks run. transformers 5.22 and gptqmodel 7.6 do not read it; vLLM reads it in files of quant_method "gptq",
@@ -124,18 +125,16 @@ class AutoRound(SafetensorsFormat):
                 "autoround states one packing for all layers; these need "
                 f"{', '.join(sorted(packings))} (symmetric, asymmetric at 4 bits, asymmetric at other widths)"
             )
-        extra: dict[str, Any] = {
+        entries: dict[str, dict[str, Any]] = {
             name: {"bits": 16, "data_type": "float"} for name in ignored if name != "lm_head"
         }
         blocks = _blocks(schemes)
         for name, scheme in schemes.items():
             # Outside the blocks (a head) only what has an entry is quantized.
-            if scheme != base or not name.startswith(tuple(blocks)):
-                extra[name] = {
-                    "bits": scheme.num_bits,
-                    "group_size": scheme.group_size,
-                    "sym": scheme.symmetric,
-                }
+            own = scheme != base or not name.startswith(tuple(blocks))
+            said = {"bits": scheme.num_bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+            entries[name] = said if own else {}
+        extra = {name: said for name, said in {**entries, **_of_experts(entries)}.items() if said}
         config["quantization_config"] = {
             "quant_method": "auto-round",
             "bits": base.num_bits,
@@ -158,6 +157,19 @@ class AutoRound(SafetensorsFormat):
         """Where shapes contradict the configuration."""
         said = quantization(checkpoint)
         yield from contradictions(said, *width_and_group(said, checkpoint), self.layers(checkpoint))
+
+
+def _of_experts(entries: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The entry that all experts of a layer share, by the module that holds them: vLLM looks it up by that name.
+
+    auto-round takes such a name for a pattern, which reaches no layer with an entry of its own, as these have.
+    """
+    layers: dict[str, list[dict[str, Any]]] = {}
+    for name, said in entries.items():
+        experts = experts_of(name)
+        if experts is not None:
+            layers.setdefault(experts, []).append(said)
+    return {name: held[0] for name, held in layers.items() if all(said == held[0] for said in held)}
 
 
 def _writes_awq(scheme: Scheme) -> bool:

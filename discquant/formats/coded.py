@@ -114,6 +114,7 @@ class Description:
         file_bytes: Bytes of all weight files.
         notes: What a user should know, one sentence each (act-order, an old layout, ...).
         problems: What contradicts itself or would break in engines, one sentence each.
+        plain: Matrices without codes, by their modules, where engines join some with others.
     """
 
     format: str
@@ -122,6 +123,7 @@ class Description:
     file_bytes: int
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
 
 
 class Format(Protocol):

@@ -19,6 +19,7 @@ from discquant.formats.bitstream import pack, pack_per_word, unpack, unpack_per_
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.patterns import compiles, matches
 from discquant.formats.scheme import Scheme
+from discquant.grids.fused import experts_of
 
 __all__ = [
     "GROUP_INDEX",
@@ -154,14 +155,24 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
 
     Args:
         schemes: Scheme of every quantized module. If all agree, one group targets `Linear`; else each group names its
-            modules.
+            modules, and the experts of a layer by one pattern where they agree.
         ignore: Modules that stay as they are; of one that holds experts, all that engines make of it.
+
+    Note:
+        vLLM asks for experts as `gate_proj`, `up_proj` and `down_proj` whatever the file calls them, and transformers
+        takes the first group whose patterns contain "experts" for those of all layers: names reach neither.
     """
     ignored = [*ignore]
-    ignored += [f"re:^{re.escape(name)}\\..*" for name in ignored if name.endswith(".experts")]
-    groups: dict[Scheme, list[str]] = {}
+    states: dict[str, set[Scheme | None]] = {}  # None is ignored
+    for name, state in (*schemes.items(), *((name, None) for name in ignored)):
+        experts = experts_of(name) or name
+        if experts.endswith(".experts"):
+            states.setdefault(experts, set()).add(state)
+    patterns = {name: f"re:^{re.escape(name)}\\..*" for name, found in states.items() if len(found) == 1}
+    ignored += [pattern for name, pattern in patterns.items() if None in states[name]]
+    groups: dict[Scheme, dict[str, None]] = {}
     for name, scheme in schemes.items():
-        groups.setdefault(scheme, []).append(name)
+        groups.setdefault(scheme, {})[patterns.get(experts_of(name) or name, name)] = None
     layouts = list(dict.fromkeys(LAYOUTS[scheme.kind] for scheme in groups)) or [LAYOUTS["int"]]
     return {
         "quant_method": "compressed-tensors",
@@ -172,7 +183,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
         "ignore": ignored,
         "config_groups": {
             f"group_{number}": {
-                "targets": ["Linear"] if len(groups) == 1 else names,
+                "targets": ["Linear"] if len(groups) == 1 else list(names),
                 "weights": _weights(scheme),
                 "input_activations": None,
                 "output_activations": None,
@@ -239,14 +250,21 @@ def parse_config(config: Mapping[str, Any], source: str) -> Callable[[str], Sche
             f"{source}: quantization_config is malformed: {type(cause).__name__} {cause}"
         ) from cause
 
+    exact: dict[str, Scheme] = {}
+    for target, scheme in table:
+        exact.setdefault(target, scheme)
+    regular = [(target[3:], scheme) for target, scheme in exact.items() if target.startswith("re:")]
+
     def scheme_of(name: str) -> Scheme:
         # The library's order: the exact name, then a regular expression, then the class.
-        exact = [scheme for target, scheme in table if target == name]
-        regular = [scheme for target, scheme in table if target[:3] == "re:" and matches(target[3:], name)]
-        linear = [scheme for target, scheme in table if target == "Linear"]
-        if not (exact or regular or linear):
+        found = exact.get(name)
+        if found is None:
+            found = next(
+                (scheme for pattern, scheme in regular if matches(pattern, name)), exact.get("Linear")
+            )
+        if found is None:
             raise CheckpointError(f"{source}: no group of quantization_config covers {name}")
-        return (exact or regular or linear)[0]
+        return found
 
     return scheme_of
 

@@ -179,9 +179,10 @@ class CompressedTensors(SafetensorsFormat):
         for name in stored:
             parent, _, last = name.rpartition(".")
             for members in FUSED:
-                if last != members[0]:
+                names = [f"{parent}.{member}" for member in members if f"{parent}.{member}" in stored]
+                if last not in members or name != names[0]:
                     continue
-                fused = [stored[key] for key in (f"{parent}.{member}" for member in members) if key in stored]
+                fused = [stored[key] for key in names]
                 if len({float(layer.read(fp4.GLOBAL)) for layer in fused}) > 1:
                     yield (
                         f"{parent}: engines fuse {', '.join(members)} and keep one global scale, but the file's differ"

@@ -6,14 +6,14 @@ The field moves; a row says what was seen then (formats.md sections 11 and 12), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from discquant.errors import either
 from discquant.formats.gguf_types import TYPES
 from discquant.formats.scheme import Scheme
-from discquant.grids.fused import FUSED
+from discquant.grids.fused import FUSED, experts_of
 
 AS_OF = "2026-09"  # a row that was tried later says when in its note
 # What engines call GPTQ is v1; v2 is read by gptqmodel, other readers of it were not looked up.
@@ -115,35 +115,95 @@ ROWS: tuple[EngineRow, ...] = (
 )  # fmt: skip
 
 
+# Formats whose engines keep every matrix by itself.
+_APART = ("gguf", "onnx", "mlx")
+# What transformers calls an expert's matrices in memory, whatever the file does.
+_IN_MEMORY = frozenset(("gate_proj", "up_proj", "down_proj"))
+_ORDER = ("no", "unclear", "yes")
+
+
 def engine_rows(format_name: str, schemes: Mapping[str, Scheme]) -> list[dict[str, Any]]:
-    """What each engine says to a file: its worst answer over the file's schemes.
+    """What each engine says to a file: its worst answer over the file's schemes, with the notes of all such answers.
 
     Returns:
         Rows with engine, verdict, note and as_of; engines that have nothing to do with the format are left out.
     """
-    order = {"no": 0, "unclear": 1, "yes": 2}
-    rows: dict[str, dict[str, Any]] = {}
-    for scheme in dict.fromkeys(schemes.values()):
-        for row in ROWS:
-            if not row.about(format_name, scheme):
-                continue
-            known = rows.get(row.engine)
-            if known is None or order[row.verdict] < order[known["verdict"]]:
-                rows[row.engine] = {
-                    "engine": row.engine,
-                    "verdict": row.verdict,
-                    "note": row.note,
-                    "as_of": AS_OF,
-                }
-    return list(rows.values())
+    kinds = dict.fromkeys(schemes.values())
+    said: dict[str, list[tuple[str, str]]] = {}
+    for row in ROWS:
+        said.setdefault(row.engine, [])
+        said[row.engine] += [(row.verdict, row.note) for kind in kinds if row.about(format_name, kind)]
+    said = {engine: answers for engine, answers in said.items() if answers}
+    for engine, answers in said.items():
+        asked = [row for row in ROWS if row.engine == engine]
+        missing = [kind for kind in kinds if not any(row.about(format_name, kind) for row in asked)]
+        answers += [("unclear", f"not looked up for {kind}") for kind in missing]
+        if engine == "transformers":
+            answers += [("no", note) for note in _experts_of_transformers(format_name, schemes)]
+    rows = []
+    for engine, answers in said.items():
+        worst = min((verdict for verdict, _ in answers), key=_ORDER.index)
+        notes = dict.fromkeys(note for verdict, note in answers if verdict == worst and note)
+        rows.append({"engine": engine, "verdict": worst, "note": "; ".join(notes), "as_of": AS_OF})
+    return rows
+
+
+def _experts_of_transformers(format_name: str, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Why transformers does not read a file's experts, which it joins to tensors of three dimensions.
+
+    Tried with small random models of Qwen3-MoE and Mixtral (2026-12-01): compressed-tensors with transformers 5.22.2
+    and the library 0.20.0, the others with transformers 5.24.0, gptqmodel 7.6.0 and auto-round 0.16.1.
+    """
+    experts = {name: scheme for name, scheme in schemes.items() if experts_of(name)}
+    kinds, found = set(experts.values()), []
+    odd = next((name for name in experts if name.rpartition(".")[2] not in _IN_MEMORY), None)
+    unfound = f"looks for {', '.join(sorted(_IN_MEMORY))} and does not find {odd}"
+    if format_name == "compressed-tensors":
+        if any(kind.kind == "nvfp4" for kind in kinds):
+            found.append("experts lose their global scales (nvfp4)")
+        if any(kind.kind == "int" and not kind.symmetric for kind in kinds):
+            found.append("asymmetric experts are not read")
+        if len(kinds) > 1:
+            found.append("all experts of a model are read on one grid, and these have several")
+    elif format_name in (*_GPTQ, "awq") and experts:
+        own = "reads them" if odd is None else unfound
+        found.append(f"experts get random weights; gptqmodel's own loader (GPTQModel.load) {own}")
+    elif format_name == "autoround" and odd is not None:
+        found.append(f"auto-round {unfound}")
+    return found
 
 
 def _serving(format_name: str, scheme: Scheme) -> list[str]:
     return [row.engine for row in ROWS if row.verdict == "yes" and row.about(format_name, scheme)]
 
 
+def _unlike(schemes: Mapping[str, Scheme | None]) -> list[str]:
+    """A sentence for each set of matrices that engines run as one and that differ; None is not quantized."""
+    found: dict[str, None] = {}
+    layers: dict[str, set[Scheme | None]] = {}
+    for name, scheme in schemes.items():
+        experts = experts_of(name)
+        if experts is not None:
+            layers.setdefault(experts, set()).add(scheme)
+            continue
+        parent, _, last = name.rpartition(".")
+        for members in FUSED:
+            names = [f"{parent}.{member}" for member in members] if last in members else []
+            if len({schemes[other] for other in names if other in schemes}) > 1:
+                text = f"{parent}: engines fuse {', '.join(members)}, which do not share one grid"
+                found[text] = None
+    unlike = [experts for experts, held in layers.items() if len(held) > 1]
+    return [
+        *found,
+        *(f"{experts}: engines run all of them on one grid, and they do not share one" for experts in unlike),
+    ]
+
+
 def problems(
-    format_name: str, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]
+    format_name: str,
+    schemes: Mapping[str, Scheme],
+    shapes: Mapping[str, tuple[int, int]],
+    plain: Iterable[str] = (),
 ) -> list[str]:
     """What some engines will refuse, one sentence each.
 
@@ -151,20 +211,15 @@ def problems(
         format_name: Name in the registry.
         schemes: Scheme of every quantized module.
         shapes: (out_features, in_features) of each.
+        plain: Modules that stay as they are, as far as known.
     """
     found = [
         f"{name} is {shapes[name][0]} x {shapes[name][1]}: some engines want multiples of 32"
         for name in schemes
         if shapes[name][0] % 32 or shapes[name][1] % 32
     ]
-    for name, scheme in schemes.items():
-        parent, _, last = name.rpartition(".")
-        for members in FUSED:
-            if last != members[0]:
-                continue
-            others = [schemes.get(f"{parent}.{member}") for member in members]
-            if any(other != scheme for other in others if other is not None) or None in others[1:]:
-                found.append(f"{parent}: engines fuse {', '.join(members)}, which do not share one grid")
+    if format_name not in _APART:
+        found += _unlike({**schemes, **dict.fromkeys(plain)})
     kinds = dict.fromkeys(schemes.values())
     for scheme in kinds:
         if scheme.num_bits != 3 or scheme.symmetric or scheme.kind != "int":

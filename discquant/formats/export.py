@@ -55,8 +55,9 @@ def plan_export(
         chosen.check_scheme(name, shapes[name], scheme)
         total += chosen.encoded_bytes(shapes[name], scheme) - source.tensors[f"{name}.weight"].num_bytes
     _check_configuration(chosen, source, schemes, shapes)
+    told = problems(format_name, schemes, shapes, unquantized(source, schemes))
     check_space(out, total + min(total, DEFAULT_SHARD_BYTES))
-    return ExportPlan(dict(schemes), total, problems(format_name, schemes, shapes), format_name)
+    return ExportPlan(dict(schemes), total, told, format_name)
 
 
 def _check_configuration(

@@ -31,9 +31,9 @@ from discquant.formats.safetensors_format import (
     uniform,
 )
 from discquant.formats.scheme import Scheme
-from discquant.formats.stated import contradictions, old_quantization, quantization, stated_in
+from discquant.formats.stated import contradictions, old_quantization, override, quantization, stated_in
 from discquant.grids import UniformGrid
-from discquant.grids.fused import JOINED
+from discquant.grids.fused import JOINED, experts_of
 
 CODES, ZEROS, SCALES, INDEX = "qweight", "qzeros", "scales", "g_idx"
 WIDTHS = (2, 3, 4, 8)
@@ -72,8 +72,8 @@ class Gptq(SafetensorsFormat):
         """Modules with a `qweight`."""
         said = quantization(checkpoint)
         bits, group_size = width_and_group(said, checkpoint)
-        symmetric = said.get("sym", True) is True
         for name, tensors in grouped(checkpoint, CODES, (CODES, ZEROS, SCALES, INDEX)):
+            symmetric = {**said, **(override(said, name) or {})}.get("sym", True) is True
             yield stored_layer(name, tensors, bits, group_size, symmetric, self.offset)
 
     def decode(self, stored: StoredLayer) -> CodedLayer:
@@ -315,8 +315,7 @@ def _dynamic(rules: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
 def _joined(name: str) -> str:
     """Name of the module that vLLM makes of this one and others: itself where it stays alone."""
     parent, dot, last = name.rpartition(".")
-    experts = re.match(r".+\.experts(?=\.\d+\.)", name)
-    return experts[0] if experts else parent + dot + _JOINED.get(last, last)
+    return experts_of(name) or parent + dot + _JOINED.get(last, last)
 
 
 def _pattern(whole: str, names: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ Its engine evaluates that in the dtype of the scales, so files are proven on cod
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from discquant.formats.safetensors_format import (
 )
 from discquant.formats.scheme import Scheme
 from discquant.grids.affine import AffineGrid
+from discquant.grids.fused import experts_of
 
 CODES, SCALES, BIASES = "weight", "scales", "biases"
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -42,6 +42,7 @@ STACKED = frozenset(
         "mimo_v2_flash mistral4 mixtral olmoe phimoe qwen2_moe"
     ).split()
 )
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # of Mixtral and Phi-3.5-MoE
 
 
 class Mlx(SafetensorsFormat):
@@ -132,9 +133,10 @@ class Mlx(SafetensorsFormat):
         """`quantization`, with per-layer overrides by name; MLX leaves modules without scales alone.
 
         Raises:
-            UnrepresentableError: Experts of an architecture of which mlx-lm joins no scales.
+            UnrepresentableError: Experts of an architecture of which mlx-lm joins no scales, or that differ where it
+                joins them.
         """
-        expert = next((name for name in schemes if re.search(r"\.experts\.\d+\.", name)), None)
+        expert = next((name for name in schemes if experts_of(name)), None)
         if expert is not None and config.get("model_type") not in STACKED:
             raise UnrepresentableError(
                 f"mlx: mlx-lm does not load quantized experts of {config.get('model_type')} that lie one by one, as "
@@ -142,12 +144,41 @@ class Mlx(SafetensorsFormat):
             )
         base = most_common(schemes)
         said: dict[str, Any] = {"group_size": base.group_size, "bits": base.num_bits, "mode": "affine"}
-        for name, scheme in schemes.items():
+        stacked = _stacked(schemes, ignored, config.get("model_type"))
+        for name, scheme in {**schemes, **stacked}.items():
             if (scheme.group_size, scheme.num_bits) != (base.group_size, base.num_bits):
                 said[name] = {"group_size": scheme.group_size, "bits": scheme.num_bits}
         config.pop("quantization_config", None)
         config["quantization"] = said
         return {}
+
+
+def _stacked(schemes: Mapping[str, Scheme], ignored: Iterable[str], model_type: object) -> dict[str, Scheme]:
+    """Schemes of what mlx-lm makes of a layer's experts, one module per projection, by the names it asks for.
+
+    Raises:
+        UnrepresentableError: Experts differ in a projection.
+    """
+    found: dict[str, Scheme] = {}
+    first: dict[str, tuple[str, tuple[int, int] | None]] = {}
+    for name, scheme in (*schemes.items(), *((name, None) for name in ignored)):
+        experts = experts_of(name)
+        if experts is None:
+            continue
+        last = name.rpartition(".")[2]
+        # As its `sanitize` names them; of all of STACKED one keeps "experts".
+        parent = experts if model_type == "afmoe" else f"{experts.removesuffix('experts')}switch_mlp"
+        whole = f"{parent}.{_PROJECTIONS.get(last, last)}"
+        shape = None if scheme is None else (scheme.group_size, scheme.num_bits)
+        other, known = first.setdefault(whole, (name, shape))
+        if shape != known:
+            raise UnrepresentableError(
+                f"mlx: mlx-lm joins {last} of a layer's experts, so they need one width and group size; {other} and "
+                f"{name} differ"
+            )
+        if scheme is not None:
+            found[whole] = scheme
+    return found
 
 
 FORMAT: Format = Mlx()

@@ -66,7 +66,7 @@ class Onnx:
                 node.shape,
                 f"int{node.num_bits}",
                 node.num_bits,
-                node.block,
+                node.group_size,
                 node.zero_points is None,
                 node.num_bytes,
                 8 * node.num_bytes,

@@ -109,7 +109,7 @@ def decode(
     columns: int,
     name: str,
 ) -> tuple[Tensor, UniformGrid]:
-    """Codes and grid of a node's tensors.
+    """Codes and grid of a node's tensors; one block per row is a group of -1.
 
     Raises:
         CheckpointError: Shapes disagree, or scales are NaN or infinite.
@@ -130,7 +130,9 @@ def decode(
     q = _codes(packed.reshape(rows, -1), bits, blocks * block)[:, :columns].contiguous()
     zero = None if zero_points is None else _codes(zero_points.reshape(rows, -1), bits, blocks)
     try:
-        return q, UniformGrid(bits, block, zero is None, scales.reshape(rows, blocks), zero)
+        return q, UniformGrid(
+            bits, -1 if blocks == 1 else block, zero is None, scales.reshape(rows, blocks), zero
+        )
     except ValueError as cause:
         raise CheckpointError(f"{name}: {cause}") from cause
 

@@ -59,6 +59,11 @@ class Node:
     zero_points: External | None
 
     @property
+    def group_size(self) -> int:
+        """Columns per scale, -1 for the row: one block covers it."""
+        return -1 if self.block >= self.shape[1] else self.block
+
+    @property
     def num_bits(self) -> int:
         """Width of the codes that were solved, before they were widened."""
         return self.narrow or self.bits
@@ -282,5 +287,5 @@ def layer_of(node: Node) -> CodedLayer:
     return CodedLayer(
         node.name,
         q - offset,
-        UniformGrid(node.narrow, node.block, grid.symmetric, grid.scale, grid.zero_point),
+        UniformGrid(node.narrow, node.group_size, grid.symmetric, grid.scale, grid.zero_point),
     )

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import regex
 
 from discquant.errors import CheckpointError
@@ -12,11 +14,15 @@ SECONDS = 0.25  # a sane pattern takes microseconds
 
 def compiles(pattern: str) -> bool:
     """Whether it is a regular expression at all."""
+    return _compiled(pattern) is not None
+
+
+@functools.lru_cache(maxsize=4096)  # files of experts ask for a few patterns tens of thousands of times
+def _compiled(pattern: str) -> regex.Pattern[str] | None:
     try:
-        regex.compile(pattern)
+        return regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError, ValueError):
-        return False
-    return True
+        return None
 
 
 def matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
@@ -25,10 +31,11 @@ def matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
     Raises:
         CheckpointError: It takes too long.
     """
-    if not compiles(pattern):
+    compiled = _compiled(pattern)
+    if compiled is None:
         return False
     try:
-        found = (regex.search if anywhere else regex.match)(pattern, name, timeout=SECONDS)
+        found = (compiled.search if anywhere else compiled.match)(name, timeout=SECONDS)
     except TimeoutError as error:
         raise CheckpointError(
             f"the configuration's pattern {pattern[:80]!r} takes too long to match {name}"

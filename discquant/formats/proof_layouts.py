@@ -257,12 +257,12 @@ def _claimed_by_extra(said: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _claimed_by_group(said: Mapping[str, Any], name: str) -> Claim:
-    for rule in said.get("ignore", []):
-        matches = re.match(rule[3:], name) is not None if rule.startswith("re:") else rule == name
-        _require(not matches, f"config.json tells engines to ignore {name}")
-    for target in (name, "Linear"):
+    matches = any(_matches(rule, name) or rule == name for rule in said.get("ignore", []))
+    _require(not matches, f"config.json tells engines to ignore {name}")
+    # Exact names come first, then patterns, then the class.
+    for asked in (name.__eq__, functools.partial(_matches, name=name), "Linear".__eq__):
         for group in said.get("config_groups", {}).values():
-            if target not in group["targets"]:
+            if not any(asked(target) for target in group["targets"]):
                 continue
             weights = group["weights"]
             kind = "int"
@@ -271,6 +271,10 @@ def _claimed_by_group(said: Mapping[str, Any], name: str) -> Claim:
             size = -1 if weights["strategy"] == "channel" else weights["group_size"]
             return Claim(weights["num_bits"], size, weights["symmetric"], kind)
     raise ProofError(f"proof: config.json has no group for {name}")
+
+
+def _matches(rule: str, name: str) -> bool:
+    return rule.startswith("re:") and _compiled(rule[3:]).match(name) is not None
 
 
 def levels(kind: str) -> Array:

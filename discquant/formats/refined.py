@@ -48,7 +48,7 @@ def finish_refined(
         "recipe": recipe,
         "refine": summary["refine"],
         "engines": engine_rows(chosen.name, schemes),
-        "warnings": [*problems(chosen.name, schemes, shapes), *found.problems],
+        "warnings": [*problems(chosen.name, schemes, shapes, found.plain), *found.problems],
         "quantized_weights": sum(rows * columns for rows, columns in shapes.values()),
         "bits_per_weight": bits_per_weight((row.weight_bits, row.shape) for row in found.layers),
         "weight_file_bytes": found.file_bytes,

@@ -39,8 +39,8 @@ class SafetensorsFormat(Layout):
     def describe(self, path: Path) -> Description:
         """See `coded.Format`."""
         checkpoint = Checkpoint(path)
-        rows, used = [], 0
-        for stored in self.layers(checkpoint):
+        rows, used, layers = [], 0, list(self.layers(checkpoint))
+        for stored in layers:
             scheme = stored.scheme
             rows.append(
                 LayerFacts(
@@ -61,9 +61,13 @@ class SafetensorsFormat(Layout):
         problems = list(self.problems(checkpoint))
         if not rows:
             problems.insert(0, f"the configuration says {self.name}, but no layer is quantized")
-        return Description(
-            self.name, tuple(rows), total - used, size, tuple(self.notes(checkpoint)), tuple(problems)
+        plain = tuple(
+            key.removesuffix(".weight")
+            for key in self.plain(checkpoint, layers)
+            if key.endswith(".weight") and len(checkpoint.tensors[key].shape) == 2
         )
+        notes = tuple(self.notes(checkpoint))
+        return Description(self.name, tuple(rows), total - used, size, notes, tuple(problems), plain)
 
     def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
         """What a user should know about a file, from headers and configuration."""

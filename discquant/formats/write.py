@@ -128,7 +128,8 @@ def write_model(
             writer.add_bytes(name, info.dtype, info.shape, info.num_bytes, read_bytes(info))
         writer.close()
         copy_side_files(source.path, partial)
-        more = chosen.configure(config, schemes, unquantized(source, schemes))
+        plain = unquantized(source, schemes)
+        more = chosen.configure(config, schemes, plain)
         for name, value in {**more, "config.json": config}.items():
             _write_json(partial / name, value)
         weights = sum(row["shape"][0] * row["shape"][1] for row in table.values())
@@ -141,7 +142,7 @@ def write_model(
             "source": origin_of(source.path, source_sha256 or source.sha256()),
             "recipe": recipe,
             "engines": engine_rows(chosen.name, schemes),
-            "warnings": problems(chosen.name, schemes, shapes),
+            "warnings": problems(chosen.name, schemes, shapes, plain),
             "quantized_weights": weights,
             "bits_per_weight": bits_per_weight((row["bits"], row["shape"]) for row in table.values()),
             "weight_file_bytes": sum(row["bytes"] for row in writer.shards.values()),

@@ -71,7 +71,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "file_bytes": found.file_bytes,
         "engines": engine_rows(found.format, schemes),
         "engines_as_of": AS_OF,
-        "problems": [*problems(found.format, schemes, shapes), *found.problems],
+        "problems": [*problems(found.format, schemes, shapes, found.plain), *found.problems],
         "notes": list(found.notes),
     }
 

@@ -190,6 +190,72 @@ def test_problems() -> None:
     assert json.dumps(found)
 
 
+def test_engines_join_the_conditions_of_mixed_files() -> None:
+    three, four = Scheme(3, 64, True), Scheme(4, 64, True)
+    rows = {row["engine"]: row for row in engine_rows("compressed-tensors", {"a": four, "b": three})}
+    assert rows["vLLM"]["verdict"] == "yes"
+    assert "Machete" in rows["vLLM"]["note"] and "Humming" in rows["vLLM"]["note"]
+    for schemes in ({"a": four, "b": Scheme(2, 64, True)}, {"b": Scheme(2, 64, True), "a": four}):
+        rows = {row["engine"]: row for row in engine_rows("gptq", schemes)}
+        assert rows["TGI"]["verdict"] == "unclear" and "int2 group 64 symmetric" in rows["TGI"]["note"]
+    rows = {
+        row["engine"]: row
+        for row in engine_rows("compressed-tensors", {"a": four, "b": Scheme(4, 16, True, "nvfp4")})
+    }
+    assert rows["SGLang"]["verdict"] == "unclear" and "nvfp4" in rows["SGLang"]["note"]
+
+
+def of_transformers(format_name: str, schemes: dict[str, Scheme]) -> tuple[str, str]:
+    rows = {row["engine"]: row for row in engine_rows(format_name, schemes)}
+    return rows["transformers"]["verdict"], rows["transformers"]["note"]
+
+
+def test_what_transformers_reads_of_experts() -> None:
+    three, four, odd = Scheme(3, 64, True), Scheme(4, 64, True), Scheme(4, 64, False)
+    gate, other, w1 = (
+        f"m.{place}.experts.0.{name}" for place, name in ((0, "gate_proj"), (1, "up_proj"), (0, "w1"))
+    )
+    packed = "compressed-tensors"
+    assert of_transformers(packed, {"m.q": three, gate: four, other: four})[0] == "yes"
+    for schemes, reason in (
+        ({gate: odd}, "asymmetric experts"),
+        ({gate: Scheme(4, 16, True, "nvfp4")}, "global scales"),
+        ({gate: four, other: three}, "one grid"),
+    ):
+        verdict, note = of_transformers(packed, schemes)
+        assert verdict == "no" and reason in note
+    for name, scheme in (("gptq", four), ("gptq-v2", four), ("awq", odd)):
+        verdict, note = of_transformers(name, {"m.q": scheme, gate: scheme})
+        assert verdict == "no" and "random" in note and "(GPTQModel.load) reads them" in note
+        assert f"does not find {w1}" in of_transformers(name, {w1: scheme})[1]
+        assert of_transformers(name, {"m.q": scheme})[0] == "yes"
+    assert of_transformers("autoround", {gate: four, other: four})[0] == "yes"
+    verdict, note = of_transformers("autoround", {gate: four, w1: four})
+    assert verdict == "no" and w1 in note
+
+
+def test_problems_of_what_runs_as_one() -> None:
+    """Any member of a set is looked at, what is not quantized too, and experts by their layer."""
+    three, four = Scheme(3, 64, True), Scheme(4, 64, True)
+
+    def told(schemes: dict[str, Scheme], plain: tuple[str, ...] = (), name: str = "gptq") -> list[str]:
+        return problems(name, schemes, dict.fromkeys(schemes, (64, 64)), plain)
+
+    fused = ["x: engines fuse q_proj, k_proj, v_proj, which do not share one grid"]
+    assert told({"x.k_proj": four, "x.v_proj": four}, ("x.q_proj", "lm_head")) == fused
+    assert told({"x.k_proj": four, "x.v_proj": three}) == fused
+    assert told({"x.k_proj": four, "x.v_proj": four, "x.q_proj": four}, ("y.q_proj",)) == []
+    assert told({"x.up_proj": four, "x.kv_a_proj_with_mqa": four}) == []  # models without the others
+    for name in ("gguf", "onnx", "mlx"):
+        assert told({"x.k_proj": four, "x.v_proj": three}, ("x.q_proj",), name) == []
+    experts = {f"x.experts.{number}.{name}": four for number in range(2) for name in ("w1", "w2", "w3")}
+    assert told(experts) == []
+    (found,) = told({**experts, "x.experts.1.w2": three, "y.experts.0.w1": three})
+    assert found.startswith("x.experts: engines run all of them on one grid")
+    (found,) = told(experts, ("x.experts.3.w2",))
+    assert found.startswith("x.experts: ")
+
+
 def test_many_grids_of_single_layers_stay_in_the_manifest(exported: Path, tmp_path: Path) -> None:
     """As `discquant allocate` makes them; a few are shown."""
     folder = tmp_path / "out"

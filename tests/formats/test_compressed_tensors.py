@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
 
-from discquant.errors import CheckpointError, UnrepresentableError
+from discquant.errors import CheckpointError, ProofError, UnrepresentableError
 from discquant.formats import QuantizedLinear, Scheme
 from discquant.formats.compressed_tensors import (
     check_representable,
@@ -18,6 +19,7 @@ from discquant.formats.compressed_tensors import (
     parse_config,
     quantization_config,
 )
+from discquant.formats.proof import prove_configuration
 
 
 def layer(rows: int, columns: int, num_bits: int, group_size: int, symmetric: bool) -> QuantizedLinear:
@@ -172,6 +174,53 @@ def test_config_priority_of_targets() -> None:
         config["config_groups"][target] = {"targets": [target], "weights": {**weights, "num_bits": bits}}
     scheme_of = parse_config(config, "config.json")
     assert [scheme_of(name).num_bits for name in ("attn.q", "model.mlp.down", "model.mlp.up")] == [3, 4, 8]
+
+
+def experts(block: str, *last: str) -> list[str]:
+    return [f"{block}.experts.{number}.{name}" for number in (0, 10) for name in last]
+
+
+def test_experts_go_by_one_pattern_where_they_agree() -> None:
+    """vLLM asks for gate_proj, up_proj and down_proj whatever the file calls them; transformers wants a pattern."""
+    three, four = Scheme(3, 64, True), Scheme(4, 64, True)
+    alike, mixed, plain = (f"m.{number}.moe" for number in range(3))
+    schemes = {"m.0.q": four, **dict.fromkeys(experts(alike, "w1", "w2", "w3"), three)}
+    schemes |= dict.fromkeys(experts(mixed, "w1"), three) | dict.fromkeys(experts(mixed, "w2"), four)
+    half = f"{mixed}.experts.3.w1"
+    config = quantization_config(schemes, ["lm_head", *experts(plain, "w1", "w2"), half])
+    targets = [group["targets"] for group in config["config_groups"].values()]
+    assert targets == [
+        ["m.0.q", *experts(mixed, "w2")],
+        [r"re:^m\.0\.moe\.experts\..*", *experts(mixed, "w1")],
+    ]
+    assert config["ignore"] == ["lm_head", *experts(plain, "w1", "w2"), half, r"re:^m\.2\.moe\.experts\..*"]
+    scheme_of = parse_config(config, "config.json")
+    assert {name: scheme_of(name) for name in schemes} == schemes
+    prove_configuration({"quantization_config": config}, schemes, dict.fromkeys(schemes, (64, 64)))
+    assert scheme_of(f"{alike}.experts.0.gate_proj") == three  # vLLM's name
+    for name in (*experts(plain, "w1"), f"{plain}.experts.0.up_proj"):
+        with pytest.raises(ProofError, match="tells engines to ignore"):
+            prove_configuration({"quantization_config": config}, {name: four}, {name: (64, 64)})
+
+
+def test_transformers_finds_the_scheme_of_the_experts() -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    integration = pytest.importorskip("transformers.integrations.compressed_tensors")
+    schemes = {"m.0.q": Scheme(4, 64, True), **dict.fromkeys(experts("m.0.moe", "w1"), Scheme(3, 64, True))}
+    parsed = quantization.QuantizationConfig.model_validate(quantization_config(schemes, []))
+    assert integration.get_experts_scheme(parsed).weights.num_bits == 3
+
+
+def test_experts_are_looked_up_in_linear_time() -> None:
+    """Of experts that differ within a layer, and so go by their names."""
+    names = [
+        f"m.{layer}.experts.{expert}.w{part}" for layer in range(40) for expert in range(50) for part in "12"
+    ]
+    schemes = {name: Scheme(3 + (place % 2), 64, True) for place, name in enumerate(names)}
+    start = time.process_time()
+    scheme_of = parse_config(quantization_config(schemes, []), "config.json")
+    assert {name: scheme_of(name) for name in names} == schemes
+    assert time.process_time() - start < 1
 
 
 def test_config_is_what_the_library_reads() -> None:

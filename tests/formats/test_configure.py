@@ -223,3 +223,44 @@ def test_mlx_has_experts_where_mlx_lm_stacks_their_scales() -> None:
         UnrepresentableError, match=r"does not load quantized experts of qwen3_moe .*experts\.0\.gate_proj"
     ):
         stated("mlx", schemes, [], model_type="qwen3_moe")
+
+
+def test_mlx_states_the_experts_as_mlx_lm_stacks_them() -> None:
+    """It asks for one module per projection of a layer; what is not named there would get the file's base."""
+    mixtral = [
+        f"{BLOCK}.block_sparse_moe.experts.{expert}.w{part}" for expert in range(2) for part in (1, 2, 3)
+    ]
+    dense = [*OTHERS, *ATTENTION]
+    schemes = dict.fromkeys(dense, FOUR) | {name: THREE if name[-1] == "2" else FOUR for name in mixtral}
+    said = stated("mlx", schemes, [], model_type="mixtral")["quantization"]
+    three = {"bits": 3, "group_size": 32}
+    assert said[f"{BLOCK}.block_sparse_moe.switch_mlp.down_proj"] == three == said[mixtral[1]]
+    assert not any("switch_mlp.gate" in name or "switch_mlp.up" in name for name in said)
+    schemes = dict.fromkeys(dense, FOUR) | dict.fromkeys(EXPERTS, THREE)
+    for kind, folder in (("qwen2_moe", "switch_mlp"), ("afmoe", "experts")):
+        said = stated("mlx", schemes, [], model_type=kind)["quantization"]
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            assert said[f"model.layers.1.mlp.{folder}.{name}"] == three
+    with pytest.raises(
+        UnrepresentableError, match=r"mlx-lm joins up_proj .*0\.up_proj and .*1\.up_proj differ"
+    ):
+        stated("mlx", {**schemes, EXPERTS[4]: FOUR}, [], model_type="qwen2_moe")
+    with pytest.raises(UnrepresentableError, match=r"1\.down_proj differ"):
+        stated("mlx", dict.fromkeys(EXPERTS[:-1], FOUR), EXPERTS[-1:], model_type="qwen2_moe")
+
+
+def test_autoround_states_experts_by_their_layer() -> None:
+    """vLLM looks up the module that holds them; auto-round, which searches that name in others, finds their own."""
+
+    def extra(schemes: dict[str, Scheme], ignored: list[str]) -> dict[str, Any]:
+        config = stated("autoround", schemes, ignored)
+        prove_configuration(config, schemes, dict.fromkeys(schemes, (64, 64)))
+        found: dict[str, Any] = config["quantization_config"]["extra_config"]
+        return found
+
+    whole, dense = "model.layers.1.mlp.experts", dict.fromkeys([*OTHERS, *ATTENTION], FOUR)
+    found = extra(dense | dict.fromkeys(EXPERTS, THREE), [])
+    assert found == {name: {"bits": 3, "group_size": 32, "sym": True} for name in (*EXPERTS, whole)}
+    assert extra(dense, EXPERTS)[whole]["bits"] == 16
+    assert whole not in extra(dense | dict.fromkeys(EXPERTS, FOUR), [])
+    assert whole not in extra(dense | {**dict.fromkeys(EXPERTS, THREE), EXPERTS[0]: FOUR}, [])

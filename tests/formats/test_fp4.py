@@ -89,6 +89,13 @@ def test_global_scales_that_an_engine_would_drop(written: tuple[str, Path]) -> N
     assert all("one global scale" in text for text in found)
 
 
+def test_global_scales_where_the_first_part_has_none(llama_dir: Path, tmp_path: Path) -> None:
+    rest = [layer for layer in layers_of(llama_dir, "nvfp4") if not layer.name.endswith("q_proj")]
+    by_name("compressed-tensors").write(Checkpoint(llama_dir), tmp_path / "out", rest)
+    found = by_name("compressed-tensors").describe(tmp_path / "out").problems
+    assert len([text for text in found if "q_proj, k_proj, v_proj and keep one global scale" in text]) == 2
+
+
 def test_nf4_has_no_served_format(llama_dir: Path, tmp_path: Path) -> None:
     chosen = by_name("compressed-tensors")
     with pytest.raises(UnrepresentableError, match="serves no nf4"):

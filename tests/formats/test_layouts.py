@@ -266,6 +266,17 @@ def test_old_three_bit_layout_is_read_and_kept(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "again/model.safetensors")[f"{NAME}.weight_packed"], old(other))
 
 
+def test_gptq_is_symmetric_where_the_layer_says_so(tmp_path: Path) -> None:
+    """`dynamic` may differ from the rest of the file."""
+    out = write(tmp_path, "gptq-v2", layer_of(4, 8, 64, 32, False, 11))
+    config = json.loads((out / "config.json").read_text())
+    for sym, own in ((True, False), (False, True)):
+        config["quantization_config"] |= {"sym": sym, "dynamic": {f"+:^{NAME}$": {"sym": own}}}
+        (out / "config.json").write_text(json.dumps(config))
+        (row,) = by_name("gptq-v2").describe(out).layers
+        assert row.symmetric == own
+
+
 @pytest.mark.parametrize("packing", ["auto_round", "auto_round:gptqmodel", "auto_round:auto_gptq"])
 def test_autoround_packings_and_negative_scales(packing: str, tmp_path: Path) -> None:
     layer = layer_of(4, 8, 64, 32, True, 11)

@@ -63,6 +63,7 @@ def test_round_trip(bits: int, group: int, symmetric: bool, rows: int, columns: 
     )
     assert torch.equal(back - stored.offset, q)
     assert torch.equal(wide.dequantize(back, torch.float32), grid.dequantize(q, torch.float32))
+    assert wide.group_size == (-1 if stored.block >= columns else stored.block)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -11,7 +11,7 @@ import pytest
 
 from discquant.config import GridConfig
 from discquant.errors import CheckpointError
-from discquant.formats import registry
+from discquant.formats import Scheme, plan_export, registry
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.grids import place_grid
@@ -72,6 +72,22 @@ def test_widths_and_groups(model_dir: Path, tmp_path: Path) -> None:
     awq = write(model_dir, tmp_path / "awq", "awq", 4)
     (text,) = problems(awq, group_size=64)
     assert "4 bits in groups of 64, but their shapes are those of 4 bits in groups of 32" in text
+
+
+def test_parts_that_are_not_quantized(model_dir: Path, tmp_path: Path) -> None:
+    """Engines join q, k and v, so one of them left alone is told, whichever it is; by the plan, too."""
+    quantized = [name for name in LAYERS if not name.endswith("q_proj")]
+    schemes = dict.fromkeys(quantized, Scheme(4, 32, True))
+    plan = plan_export(model_dir, tmp_path / "none", schemes, "gptq")
+    checkpoint, layers = Checkpoint(model_dir), []
+    for layer in quantized:
+        weight = checkpoint.read(f"{layer}.weight").float()
+        laid = place_grid(weight, GridConfig(4, 32, True, "absmax"))
+        layers.append(CodedLayer(layer, laid.nearest(weight), laid))
+    manifest = registry.by_name("gptq").write(checkpoint, tmp_path / "file", layers)
+    for found in (inspect(tmp_path / "file")["problems"], manifest["warnings"], plan.warnings):
+        assert [text for text in found if "engines fuse q_proj, k_proj, v_proj" in text] == found
+        assert len(found) == 2
 
 
 def test_a_claim_without_codes(model_dir: Path, tmp_path: Path) -> None:
