@@ -10,6 +10,7 @@ from types import MappingProxyType
 from discquant.calibration.load import token_file
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.planning.rounding import (
+    MASKS,
     WIDE_POSITIONS,
     Kept,
     boundaries,
@@ -75,10 +76,15 @@ def _measuring(shape: ModelShape, setting: Setting) -> dict[str, float]:
     element, row = setting.element, setting.config.data.seqlen * shape.vocab
     windows = min(EVALUATION_ROWS, max(1, EVALUATION_LOGITS // row))
     copied = float(shape.weights) if setting.whole_model else 2.0 * shape.largest.weights
-    passing = shape.largest.passing_elements * windows * setting.config.data.seqlen
+    tokens, seqlen = windows * setting.config.data.seqlen, setting.config.data.seqlen
+    passing = shape.largest.passing_bytes(element, seqlen) * tokens
     weights = {"a candidate's weights": (copied + shape.untouched) * element}
     # The candidate's forward pass beside the original's logits; then both, those that count, and what compares them.
-    forward = {"logits of both": 2.0 * windows * row * element, "activations of a block": passing * element}
+    forward = {
+        "logits of both": 2.0 * windows * row * element,
+        "activations of a block": passing,
+        MASKS: shape.mask_bytes(element, tokens, seqlen),
+    }
     compared = {
         "logits of both": 3.0 * windows * row * element + COMPARED * min(EVALUATION_CHUNK, windows * row)
     }
@@ -113,15 +119,20 @@ def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
     wide = (
         2.0 * max(4, element) * max(factor_entries(block.matrices, setting.config) for block in shape.blocks)
     )
-    saved = shape.largest.saved_bytes(element, setting.accelerator) * setting.micro_tokens
+    seqlen = setting.config.data.seqlen
+    saved = shape.largest.saved_bytes(element, setting.accelerator, seqlen)
+    back = shape.largest.back_bytes(element, seqlen) * setting.micro_tokens
+    logits = float(logit_tensors(shape, setting) * (4 if element < 8 else 8))
     return {
         "teacher weights": float(shape.largest.weights * element)
         if setting.teacher_in_state or setting.streamed
         else 0.0,
         "factors of a block": wide,
-        "activations of a block": saved,
+        "activations of a block": saved * setting.micro_tokens,
+        MASKS: shape.mask_bytes(element, setting.micro_tokens, seqlen),
         "hidden states": 3.0 * tokens * shape.hidden * element,
-        "logits": logit_tensors(shape, setting) * (4 if element < 8 else 8),
+        "logits": logits,
+        "gradients of activations": max(0.0, back - logits),
         "head in float32": head_copy(shape, setting),
     }
 
@@ -170,7 +181,8 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     keep = keeps_graph(shape, setting)
     depth = len(shape.blocks)
     wide = 4 if element < 8 else 8
-    saved = largest.saved_bytes(element, setting.accelerator)
+    seqlen = setting.config.data.seqlen
+    saved = largest.saved_bytes(element, setting.accelerator, seqlen)
     # The teacher's weights are made beside the student's, unless the loaded model is the teacher.
     sides = 2 if setting.teacher_in_state or setting.streamed else 1
     students = depth if keep else 1
@@ -189,7 +201,8 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     # Codes that a step reads in place of `frac_ref`, where the state has a bit for them; made after the term is added.
     anchor = float(matrix) if setting.config.solver.state == "u8" and setting.layout.side else 0.0
     # A gated product has all three gradients before any of what was kept for it goes; the logits have gone by then.
-    backward = 3.0 * largest.inner_elements * element * setting.micro_tokens
+    gated = 3.0 * largest.inner_elements * element
+    backward = max(gated, largest.back_bytes(element, seqlen)) * setting.micro_tokens
     return {
         "student and teacher weights": float(sides + students - 1) * largest.weights * element,
         "weight gradient": sums + narrow * largest.weights,
@@ -198,6 +211,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
         "curvature of a matrix": max(0.0, term - max(logits, backward)),
         "anchor of a matrix": max(0.0, anchor - max(term, logits, backward)),
         "activations of a block": saved * (tokens * depth if keep else setting.micro_tokens),
+        MASKS: shape.mask_bytes(element, setting.micro_tokens, seqlen),
         "hidden states": 4.0 * tokens * shape.hidden * element,
         "logits": logits,
         # What the step replaces is kept until it ends, up to a limit. Block by block it takes the place of kept graphs,
@@ -229,7 +243,7 @@ def _sampling(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """
     rows, element = rows_sampled(shape, setting), setting.element
     cache = float(rows * setting.config.data.seqlen * shape.cache * element)
-    passing = shape.largest.passing_elements * rows * element
+    passing = shape.largest.passing_bytes(element, setting.config.data.seqlen) * rows
     step = max(cache / (2 * len(shape.blocks)) + passing, rows * shape.vocab * (4.0 + 2 * 8.0))
     return {"keys and values": cache, "sampling a token": step}
 
@@ -307,7 +321,9 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         # All rows enter and pass block by block beside what entered; at the end they are joined.
         passing = {
             "hidden states": 2 * teacher,
-            "activations of a block": largest.passing_elements * element * setting.micro_tokens,
+            "activations of a block": largest.passing_bytes(element, config.data.seqlen)
+            * setting.micro_tokens,
+            MASKS: shape.mask_bytes(element, setting.micro_tokens, config.data.seqlen),
         }
         peaks.append(peak("teacher", {**passing, "teacher's last hidden states": teacher}, {}))
         device["teacher's last hidden states"] = teacher

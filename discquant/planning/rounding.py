@@ -11,6 +11,7 @@ from discquant.planning.shape import Block, ModelShape
 from discquant.planning.traffic import boundary_bytes
 
 BOUNDARIES = "boundary activations"
+MASKS = "masks of attention"
 
 WIDE_POSITIONS = (
     6 * 4.0
@@ -55,7 +56,8 @@ def layerwise_items(shape: ModelShape, setting: Setting, method: str) -> dict[st
     # The first block's inputs are kept with the batches; beside them those of the block at work.
     rounding = {
         "hidden states": 2.0 * rows * shape.hidden * element,
-        "activations of a block": largest.passing_elements * element * setting.micro_tokens,
+        "activations of a block": largest.passing_bytes(element, config.data.seqlen) * setting.micro_tokens,
+        MASKS: shape.mask_bytes(element, setting.micro_tokens, config.data.seqlen),
         "a matrix as read": matrix * element if setting.streamed else 0.0,
         "X^T X and its factor": greedy_bytes(largest) if method == "greedy" else gptq_bytes(largest),
     }
@@ -85,12 +87,17 @@ def energy_tokens(config: QuantizeConfig) -> int:
 def _energies(shape: ModelShape, setting: Setting, rows: int) -> dict[str, float]:
     """Return what measuring the gradients' energies takes beside them, on the device; `rows` in tokens."""
     element, tokens = setting.element, energy_tokens(setting.config)
+    seqlen, largest = setting.config.data.seqlen, shape.largest
+    saved = largest.saved_bytes(element, setting.accelerator, seqlen)
+    back = largest.back_bytes(element, seqlen) * setting.micro_tokens
+    logits = float(logit_tensors(shape, setting) * (4 if element < 8 else 8))
     return {
         "hidden states": (1.0 * rows + 3 * tokens) * shape.hidden * element,
-        "activations of a block": shape.largest.saved_bytes(element, setting.accelerator)
-        * setting.micro_tokens,
+        "activations of a block": saved * setting.micro_tokens,
+        MASKS: shape.mask_bytes(element, setting.micro_tokens, seqlen),
         "a matrix as read": 1.0 * shape.largest.weights * element if setting.streamed else 0.0,
-        "logits": logit_tensors(shape, setting) * (4 if element < 8 else 8),
+        "logits": logits,
+        "gradients of activations": max(0.0, back - logits),  # when the logits are gone
         "head in float32": head_copy(shape, setting),
         **boundaries(shape, setting, tokens).device,
     }

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from discquant.solver.chain import Chain
 
 
+# Of eager attention, per score and by bytes of an element: what exists at once without autograd (scores, softmax in
+# float32, and its result), what autograd keeps (capped scores, softmax, result), and what the way back has besides.
+SCORES_PASSING = {2: 10.0, 4: 8.0, 8: 20.0}
+SCORES_SAVED = {2: 8.0, 4: 8.0, 8: 20.0}
+SCORES_BACK = {2: 10.0, 4: 8.0, 8: 20.0}
+
+
 @dataclass(frozen=True)
 class Matrix:
     """`count` equal matrices of a block, [rows, columns] each.
@@ -45,11 +52,15 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: matrices to quantize, parameters that stay, and whether a GPU has kernels for its norms."""
+    """One decoder block: matrices to quantize, parameters that stay, and whether a GPU has kernels for its norms.
+
+    `eager` counts the heads of attention whose scores exist as tensors; kernels keep none.
+    """
 
     matrices: tuple[Matrix, ...]
     frozen: int
     fused_norms: bool = False
+    eager: int = 0
 
     @property
     def weights(self) -> int:
@@ -67,8 +78,8 @@ class Block:
         hidden = self.matrices[0].columns
         return sum(m.columns * m.count * m.active for m in self.matrices if m.columns != hidden)
 
-    def saved_bytes(self, element: int, accelerator: bool = False) -> float:
-        """Activations per token that autograd keeps: outputs, inputs of inner layers, norms and residuals.
+    def saved_bytes(self, element: int, accelerator: bool = False, seqlen: int = 0) -> float:
+        """Activations per token that autograd keeps: outputs, inputs of inner layers, norms, residuals, eager scores.
 
         Norms compute in float32, so two copies of the hidden state are twice as wide where `element` is 2; kernels of
         an accelerator keep one copy as it is (counted by saved_tensors_hooks on a Llama block without its input: 22.6
@@ -77,13 +88,21 @@ class Block:
         hidden = self.matrices[0].columns
         outputs = sum(matrix.rows * matrix.count * matrix.active for matrix in self.matrices)
         copies = 4 if element >= 4 else 2 if accelerator and self.fused_norms else 5
-        return element * (outputs + 2 * self.inner_elements + copies * hidden)
+        scores = SCORES_SAVED[element] * self.eager * seqlen
+        return element * (outputs + 2 * self.inner_elements + copies * hidden) + scores
 
-    @property
-    def passing_elements(self) -> float:
-        """Activations per token that exist at once without autograd: gate, up and product, and the hidden states."""
+    def back_bytes(self, element: int, seqlen: int) -> float:
+        """What the gradients of eager scores take per token."""
+        return SCORES_BACK[element] * self.eager * seqlen
+
+    def passing_bytes(self, element: int, seqlen: int) -> float:
+        """Activations per token that exist at once without autograd: the hidden states, and the more of two.
+
+        Gate, up and product; scores of eager attention.
+        """
         widest = max(max(matrix.rows, matrix.columns) for matrix in self.matrices)
-        return 3.0 * widest + 3.0 * self.matrices[0].columns
+        scores = SCORES_PASSING[element] * self.eager * seqlen
+        return 3.0 * element * self.matrices[0].columns + max(3.0 * element * widest, scores)
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,7 @@ class ModelShape:
         blockwise: Its blocks can be read one by one (`formats.lazy`).
         positions: How long windows may be; None where the configuration does not say.
         cache: Keys and values that a token leaves in all layers while text is sampled.
+        masks: Kinds of masks that eager attention is called with; kernels get none.
     """
 
     name: str
@@ -113,6 +133,11 @@ class ModelShape:
     blockwise: bool = True
     positions: Positions | None = None
     cache: int = 1
+    masks: int = 0
+
+    def mask_bytes(self, element: int, tokens: int, seqlen: int) -> float:
+        """Masks of `tokens` tokens that pass together; all micro-batches of one size share them."""
+        return 1.0 * self.masks * tokens * seqlen * element
 
     @property
     def weights(self) -> int:
@@ -227,6 +252,8 @@ def chain_shape(chain: Chain, *, name: str = "model") -> ModelShape:
     config = getattr(model.config, "text_config", model.config)
     chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_top_k", None) or 1
     hidden = int(chain.head.weight.shape[1])
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
     blocks = []
     for block, refs in zip(chain.blocks, chain.weights, strict=True):
         found: dict[tuple[str, int, int], list[str]] = {}
@@ -252,8 +279,9 @@ def chain_shape(chain: Chain, *, name: str = "model") -> ModelShape:
         )
         total = sum(parameter.numel() for parameter in block.parameters())
         wide = [n for n in rms_norms(block) if sum(p.numel() for p in n.parameters()) == hidden]
-        blocks.append(Block(matrices, total - sum(matrix.weights for matrix in matrices), len(wide) >= 2))
-    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+        blocks.append(
+            Block(matrices, total - sum(matrix.weights for matrix in matrices), len(wide) >= 2, heads * eager)
+        )
     width = int(getattr(config, "head_dim", None) or hidden // heads) * heads
     inside = {id(p) for block in chain.blocks for p in block.parameters()}
     frozen = sum(p.numel() for p in model.parameters() if id(p) not in inside)
@@ -269,6 +297,7 @@ def chain_shape(chain: Chain, *, name: str = "model") -> ModelShape:
         size,
         positions=positions_of(model.config),
         cache=cache_elements(model.config),
+        masks=len(set(getattr(config, "layer_types", None) or (None,))) if eager else 0,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from discquant.calibration import Windows
 from discquant.calibration.sampling import sample
-from discquant.config import DataConfig, GridConfig, QuantizeConfig, SolverConfig
+from discquant.config import DataConfig, GridConfig, Method, QuantizeConfig, SolverConfig
 from discquant.evaluation.divergence import compare_models
 from discquant.planning.compare import MEMORY_TOLERANCE
 from discquant.planning.hardware import DEVICES
@@ -98,6 +98,32 @@ def test_solve(state: str, optimizer: str, scale_iters: int, model: Any, live_by
         while not run.done:
             run.advance()
     assert _within(live.peak, _planned(model, config, "solve", lambda item: item not in HELD_BEFORE))
+
+
+@pytest.mark.parametrize("method", ["gptq", "discquant"])
+def test_eager_attention(method: Method, live_bytes: Any) -> None:
+    """Scores and masks of attention that no kernel computes are most of what long windows take."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    model = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )).eval()  # fmt: skip
+    seqlen = 256
+    config = dataclasses.replace(
+        _config(iters=1, kl_weight=1.0), method=method, data=DataConfig("t.txt", ROWS, seqlen)
+    )
+    chain = DecoderChain(model)
+    ids = torch.randint(3, 64, (ROWS, seqlen), generator=torch.Generator().manual_seed(1))
+    grids, rows = lay_grids(chain, config.grid), TokenRows(chain, ids, None, 2)
+    with live_bytes(model.state_dict().values()) as live:
+        if method == "gptq":
+            layerwise_codes(chain, grids, rows.batches(range(ROWS)), "gptq")
+        else:
+            Solve(chain, grids, rows, config).advance()
+    phase = "start" if method == "gptq" else "solve"
+    planned = _planned(model, config, phase, lambda item: item not in HELD_BEFORE)
+    assert _within(live.peak, planned)
 
 
 @pytest.mark.parametrize("passes", [2, 3, 4, 7, 8, 16])
