@@ -21,6 +21,8 @@ from discquant.errors import CheckpointError, ConfigError, MissingModelError, Ou
 from discquant.formats import registry
 from discquant.formats.lazy import settle
 from discquant.formats.source import open_source
+from discquant.planning.allocating import options
+from discquant.planning.setting import Allocating
 from discquant.planning.shape import stored_dtype
 from discquant.run.checks import check_ignore, check_text, holds, run_identity
 from discquant.run.directory import write_atomic
@@ -58,7 +60,7 @@ def allocate_model(
         choices: Grids by their words.
         average_bits: See `allocation.allocate`.
         codes: See there.
-        engine: Where and how; `auto` is settled by the plan of a GPTQ run.
+        engine: Where and how; `auto` is settled by the plan (`planning.allocating`).
         trust_remote_code: As for `open_source`.
         allow_pickle: As for `open_source`.
         say: Takes each note.
@@ -77,8 +79,10 @@ def allocate_model(
     check_named(config.data.dataset)
     engine = dataclasses.replace(engine or Engine())
     sampled = config.data.dataset == "self"
-    planned = dataclasses.replace(config, method="gptq", format="none", baselines=())
-    plan = place_run(str(model), planned, engine, out, trust_remote_code=trust_remote_code)
+    plan = place_run(
+        str(model), options(config), engine, out, trust_remote_code=trust_remote_code,
+        allocating=Allocating(len(choices), codes == "gptq"),
+    )  # fmt: skip
     if engine.where == "auto":
         engine.where = "resident" if plan is None else plan.setting.placement
     dtype = getattr(torch, config.solver.compute_dtype)
