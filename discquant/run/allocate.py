@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import tempfile
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from discquant.planning.setting import Allocating
 from discquant.planning.shape import stored_dtype
 from discquant.run.checks import check_ignore, check_text, holds, run_identity
 from discquant.run.directory import write_atomic
+from discquant.run.lock import locked
 from discquant.run.measured import Unfinished
 from discquant.run.planned import place_run
 from discquant.solver.boundaries import Boundaries
@@ -73,58 +75,62 @@ def allocate_model(
         UserError: Bad input, found before any long work.
     """
     check_request(choices, average_bits, codes)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "allocate: one process does the work; start it without torchrun (WORLD_SIZE is above 1)"
+        )
     _check_out(out)
     for name in config.formats:
         registry.by_name(name)
     check_named(config.data.dataset)
     engine = dataclasses.replace(engine or Engine())
-    sampled = config.data.dataset == "self"
-    plan = place_run(
-        str(model), options(config), engine, out, trust_remote_code=trust_remote_code,
-        allocating=Allocating(len(choices), codes == "gptq"),
-    )  # fmt: skip
-    if engine.where == "auto":
-        engine.where = "resident" if plan is None else plan.setting.placement
-    dtype = getattr(torch, config.solver.compute_dtype)
-    source = open_source(
-        model, dtype=dtype, lazy=engine.streamed and not sampled, trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )  # fmt: skip
-    check_ignore(source.model, config.ignore)
-    check_text(source, config.data)
-    settle(source.model, engine.device, stream=engine.streamed and engine.device.type == "cuda")
-    chain, data = DecoderChain(source.model, config.ignore), config.data
-    identity = {
-        **run_identity(source, config, engine.device),
-        "choices": {word: dataclasses.asdict(grid) for word, grid in choices.items()},
-        "codes": codes,
-    }
-    unfinished = Unfinished(out, identity)
-    windows = unfinished.windows or load_windows(
-        data.dataset, source.tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed,
-        model=source.model, chat_template=data.chat_template, text_key=data.text_key,
-    )  # fmt: skip
-    if len(windows) < data.nsamples:
-        say(f"note: {data.dataset} gives {len(windows)} of the {data.nsamples} windows asked for")
-    chain.verify(windows.input_ids[:1])
-    if unfinished.measured:
-        say(f"note: {len(unfinished.measured)} layers were measured before; the others follow")
-    unfinished.keep(windows, {})
-    blocks = len(chain.blocks) - chain.first
+    with _at_work(out) as scratch:
+        sampled = config.data.dataset == "self"
+        plan = place_run(
+            str(model), options(config), engine, out, trust_remote_code=trust_remote_code,
+            allocating=Allocating(len(choices), codes == "gptq"),
+        )  # fmt: skip
+        if engine.where == "auto":
+            engine.where = "resident" if plan is None else plan.setting.placement
+        dtype = getattr(torch, config.solver.compute_dtype)
+        source = open_source(
+            model, dtype=dtype, lazy=engine.streamed and not sampled, trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )  # fmt: skip
+        check_ignore(source.model, config.ignore)
+        check_text(source, config.data)
+        settle(source.model, engine.device, stream=engine.streamed and engine.device.type == "cuda")
+        chain, data = DecoderChain(source.model, config.ignore), config.data
+        identity = {
+            **run_identity(source, config, engine.device),
+            "choices": {word: dataclasses.asdict(grid) for word, grid in choices.items()},
+            "codes": codes,
+        }
+        unfinished = Unfinished(out, identity)
+        windows = unfinished.windows or load_windows(
+            data.dataset, source.tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed,
+            model=source.model, chat_template=data.chat_template, text_key=data.text_key,
+        )  # fmt: skip
+        if len(windows) < data.nsamples:
+            say(f"note: {data.dataset} gives {len(windows)} of the {data.nsamples} windows asked for")
+        chain.verify(windows.input_ids[:1])
+        if unfinished.measured:
+            say(f"note: {len(unfinished.measured)} layers were measured before; the others follow")
+        unfinished.keep(windows, {})
+        blocks = len(chain.blocks) - chain.first
 
-    def done(index: int, made: Mapping[str, Measured]) -> None:
-        if made:
-            unfinished.keep(windows, made)
-        if progress is not None:
-            progress(blocks - (index - chain.first), blocks)
+        def done(index: int, made: Mapping[str, Measured]) -> None:
+            if made:
+                unfinished.keep(windows, made)
+            if progress is not None:
+                progress(blocks - (index - chain.first), blocks)
 
-    stored = stored_dtype(source.model.config)
+        stored = stored_dtype(source.model.config)
 
-    def allowed(name: str, shape: tuple[int, int], grid: GridConfig) -> bool:
-        return all(holds(chosen, name, shape, grid, stored) for chosen in config.formats)
+        def allowed(name: str, shape: tuple[int, int], grid: GridConfig) -> bool:
+            return all(holds(chosen, name, shape, grid, stored) for chosen in config.formats)
 
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as scratch:
-        boundaries = Boundaries(engine.activations or engine.where, engine.device, Path(scratch))
+        boundaries = Boundaries(engine.activations or engine.where, engine.device, scratch)
         try:
             with engine.reproducible():
                 found = allocate(
@@ -142,19 +148,43 @@ def allocate_model(
                 )
         finally:
             boundaries.close()
-    text = {
-        "source": windows.source,
-        "windows": len(windows),
-        "tokens": windows.tokens,
-        "digest": windows.digest,
-    }
-    facts = {
-        MARKER: 1, "model": Path(str(model)).name, "codes": codes, "text": text, "seed": config.seed,
-        "versions": versions(),
-    }  # fmt: skip
-    _write(out, found, average_bits, facts)
-    unfinished.remove()
-    return found
+        text = {
+            "source": windows.source,
+            "windows": len(windows),
+            "tokens": windows.tokens,
+            "digest": windows.digest,
+        }
+        facts = {
+            MARKER: 1, "model": Path(str(model)).name, "codes": codes, "text": text, "seed": config.seed,
+            "versions": versions(),
+        }  # fmt: skip
+        _write(out, found, average_bits, facts)
+        unfinished.remove()
+        return found
+
+
+@contextlib.contextmanager
+def _at_work(out: Path) -> Iterator[Path]:
+    """Keep every other process from a file while it is made; yield a folder for block inputs, gone afterwards.
+
+    Raises:
+        OutputExistsError: Another process is at work on it, or has just written it.
+    """
+    folder = out.with_name(f".{out.name}.state")
+
+    def clear() -> None:
+        for left in folder.glob("*.act"):
+            left.unlink()
+
+    with locked(folder, file=out):
+        try:
+            _check_out(out)
+            clear()  # of a process that was killed
+            yield folder
+        finally:
+            clear()
+            with contextlib.suppress(OSError):  # somebody else's files
+                folder.rmdir()
 
 
 def choose_again(measured: Path, out: Path, average_bits: float) -> Allocation:

@@ -269,3 +269,26 @@ def test_another_size_from_the_same_figures(folder: Path, tmp_path: Path) -> Non
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(CheckpointError, match="figures cannot be read"):
             choose_again(tmp_path / "broken.json", tmp_path / "x.json", 4)
+
+
+def test_one_process_at_a_time_and_nothing_is_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process left is removed, another one at work is told, ranks are refused."""
+    from discquant.run.lock import locked
+
+    out, state = tmp_path / "grids.json", tmp_path / ".grids.json.state"
+    state.mkdir()
+    (state / "boundary-0099.act").write_bytes(b"left")
+    with (
+        locked(state),
+        pytest.raises(OutputExistsError, match=r"grids\.json: another process .* another OUT"),
+    ):
+        allocate_model(folder / "model", out, config_of(folder), CHOICES, 3.75, codes="rtn")
+    allocate_model(
+        folder / "model", out, config_of(folder), CHOICES, 3.75, codes="rtn", engine=Engine("disk")
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["grids.json"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        allocate_model(folder / "model", tmp_path / "x.json", config_of(folder), CHOICES, 3.75)
