@@ -16,7 +16,7 @@ from discquant.allocation.choose import Option, choose
 from discquant.allocation.damage import projections
 from discquant.allocation.units import units_of
 from discquant.config import GridConfig, LayerGrid
-from discquant.errors import ConfigError, either
+from discquant.errors import ConfigError, NonFiniteError, either
 from discquant.formats.bits import grid_bits
 from discquant.grids import Grid
 from discquant.rounding import gptq
@@ -127,7 +127,11 @@ class Allocation:
 
     @classmethod
     def of_dict(cls, found: Mapping[str, Any]) -> Allocation:
-        """Undo `to_dict`."""
+        """Undo `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, OverflowError: It is no such data.
+        """
         grids = {choice: GridConfig(**row["grid"]) for choice, row in found["choices"].items()}
         units = tuple(
             Unit(
@@ -136,6 +140,10 @@ class Allocation:
             )
             for row in found["units"]
         )  # fmt: skip
+        if not units:
+            raise ValueError("there are no units")
+        for unit, row in zip(units, found["units"], strict=True):
+            _check_figures(unit, row["modules"], grids)
         return cls(units, grids)
 
     def at(self, average_bits: float) -> Allocation:
@@ -144,13 +152,40 @@ class Allocation:
         Raises:
             ConfigError: Not even the narrowest choices fit it.
         """
+        # Whole bits again, so that no rounding of a quotient decides what fits.
         costs = {
-            unit.name: {c: Option(bits * unit.weights, unit.damage[c]) for c, bits in unit.bits.items()}
+            unit.name: {
+                c: Option(round(bits * unit.weights), unit.damage[c]) for c, bits in unit.bits.items()
+            }
             for unit in self.units
         }
         chosen = _within(costs, average_bits, sum(unit.weights for unit in self.units))
         units = tuple(dataclasses.replace(unit, chosen=chosen[unit.name]) for unit in self.units)
         return Allocation(units, self.grids)
+
+
+def _check_figures(unit: Unit, modules: Any, grids: Mapping[str, GridConfig]) -> None:
+    """Refuse figures that nothing can be chosen from.
+
+    Raises:
+        TypeError, ValueError, OverflowError: So they are.
+    """
+    if not isinstance(unit.name, str) or not isinstance(modules, list) or not modules:
+        raise TypeError(f"{unit.name!r} names no layers")
+    if not all(isinstance(name, str) for name in modules):
+        raise TypeError(f"the modules of {unit.name} must be names")
+    if isinstance(unit.weights, bool) or not isinstance(unit.weights, int) or unit.weights < 1:
+        raise ValueError(f"the weights of {unit.name} must be an integer above 0, got {unit.weights!r}")
+    if not unit.bits:
+        raise ValueError(f"{unit.name} has no choice")
+    for choice, bits in unit.bits.items():
+        if choice not in grids or choice not in unit.damage:
+            raise ValueError(f"choice {choice!r} of {unit.name} has no grid or no damage")
+        for figure in (bits, unit.damage[choice]):
+            if isinstance(figure, bool) or not isinstance(figure, int | float) or not math.isfinite(figure):
+                raise ValueError(f"{unit.name} has {figure!r} where a finite number must be")
+        if bits <= 0 or unit.damage[choice] < 0:
+            raise ValueError(f"{unit.name} has {bits!r} bits and a damage of {unit.damage[choice]!r}")
 
 
 def allocate(
@@ -189,6 +224,7 @@ def allocate(
     Raises:
         ConfigError: Not even the narrowest choices fit the size, a unit has no allowed one, or nothing is to be
             allocated.
+        NonFiniteError: A damage is no number.
     """
     check_request(choices, average_bits, codes)
     if not any(chain.weights):
@@ -236,6 +272,11 @@ def allocate(
         damage = dict(zip(names, (0.5 / tokens * together.square().sum(dim=1)).tolist(), strict=True))
         per_weight = {c: sum(measured[name].bits[c] for name in members) / weights for c in options[unit]}
         own = {choice: damage[choice] for choice in options[unit]}
+        if not all(map(math.isfinite, own.values())):
+            raise NonFiniteError(
+                f"allocate: the damage of {unit} is not finite: the model's weights or activations are not, or exceed "
+                "the compute dtype"
+            )
         found.append(Unit(unit, tuple(members), weights, per_weight, own, options[unit][0]))
     return Allocation(tuple(found), dict(choices)).at(average_bits)
 
@@ -281,12 +322,16 @@ def _within(costs: Mapping[str, Mapping[str, Option]], average_bits: float, tota
         ConfigError: Not even the narrowest fit.
     """
     least = sum(min(option.cost for option in options.values()) for options in costs.values())
-    if least > average_bits * total:
+    # An average is a quotient: what was computed from these very costs must hold them.
+    budget = average_bits * total * (1 + 1e-9)
+    if least > budget:
         raise ConfigError(
             f"allocate: the narrowest choices take {least / total:.3f} bits per weight, scales included, and "
             f"{average_bits:g} were asked for"
         )
-    numbers = choose([list(options.values()) for options in costs.values()], average_bits * total)
+    # Finite, however much was asked for.
+    budget = min(budget, sum(max(option.cost for option in options.values()) for options in costs.values()))
+    numbers = choose([list(options.values()) for options in costs.values()], budget)
     return {unit: list(costs[unit])[number] for unit, number in zip(costs, numbers, strict=True)}
 
 

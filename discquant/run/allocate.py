@@ -197,7 +197,7 @@ def choose_again(measured: Path, out: Path, average_bits: float) -> Allocation:
     before = _read(measured)
     try:
         figures = Allocation.of_dict(before)
-    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
         raise CheckpointError(f"{measured}: its figures cannot be read: {cause}") from cause
     check_request(figures.grids, average_bits, "rtn")
     found = figures.at(average_bits)
