@@ -17,7 +17,7 @@ from discquant.allocation.damage import projections
 from discquant.allocation.units import units_of
 from discquant.config import GridConfig, LayerGrid
 from discquant.errors import ConfigError, NonFiniteError, either
-from discquant.formats.bits import grid_bits
+from discquant.formats.bits import planned_bits
 from discquant.grids import Grid
 from discquant.rounding import gptq
 from discquant.solver.boundaries import Boundaries
@@ -30,6 +30,7 @@ from discquant.solver.weight_ref import WeightRef
 
 Codes = Literal["gptq", "rtn"]
 Allowed = Callable[[str, tuple[int, int], GridConfig], bool]
+Sized = Callable[[tuple[int, int], GridConfig], int]
 
 
 class Measured(NamedTuple):
@@ -198,6 +199,7 @@ def allocate(
     damp: float = 0.1,
     seed: int = 0,
     allowed: Allowed | None = None,
+    sized: Sized = planned_bits,
     boundaries: Boundaries | None = None,
     known: Mapping[str, Measured] | None = None,
     done: Callable[[int, Mapping[str, Measured]], None] | None = None,
@@ -217,6 +219,7 @@ def allocate(
         damp: GPTQ's damping.
         seed: Of the sampled labels.
         allowed: Says whether a layer (name, shape) may have a grid; None allows all.
+        sized: Bits of a layer of a shape on a grid, scales included.
         boundaries: Where activations between blocks are kept.
         known: What an earlier part of the same work has measured, by module name.
         done: Called after each block with what was measured of it, the last block first.
@@ -227,18 +230,14 @@ def allocate(
         NonFiniteError: A damage is no number.
     """
     check_request(choices, average_bits, codes)
-    if not any(chain.weights):
-        raise ConfigError("allocate: there is no layer to choose for")
     refs = {ref.name: ref for own in chain.weights for ref in own}
-    units = units_of(refs)
-    options = {
-        name: _allowed(name, [refs[m] for m in members], choices, allowed) for name, members in units.items()
-    }
+    units, bits = sizes_of(refs, choices, average_bits, allowed=allowed, sized=sized)
+    options = {unit: list(bits[members[0]]) for unit, members in units.items()}
+    of = {member: unit for unit, members in units.items() for member in members}
     names = list(choices)
     # One row each, whatever the micro-batches of `rows`: a window's gradient is needed by itself.
     windows = TokenRows(chain, rows.input_ids, rows.mask, 1).batches(range(len(rows)))
-    of = {member: unit for unit, members in units.items() for member in members}
-    measured, bits = dict(known or {}), {name: dict[str, int]() for name in refs}
+    measured = dict(known or {})
 
     def errors(index: int, inputs: list[Tensor]) -> list[Tensor]:
         hessians = _hessians(chain, index, inputs, windows) if codes == "gptq" else {}
@@ -252,7 +251,6 @@ def allocate(
             if choice not in options[of[ref.name]]:
                 continue
             grid = lay_grid(ref, choices[choice])
-            bits[ref.name][choice] = grid_bits(grid, ref.shape, choices[choice].kind)
             found[place] = _error(matrix, grid.to(matrix.device), hessian, damp)
         return found
 
@@ -313,6 +311,40 @@ def _allowed(
             f"allocate: none of the choices {', '.join(choices)} can be held for {unit}; ignore it"
         )
     return found
+
+
+def sizes_of(
+    refs: Mapping[str, WeightRef],
+    choices: Mapping[str, GridConfig],
+    average_bits: float,
+    *,
+    allowed: Allowed | None = None,
+    sized: Sized = planned_bits,
+) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
+    """Return the modules of each unit, and the bits of each module by the choices that it may have; nothing is read.
+
+    Args:
+        refs: Weights by module name.
+        choices: See `allocate`, as the others.
+        average_bits: See there.
+        allowed: See there.
+        sized: See there.
+
+    Raises:
+        ConfigError: Not even the narrowest choices fit the size, a unit has no allowed one, or there are no weights.
+    """
+    if not refs:
+        raise ConfigError("allocate: there is no layer to choose for")
+    units, bits = units_of(refs), dict[str, dict[str, int]]()
+    costs = {}
+    for unit, members in units.items():
+        own = _allowed(unit, [refs[name] for name in members], choices, allowed)
+        bits |= {
+            name: {choice: sized(refs[name].shape, choices[choice]) for choice in own} for name in members
+        }
+        costs[unit] = {choice: Option(sum(bits[name][choice] for name in members), 0.0) for choice in own}
+    _within(costs, average_bits, sum(ref.matrix_size for ref in refs.values()))
+    return units, bits
 
 
 def _within(costs: Mapping[str, Mapping[str, Option]], average_bits: float, total: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,18 +15,20 @@ from typing import Any
 import torch
 
 from discquant.allocation import Allocation, allocate
-from discquant.allocation.allocate import Codes, Measured, check_request
+from discquant.allocation.allocate import Codes, Measured, check_request, sizes_of
 from discquant.calibration.load import check_named, load_windows
 from discquant.config import GridConfig, LayerGrid, QuantizeConfig
 from discquant.environment import versions
 from discquant.errors import CheckpointError, ConfigError, MissingModelError, OutputExistsError
 from discquant.formats import registry
+from discquant.formats.bits import stored_bits
 from discquant.formats.lazy import settle
 from discquant.formats.source import open_source
 from discquant.planning.allocating import options
 from discquant.planning.setting import Allocating
 from discquant.planning.shape import stored_dtype
 from discquant.run.checks import check_ignore, check_text, holds, run_identity
+from discquant.run.choices import check_choices, check_joined
 from discquant.run.directory import write_atomic
 from discquant.run.lock import locked
 from discquant.run.measured import Unfinished
@@ -101,6 +104,19 @@ def allocate_model(
         check_text(source, config.data)
         settle(source.model, engine.device, stream=engine.streamed and engine.device.type == "cuda")
         chain, data = DecoderChain(source.model, config.ignore), config.data
+        stored = stored_dtype(source.model.config)
+
+        @functools.cache
+        def allowed(name: str, shape: tuple[int, int], grid: GridConfig) -> bool:
+            return all(holds(chosen, name, shape, grid, stored) for chosen in config.formats)
+
+        def sized(shape: tuple[int, int], grid: GridConfig) -> int:
+            return max(stored_bits(chosen, shape, grid) for chosen in config.formats or ("",))
+
+        check_choices(chain, choices)
+        refs = {ref.name: ref for own in chain.weights for ref in own}
+        sizes_of(refs, choices, average_bits, allowed=allowed, sized=sized)
+        check_joined(source.model.config.to_dict(), chain, config.formats, choices, allowed)
         identity = {
             **run_identity(source, config, engine.device),
             "choices": {word: dataclasses.asdict(grid) for word, grid in choices.items()},
@@ -125,11 +141,6 @@ def allocate_model(
             if progress is not None:
                 progress(blocks - (index - chain.first), blocks)
 
-        stored = stored_dtype(source.model.config)
-
-        def allowed(name: str, shape: tuple[int, int], grid: GridConfig) -> bool:
-            return all(holds(chosen, name, shape, grid, stored) for chosen in config.formats)
-
         boundaries = Boundaries(engine.activations or engine.where, engine.device, scratch)
         try:
             with engine.reproducible():
@@ -142,6 +153,7 @@ def allocate_model(
                     damp=config.gptq_damp,
                     seed=config.seed,
                     allowed=allowed,
+                    sized=sized,
                     boundaries=boundaries,
                     known=unfinished.measured,
                     done=done,

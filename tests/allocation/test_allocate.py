@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from discquant.allocation import Allocation, Unit, allocate
+from discquant.allocation import allocate
 from discquant.allocation.allocate import Measured
 from discquant.allocation.units import unit_of, units_of
 from discquant.config import DataConfig, GridConfig, LayerGrid, QuantizeConfig
@@ -302,51 +302,6 @@ def test_one_process_at_a_time_and_nothing_is_left(
         allocate_model(folder / "model", tmp_path / "x.json", config_of(folder), CHOICES, 3.75)
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda found: found["units"][0]["damage"].pop("2"),
-        lambda found: found["units"][0]["damage"].update({"2": "0.1"}),
-        lambda found: found["units"][0]["damage"].update({"2": None}),
-        lambda found: found["units"][0]["damage"].update({"2": float("nan")}),
-        lambda found: found["units"][0]["bits_per_weight"].update({"2": "x"}),
-        lambda found: found["units"][0]["bits_per_weight"].clear(),
-        lambda found: found["units"][0].update(weights=0),
-        lambda found: found["units"][0].update(modules="model"),
-        lambda found: found["units"].clear(),
-        lambda found: found["choices"].pop("2"),
-    ],
-)
-def test_edited_figures_are_refused(tmp_path: Path, edit: Any) -> None:
-    grids = {word: {"grid": {"bits": int(word), "group_size": 32}} for word in ("2", "4")}
-    figures = {"bits_per_weight": {"2": 2.5, "4": 4.5}, "damage": {"2": 0.5, "4": 0.1}}
-    unit = {"name": "a", "modules": ["a"], "weights": 64, "chosen": "4", **figures}
-    found: dict[str, Any] = {"discquant_allocation": 1, "choices": grids, "units": [unit], "layers": []}
-    path = tmp_path / "grids.json"
-    path.write_text(json.dumps(found))
-    assert choose_again(path, tmp_path / "good.json", 4.5).units[0].chosen == "4"
-    edit(found)
-    path.write_text(json.dumps(found))
-    with pytest.raises(CheckpointError, match="figures cannot be read"):
-        choose_again(path, tmp_path / "x.json", 4.5)
-
-
-def test_a_size_that_is_one_choice_s_average_holds_it(folder: Path) -> None:
-    """A mean over weights is a quotient that rounding may put below the bits it was made of."""
-    grids = {word: GridConfig(int(word), 32) for word in ("3", "4")}
-    units = tuple(
-        Unit(f"u{size}", (f"u{size}",), size, {"3": (3 * size + 7) / size, "4": (4 * size + 7) / size},
-             {"3": 1.0, "4": 0.5}, "3")
-        for size in range(1, 60, 2)
-    )  # fmt: skip
-    for count in range(1, len(units)):
-        found = Allocation(units[:count], grids)
-        for word in grids:
-            size = found.bits(word)
-            assert size is not None and {unit.chosen for unit in found.at(size).units} == {word}
-    assert {unit.chosen for unit in found.at(1e308).units} == {"4"}
-
-
 def test_damages_that_are_no_numbers_are_refused(folder: Path) -> None:
     chain, rows = chain_of(folder)
     with torch.no_grad():
@@ -360,3 +315,48 @@ def test_damages_that_are_no_numbers_are_refused(folder: Path) -> None:
     }
     with pytest.raises(NonFiniteError, match=r"damage of .* is not finite"):
         allocate(chain, rows, CHOICES, 8, codes="rtn", known=known)
+
+
+def test_what_a_run_would_refuse_is_refused_before_windows_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that nothing fits, groups wider than any row, choices that a file cannot hold beside each other."""
+    import discquant.run.allocate as run
+
+    monkeypatch.setattr(run, "load_windows", lambda *_, **__: pytest.fail("windows were read"))
+
+    def refused(message: str, choices: dict[str, GridConfig], size: float, form: str = "none") -> None:
+        with pytest.raises(ConfigError, match=message):
+            allocate_model(
+                folder / "model", tmp_path / "x.json", config_of(folder, format=form), choices, size
+            )
+        assert not any(tmp_path.iterdir())
+
+    refused(r"narrowest choices take 2\.500 bits", CHOICES, 2.4)
+    wide = {"4g1024": GridConfig(4, 1024), "4": GridConfig(4, 32)}
+    refused("choice 4g1024: .* at most the widest row = 96", wide, 5)
+    groups = {"4": GridConfig(4, 32), "4g64": GridConfig(4, 64)}
+    refused("awq cannot hold the choices 4 and 4g64 beside each other: .* one group size", groups, 5, "awq")
+    packings = {"4": GridConfig(4, 32), "3a": GridConfig(3, 32, False), "4a": GridConfig(4, 32, False)}
+    refused("autoround cannot hold .* one packing", packings, 5, "autoround")
+    refused(r"narrowest choices take 4\.500 bits", {"2": GridConfig(2, 32)}, 4.4, "gguf")
+
+
+@pytest.mark.parametrize("form", ["gguf", "onnx"])
+def test_a_file_is_as_large_as_was_counted(folder: Path, tmp_path: Path, form: str) -> None:
+    """Formats that store codes wider get them counted so."""
+    from discquant.formats import registry
+    from discquant.formats.bits import file_bits_per_weight
+    from discquant.run.pipeline import Pipeline
+
+    if form == "onnx":
+        pytest.importorskip("onnx")
+    choices = {word: grid for word, grid in CHOICES.items() if word != "2"} | {"5": GridConfig(5, 32)}
+    grids, config = tmp_path / "grids.json", config_of(folder, format=form)
+    found = allocate_model(folder / "model", grids, config, choices, 6.5, codes="rtn")
+    config = config_of(
+        folder, format=form, layers=read_layers(grids), method="rtn", baselines=(), validation_windows=2
+    )
+    Pipeline(folder / "model", tmp_path / "out", config).execute()
+    made = tmp_path / "out" / form
+    assert file_bits_per_weight(registry.find(made), made) == pytest.approx(found.bits())
