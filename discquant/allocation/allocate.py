@@ -16,8 +16,8 @@ from discquant.allocation.choose import Option, choose
 from discquant.allocation.damage import projections
 from discquant.allocation.units import units_of
 from discquant.config import GridConfig, LayerGrid
-from discquant.errors import ConfigError, either
-from discquant.formats.bits import grid_bits
+from discquant.errors import ConfigError, NonFiniteError, either
+from discquant.formats.bits import planned_bits
 from discquant.grids import Grid
 from discquant.rounding import gptq
 from discquant.solver.boundaries import Boundaries
@@ -30,6 +30,7 @@ from discquant.solver.weight_ref import WeightRef
 
 Codes = Literal["gptq", "rtn"]
 Allowed = Callable[[str, tuple[int, int], GridConfig], bool]
+Sized = Callable[[tuple[int, int], GridConfig], int]
 
 
 class Measured(NamedTuple):
@@ -127,7 +128,11 @@ class Allocation:
 
     @classmethod
     def of_dict(cls, found: Mapping[str, Any]) -> Allocation:
-        """Undo `to_dict`."""
+        """Undo `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, OverflowError: It is no such data.
+        """
         grids = {choice: GridConfig(**row["grid"]) for choice, row in found["choices"].items()}
         units = tuple(
             Unit(
@@ -136,6 +141,10 @@ class Allocation:
             )
             for row in found["units"]
         )  # fmt: skip
+        if not units:
+            raise ValueError("there are no units")
+        for unit, row in zip(units, found["units"], strict=True):
+            _check_figures(unit, row["modules"], grids)
         return cls(units, grids)
 
     def at(self, average_bits: float) -> Allocation:
@@ -144,13 +153,40 @@ class Allocation:
         Raises:
             ConfigError: Not even the narrowest choices fit it.
         """
+        # Whole bits again, so that no rounding of a quotient decides what fits.
         costs = {
-            unit.name: {c: Option(bits * unit.weights, unit.damage[c]) for c, bits in unit.bits.items()}
+            unit.name: {
+                c: Option(round(bits * unit.weights), unit.damage[c]) for c, bits in unit.bits.items()
+            }
             for unit in self.units
         }
         chosen = _within(costs, average_bits, sum(unit.weights for unit in self.units))
         units = tuple(dataclasses.replace(unit, chosen=chosen[unit.name]) for unit in self.units)
         return Allocation(units, self.grids)
+
+
+def _check_figures(unit: Unit, modules: Any, grids: Mapping[str, GridConfig]) -> None:
+    """Refuse figures that nothing can be chosen from.
+
+    Raises:
+        TypeError, ValueError, OverflowError: So they are.
+    """
+    if not isinstance(unit.name, str) or not isinstance(modules, list) or not modules:
+        raise TypeError(f"{unit.name!r} names no layers")
+    if not all(isinstance(name, str) for name in modules):
+        raise TypeError(f"the modules of {unit.name} must be names")
+    if isinstance(unit.weights, bool) or not isinstance(unit.weights, int) or unit.weights < 1:
+        raise ValueError(f"the weights of {unit.name} must be an integer above 0, got {unit.weights!r}")
+    if not unit.bits:
+        raise ValueError(f"{unit.name} has no choice")
+    for choice, bits in unit.bits.items():
+        if choice not in grids or choice not in unit.damage:
+            raise ValueError(f"choice {choice!r} of {unit.name} has no grid or no damage")
+        for figure in (bits, unit.damage[choice]):
+            if isinstance(figure, bool) or not isinstance(figure, int | float) or not math.isfinite(figure):
+                raise ValueError(f"{unit.name} has {figure!r} where a finite number must be")
+        if bits <= 0 or unit.damage[choice] < 0:
+            raise ValueError(f"{unit.name} has {bits!r} bits and a damage of {unit.damage[choice]!r}")
 
 
 def allocate(
@@ -163,6 +199,7 @@ def allocate(
     damp: float = 0.1,
     seed: int = 0,
     allowed: Allowed | None = None,
+    sized: Sized = planned_bits,
     boundaries: Boundaries | None = None,
     known: Mapping[str, Measured] | None = None,
     done: Callable[[int, Mapping[str, Measured]], None] | None = None,
@@ -182,6 +219,7 @@ def allocate(
         damp: GPTQ's damping.
         seed: Of the sampled labels.
         allowed: Says whether a layer (name, shape) may have a grid; None allows all.
+        sized: Bits of a layer of a shape on a grid, scales included.
         boundaries: Where activations between blocks are kept.
         known: What an earlier part of the same work has measured, by module name.
         done: Called after each block with what was measured of it, the last block first.
@@ -189,20 +227,17 @@ def allocate(
     Raises:
         ConfigError: Not even the narrowest choices fit the size, a unit has no allowed one, or nothing is to be
             allocated.
+        NonFiniteError: A damage is no number.
     """
     check_request(choices, average_bits, codes)
-    if not any(chain.weights):
-        raise ConfigError("allocate: there is no layer to choose for")
     refs = {ref.name: ref for own in chain.weights for ref in own}
-    units = units_of(refs)
-    options = {
-        name: _allowed(name, [refs[m] for m in members], choices, allowed) for name, members in units.items()
-    }
+    units, bits = sizes_of(refs, choices, average_bits, allowed=allowed, sized=sized)
+    options = {unit: list(bits[members[0]]) for unit, members in units.items()}
+    of = {member: unit for unit, members in units.items() for member in members}
     names = list(choices)
     # One row each, whatever the micro-batches of `rows`: a window's gradient is needed by itself.
     windows = TokenRows(chain, rows.input_ids, rows.mask, 1).batches(range(len(rows)))
-    of = {member: unit for unit, members in units.items() for member in members}
-    measured, bits = dict(known or {}), {name: dict[str, int]() for name in refs}
+    measured = dict(known or {})
 
     def errors(index: int, inputs: list[Tensor]) -> list[Tensor]:
         hessians = _hessians(chain, index, inputs, windows) if codes == "gptq" else {}
@@ -216,7 +251,6 @@ def allocate(
             if choice not in options[of[ref.name]]:
                 continue
             grid = lay_grid(ref, choices[choice])
-            bits[ref.name][choice] = grid_bits(grid, ref.shape, choices[choice].kind)
             found[place] = _error(matrix, grid.to(matrix.device), hessian, damp)
         return found
 
@@ -236,6 +270,11 @@ def allocate(
         damage = dict(zip(names, (0.5 / tokens * together.square().sum(dim=1)).tolist(), strict=True))
         per_weight = {c: sum(measured[name].bits[c] for name in members) / weights for c in options[unit]}
         own = {choice: damage[choice] for choice in options[unit]}
+        if not all(map(math.isfinite, own.values())):
+            raise NonFiniteError(
+                f"allocate: the damage of {unit} is not finite: the model's weights or activations are not, or exceed "
+                "the compute dtype"
+            )
         found.append(Unit(unit, tuple(members), weights, per_weight, own, options[unit][0]))
     return Allocation(tuple(found), dict(choices)).at(average_bits)
 
@@ -274,6 +313,40 @@ def _allowed(
     return found
 
 
+def sizes_of(
+    refs: Mapping[str, WeightRef],
+    choices: Mapping[str, GridConfig],
+    average_bits: float,
+    *,
+    allowed: Allowed | None = None,
+    sized: Sized = planned_bits,
+) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
+    """Return the modules of each unit, and the bits of each module by the choices that it may have; nothing is read.
+
+    Args:
+        refs: Weights by module name.
+        choices: See `allocate`, as the others.
+        average_bits: See there.
+        allowed: See there.
+        sized: See there.
+
+    Raises:
+        ConfigError: Not even the narrowest choices fit the size, a unit has no allowed one, or there are no weights.
+    """
+    if not refs:
+        raise ConfigError("allocate: there is no layer to choose for")
+    units, bits = units_of(refs), dict[str, dict[str, int]]()
+    costs = {}
+    for unit, members in units.items():
+        own = _allowed(unit, [refs[name] for name in members], choices, allowed)
+        bits |= {
+            name: {choice: sized(refs[name].shape, choices[choice]) for choice in own} for name in members
+        }
+        costs[unit] = {choice: Option(sum(bits[name][choice] for name in members), 0.0) for choice in own}
+    _within(costs, average_bits, sum(ref.matrix_size for ref in refs.values()))
+    return units, bits
+
+
 def _within(costs: Mapping[str, Mapping[str, Option]], average_bits: float, total: int) -> dict[str, str]:
     """Choose for each unit.
 
@@ -281,12 +354,16 @@ def _within(costs: Mapping[str, Mapping[str, Option]], average_bits: float, tota
         ConfigError: Not even the narrowest fit.
     """
     least = sum(min(option.cost for option in options.values()) for options in costs.values())
-    if least > average_bits * total:
+    # An average is a quotient: what was computed from these very costs must hold them.
+    budget = average_bits * total * (1 + 1e-9)
+    if least > budget:
         raise ConfigError(
             f"allocate: the narrowest choices take {least / total:.3f} bits per weight, scales included, and "
             f"{average_bits:g} were asked for"
         )
-    numbers = choose([list(options.values()) for options in costs.values()], average_bits * total)
+    # Finite, however much was asked for.
+    budget = min(budget, sum(max(option.cost for option in options.values()) for options in costs.values()))
+    numbers = choose([list(options.values()) for options in costs.values()], budget)
     return {unit: list(costs[unit])[number] for unit, number in zip(costs, numbers, strict=True)}
 
 

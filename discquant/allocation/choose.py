@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,10 +30,12 @@ def choose(units: Sequence[Sequence[Option]], budget: float) -> list[int]:
         Number of the option of each unit. Of two equal changes the first counts.
 
     Raises:
-        ValueError: The cheapest options exceed the budget, or a unit has none.
+        ValueError: The cheapest options exceed the budget, a unit has none, or an option is not finite.
     """
     if not all(units):
         raise ValueError("choose: every unit must have at least one option")
+    if not all(math.isfinite(value) for options in units for option in options for value in option):
+        raise ValueError("choose: costs and damages must be finite")
     chosen = [options.index(min(options)) for options in units]
     left = budget - sum(options[o].cost for options, o in zip(units, chosen, strict=True))
     if left < 0:

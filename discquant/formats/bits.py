@@ -7,12 +7,20 @@ shape, a global scale, the order of its columns) does not.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
+from discquant.config import GridConfig
 from discquant.formats.coded import Format
+from discquant.formats.gguf_fit import planned_type
 from discquant.formats.gguf_types import TYPES
-from discquant.grids import AffineGrid, Grid, TableGrid
+from discquant.formats.onnx_blocks import WIDTHS, block_size
+from discquant.formats.scheme import Scheme
+from discquant.grids import AffineGrid, Grid, TableGrid, place_grid
 from discquant.grids.gguf import gguf_kind
 
 
@@ -61,3 +69,48 @@ def grid_bits(grid: Grid, shape: tuple[int, int], kind: str = "uniform") -> int:
     bits = rows * columns * grid.num_bits + groups * (16 if scales is None else 8 * scales.element_size())
     bits += 0 if grid.zero_point is None else groups * grid.num_bits
     return bits + (16 * groups if isinstance(grid, AffineGrid) else 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_bits(columns: int, config: GridConfig) -> int:
+    """Bits of one row: what they count shows in no value, so any row will do."""
+    row = torch.linspace(-1, 1, columns).unsqueeze(0)
+    return grid_bits(place_grid(row, dataclasses.replace(config, grid="absmax")), (1, columns), config.kind)
+
+
+def planned_bits(shape: tuple[int, int], config: GridConfig) -> int:
+    """`grid_bits` of a grid that is not laid yet.
+
+    Args:
+        shape: (out_features, in_features).
+        config: Which grid the weight will be put on.
+
+    Raises:
+        UnrepresentableError: The rows do not fill the blocks of the kind.
+    """
+    return shape[0] * _row_bits(shape[1], config)
+
+
+def stored_bits(format_name: str, shape: tuple[int, int], config: GridConfig) -> int:
+    """Bits of a layer in a file: GGUF and ONNX hold codes of some widths in wider ones.
+
+    Args:
+        format_name: In the registry.
+        shape: (out_features, in_features).
+        config: Which grid the weight will be put on; one that the format can hold.
+
+    Returns:
+        As `describe` counts them; where the values decide between two types, of the larger. Of other formats
+        `planned_bits`.
+    """
+    rows, columns = shape
+    if format_name == "gguf":
+        return 8 * rows * planned_type(Scheme.planned(shape, config), columns).row_bytes(columns)
+    if format_name == "onnx":
+        scheme = Scheme.planned(shape, config)
+        width = next(width for width in WIDTHS if width >= scheme.num_bits)
+        block = block_size(scheme.group_size)
+        blocks = -(-columns // block)
+        zeros = 0 if scheme.symmetric else 8 * -(-blocks * width // 8)
+        return rows * (blocks * (block * width + 32) + zeros)
+    return planned_bits(shape, config)

@@ -18,7 +18,7 @@ from discquant.planning.hardware import DEVICES, free_host_memory, host_memory, 
 from discquant.planning.option import MEMORY_TOLERANCE
 from discquant.planning.plan import Machine, Plan, make_plan
 from discquant.planning.rates import load_rates, machine_name, nearest_rates
-from discquant.planning.setting import PLACEMENTS, Placement
+from discquant.planning.setting import PLACEMENTS, Allocating, Placement
 from discquant.planning.shape import ModelShape
 
 # Python, torch and transformers before a model is opened; a run takes its own reading instead.
@@ -38,6 +38,7 @@ def plan_of_run(
     device: torch.device | None = None,
     ranks: int = 1,
     activations: Placement | None = None,
+    allocating: Allocating | None = None,
 ) -> Plan:
     """Plan a run of a model in memory on this machine, with its rates where they were measured.
 
@@ -54,6 +55,7 @@ def plan_of_run(
         device: Where it computes; None is the CPU.
         ranks: Processes that share this machine, each with a device of its own where there are any.
         activations: Where activations between blocks are kept; None follows the placement.
+        allocating: See `make_plan`.
 
     Returns:
         The plan.
@@ -82,6 +84,7 @@ def plan_of_run(
         rates=rates,
         process=process,
         activations=activations,
+        allocating=allocating,
     )
     if placement == "auto":
         if where.memory is not None:

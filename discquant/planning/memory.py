@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from discquant.calibration.load import token_file
+from discquant.config import QuantizeConfig
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
 from discquant.planning.rounding import (
     MASKS,
@@ -54,6 +55,8 @@ OF_WEIGHTS = frozenset(
         "a candidate's weights",
     )
 )  # fmt: skip
+
+Items = Mapping[str, float]
 
 
 @dataclass
@@ -220,7 +223,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     }
 
 
-def _heap(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> dict[str, float]:
+def heap_items(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> dict[str, float]:
     """Return what the C library keeps between tensors of a phase on a CPU: of activations and of weights it serves."""
     if setting.accelerator:
         return {}
@@ -235,7 +238,7 @@ def _heap(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> di
     return {HEAP: HEAP_SHARE * served}
 
 
-def _sampling(shape: ModelShape, setting: Setting) -> dict[str, float]:
+def sampling_items(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Return what sampling text from the model holds besides it: keys and values of the rows at once, and a step's own.
 
     A step copies one layer's keys to a tensor that is one token longer. Afterwards a token is drawn: logits in float32,
@@ -248,6 +251,45 @@ def _sampling(shape: ModelShape, setting: Setting) -> dict[str, float]:
     return {"keys and values": cache, "sampling a token": step}
 
 
+def placed(name: str, setting: Setting, device: Items, host: Items, disk: Items) -> PhasePeak:
+    """Return a phase's peak; without an accelerator all is on the host."""
+    if not setting.accelerator:
+        return PhasePeak(name, {}, {**host, **device}, dict(disk))
+    return PhasePeak(name, dict(device), dict(host), dict(disk))
+
+
+def model_items(shape: ModelShape, setting: Setting) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what is there in every phase, on the device and on the host: the original and the process."""
+    own = float(shape.weights * setting.element)
+    device = {"frozen parameters": shape.untouched * float(setting.element)}
+    held = {"process": setting.process}
+    if setting.whole_model and setting.streamed and setting.accelerator:
+        # They stay with the host; a block's come to the device while it runs.
+        held["original weights"] = own
+        device["original weights of a block"] = max(b.weights for b in shape.blocks) * float(setting.element)
+    elif setting.whole_model:
+        device["original weights"] = own
+    return device, held
+
+
+def reading_items(shape: ModelShape, setting: Setting) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what opening the original holds beside it, on the device and on the host."""
+    # The library maps the whole checkpoint while it converts it; block-wise reading holds one matrix.
+    mapped = float(shape.weights + shape.untouched) * shape.file_bytes if setting.whole_model else 0.0
+    matrix = float(max(m.rows * m.columns for m in shape.largest.matrices))
+    reading = {"largest matrix as read": matrix * (shape.file_bytes + setting.element)}
+    return reading, {"checkpoint as mapped": mapped}
+
+
+def text_items(config: QuantizeConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what reading text leaves, and what it holds besides for a moment."""
+    text = config.data.dataset != "self" and token_file(config.data.dataset) is None
+    tokens = config.data.nsamples * config.data.seqlen
+    return {"tokenizer and text": TEXT if text else 0.0}, {
+        "token lists": TOKEN_LISTS * tokens if text else 0.0
+    }
+
+
 def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     """Return the peak of each phase: open, grid, calibrate, start, teacher, solve, export, evaluate, in that order.
 
@@ -257,8 +299,6 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     grid = grid_share(shape, config)
     weights, largest = float(shape.weights), shape.largest
     matrix = max(m.rows * m.columns for m in largest.matrices)
-    frozen = shape.untouched * float(element)
-    own = weights * element if setting.whole_model else 0.0
     grids, state = weights * grid, state_bytes(shape, setting)
     windows = config.data.nsamples * config.data.seqlen * 8.0
     block = max(
@@ -273,41 +313,20 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     discquant = config.method == "discquant"
     started = discquant and config.solver.start == "gptq"
     packed = weights * mean_over(shape.blocks, config, lambda own, _: 0.5 if own.bits <= 4 else 1.0)
-    device: dict[str, float] = {"frozen parameters": frozen}
-    held: dict[str, float] = {"process": setting.process}
+    device, held = model_items(shape, setting)
     stored: dict[str, float] = {}
-    if setting.whole_model and setting.streamed and setting.accelerator:
-        # They stay with the host; a block's come to the device while it runs.
-        held["original weights"] = own
-        device["original weights of a block"] = max(b.weights for b in shape.blocks) * float(element)
-    elif setting.whole_model:
-        device["original weights"] = own
 
-    def peak(
-        name: str,
-        at_device: dict[str, float],
-        at_host: dict[str, float],
-        at_disk: Mapping[str, float] = MappingProxyType({}),
-    ) -> PhasePeak:
-        on_device, on_host, on_disk = {**device, **at_device}, {**held, **at_host}, {**stored, **at_disk}
-        if not setting.accelerator:
-            return PhasePeak(name, {}, {**on_host, **on_device}, on_disk)
-        return PhasePeak(name, on_device, on_host, on_disk)
+    def peak(name: str, at_device: Items, at_host: Items, at_disk: Items = MappingProxyType({})) -> PhasePeak:
+        return placed(name, setting, {**device, **at_device}, {**held, **at_host}, {**stored, **at_disk})
 
-    # The library maps the whole checkpoint while it converts it; block-wise reading holds one matrix.
-    mapped = (weights + shape.untouched) * shape.file_bytes if setting.whole_model else 0.0
-    reading: dict[str, float] = {"largest matrix as read": matrix * (shape.file_bytes + element)}
-    peaks = [peak("open", reading, {"checkpoint as mapped": mapped})]
+    peaks = [peak("open", *reading_items(shape, setting))]
     if setting.accelerator:
         held["GPU libraries"], device["cuBLAS workspace"] = LIBRARIES_FIRST, CUBLAS_WORKSPACE
-    dataset = config.data.dataset
-    text = dataset != "self" and token_file(dataset) is None
-    tokens = config.data.nsamples * config.data.seqlen
-    held["tokenizer and text"] = TEXT if text else 0.0
-    lists = {"token lists": TOKEN_LISTS * tokens if text else 0.0}
+    text, lists = text_items(config)
+    held |= text
     peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix, "scales": grids}, {}))
     held["scales"] = grids
-    peaks.append(peak("calibrate", _sampling(shape, setting), {"windows": windows} | lists))
+    peaks.append(peak("calibrate", sampling_items(shape, setting), {"windows": windows} | lists))
     held["windows"] = windows
     if setting.accelerator:
         held["GPU libraries"] = LIBRARIES
@@ -315,7 +334,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         method = "gptq" if started else config.method
         layer, away = layerwise_items(shape, setting, method), _guided_items(shape, setting, method)
         peaks.append(
-            peak("start", layer | _heap(shape, setting, layer), {"codes": packed} | away.host, away.disk)
+            peak("start", layer | heap_items(shape, setting, layer), {"codes": packed} | away.host, away.disk)
         )
     if discquant and teacher:
         # All rows enter and pass block by block beside what entered; at the end they are joined.
@@ -355,7 +374,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
         moment = max(work, building, gathering, gain, key=lambda items: sum(items.values()))
         watched = float(min(VALIDATION_ROWS, config.validation_windows) * config.data.seqlen * shape.hidden)
         moment = {**moment, "teacher of the validation windows": watched * element}
-        peaks.append(peak("solve", moment | _heap(shape, setting, moment), away.host, away.disk))
+        peaks.append(peak("solve", moment | heap_items(shape, setting, moment), away.host, away.disk))
     # Codes of a solve and of RTN are computed when they are asked for, those at the start lie in a file.
     held["codes"] = 0.0 if config.method in ("discquant", "rtn") else packed
     stored["codes"] = weights * (1 + grid)
@@ -372,7 +391,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     moments = [_measuring(shape, setting), *(layerwise_items(shape, setting, name) for name in unknown)]
     moment = max(moments, key=lambda items: sum(items.values()))
     away = _guided_items(shape, setting, "guided" if "guided" in unknown else "gptq")
-    peaks.append(peak("evaluate", moment | _heap(shape, setting, moment), others | away.host, away.disk))
+    peaks.append(peak("evaluate", moment | heap_items(shape, setting, moment), others | away.host, away.disk))
     return peaks
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from discquant.planning.allocating import peaks_of
 from discquant.planning.hardware import Device
-from discquant.planning.memory import PhasePeak, needed, phase_peaks
+from discquant.planning.memory import PhasePeak, needed
 from discquant.planning.rates import Rates, measured_step
 from discquant.planning.setting import (
     Placement,
@@ -130,7 +131,7 @@ def seconds_of(
 
 def option_of(shape: ModelShape, setting: Setting, machine: Machine, rates: Rates | None = None) -> Option:
     """Return a setting as a row of the comparison."""
-    peaks = phase_peaks(shape, setting)
+    peaks = peaks_of(shape, setting)
     moved, _, seconds = seconds_of(shape, setting, machine, rates)
     return Option(
         setting.placement,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from discquant.config import QuantizeConfig
-from discquant.planning.memory import PhasePeak, phase_peaks
+from discquant.planning.allocating import peaks_of
+from discquant.planning.memory import PhasePeak
 from discquant.planning.option import (
     FORWARD_PREFIX,
     MEMORY_TOLERANCE,
@@ -20,7 +21,7 @@ from discquant.planning.option import (
 )
 from discquant.planning.rates import Rates
 from discquant.planning.refusal import every_rank_has_some, refusal, with_state
-from discquant.planning.setting import PLACEMENTS, Placement, Setting, state_of
+from discquant.planning.setting import PLACEMENTS, Allocating, Placement, Setting, state_of
 from discquant.planning.shape import ModelShape
 from discquant.planning.traffic import (
     HidingTokens,
@@ -145,6 +146,7 @@ def setting_for(
     *,
     process: float = 0.0,
     activations: Placement | None = None,
+    allocating: Allocating | None = None,
 ) -> Setting:
     """Return the setting of a run of a model on a machine."""
     element = {"bfloat16": 2, "float32": 4, "float64": 8}[config.solver.compute_dtype]
@@ -158,6 +160,7 @@ def setting_for(
         shape.blockwise,
         machine.ranks,
         activations,
+        allocating,
     )
 
 
@@ -171,6 +174,7 @@ def make_plan(
     process: float = 0.0,
     activations: Placement | None = None,
     filled: str = "",
+    allocating: Allocating | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -184,6 +188,7 @@ def make_plan(
         process: What the process holds before it opens a model, bytes.
         activations: Where activations between blocks are kept; None follows the placement.
         filled: Options in `config` that the user has not given, as words: advice repeats them.
+        allocating: Of `discquant allocate`; its options are `allocating.options`.
 
     Returns:
         The plan.
@@ -199,20 +204,22 @@ def make_plan(
     def setting_of(
         config: QuantizeConfig, placement: Placement, activations: Placement | None = activations
     ) -> Setting:
-        return setting_for(shape, config, placement, machine, process=process, activations=activations)
+        return setting_for(
+            shape, config, placement, machine, process=process, activations=activations, allocating=allocating
+        )
 
     def enough_windows(batch: int) -> str:
         """Return the advice to take so many windows per step, nothing where the same placement has no room for them."""
         solver = dataclasses.replace(config.solver, batch_size=batch)
         advised = setting_of(dataclasses.replace(config, solver=solver), chosen.placement)
         shared = every_rank_has_some(advised.config, machine.ranks)
-        return f", e.g. --batch-size {batch}" if shared and fits(phase_peaks(shape, advised), machine) else ""
+        return f", e.g. --batch-size {batch}" if shared and fits(peaks_of(shape, advised), machine) else ""
 
     settings = [setting_of(config, candidate) for candidate in wanted]
-    fitting = [setting for setting in settings if fits(phase_peaks(shape, setting), machine)]
+    fitting = [setting for setting in settings if fits(peaks_of(shape, setting), machine)]
     if not fitting:
         raise refusal(shape, config, wanted, machine, setting_of, activations=activations, filled=filled)
-    roomy = (s for s in fitting if fits(phase_peaks(shape, s), machine, spare=MEMORY_TOLERANCE))
+    roomy = (s for s in fitting if fits(peaks_of(shape, s), machine, spare=MEMORY_TOLERANCE))
     chosen = next(roomy, fitting[0])
     moved, modelled, seconds = seconds_of(shape, chosen, machine, rates)
     factors = factor_bytes(shape.blocks, config)
@@ -252,7 +259,7 @@ def make_plan(
         shape,
         machine,
         chosen,
-        tuple(phase_peaks(shape, chosen)),
+        tuple(peaks_of(shape, chosen)),
         work_per_token(shape, config.data.seqlen, step=curvature_work(shape, config)),
         moved,
         hide,

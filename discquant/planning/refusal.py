@@ -17,6 +17,8 @@ from discquant.planning.shape import ModelShape
 # Stands for calibration text of the user's own.
 TEXT_FILE = "TEXT.jsonl"
 LEAST_SAMPLES = 16  # windows for GPTQ and its like that advice goes down to
+# Fewer, or shorter ones, are not advised for `allocate`, whose figures are means over windows.
+FEWEST_WINDOWS, SHORTEST_WINDOW = 64, 64
 
 
 def with_state(config: QuantizeConfig, state: str, optimizer: str) -> QuantizeConfig:
@@ -119,6 +121,30 @@ def _smaller(config: QuantizeConfig, accelerated: bool) -> list[tuple[str, Quant
     return found
 
 
+def _shorter(config: QuantizeConfig, accelerated: bool) -> list[tuple[str, QuantizeConfig]]:
+    """Return what `_smaller` does of `discquant allocate`, which has no options of a solve."""
+    current, said, found = config, "", []
+    if config.data.dataset == "self":
+        current = dataclasses.replace(current, data=dataclasses.replace(current.data, dataset=TEXT_FILE))
+        said = f"--dataset {TEXT_FILE}"
+        found.append((said, current))
+    narrow: ComputeDtype = "bfloat16" if accelerated else "float32"
+    if config.solver.compute_dtype not in (narrow, "bfloat16"):
+        solver = dataclasses.replace(current.solver, compute_dtype=narrow)
+        current = dataclasses.replace(current, solver=solver)
+        said = f"{said} --compute-dtype {narrow}".strip()
+        found.append((said, current))
+    for option, least in (("nsamples", FEWEST_WINDOWS), ("seqlen", SHORTEST_WINDOW)):
+        begun, size = said, getattr(current.data, option)
+        while size > least:
+            size //= 2
+            data = dataclasses.replace(current.data, **{option: size})
+            current = dataclasses.replace(current, data=data)
+            said = f"{begun} --{option} {size}".strip()
+            found.append((said, current))
+    return found
+
+
 def every_rank_has_some(config: QuantizeConfig, ranks: int) -> bool:
     """Return whether every rank has micro-batches of a step, without which a run on several is refused."""
     from discquant.solver.ranks import Ranks
@@ -196,7 +222,9 @@ def refusal(
         f"the placements {', '.join(wanted)}; {best.placement}, the nearest, needs {_gigabytes(best, machine)}"
     )
     least = best
-    for said, smaller in [("", config), *_smaller(config, machine.accelerated)]:
+    allocating = setting_of(config, wanted[0], activations).allocating is not None
+    changes = (_shorter if allocating else _smaller)(config, machine.accelerated)
+    for said, smaller in [("", config), *changes]:
         if not every_rank_has_some(smaller, machine.ranks):
             continue
         for (placement, kept), places in _places(activations).items():

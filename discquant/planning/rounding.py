@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from discquant.config import QuantizeConfig
 from discquant.planning.setting import Setting, logit_tensors
-from discquant.planning.shape import Block, ModelShape
+from discquant.planning.shape import Block, Matrix, ModelShape
 from discquant.planning.traffic import boundary_bytes
 
 BOUNDARIES = "boundary activations"
@@ -18,6 +18,16 @@ WIDE_POSITIONS = (
 )  # per weight of a matrix whose neighbours are found: float32 weight, quotient, floor, ...
 
 
+def gptq_work(matrix: Matrix) -> float:
+    """Return what GPTQ of one matrix holds beside its Hessian: the factor, a slice of rows, the codes."""
+    from discquant.rounding.gptq import COPIED_COLUMNS, slice_rows
+
+    rows = min(matrix.rows, slice_rows(matrix.columns))
+    copied = 2 * 8.0 * matrix.columns * min(matrix.columns, COPIED_COLUMNS)
+    work = 8.0 * matrix.columns**2 + max(copied, 17.0 * rows * matrix.columns)
+    return work + 1.0 * matrix.rows * matrix.columns
+
+
 def gptq_bytes(block: Block) -> float:
     """Return what GPTQ of one block holds at most, in bytes.
 
@@ -25,16 +35,11 @@ def gptq_bytes(block: Block) -> float:
     those of the layers after it, one more for the factor, a slice of rows (float64 twice, codes once) and its codes.
     Those of fused experts stay to the end.
     """
-    from discquant.rounding.gptq import COPIED_COLUMNS, slice_rows
-
     kept = [8.0 * m.columns**2 * m.count for m in block.matrices]
     peak = sum(kept) + max(4.0 * m.columns**2 for m in block.matrices)
     left = sum(kept)
     for matrix, own in zip(block.matrices, kept, strict=True):
-        rows = min(matrix.rows, slice_rows(matrix.columns))
-        copied = 2 * 8.0 * matrix.columns * min(matrix.columns, COPIED_COLUMNS)
-        work = 8.0 * matrix.columns**2 + max(copied, 17.0 * rows * matrix.columns)
-        peak = max(peak, left + work + 1.0 * matrix.rows * matrix.columns)
+        peak = max(peak, left + gptq_work(matrix))
         if matrix.active == 1:
             left -= own
     return peak

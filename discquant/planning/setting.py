@@ -29,6 +29,19 @@ PLACEMENTS: tuple[Placement, ...] = ("resident", "host", "disk")
 
 
 @dataclass(frozen=True)
+class Allocating:
+    """What `discquant allocate` measures of every layer.
+
+    Attributes:
+        choices: How many grids.
+        hessians: Whether the codes are GPTQ's, which need X^T X of the inputs.
+    """
+
+    choices: int
+    hessians: bool
+
+
+@dataclass(frozen=True)
 class Setting:
     """What decides the footprint.
 
@@ -42,6 +55,7 @@ class Setting:
         blockwise: The original's blocks can be read one by one.
         ranks: Processes that share a step's windows; all else here is of one of them.
         activations: Where activations between blocks are kept; None follows the placement.
+        allocating: Of `discquant allocate`, whose phases are its own; None of a run.
     """
 
     config: QuantizeConfig
@@ -53,6 +67,7 @@ class Setting:
     blockwise: bool = True
     ranks: int = 1
     activations: Placement | None = None
+    allocating: Allocating | None = None
 
     @property
     def boundaries(self) -> Placement:

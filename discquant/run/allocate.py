@@ -3,27 +3,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
-import tempfile
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from discquant.allocation import Allocation, allocate
-from discquant.allocation.allocate import Codes, Measured, check_request
+from discquant.allocation.allocate import Codes, Measured, check_request, sizes_of
 from discquant.calibration.load import check_named, load_windows
 from discquant.config import GridConfig, LayerGrid, QuantizeConfig
 from discquant.environment import versions
 from discquant.errors import CheckpointError, ConfigError, MissingModelError, OutputExistsError
 from discquant.formats import registry
+from discquant.formats.bits import stored_bits
 from discquant.formats.lazy import settle
 from discquant.formats.source import open_source
+from discquant.planning.allocating import options
+from discquant.planning.setting import Allocating
 from discquant.planning.shape import stored_dtype
 from discquant.run.checks import check_ignore, check_text, holds, run_identity
+from discquant.run.choices import check_choices, check_joined
 from discquant.run.directory import write_atomic
+from discquant.run.lock import locked
 from discquant.run.measured import Unfinished
 from discquant.run.planned import place_run
 from discquant.solver.boundaries import Boundaries
@@ -58,7 +65,7 @@ def allocate_model(
         choices: Grids by their words.
         average_bits: See `allocation.allocate`.
         codes: See there.
-        engine: Where and how; `auto` is settled by the plan of a GPTQ run.
+        engine: Where and how; `auto` is settled by the plan (`planning.allocating`).
         trust_remote_code: As for `open_source`.
         allow_pickle: As for `open_source`.
         say: Takes each note.
@@ -71,56 +78,70 @@ def allocate_model(
         UserError: Bad input, found before any long work.
     """
     check_request(choices, average_bits, codes)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "allocate: one process does the work; start it without torchrun (WORLD_SIZE is above 1)"
+        )
     _check_out(out)
     for name in config.formats:
         registry.by_name(name)
     check_named(config.data.dataset)
     engine = dataclasses.replace(engine or Engine())
-    sampled = config.data.dataset == "self"
-    planned = dataclasses.replace(config, method="gptq", format="none", baselines=())
-    plan = place_run(str(model), planned, engine, out, trust_remote_code=trust_remote_code)
-    if engine.where == "auto":
-        engine.where = "resident" if plan is None else plan.setting.placement
-    dtype = getattr(torch, config.solver.compute_dtype)
-    source = open_source(
-        model, dtype=dtype, lazy=engine.streamed and not sampled, trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )  # fmt: skip
-    check_ignore(source.model, config.ignore)
-    check_text(source, config.data)
-    settle(source.model, engine.device, stream=engine.streamed and engine.device.type == "cuda")
-    chain, data = DecoderChain(source.model, config.ignore), config.data
-    identity = {
-        **run_identity(source, config, engine.device),
-        "choices": {word: dataclasses.asdict(grid) for word, grid in choices.items()},
-        "codes": codes,
-    }
-    unfinished = Unfinished(out, identity)
-    windows = unfinished.windows or load_windows(
-        data.dataset, source.tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed,
-        model=source.model, chat_template=data.chat_template, text_key=data.text_key,
-    )  # fmt: skip
-    if len(windows) < data.nsamples:
-        say(f"note: {data.dataset} gives {len(windows)} of the {data.nsamples} windows asked for")
-    chain.verify(windows.input_ids[:1])
-    if unfinished.measured:
-        say(f"note: {len(unfinished.measured)} layers were measured before; the others follow")
-    unfinished.keep(windows, {})
-    blocks = len(chain.blocks) - chain.first
+    with _at_work(out) as scratch:
+        sampled = config.data.dataset == "self"
+        plan = place_run(
+            str(model), options(config), engine, out, trust_remote_code=trust_remote_code,
+            allocating=Allocating(len(choices), codes == "gptq"),
+        )  # fmt: skip
+        if engine.where == "auto":
+            engine.where = "resident" if plan is None else plan.setting.placement
+        dtype = getattr(torch, config.solver.compute_dtype)
+        source = open_source(
+            model, dtype=dtype, lazy=engine.streamed and not sampled, trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )  # fmt: skip
+        check_ignore(source.model, config.ignore)
+        check_text(source, config.data)
+        settle(source.model, engine.device, stream=engine.streamed and engine.device.type == "cuda")
+        chain, data = DecoderChain(source.model, config.ignore), config.data
+        stored = stored_dtype(source.model.config)
 
-    def done(index: int, made: Mapping[str, Measured]) -> None:
-        if made:
-            unfinished.keep(windows, made)
-        if progress is not None:
-            progress(blocks - (index - chain.first), blocks)
+        @functools.cache
+        def allowed(name: str, shape: tuple[int, int], grid: GridConfig) -> bool:
+            return all(holds(chosen, name, shape, grid, stored) for chosen in config.formats)
 
-    stored = stored_dtype(source.model.config)
+        def sized(shape: tuple[int, int], grid: GridConfig) -> int:
+            return max(stored_bits(chosen, shape, grid) for chosen in config.formats or ("",))
 
-    def allowed(name: str, shape: tuple[int, int], grid: GridConfig) -> bool:
-        return all(holds(chosen, name, shape, grid, stored) for chosen in config.formats)
+        check_choices(chain, choices)
+        refs = {ref.name: ref for own in chain.weights for ref in own}
+        sizes_of(refs, choices, average_bits, allowed=allowed, sized=sized)
+        check_joined(source.model.config.to_dict(), chain, config.formats, choices, allowed)
+        identity = {
+            **run_identity(source, config, engine.device),
+            "choices": {word: dataclasses.asdict(grid) for word, grid in choices.items()},
+            "codes": codes,
+        }
+        unfinished = Unfinished(out, identity)
+        windows = unfinished.windows or load_windows(
+            data.dataset, source.tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed,
+            model=source.model, chat_template=data.chat_template, text_key=data.text_key,
+        )  # fmt: skip
+        if len(windows) < data.nsamples:
+            say(f"note: {data.dataset} gives {len(windows)} of the {data.nsamples} windows asked for")
+        chain.verify(windows.input_ids[:1])
+        if unfinished.measured:
+            say(f"note: {len(unfinished.measured)} layers were measured before; the others follow")
+        unfinished.keep(windows, {})
+        blocks = len(chain.blocks) - chain.first
 
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as scratch:
-        boundaries = Boundaries(engine.activations or engine.where, engine.device, Path(scratch))
+        def done(index: int, made: Mapping[str, Measured]) -> None:
+            if made:
+                unfinished.keep(windows, made)
+            if progress is not None:
+                progress(blocks - (index - chain.first), blocks)
+
+        boundaries = Boundaries(engine.activations or engine.where, engine.device, scratch)
         try:
             with engine.reproducible():
                 found = allocate(
@@ -132,25 +153,50 @@ def allocate_model(
                     damp=config.gptq_damp,
                     seed=config.seed,
                     allowed=allowed,
+                    sized=sized,
                     boundaries=boundaries,
                     known=unfinished.measured,
                     done=done,
                 )
         finally:
             boundaries.close()
-    text = {
-        "source": windows.source,
-        "windows": len(windows),
-        "tokens": windows.tokens,
-        "digest": windows.digest,
-    }
-    facts = {
-        MARKER: 1, "model": Path(str(model)).name, "codes": codes, "text": text, "seed": config.seed,
-        "versions": versions(),
-    }  # fmt: skip
-    _write(out, found, average_bits, facts)
-    unfinished.remove()
-    return found
+        text = {
+            "source": windows.source,
+            "windows": len(windows),
+            "tokens": windows.tokens,
+            "digest": windows.digest,
+        }
+        facts = {
+            MARKER: 1, "model": Path(str(model)).name, "codes": codes, "text": text, "seed": config.seed,
+            "versions": versions(),
+        }  # fmt: skip
+        _write(out, found, average_bits, facts)
+        unfinished.remove()
+        return found
+
+
+@contextlib.contextmanager
+def _at_work(out: Path) -> Iterator[Path]:
+    """Keep every other process from a file while it is made; yield a folder for block inputs, gone afterwards.
+
+    Raises:
+        OutputExistsError: Another process is at work on it, or has just written it.
+    """
+    folder = out.with_name(f".{out.name}.state")
+
+    def clear() -> None:
+        for left in folder.glob("*.act"):
+            left.unlink()
+
+    with locked(folder, file=out):
+        try:
+            _check_out(out)
+            clear()  # of a process that was killed
+            yield folder
+        finally:
+            clear()
+            with contextlib.suppress(OSError):  # somebody else's files
+                folder.rmdir()
 
 
 def choose_again(measured: Path, out: Path, average_bits: float) -> Allocation:
@@ -163,7 +209,7 @@ def choose_again(measured: Path, out: Path, average_bits: float) -> Allocation:
     before = _read(measured)
     try:
         figures = Allocation.of_dict(before)
-    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
         raise CheckpointError(f"{measured}: its figures cannot be read: {cause}") from cause
     check_request(figures.grids, average_bits, "rtn")
     found = figures.at(average_bits)

@@ -17,8 +17,12 @@ if sys.platform != "win32":
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, file: Path | None = None) -> Iterator[None]:
     """Make a folder where there is none, and keep every other process out of it while this is open.
+
+    Args:
+        folder: Of the work.
+        file: What the work is known by, where that is a file that it will write.
 
     Raises:
         OutputExistsError: Another process is at work in it.
@@ -36,8 +40,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                instead = "another folder" if file is None else "another OUT"
                 raise OutputExistsError(
-                    f"{folder}: another process is at work on this run; wait for it, or give another folder"
+                    f"{file or folder}: another process is at work on this run; wait for it, or give {instead}"
                 ) from None
         yield
     finally:

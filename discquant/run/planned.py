@@ -18,6 +18,7 @@ from discquant.errors import UserError
 from discquant.formats.lazy import is_lazy
 from discquant.planning.compare import against_plan, plan_of_run
 from discquant.planning.plan import Plan
+from discquant.planning.setting import Allocating
 from discquant.planning.shape import ModelShape, read_shape, shape_of
 from discquant.run.directory import METRICS, RunDirectory
 from discquant.run.phases import resident_bytes
@@ -46,6 +47,7 @@ def place_run(
     *,
     blockwise: bool = True,
     trust_remote_code: bool = False,
+    allocating: Allocating | None = None,
 ) -> Plan | None:
     """Plan a run from the model's config.json, before a weight is opened: refuse what cannot fit, and settle `auto`.
 
@@ -56,6 +58,7 @@ def place_run(
         out: The run directory, for the disk it is on.
         blockwise: Whether the original's blocks may be read one by one.
         trust_remote_code: As for `open_source`.
+        allocating: See `make_plan`.
 
     Returns:
         The plan, whose setting says where the state lives; None where config.json cannot be read.
@@ -69,7 +72,7 @@ def place_run(
     except UserError:  # opening the model says what is wrong with it
         return None
     shape = dataclasses.replace(shape, blockwise=blockwise)
-    return _planned(shape, config, engine, out, process=float(resident_bytes()))
+    return _planned(shape, config, engine, out, process=float(resident_bytes()), allocating=allocating)
 
 
 def plan_run(model: Any, shape: ModelShape | None, config: QuantizeConfig, engine: Engine, out: Path) -> Plan:
@@ -99,7 +102,15 @@ def plan_run(model: Any, shape: ModelShape | None, config: QuantizeConfig, engin
     return _planned(shape, config, engine, out, process=process)
 
 
-def _planned(shape: ModelShape, config: QuantizeConfig, engine: Engine, out: Path, *, process: float) -> Plan:
+def _planned(
+    shape: ModelShape,
+    config: QuantizeConfig,
+    engine: Engine,
+    out: Path,
+    *,
+    process: float,
+    allocating: Allocating | None = None,
+) -> Plan:
     return plan_of_run(
         shape,
         config,
@@ -109,6 +120,7 @@ def _planned(shape: ModelShape, config: QuantizeConfig, engine: Engine, out: Pat
         device=engine.device,
         ranks=local_ranks(),
         activations=engine.activations,
+        allocating=allocating,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from discquant.errors import NonFiniteError
 from discquant.ops.reference.linear_kl import cap_logits
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
@@ -35,12 +36,20 @@ def sampled_gradient(chain: Chain, batch: Prepared, hidden: Tensor, generator: t
     """Return the gradient, by the last block's output, of minus the log-likelihood of labels that the model draws.
 
     Where an item of a module has several labels, of 1/sqrt(T) of it (see `kronecker_factors`).
+
+    Raises:
+        NonFiniteError: What the head gets is not finite, so that there are no probabilities.
     """
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         features = chain.finish(leaf, batch)
     head = chain.head
     flat = features.detach().flatten(0, -2)
+    if not bool(torch.isfinite(flat).all()):
+        raise NonFiniteError(
+            "the model's outputs on the calibration text are not finite: its weights are not, or they exceed the "
+            "compute dtype"
+        )
     size = flat.shape[1] if head is None else head.weight.shape[0]
     chunk = head_chunk(size, flat.device)
     grad = torch.empty_like(flat)

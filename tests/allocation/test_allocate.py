@@ -13,9 +13,17 @@ import pytest
 import torch
 
 from discquant.allocation import allocate
+from discquant.allocation.allocate import Measured
 from discquant.allocation.units import unit_of, units_of
 from discquant.config import DataConfig, GridConfig, LayerGrid, QuantizeConfig
-from discquant.errors import CheckpointError, ConfigError, MissingModelError, OutputExistsError, ResumeError
+from discquant.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingModelError,
+    NonFiniteError,
+    OutputExistsError,
+    ResumeError,
+)
 from discquant.run.allocate import allocate_model, choose_again, read_layers
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
@@ -269,3 +277,86 @@ def test_another_size_from_the_same_figures(folder: Path, tmp_path: Path) -> Non
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(CheckpointError, match="figures cannot be read"):
             choose_again(tmp_path / "broken.json", tmp_path / "x.json", 4)
+
+
+def test_one_process_at_a_time_and_nothing_is_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process left is removed, another one at work is told, ranks are refused."""
+    from discquant.run.lock import locked
+
+    out, state = tmp_path / "grids.json", tmp_path / ".grids.json.state"
+    state.mkdir()
+    (state / "boundary-0099.act").write_bytes(b"left")
+    with (
+        locked(state),
+        pytest.raises(OutputExistsError, match=r"grids\.json: another process .* another OUT"),
+    ):
+        allocate_model(folder / "model", out, config_of(folder), CHOICES, 3.75, codes="rtn")
+    allocate_model(
+        folder / "model", out, config_of(folder), CHOICES, 3.75, codes="rtn", engine=Engine("disk")
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["grids.json"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        allocate_model(folder / "model", tmp_path / "x.json", config_of(folder), CHOICES, 3.75)
+
+
+def test_damages_that_are_no_numbers_are_refused(folder: Path) -> None:
+    chain, rows = chain_of(folder)
+    with torch.no_grad():
+        chain.model.get_submodule("model.norm").weight[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="outputs on the calibration text are not finite"):
+        allocate(chain, rows, CHOICES, 4, codes="rtn")
+    chain, rows = chain_of(folder)
+    product = torch.full((4, 16), float("nan"), dtype=torch.float64)
+    known = {
+        ref.name: Measured(dict.fromkeys(CHOICES, 64), product) for refs in chain.weights for ref in refs
+    }
+    with pytest.raises(NonFiniteError, match=r"damage of .* is not finite"):
+        allocate(chain, rows, CHOICES, 8, codes="rtn", known=known)
+
+
+def test_what_a_run_would_refuse_is_refused_before_windows_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that nothing fits, groups wider than any row, choices that a file cannot hold beside each other."""
+    import discquant.run.allocate as run
+
+    monkeypatch.setattr(run, "load_windows", lambda *_, **__: pytest.fail("windows were read"))
+
+    def refused(message: str, choices: dict[str, GridConfig], size: float, form: str = "none") -> None:
+        with pytest.raises(ConfigError, match=message):
+            allocate_model(
+                folder / "model", tmp_path / "x.json", config_of(folder, format=form), choices, size
+            )
+        assert not any(tmp_path.iterdir())
+
+    refused(r"narrowest choices take 2\.500 bits", CHOICES, 2.4)
+    wide = {"4g1024": GridConfig(4, 1024), "4": GridConfig(4, 32)}
+    refused("choice 4g1024: .* at most the widest row = 96", wide, 5)
+    groups = {"4": GridConfig(4, 32), "4g64": GridConfig(4, 64)}
+    refused("awq cannot hold the choices 4 and 4g64 beside each other: .* one group size", groups, 5, "awq")
+    packings = {"4": GridConfig(4, 32), "3a": GridConfig(3, 32, False), "4a": GridConfig(4, 32, False)}
+    refused("autoround cannot hold .* one packing", packings, 5, "autoround")
+    refused(r"narrowest choices take 4\.500 bits", {"2": GridConfig(2, 32)}, 4.4, "gguf")
+
+
+@pytest.mark.parametrize("form", ["gguf", "onnx"])
+def test_a_file_is_as_large_as_was_counted(folder: Path, tmp_path: Path, form: str) -> None:
+    """Formats that store codes wider get them counted so."""
+    from discquant.formats import registry
+    from discquant.formats.bits import file_bits_per_weight
+    from discquant.run.pipeline import Pipeline
+
+    if form == "onnx":
+        pytest.importorskip("onnx")
+    choices = {word: grid for word, grid in CHOICES.items() if word != "2"} | {"5": GridConfig(5, 32)}
+    grids, config = tmp_path / "grids.json", config_of(folder, format=form)
+    found = allocate_model(folder / "model", grids, config, choices, 6.5, codes="rtn")
+    config = config_of(
+        folder, format=form, layers=read_layers(grids), method="rtn", baselines=(), validation_windows=2
+    )
+    Pipeline(folder / "model", tmp_path / "out", config).execute()
+    made = tmp_path / "out" / form
+    assert file_bits_per_weight(registry.find(made), made) == pytest.approx(found.bits())

@@ -47,6 +47,14 @@ def test_within_the_budget_and_near_the_best_there_is(problem: tuple[list[list[O
             assert not fits or other.damage >= options[number].damage or other.cost < options[number].cost
 
 
+@pytest.mark.parametrize(
+    "option", [Option(2, float("nan")), Option(2, float("inf")), Option(float("nan"), 1)]
+)
+def test_what_is_no_number_is_refused(option: Option) -> None:
+    with pytest.raises(ValueError, match="must be finite"):
+        choose([[Option(1, 2), option]], 10)
+
+
 def test_a_budget_on_the_hull_gets_the_best() -> None:
     units = [[Option(2, 16), Option(3, 4), Option(4, 1)], [Option(2, 160), Option(3, 40), Option(4, 10)]]
     assert choose(units, 4) == [0, 0]
