@@ -18,7 +18,7 @@ from discquant.planning.memory import (
     sampling_items,
     text_items,
 )
-from discquant.planning.rounding import WIDE_POSITIONS, boundaries, gptq_work, head_copy
+from discquant.planning.rounding import MASKS, WIDE_POSITIONS, boundaries, gptq_work, head_copy
 from discquant.planning.setting import Setting, logit_tensors
 from discquant.planning.shape import ModelShape
 
@@ -88,9 +88,11 @@ def _moments(shape: ModelShape, setting: Setting, here: bool) -> list[dict[str, 
     )
     rounding = max(gptq_work(m) for m in largest.matrices) if setting.allocating.hessians else 0.0
     wide = 4.0 if element < 4 else 0.0
+    masks = {MASKS: shape.mask_bytes(element, tokens, tokens)}
     forward = {
         "hidden states": passing,
-        "activations of a block": largest.passing_elements * element * tokens,
+        "activations of a block": largest.passing_bytes(element, tokens) * tokens,
+        **masks,
         "a block as read": own,
     }
     head = {
@@ -111,6 +113,8 @@ def _moments(shape: ModelShape, setting: Setting, here: bool) -> list[dict[str, 
         "errors of a block": candidates,
         "gradient of a block": float(largest.weights * element),
         "a matrix's error": (4.0 + wide) * matrix,
-        "activations of a block": largest.saved_bytes(element, setting.accelerator) * tokens,
+        "activations of a block": largest.saved_bytes(element, setting.accelerator, tokens) * tokens,
+        "gradients of activations": largest.back_bytes(element, tokens) * tokens,
+        **masks,
     }
     return [forward, head, errors, gradients]
