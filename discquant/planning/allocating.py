@@ -90,7 +90,7 @@ def _moments(shape: ModelShape, setting: Setting, here: bool) -> list[dict[str, 
     wide = 4.0 if element < 4 else 0.0
     forward = {
         "hidden states": passing,
-        "activations of a block": largest.passing_elements * element * tokens,
+        "activations of a block": largest.passing_bytes(element, tokens) * tokens,
         "a block as read": own,
     }
     head = {
@@ -111,6 +111,6 @@ def _moments(shape: ModelShape, setting: Setting, here: bool) -> list[dict[str, 
         "errors of a block": candidates,
         "gradient of a block": float(largest.weights * element),
         "a matrix's error": (4.0 + wide) * matrix,
-        "activations of a block": largest.saved_bytes(element, setting.accelerator) * tokens,
+        "activations of a block": largest.saved_bytes(element, setting.accelerator, tokens) * tokens,
     }
     return [forward, head, errors, gradients]
