@@ -19,7 +19,7 @@ from discquant.config import GridConfig, LayerGrid
 from discquant.errors import ConfigError, NonFiniteError, either
 from discquant.formats.bits import planned_bits
 from discquant.grids import Grid
-from discquant.rounding import gptq
+from discquant.rounding.gptq import Factor, gptq, gptq_factor
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.layerwise import watch_inputs
@@ -247,11 +247,12 @@ def allocate(
         matrix = ref.matrix()
         # In bfloat16: an error's own rounding is nothing beside it, and all choices of a block are held at once.
         found = torch.zeros(len(names), *matrix.shape, dtype=torch.bfloat16, device=matrix.device)
+        factor = None if hessian is None else gptq_factor(hessian, damp=damp)
         for place, choice in enumerate(names):
             if choice not in options[of[ref.name]]:
                 continue
             grid = lay_grid(ref, choices[choice])
-            found[place] = _error(matrix, grid.to(matrix.device), hessian, damp)
+            found[place] = _error(matrix, grid.to(matrix.device), factor)
         return found
 
     def keep(index: int, products: Mapping[str, Tensor]) -> None:
@@ -385,7 +386,7 @@ def _hessians(
     return {ref.name: hooks[ref.name].gathered(ref) for ref in refs}
 
 
-def _error(matrix: Tensor, grid: Grid, hessian: Tensor | None, damp: float) -> Tensor:
+def _error(matrix: Tensor, grid: Grid, factor: Factor | None) -> Tensor:
     """Rounded weight minus the original: GPTQ's where there is a Hessian, else to nearest."""
-    q = grid.nearest(matrix) if hessian is None else gptq(matrix, hessian, grid, damp=damp)
+    q = grid.nearest(matrix) if factor is None else gptq(matrix, factor, grid)
     return grid.dequantize(q, torch.float32) - matrix.float()

@@ -107,8 +107,8 @@ def _gradients(
 
 
 def _weights(refs: Sequence[WeightRef]) -> dict[str, Tensor]:
-    """Return the weights of a block by parameter name; read where they are not in memory."""
-    if any(hasattr(ref.parameter, LAZY) or ref.device is not None for ref in refs):
+    """Return the weights of a block by parameter name; read where they are not in memory, or not where it runs."""
+    if any(hasattr(ref.parameter, LAZY) or ref.device not in (None, ref.parameter.device) for ref in refs):
         return assemble(refs, (ref.matrix() for ref in refs))
     return {ref.param_name: ref.parameter.detach() for ref in refs}
 

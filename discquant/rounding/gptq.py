@@ -6,6 +6,8 @@ Groups stay where they are (static, contiguous): `act_order` only orders the sol
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -58,9 +60,40 @@ def _inverse_factor(hessian: Tensor, order: Tensor, diagonal: Tensor, damp: floa
     raise ValueError("gptq: hessian must be finite and positive semidefinite; no damping made it definite")
 
 
+class Factor(NamedTuple):
+    """What GPTQ needs of a Hessian, whatever the grid.
+
+    Attributes:
+        order: Of the columns, int64, [in_features].
+        inverse: Upper Cholesky factor of the damped inverse in that order, float64, [in_features, in_features].
+    """
+
+    order: Tensor
+    inverse: Tensor
+
+
+def gptq_factor(hessian: Tensor, *, damp: float = 0.01, act_order: bool = True) -> Factor:
+    """Return what `gptq` makes of a Hessian, for several grids of one weight.
+
+    Args:
+        hessian: See `gptq`, as the others.
+        damp: See there.
+        act_order: See there.
+
+    Raises:
+        ValueError: No damping makes the Hessian definite.
+    """
+    diagonal = live_diagonal(hessian)
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    )
+    order = order.to(hessian.device)
+    return Factor(order, _inverse_factor(hessian, order, diagonal, damp))
+
+
 def gptq(
     weight: Tensor,
-    hessian: Tensor,
+    hessian: Tensor | Factor,
     grid: Grid,
     *,
     damp: float = 0.01,
@@ -74,7 +107,8 @@ def gptq(
 
     Args:
         weight: Floating, [out_features, in_features].
-        hessian: X^T X (any positive multiple), floating, [in_features, in_features].
+        hessian: X^T X (any positive multiple), floating, [in_features, in_features]; or what `gptq_factor` made of it,
+            which has the damping and the order.
         grid: Grid of this weight.
         damp: Share of the mean diagonal added to it.
         act_order: Solve columns of large diagonal first.
@@ -94,12 +128,11 @@ def gptq(
         GPTQ, arXiv 2210.17323.
     """
     rows, columns = weight.shape
-    if hessian.shape != (columns, columns):
-        raise ValueError(f"gptq: hessian must be [{columns}, {columns}], got {list(hessian.shape)}")
-    diagonal = live_diagonal(hessian)
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns)
-    order = order.to(weight.device)
-    factor = _inverse_factor(hessian, order, diagonal, damp)
+    shape = hessian.inverse.shape if isinstance(hessian, Factor) else hessian.shape
+    if shape != (columns, columns):
+        raise ValueError(f"gptq: hessian must be [{columns}, {columns}], got {list(shape)}")
+    made = hessian if isinstance(hessian, Factor) else gptq_factor(hessian, damp=damp, act_order=act_order)
+    order, factor = made
     levels = grid.columns(order)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     size = slice_rows(columns)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from discquant.allocation.damage import projections
+from discquant.allocation.damage import _weights, projections
 from discquant.formats.source import open_source
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import DecoderChain, Prepared
@@ -147,6 +147,9 @@ def test_experts_have_their_own_and_those_without_tokens_none() -> None:
         lambda index, _: drawn(chain, index),
         generator=label_generator(torch.device("cpu"), 5),
     )
+    for refs in chain.weights:  # in memory and where they run: no copy
+        for name, value in _weights(refs).items():
+            assert value.data_ptr() == next(r.parameter for r in refs if r.param_name == name).data_ptr()
     experts = {name: value for name, value in found.items() if ".experts." in name}
     assert len(experts) == 18
     reached = {name.split(".experts.")[1].split(".")[0] for name, value in experts.items() if value.any()}

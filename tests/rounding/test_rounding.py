@@ -16,7 +16,7 @@ from torch import Tensor
 from discquant.config import GridConfig
 from discquant.grids import Grid, UniformGrid, place_grid
 from discquant.rounding import gptq, greedy
-from discquant.rounding.gptq import slice_rows
+from discquant.rounding.gptq import gptq_factor, slice_rows
 
 
 def _problem(rows: int, columns: int, samples: int = 200) -> tuple[Tensor, Tensor]:
@@ -199,3 +199,18 @@ def test_rejects_bad_input() -> None:
         for bad in (torch.nan, torch.inf):
             with pytest.raises(ValueError, match="hessian must be finite"):
                 method(weight, hessian * bad, grid)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_factor_serves_several_grids(act_order: bool) -> None:
+    """The same codes as from the Hessian, each time."""
+    generator = torch.Generator().manual_seed(4)
+    weight, x = torch.randn(6, 40, generator=generator), torch.randn(90, 40, generator=generator)
+    hessian = (x.T @ x).double()
+    factor = gptq_factor(hessian, damp=0.05, act_order=act_order)
+    for bits in (2, 4):
+        grid = place_grid(weight, GridConfig(bits, 16))
+        expected = gptq(weight, hessian, grid, damp=0.05, act_order=act_order)
+        assert torch.equal(gptq(weight, factor, grid), expected)
+    with pytest.raises(ValueError, match=r"hessian must be \[8, 8\], got \[40, 40\]"):
+        gptq(weight[:, :8], factor, place_grid(weight[:, :8], GridConfig(4, 8)))
