@@ -309,7 +309,7 @@ def quantize_module(
             f"quantize_module: inputs must be = [samples, ...], at least one, got {list(inputs.shape)}"
         )
     config = _in_dtype(config or QuantizeConfig(ignore=()), served)
-    check_ignore(module, config.ignore, whole=True)
+    check_ignore(module, config.ignore)
     with lent(module):
         chain = ModuleChain(module, config.ignore)
         chain.verify(inputs[:1])

@@ -28,7 +28,7 @@ from discquant.formats.source import Source, pickled_files
 from discquant.formats.stored import stored_name
 from discquant.formats.write import weight_shape
 from discquant.grids import Grid, place_grid
-from discquant.solver.chain import Chain, DecoderChain, WeightRef
+from discquant.solver.chain import Chain, WeightRef
 from discquant.solver.experts import layer_names
 from discquant.solver.solve import lay_grid
 
@@ -36,27 +36,20 @@ PROBE_ROWS = 64
 PIECE = 1 << 24  # bytes of a file hashed at a time
 
 
-def check_ignore(model: torch.nn.Module, ignore: tuple[str, ...], *, whole: bool = False) -> None:
-    """Refuse an ignore entry that leaves nothing alone.
+def check_ignore(model: torch.nn.Module, ignore: tuple[str, ...]) -> None:
+    """Refuse an ignore entry that names nothing.
 
     Args:
-        model: The model; of a decoder only what its blocks hold is quantized.
-        ignore: Patterns. `lm_head` is never refused: it is there by default, and not every model calls its head so.
-        whole: The model is any module, all of which is quantized.
+        model: The model.
+        ignore: Patterns. Those of modules that are left alone anyway (a norm, a vision tower) are as good as any.
+            `lm_head` is never refused: it is there by default, and not every model calls its head so.
 
     Raises:
-        ConfigError: It covers no layer; the message lists some that exist.
-        NotImplementedError: The model is no decoder with a list of blocks.
+        ConfigError: It matches no module and no expert; the message lists some that exist.
     """
-    given = [pattern for pattern in ignore if pattern != "lm_head"]
-    if not given:
-        return
-    blocks = {"": model} if whole else DecoderChain.named_blocks(model)
-    names = [name for prefix, block in blocks.items() for name in layer_names(model, block, prefix)]
-    for pattern in names_none(given, names):
-        raise ConfigError(
-            f"no layer that is quantized matches --ignore {pattern!r}; last names here: {_last_names(names)}"
-        )
+    names = [name for name, _ in model.named_modules() if name] + layer_names(model, model, "")
+    for pattern in names_none((pattern for pattern in ignore if pattern != "lm_head"), names):
+        raise ConfigError(f"no module matches --ignore {pattern!r}; last names here: {_last_names(names)}")
 
 
 def _last_names(names: Iterable[str]) -> str:

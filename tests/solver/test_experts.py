@@ -419,7 +419,8 @@ def test_experts_can_be_ignored() -> None:
         "gate_up_proj",
         "gate",
         "mlp",
-    ):  # a router stays anyway
+        "norm",
+    ):  # a router stays anyway, and so does a norm
         check_ignore(model, ("lm_head", pattern))
     with pytest.raises(ConfigError, match=r"'\*.experts.99'; last names here: .*down_proj"):
         check_ignore(model, ("lm_head", "*.experts.99"))
