@@ -91,6 +91,7 @@ def plan(
     from discquant.planning.rates import keep_rates, load_rates, machine_name, nearest_rates
     from discquant.planning.shape import chain_shape, empty_model, open_config, stored_dtype
     from discquant.run.checks import check_ignore, check_planned, text_file
+    from discquant.run.choices import fallback_notes
     from discquant.solver.chain import DecoderChain
     from discquant.solver.engine import Engine
     from discquant.solver.ranks import Ranks
@@ -175,6 +176,9 @@ def plan(
     if text is not None and not text.is_file():
         absent = f"there is no file {text} here: the plan does not read it, quantize would refuse it"
         made = dataclasses.replace(made, warnings=(*made.warnings, absent))
+    refs = (ref for own in chain.weights for ref in own)
+    replaced = fallback_notes((ref.name, ref.shape, config.grid_of(ref.name)) for ref in refs)
+    made = dataclasses.replace(made, warnings=(*made.warnings, *replaced))
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=2, allow_nan=False))
     else:

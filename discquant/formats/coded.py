@@ -182,8 +182,14 @@ class Format(Protocol):
         """
         ...
 
-    def stored_wider(self, bits: int, symmetric: bool = True) -> str:
-        """Say so if codes of this width on a uniform grid take the room of wider ones; else empty."""
+    def stored_wider(self, bits: int, symmetric: bool = True, group_size: int = -1) -> str:
+        """Say so if codes of this width on a uniform grid take the room of wider ones; else empty.
+
+        Args:
+            bits: Of a code.
+            symmetric: The grid has no zero points.
+            group_size: Columns per scale, -1 for whole rows.
+        """
         ...
 
     def space(self, source: Checkpoint, schemes: Mapping[str, Any]) -> int:

@@ -21,7 +21,7 @@ from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description, Format, LayerFacts
 from discquant.formats.gguf_blocks import replace_codes, unpack_blocks
 from discquant.formats.gguf_file import MAGIC, PLAIN, GgufFile, GgufTensor, byte_diff
-from discquant.formats.gguf_fit import WIDEST_AFFINE, fit_grid, grid_of, plain_type
+from discquant.formats.gguf_fit import WIDEST_AFFINE, fit_grid, grid_of, planned_type
 from discquant.formats.gguf_model import Heads, from_gguf, heads_of_file
 from discquant.formats.gguf_types import TYPES, BlockType
 from discquant.formats.gguf_write import check_source, space, write_gguf
@@ -29,7 +29,7 @@ from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_sp
 from discquant.formats.rewrite import Finish, close_rewritten, file_facts, span_row
 from discquant.formats.scheme import Scheme
 from discquant.grids import Grid
-from discquant.grids.gguf import gguf_kind
+from discquant.grids.gguf import SUPER, gguf_kind
 
 _MODULES = ("_proj", "lm_head")
 
@@ -140,9 +140,9 @@ class Gguf:
         """See `coded.Format`."""
         return check_source(source)
 
-    def stored_wider(self, bits: int, symmetric: bool = True) -> str:
-        """See `coded.Format`."""
-        stored = plain_type(bits, symmetric)
+    def stored_wider(self, bits: int, symmetric: bool = True, group_size: int = -1) -> str:
+        """See `coded.Format`; groups of 16 are those of a K type, which holds them as they are."""
+        stored = planned_type(Scheme(bits, group_size, symmetric), SUPER)
         if bits >= stored.num_bits:
             return ""
         kinds = [

@@ -155,7 +155,7 @@ def _fit_affine(grid: Grid, columns: int, name: str) -> tuple[BlockType, Parts, 
     ]
     if affine is None or not kinds:
         raise UnrepresentableError(
-            f"{name}: no GGUF type holds a {grid.num_bits}-bit {type(grid).__name__} with groups of {grid.group_size}"
+            f"{name}: no GGUF type holds a {grid.num_bits}-bit {_words(grid)} with groups of {grid.group_size}"
         )
     # The smallest that fits; but a grid with float16 scales was laid for a type that has them.
     half = affine[0].dtype == torch.float16
@@ -174,6 +174,13 @@ def _fit_affine(grid: Grid, columns: int, name: str) -> tuple[BlockType, Parts, 
         f"{name}: this grid is not exactly one of {told}; lay it with kind "
         f"{either(kind.name.lower() for kind in kinds)}"
     )
+
+
+def _words(grid: Grid) -> str:
+    """A grid in users' words."""
+    if isinstance(grid, TableGrid):
+        return f"{grid.kind} grid"
+    return "grid with a minimum per group" if isinstance(grid, AffineGrid) else "uniform grid"
 
 
 def _scales(kind: BlockType) -> str:

@@ -116,7 +116,7 @@ class Onnx:
         check_architecture(source.config())
         return []
 
-    def stored_wider(self, bits: int, symmetric: bool = True) -> str:
+    def stored_wider(self, bits: int, symmetric: bool = True, group_size: int = -1) -> str:
         """See `coded.Format`."""
         wide = next(width for width in WIDTHS if width >= bits)
         return "" if wide == bits else f"{bits}-bit codes are stored in {wide} bits"

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -76,14 +76,44 @@ def check_space(out_dir: Path, needed: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise DiskSpaceError(
-            f"{out_dir} needs {needed / 1e9:.2f} GB, but its file system has {free / 1e9:.2f} GB free"
-        )
+        wanted, there = _sizes(needed, free)
+        raise DiskSpaceError(f"{out_dir} needs {wanted}, but its file system has {there} free")
+
+
+def _sizes(needed: int, free: int) -> tuple[str, str]:
+    """Both in a unit that tells them apart."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        told = f"{needed / unit:.2f} {name}", f"{free / unit:.2f} {name}"
+        if needed >= unit and told[0] != told[1]:
+            return told
+    return f"{needed:,} bytes", f"{free:,} bytes"
+
+
+def check_writable(path: Path, folder: Path) -> None:
+    """Refuse to begin what cannot be written in the end; nothing is written.
+
+    Args:
+        path: What will be written, for the message.
+        folder: Where; it need not exist.
+
+    Raises:
+        OutputExistsError: The folder or a parent of it is a file.
+        PermissionError: The folder cannot be made or written.
+    """
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputExistsError(f"{parent} is a file; {path} cannot be a folder in it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: no permission in {parent}")
 
 
 @contextmanager
 def atomic_directory(out_dir: Path) -> Iterator[Path]:
     """A directory to write into, which becomes `out_dir` when the block ends and vanishes when it raises.
+
+    So do parents that were made for it.
 
     Raises:
         OutputExistsError: `out_dir` holds something, or another process is writing it.
@@ -91,6 +121,7 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
     """
     out_dir = out_dir.absolute()
     check_target(out_dir)
+    made = [folder for folder in out_dir.parents if not folder.exists()]
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = out_dir.parent / f".{out_dir.name}.partial"
     handle = _claim(partial, out_dir)
@@ -103,6 +134,9 @@ def atomic_directory(out_dir: Path) -> Iterator[Path]:
         sync_path(out_dir.parent)
     except BaseException as cause:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # another process has put something there
+            for folder in made:
+                folder.rmdir()
         if isinstance(cause, OSError) and cause.errno in FULL:
             raise DiskSpaceError(f"{out_dir}: the file system filled up while writing") from cause
         raise

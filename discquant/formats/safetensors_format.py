@@ -127,7 +127,7 @@ class SafetensorsFormat(Layout):
         """See `coded.Format`: any model has a place here."""
         return []
 
-    def stored_wider(self, bits: int, symmetric: bool = True) -> str:
+    def stored_wider(self, bits: int, symmetric: bool = True, group_size: int = -1) -> str:
         """See `coded.Format`; what engines make of a width is among the warnings of the plan."""
         return ""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -32,9 +31,9 @@ from discquant.formats.checkpoint import (
     stated_quantization,
 )
 from discquant.formats.lazy import build_lazy
+from discquant.formats.output import check_writable
 from discquant.formats.registry import quantized, refuse_run
 from discquant.formats.safetensors_file import TORCH_DTYPES, read_bytes, read_tensor, tensor_bytes
-from discquant.formats.safetensors_format import SafetensorsFormat
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -246,6 +245,17 @@ def _build(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: bool, 
     return model.eval()
 
 
+def refuse_quantized(folder: Path) -> None:
+    """Refuse a quantized model where the original is wanted.
+
+    Raises:
+        CheckpointError: It is one, by its configuration or its files.
+    """
+    config = folder / "config.json"
+    if (config.is_file() and stated_quantization(read_json(config))) or quantized(folder) is not None:
+        raise CheckpointError(f"{folder} is quantized already; give the original model")
+
+
 def open_source(
     path: str | Path,
     *,
@@ -283,8 +293,7 @@ def open_source(
             f"{folder} wants to run code of its own (auto_map in its configuration); "
             "allow it (--trust-remote-code) if you trust its authors"
         )
-    if stated_quantization(config) or isinstance(quantized(folder), SafetensorsFormat):
-        raise CheckpointError(f"{folder} is quantized already; give the original model")
+    refuse_quantized(folder)
     read_rotation(folder)  # damage to it would show only when a card is written
     pickles = pickled_files(folder)
     if not pickles and not any(folder.glob("*.safetensors")) and not Path(path).expanduser().is_dir():
@@ -356,11 +365,5 @@ def check_output_dir(out: str | Path, resume: bool) -> Path:
             raise OutputExistsError(
                 f"{folder} holds a run; give another folder, or --resume to continue that run"
             )
-    parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputExistsError(f"{parent} is a file; {folder} cannot be a folder in it")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be written: no permission in {parent}")
+    check_writable(folder, folder)
     return folder

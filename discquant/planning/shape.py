@@ -14,8 +14,9 @@ import torch
 from discquant.calibration.positions import Positions, positions_of
 from discquant.calibration.sampling import cache_elements
 from discquant.errors import CheckpointError, MissingModelError
+from discquant.formats.checkpoint import stated_quantization
 from discquant.formats.lazy import without_memory
-from discquant.formats.registry import refuse_run
+from discquant.formats.registry import quantized, refuse_run
 
 if TYPE_CHECKING:
     from discquant.solver.chain import Chain
@@ -170,7 +171,7 @@ def open_config(model: str | Path, trust_remote_code: bool = False) -> Any:
 
     Raises:
         MissingModelError: There is none.
-        CheckpointError: It cannot be used.
+        CheckpointError: It cannot be used, or is that of a quantized model.
     """
     from transformers import AutoConfig
 
@@ -182,10 +183,13 @@ def open_config(model: str | Path, trust_remote_code: bool = False) -> Any:
         raise MissingModelError(f"plan: {model} is no folder with a config.json, and no hub name")
     refuse_run(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as cause:  # unknown model types, broken JSON and unreachable hubs come as many classes
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise CheckpointError(f"plan: the configuration of {model} cannot be used: {reason}") from cause
+    if stated_quantization(config.to_dict()) or (folder.is_dir() and quantized(folder)):
+        raise CheckpointError(f"{folder} is quantized already; give the original model")
+    return config
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> Any:

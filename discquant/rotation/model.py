@@ -21,7 +21,7 @@ from discquant.errors import CheckpointError, ConfigError, ProofError, Unreprese
 from discquant.formats.card import ROTATION
 from discquant.formats.checkpoint import Checkpoint, stated_quantization
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
-from discquant.formats.output import ShardWriter, atomic_directory, check_space, check_target
+from discquant.formats.output import ShardWriter, atomic_directory, check_space, check_target, check_writable
 from discquant.formats.safetensors_file import DTYPE_BITS, DTYPE_NAMES, read_bytes
 from discquant.formats.source import digest_and_check, read_config, resolve
 from discquant.formats.write import copy_side_files
@@ -71,6 +71,7 @@ def rotate(
         UnrepresentableError: The model is of a kind whose function a rotation may change, a tensor does not fit its
             configuration, no Hadamard matrix of its size is known, or `dtype` cannot hold a weight.
         OutputExistsError, DiskSpaceError: See `output.atomic_directory`.
+        PermissionError: `out` cannot be written.
         ProofError: What was written does not turn back into the original.
 
     Source:
@@ -83,6 +84,7 @@ def rotate(
     # Resolved: a link to an empty folder cannot be replaced by a rename.
     folder, target, place = resolve(model), Path(out).expanduser().resolve(), compute_device(device)
     check_target(target)
+    check_writable(target, target.parent)
     config = read_config(folder)
     if stated_quantization(config):
         raise CheckpointError(f"{folder} is quantized already; rotate the original model")

@@ -23,12 +23,13 @@ from discquant.errors import CheckpointError, ConfigError, MissingModelError, Ou
 from discquant.formats import registry
 from discquant.formats.bits import stored_bits
 from discquant.formats.lazy import settle
+from discquant.formats.output import check_writable
 from discquant.formats.source import open_source
 from discquant.planning.allocating import options
 from discquant.planning.setting import Allocating
 from discquant.planning.shape import stored_dtype
 from discquant.run.checks import check_ignore, check_text, holds, run_identity
-from discquant.run.choices import check_choices, check_joined
+from discquant.run.choices import check_choices, check_joined, fallback_notes
 from discquant.run.directory import write_atomic
 from discquant.run.lock import locked
 from discquant.run.measured import Unfinished
@@ -116,6 +117,10 @@ def allocate_model(
         check_choices(chain, choices)
         refs = {ref.name: ref for own in chain.weights for ref in own}
         sizes_of(refs, choices, average_bits, allowed=allowed, sized=sized)
+        asked = ((ref, grid) for ref in refs.values() for grid in choices.values())
+        taken = ((ref.name, ref.shape, grid) for ref, grid in asked if allowed(ref.name, ref.shape, grid))
+        for note in fallback_notes(taken):
+            say(f"note: {note}")
         check_joined(source.model.config.to_dict(), chain, config.formats, choices, allowed)
         identity = {
             **run_identity(source, config, engine.device),
@@ -225,15 +230,16 @@ def _write(out: Path, found: Allocation, average_bits: float, facts: Mapping[str
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a file that is there already, or has no folder.
+    """Refuse a file that is there already, has no folder, or cannot be written there.
 
     Raises:
-        OutputExistsError, ConfigError: So it is.
+        OutputExistsError, ConfigError, PermissionError: So it is.
     """
     if out.exists():
         raise OutputExistsError(f"allocate: {out} exists; choose another OUT")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"allocate: there is no folder {out.absolute().parent}")
+    check_writable(out, out.absolute().parent)
 
 
 def read_layers(path: Path) -> tuple[LayerGrid, ...]:

@@ -270,10 +270,12 @@ def plan_formats(
         if not isinstance(chosen, SafetensorsFormat):
             written += chosen.space(source, schemes)
             widths = {
-                (scheme.num_bits, scheme.symmetric) for scheme in schemes.values() if scheme.kind == "int"
+                (scheme.num_bits, scheme.symmetric, scheme.group_size)
+                for scheme in schemes.values()
+                if scheme.kind == "int"
             }
-            for bits, symmetric in sorted(widths):
-                if wider := chosen.stored_wider(bits, symmetric):
+            for wider in dict.fromkeys(chosen.stored_wider(*width) for width in sorted(widths)):
+                if wider:
                     say(f"note: {name}: {wider}")
             continue
         plan = plan_export(source.path, target, schemes, name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choices of `discquant allocate` that a run on the result would refuse."""
+"""Choices of `discquant allocate` that a run on the result would refuse; GGUF types that rows are too short for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from discquant.errors import ConfigError, UnrepresentableError
 from discquant.formats import registry
 from discquant.formats.safetensors_format import SafetensorsFormat
 from discquant.formats.scheme import Scheme
+from discquant.grids.gguf import FALLBACK, SUPER
 from discquant.run.checks import check_groups
 from discquant.solver.chain import Chain
 
@@ -69,3 +70,28 @@ def check_joined(
                 raise ConfigError(
                     f"allocate: --format {name} cannot hold the choices {' and '.join(pair)} beside each other: {error}"
                 ) from error
+
+
+def fallback_notes(grids: Iterable[tuple[str, tuple[int, int], GridConfig]]) -> list[str]:
+    """Say which layers get another GGUF type than asked for, because their rows do not fill its blocks.
+
+    Args:
+        grids: Layers with the shapes of their weights and a grid asked for; a layer may come with several.
+
+    Returns:
+        A note for all kinds that the same layers are too short for.
+    """
+    short: dict[str, dict[str, None]] = {}
+    for layer, (_, columns), grid in grids:
+        if grid.kind in FALLBACK and columns % SUPER:
+            short.setdefault(grid.kind, {})[layer] = None
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for kind, layers in short.items():
+        kinds.setdefault(tuple(layers), []).append(kind)
+    notes = []
+    for names, own in kinds.items():
+        taken = ", ".join(f"{FALLBACK[kind].upper()} in place of {kind.upper()}" for kind in own)
+        count = "a layer" if len(names) == 1 else f"{len(names)} layers"
+        named = names[0] if len(names) == 1 else f"{names[0]}, ..."
+        notes.append(f"rows of {count} are no multiple of {SUPER}: {taken} ({named})")
+    return notes

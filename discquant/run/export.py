@@ -15,12 +15,12 @@ from discquant.errors import CheckpointError, ConfigError, MissingModelError, Ou
 from discquant.formats import registry
 from discquant.formats.checkpoint import Checkpoint, read_json
 from discquant.formats.coded import CodedLayer
-from discquant.formats.output import MANIFEST, check_target
+from discquant.formats.output import MANIFEST, check_target, check_writable
 from discquant.formats.rewrite import file_facts, weight_files
 from discquant.formats.safetensors_file import TORCH_DTYPES
 from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights
 from discquant.formats.scheme import Scheme
-from discquant.formats.source import model_digest, resolve
+from discquant.formats.source import model_digest, refuse_quantized, resolve
 from discquant.formats.write import weight_shape
 from discquant.run.checks import plan_formats
 from discquant.run.derive import check_unscaled
@@ -56,7 +56,7 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
     Raises:
         MissingModelError: There is no such thing, or the run has no final codes.
         CheckpointError: A file cannot be read, the run's original has changed since, the quantized model does not
-            derive from `original`, or the run refined a file of scaled weights.
+            derive from `original` or that is quantized too, or the run refined a file of scaled weights.
         ConfigError: A quantized model without `original`.
     """
     if not RunDirectory.is_run(path):
@@ -66,7 +66,9 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
                 f"export: {path} is a {chosen.name} model; name the model it was made from with --original"
             )
         home = path.parent / f"{path.stem}-formats"
-        source = Checkpoint(resolve(original))
+        folder = resolve(original)
+        refuse_quantized(folder)
+        source = Checkpoint(folder)
         check_unscaled(chosen, path, source)
         recipe: dict[str, Any] = {"converted_from": file_facts(chosen.name, path, weight_files(path))}
         dropped = beyond_weights(chosen, path)
@@ -129,8 +131,11 @@ def export(
 
     Raises:
         UnrepresentableError: A format cannot hold a grid or shape; nothing has been written then.
+        PermissionError: A folder cannot be written there.
         UserError: See `open_solved` and `formats.write.write_model`.
     """
+    if out is not None:
+        check_writable(out, out)  # before the original is hashed
     solved = open_solved(path, original)
     targets = {name: (out or solved.home) / name for name in names}
     _preflight(solved, targets, say)
@@ -161,6 +166,7 @@ def _preflight(solved: Solved, targets: dict[str, Path], say: Callable[[str], No
         )
     for name, target in targets.items():
         check_target(target)
+        check_writable(target, target.parent)
         for warning in chosen[name].check_source(solved.source):
             say(f"note: {name}: {warning}")
     schemes: dict[str, Scheme] = {}

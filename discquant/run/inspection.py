@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from discquant.config import GridRules
 from discquant.formats import registry
@@ -14,6 +16,7 @@ from discquant.formats.bits import bits_per_weight, grid_bits
 from discquant.formats.coded import Description, LayerFacts
 from discquant.formats.engines import AS_OF, engine_rows, problems
 from discquant.formats.scheme import Scheme
+from discquant.run.checks import holds
 from discquant.run.directory import CODES, RunDirectory
 
 
@@ -39,8 +42,18 @@ def describe(path: Path) -> Description:
         facts = (scheme.label, scheme.num_bits, scheme.group_size, scheme.symmetric, stored, bits)
         rows.append(LayerFacts(layer.name, shape, *facts))
     sizes = "a dense file with 16-bit scales" if name is None else f"its {name} file"
-    notes = (f"a run directory: export it to serve it; sizes are those of {sizes}",)
+    use = "export it to serve it"
+    if name is None and rows and not any(_held(other, rows, grid_of) for other in registry.names()):
+        kinds = " and ".join(dict.fromkeys(grid_of(row.name).kind for row in rows))
+        use = f"no format holds its {kinds} codes, generate and evaluate open it"
+    notes = (f"a run directory: {use}; sizes are those of {sizes}",)
     return Description("run", tuple(rows), 0, (path / CODES).stat().st_size, notes)
+
+
+def _held(name: str, rows: Iterable[LayerFacts], grid_of: GridRules) -> bool:
+    """Whether a format can hold every layer of a run, as far as shapes and kinds tell."""
+    different = {(row.shape, grid_of(row.name)): row.name for row in rows}
+    return all(holds(name, layer, shape, grid, torch.bfloat16) for (shape, grid), layer in different.items())
 
 
 def _served(run: RunDirectory) -> tuple[str | None, dict[str, LayerFacts]]:

@@ -36,6 +36,7 @@ from discquant.run.checks import (
     run_identity,
     told_options,
 )
+from discquant.run.choices import fallback_notes
 from discquant.run.directory import REPORT, SUMMARY, RunDirectory
 from discquant.run.events import Events, RunStoppedError, StopSignal
 from discquant.run.lock import locked
@@ -256,7 +257,10 @@ class Pipeline:
         settle(model, self.engine.device, stream=apart and self.engine.streamed)
 
     def _check_formats(self, source: Source, chain: Chain) -> None:
-        """Refuse what an output format cannot hold before anything is computed."""
+        """Refuse what an output format cannot hold before anything is computed; say which types are replaced."""
+        refs = (ref for own in chain.weights for ref in own)
+        for note in fallback_notes((ref.name, ref.shape, self.config.grid_of(ref.name)) for ref in refs):
+            self.events.say(f"note: {note}")
         check_formats(source, chain, self.config, self.directory.path, self.events.say)
 
     def _identity(self, source: Source) -> dict[str, Any]:

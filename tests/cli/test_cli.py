@@ -271,6 +271,7 @@ def test_codes_that_a_format_stores_wider_are_told(
     assert "(4.5 bits" in gguf.stored_wider(3) and "(up to 5 bits" in gguf.stored_wider(3, symmetric=False)
     assert "--kind q2_k" in gguf.stored_wider(2) and "--kind q6_k" in gguf.stored_wider(6)
     assert "8-bit blocks (8.5 bits" in gguf.stored_wider(7) and "--kind" not in gguf.stored_wider(7)
+    assert not gguf.stored_wider(3, group_size=16) and not gguf.stored_wider(6, True, 16)  # Q3_K, Q6_K
     assert not any(gguf.stored_wider(bits) for bits in (4, 5, 8)) and not plain.stored_wider(3)
 
 

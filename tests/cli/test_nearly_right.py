@@ -104,3 +104,65 @@ def test_a_calibration_file_is_hashed_in_pieces(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(checks, "PIECE", piece)
         assert checks.file_digest(str(file)) == expected
     assert checks.file_digest(str(tmp_path / "none.txt")) is None
+
+
+def test_a_type_that_rows_do_not_fill_is_told(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:
+    """By quantize, plan and allocate alike."""
+    text = ("--dataset", tokens, "--seqlen", "32")
+    note = "Q4_0 in place of Q2_K (model.layers.0."
+    for words in (
+        ["quantize", str(model), str(tmp_path / "out"), *text, "--kind", "q2_k", "--format", "none", "--method", "rtn",
+         "--baselines", "none"],
+        ["plan", str(model), *text, "--kind", "q2_k", "--format", "none"],
+        ["allocate", str(model), str(tmp_path / "a.json"), *text, "--choices", "q2_k,iq4_nl", "--average-bits", "6"],
+    ):  # fmt: skip
+        status, output, error = run(*words)
+        assert status == 0, error
+        assert note in " ".join((output + error).split()), words[0]
+
+
+def test_a_plan_of_a_quantized_model_is_refused(run: Run, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    (model / "config.json").write_text(json.dumps(config))
+    status, _, error = run("plan", str(model))
+    assert status == 2 and "is quantized already; give the original model" in _line(error)
+
+
+def test_what_cannot_be_written_is_said_at_once(
+    run: Run, model: Path, tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests may run as root, which may write anywhere."""
+    (tmp_path / "ro").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "ro")
+    place = str(tmp_path / "ro" / "x")
+    for words in (
+        ["allocate", str(model), place, "--dataset", tokens, "--average-bits", "4"],
+        ["rotate", str(model), place],
+        ["export", str(model), "--original", str(model), "--format", "gptq", "--out", place],
+    ):
+        status, _, error = run(*words)
+        assert status == 2 and f"{place} cannot be written: no permission in {tmp_path / 'ro'}" in _line(
+            error
+        )
+    assert not any((tmp_path / "ro").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("nf4", "no format holds its nf4 codes, generate and evaluate open it"),
+        ("mxfp4", "export it to serve it"),
+    ],
+)
+def test_a_run_says_what_it_is_good_for(
+    kind: str, words: str, run: Run, model: Path, tokens: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    status, _, error = run(
+        "quantize", str(model), out, "--dataset", tokens, "--seqlen", "32", "--kind", kind, "--format", "none",
+        "--method", "rtn", "--baselines", "none",
+    )  # fmt: skip
+    assert status == 0, error
+    status, output, error = run("inspect", out)
+    assert status == 0 and words in " ".join(output.split()), error

@@ -375,6 +375,8 @@ def test_refuses_before_any_work(tmp_path: Path) -> None:
         FORMAT.check((64, 256), GridConfig(bits=2, group_size=16, sym=False))
     with pytest.raises(UnrepresentableError, match="nvfp4"):
         FORMAT.check((64, 256), GridConfig.of_kind("nvfp4"))
+    with pytest.raises(UnrepresentableError, match="no GGUF type holds a 4-bit mxfp4 grid with groups of 32"):
+        FORMAT.check_grid("up_proj", place_grid(torch.randn(4, 64), GridConfig.of_kind("mxfp4")))
     strange = make_model(tmp_path / "gemma", "GemmaForCausalLM")
     with pytest.raises(UnrepresentableError, match="GemmaForCausalLM"):
         FORMAT.check_source(strange)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,23 @@ def test_full_disk_is_named(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(DiskSpaceError, match=r"needs 1000000000\.00 GB, but its file system has .* GB free"):
         check_space(tmp_path / "not" / "there", 10**18)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_and_the_room_differ_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    for free, words in (
+        (8_000_000, r"needs 8\.30 MB, but its file system has 8\.00 MB free"),
+        (8_299_999, "needs 8,300,000 bytes, but its file system has 8,299,999 bytes free"),
+    ):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with pytest.raises(DiskSpaceError, match=words):
+            check_space(tmp_path, 8_300_000)
+
+
+def test_parents_made_for_what_fails_vanish(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), atomic_directory(tmp_path / "new" / "one" / "out"):
+        raise RuntimeError("boom")
     assert list(tmp_path.iterdir()) == []
 
 

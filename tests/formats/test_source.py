@@ -303,7 +303,7 @@ def test_output_dir_below_a_file_or_without_permission(
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputExistsError, match="is a file"):
         check_output_dir(tmp_path / "file" / "out", False)
-    monkeypatch.setattr(source.os, "access", lambda path, mode: False)  # the tests may run as root
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the tests may run as root
     with pytest.raises(PermissionError, match="no permission"):
         check_output_dir(tmp_path / "out", False)
 
@@ -379,3 +379,10 @@ def test_pickles_from_the_hub(
         state = open_source("owner/name", allow_pickle=True).model.state_dict()
         assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert calls == 1 + allowed and not (tmp_path / "cache" / "training_args.bin").exists()
+
+
+def test_a_folder_with_a_gguf_file_alone_is_quantized(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.gguf").write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(CheckpointError, match="is quantized already; give the original model"):
+        open_source(folder)
