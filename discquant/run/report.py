@@ -15,6 +15,7 @@ from discquant.run import plots
 from discquant.run.checkpoint import SHARE, SPACING
 from discquant.run.directory import REPORT, write_atomic
 from discquant.run.planned import report_lines
+from discquant.run.told_grids import as_table, grids_told
 
 PLOTS = "plots"
 _METHODS = ("rtn", "greedy", "gptq", "guided", AS_LAID, "discquant")
@@ -302,7 +303,7 @@ def write_report(run_dir: Path) -> None:
     options = identity.get("config") or config.get("config") or {}
     loss = str((options.get("solver") or {}).get("loss", "kl"))
     pictures = _draw(folder, summary, steps, validation, loss) if plots.available() else {}
-    lines = [f"# Run {folder.resolve().name}", "", *_headline(config, options), ""]
+    lines = [f"# Run {folder.resolve().name}", "", *_headline(config, options, summary), ""]
     if not summary:
         lines += ["**This run has not finished.** What follows is its course so far.", ""]
     if not plots.available():
@@ -327,7 +328,8 @@ def write_report(run_dir: Path) -> None:
     lines += _phases(summary)
     lines += report_lines(summary)
     lines += picture("phases")
-    lines += ["## Configuration", "", *_table(["option", "value"], _flat(options or config), text_columns=2)]
+    told = as_table(config, options) if options else config
+    lines += ["## Configuration", "", *_table(["option", "value"], _flat(told), text_columns=2)]
     facts = {key: value for key, value in identity.items() if key != "config"}
     lines += (
         ["## Inputs and versions", "", *_table(["what", "value"], _flat(facts), text_columns=2)]
@@ -371,21 +373,10 @@ def _refined(summary: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _ruled(options: dict[str, Any]) -> str:
-    """Say how many rules give some layers another grid; the table of layers has each one's bits."""
-    rules = len(options.get("layers") or ())
-    return f" ({rules} rule{'s' * (rules > 1)} for other layers)" if rules else ""
-
-
-def _headline(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
+def _headline(config: dict[str, Any], options: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     grid = options.get("grid") or {}
     if not isinstance(grid, dict) or "bits" not in grid:
         return [f"Model: `{config.get('source', '?')}`"]
-    size = grid.get("group_size")
-    groups = "one scale per row" if size == -1 else f"groups of {size}"
-    kind = "symmetric" if grid.get("sym") else "asymmetric"
     method = plots.NAMES.get(str(options.get("method")), str(options.get("method")))
-    return [
-        f"{method} at {grid['bits']} bits, {kind}, {groups}, {grid.get('grid')} scales{_ruled(options)}, "
-        f"of `{Path(str(config.get('source', '?'))).name}`."
-    ]
+    told = grids_told(config, options, summary.get("layers") or ())
+    return [f"{method} {told}, of `{Path(str(config.get('source', '?'))).name}`."]
