@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,12 @@ def _checkpoints(summary: dict[str, Any]) -> list[str]:
     pace = f"paced: {SPACING} steps apart, or as many more as keep writing below {SHARE:.1%} of the time"
     schedule = pace if every is None else f"every {every} steps, as asked for"
     number = "1 checkpoint" if found["count"] == 1 else f"{found['count']:,} checkpoints"
+    processes = summary.get("processes") or 1
+    who = "The solve" if processes == 1 else f"The last of {processes} processes"
     return [
-        f"The solve wrote {number}, {found['bytes'] / 1e6:,.1f} MB ({schedule}; and one at the end), in "
+        f"{who} wrote {number}, {found['bytes'] / 1e6:,.1f} MB ({schedule}; and one at the end), in "
         f"{found['background_seconds']:.3g} s beside the steps, which waited {found['stalled_seconds']:.3g} s for it, "
-        f"{found['share']:.2%} of the time (since it was last continued).",
+        f"{found['share']:.2%} of the time.",
         "",
     ]
 
@@ -227,10 +230,10 @@ def _course(steps: list[dict[str, Any]]) -> list[str]:
         return []
     last = steps[-1]
     # The first steps of a process warm up; the median is what a step costs.
-    seconds = sorted(line["seconds"] for line in steps if line.get("seconds") is not None)
+    seconds = [line["seconds"] for line in steps if line.get("seconds") is not None]
     told = f"{last['step']:,} steps"
     if seconds:
-        told += f", {seconds[len(seconds) // 2]:.3g} s each (median)"
+        told += f", {statistics.median(seconds):.3g} s each (median)"
     if last.get("fractional") is not None:
         told += f"; after the last {last['fractional']:.3%} of the coordinates that may move were still fractional"
     if last.get("moved") is not None:
