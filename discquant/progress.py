@@ -24,8 +24,9 @@ PLAIN_EVERY = 16
 class ProgressBar:
     """Shows phases as lines and solver steps as a bar."""
 
-    def __init__(self) -> None:
-        """Create without drawing."""
+    def __init__(self, loss: str = "KL") -> None:
+        """Create without drawing; `loss` is the name of what a step reports."""
+        self.loss = loss
         self.console = Console(stderr=True)
         self._task: TaskID | None = None
         self._bar = Progress(
@@ -33,7 +34,8 @@ class ProgressBar:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(
-                "KL {task.fields[loss]:.4f}  rounded {task.fields[rounded]:.1%}  moved {task.fields[moved]:.1%}"
+                f"{loss} "
+                "{task.fields[loss]:.4f}  rounded {task.fields[rounded]:.1%}  moved {task.fields[moved]:.1%}"
             ),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -66,7 +68,7 @@ class ProgressBar:
         if not self.console.is_terminal:
             if record.step % PLAIN_EVERY == 0 or record.step == total:
                 self.message(
-                    f"step {record.step}/{total}  KL {record.loss:.4f}  rounded {1 - record.fractional:.1%}  "
+                    f"step {record.step}/{total}  {self.loss} {record.loss:.4f}  rounded {1 - record.fractional:.1%}  "
                     f"moved {record.moved:.1%}"
                 )
             return

@@ -254,7 +254,9 @@ def test_every_file_states_every_layer(folder: Path, tmp_path: Path) -> None:
     extra = {8: 16 / 32, 4: 16 / 64, 3: 16 / 64}
     own = sum(weights[name] * (bits + extra[bits]) for name, bits in expected.items()) / sum(weights.values())
     assert summary["sizes"]["bits_per_weight"] == inspect(out)["bits_per_weight"] == pytest.approx(own)
-    assert "3 bits" in (report := (out / "report.md").read_text()) and "(2 rules for other layers)" in report
+    report = (out / "report.md").read_text()
+    assert "on 3 grids: 8 bits, symmetric, groups of 32, search scales (7 layers, " in report
+    assert "| `layers` | 2 rules |" in report and "in groups of" not in report
     ids = torch.randint(3, 60, (1, 12))
     with torch.no_grad():
         loaded = [discquant.load(out / name)(ids).logits for name in ("compressed-tensors", "gptq")]

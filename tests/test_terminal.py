@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from discquant.cli import app
+from discquant.cli.plan import _flop
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "llama-3.1-70b"])
@@ -27,6 +29,21 @@ def test_plan(model: str, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert done.stdout.count("u8 momentum │") == 3
     for heading in ("placement", "device", "host", "disk", "out", "s/step", "fits"):
         assert any(heading in line for line in done.stdout.splitlines() if line.startswith("┃"))
+
+
+def test_plan_says_whose_figures_and_what_the_time_holds(
+    repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    line = ["plan", str(repo_root / "tests" / "planning" / "configs" / "llama-3.1-8b"), "--gpu", "h100"]
+    line += [
+        "--host-memory", "4000", "--disk", "4000", "--dataset", "text.txt", "--ranks", "2", "--micro-batch", "1",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, line, catch_exceptions=False)
+    told = " ".join(done.stdout.split())
+    assert "device, in and out (moved per step) of each rank, host and disk of all 2" in told
+    assert re.search(r"steps, [\d.]+ s of it for gathering the curvature \(assumed", told)
+    assert [_flop(number) for number in (3.46e6, 7e9, 2.5e12)] == ["3.5 MFLOP", "7.0 GFLOP", "2.50 TFLOP"]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from discquant.formats.mlx import FORMAT
 from discquant.formats.scheme import Scheme
 from discquant.generation import _check, _room
 from discquant.progress import ProgressBar
+from discquant.run.directory import _differences
+from discquant.solver.solver import StepRecord
 
 
 def test_choices_are_words() -> None:
@@ -53,3 +55,21 @@ def test_no_empty_line_before_an_error(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(ConfigError), ProgressBar():
         raise ConfigError("told by the command line")
     assert capsys.readouterr().err == ""
+
+
+def test_a_step_names_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar("MSE") as bar:
+        bar.step(StepRecord(2, 413.1698, 0.1, 1.0, 1.0, 1.0, 0.25, 0.0, 0.5), 2)
+    assert "step 2/2  MSE 413.1698  rounded 75.0%" in capsys.readouterr().err
+
+
+def test_rules_that_differ_are_counted() -> None:
+    """Their text would be kilobytes of one line."""
+    rules = [{"modules": f"m{place}", "grid": {"bits": 4}} for place in range(28)]
+    other = [{**rule, "grid": {"bits": 3}} for rule in rules]
+    assert _differences({"config": {"layers": rules}}, {"config": {"layers": other}}) == [
+        "config.layers: 28 rules differ"
+    ]
+    assert _differences({"layers": rules}, {"layers": rules[:-1]}) == ["layers: 1 rule differs"]
+    assert _differences({"layers": rules}, {"layers": rules[::-1]}) == ["layers: the rules' order differs"]
+    assert _differences({"layers": rules}, {"layers": list(rules)}) == []

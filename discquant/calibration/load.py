@@ -293,6 +293,7 @@ def load_windows(
     model: Any = None,
     chat_template: bool = False,
     text_key: str = "text",
+    warn: bool = True,
 ) -> Windows:
     """Load calibration windows.
 
@@ -311,6 +312,7 @@ def load_windows(
         model: The model, for `self`, and to check token ids against its embedding and seqlen against its positions.
         chat_template: Put plain text and question-answer pairs through the tokenizer's chat template.
         text_key: Key of plain text in .jsonl, .parquet and data sets.
+        warn: Warn of fewer windows; a caller that says so itself turns it off.
 
     Returns:
         The windows, [at most nsamples, seqlen]; narrower where the rows of a token file are.
@@ -346,7 +348,8 @@ def load_windows(
         )
     _check(ids, model=model, tokenizer=tokenizer, dataset=dataset)
     if len(ids) < nsamples:
-        logger.warning(
+        logger.log(
+            logging.WARNING if warn else logging.INFO,
             "%s gives %d windows of %d tokens, fewer than the %d asked for",
             dataset,
             len(ids),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
@@ -29,7 +28,8 @@ __all__ = [
 
 def main() -> None:
     """Run the command line; a user's error is one sentence and exit status 2, without a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # No handler: Python prints warnings to stderr by itself, and one on the root logger would repeat those of libraries
+    # that have their own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from discquant.cli import options
 from discquant.cli.app import app
 from discquant.config import DataConfig, QuantizeConfig, SolverConfig
+from discquant.errors import ConfigError
 
 if TYPE_CHECKING:
     from discquant.allocation import Allocation
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def allocate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of the original model (safetensors), or a hub name.")],
     out: Annotated[Path, typer.Argument(help="JSON file to write, for `quantize --layer-grid @OUT`.")],
     average_bits: Annotated[
@@ -32,7 +35,7 @@ def allocate(
     measured: Annotated[
         Path | None,
         typer.Option(
-            help="An earlier OUT: choose from its figures at another size. No model is read; no other option counts."
+            help="An earlier OUT: choose from its figures at another size. No model is read; takes no other option."
         ),
     ] = None,
     group_size: options.GroupSize = 64,
@@ -73,7 +76,9 @@ def allocate(
     from discquant.solver.engine import Engine
 
     if measured is not None:
-        _print(choose_again(measured, out, average_bits), out)
+        _alone(context)
+        say = functools.partial(typer.echo, err=True)
+        _print(choose_again(measured, out, average_bits, model=model, say=say), out)
         return
     base = options.grid_options("uniform", 4, group_size, sym, grid)
     given = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
@@ -97,6 +102,26 @@ def allocate(
             progress=lambda done, total: bar.message(f"block {done}/{total}"),
         )  # fmt: skip
     _print(found, out)
+
+
+def _alone(context: typer.Context) -> None:
+    """Refuse what was given beside --measured: the figures are of the options that they were made with.
+
+    Raises:
+        ConfigError: Something was.
+    """
+    given = [
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if parameter.name not in ("model", "out", "average_bits", "measured")
+        and parameter.name is not None
+        and (source := context.get_parameter_source(parameter.name)) is not None
+        and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError(
+            f"allocate: --measured takes no other option but --average-bits, got {', '.join(given)}"
+        )
 
 
 def _print(found: Allocation, out: Path) -> None:

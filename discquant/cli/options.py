@@ -102,7 +102,7 @@ Baselines = Annotated[str, typer.Option(help="Methods to measure beside it, comm
 CheckpointEvery = Annotated[
     int | None,
     typer.Option(
-        help="Steps between checkpoints; by default 16, or more where they would take over 3 % of the time."
+        help="Steps between checkpoints; by default 16, or more where they would take over 2.5 % of the time."
     ),
 ]
 Device = Annotated[
@@ -223,6 +223,7 @@ def run_pipeline(
     placement: str,
     activations: str | None,
     threads: int | None,
+    loss: str = "kl",
 ) -> dict[str, Any] | None:
     """Run a pipeline to its end with a progress bar, together with the other processes that torchrun started.
 
@@ -232,6 +233,7 @@ def run_pipeline(
         device: Word for the compute device; refused before anything else where it is not there.
         placement: See `Engine`.
         activations: See `Engine`.
+        loss: What a step reports, as the solver names it.
         threads: CPU threads of torch; None takes those that the run in `out` was begun with, or leaves them.
 
     Returns:
@@ -250,7 +252,7 @@ def run_pipeline(
     set_threads(threads)
     ranks = Ranks.from_environment(where)
     engine = Engine(placement, activations, where, ranks=ranks)  # type: ignore[arg-type]
-    with ProgressBar() as bar, contextlib.closing(ranks):
+    with ProgressBar(loss.upper()) as bar, contextlib.closing(ranks):
         events = Events(phase=bar.phase, step=bar.step, message=bar.message) if ranks.first else Events()
         try:
             summary = build(events, engine).execute()

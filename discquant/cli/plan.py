@@ -236,9 +236,10 @@ def _print_options(made: Plan, console: Console, columns: list[str]) -> None:
 
     device, ranks, gigabyte = made.machine.device, made.setting.ranks, 1e9
     # As narrow as it goes: terminals are 80 columns wide.
-    title = "Against the alternatives, GB (in and out: moved per step)" + (
-        ", of all ranks" if ranks > 1 else ""
-    )
+    title = "Against the alternatives, GB (in and out: moved per step)"
+    if ranks > 1:
+        own = "device, in and out (moved per step)" if device.memory is not None else "in and out (per step)"
+        title = f"Against the alternatives, GB: {own} of each rank, host and disk of all {ranks}"
     alternatives = Table(title=title, collapse_padding=True)
     for column in ("placement", "state", *columns, "in", "out", "s/step", "fits"):
         left = column in ("placement", "state")
@@ -256,13 +257,23 @@ def _print_options(made: Plan, console: Console, columns: list[str]) -> None:
     console.print(alternatives)
 
 
+def _flop(number: float) -> str:
+    """A number of operations in the largest unit that leaves one before the point."""
+    units = (("TFLOP", 1e12, ".2f"), ("GFLOP", 1e9, ".1f"))
+    name, unit, form = next((row for row in units if number >= row[1]), ("MFLOP", 1e6, ".1f"))
+    return f"{number / unit:,{form}} {name}"
+
+
 def _print_steps(made: Plan, console: Console) -> None:
     """Say what the steps of a solve take."""
     facts, hide, ranks, gigabyte = made.to_dict(), made.hide, made.setting.ranks, 1e9
+    gathering = (
+        f", {made.gather_seconds:,.3g} s of it for gathering the curvature" if made.gather_seconds else ""
+    )
     console.print(
-        f"{made.work.total / 1e9:,.1f} GFLOP per token, {facts['flop_per_step'] / 1e12:,.2f} TFLOP per step of "
+        f"{_flop(made.work.total)} per token, {_flop(facts['flop_per_step'])} per step of "
         f"{made.setting.step_tokens:,} tokens; {made.step_seconds:,.3g} s per step, "
-        f"{made.total_seconds / 3600:,.3g} h for {facts['steps']} steps ({facts['rates']})"
+        f"{made.total_seconds / 3600:,.3g} h for {facts['steps']} steps{gathering} ({facts['rates']})"
     )
     if ranks > 1:
         console.print(

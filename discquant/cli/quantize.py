@@ -101,7 +101,13 @@ def quantize(
         )  # fmt: skip
 
     summary = options.run_pipeline(
-        build, out, device=device, placement=placement, activations=activations, threads=threads
+        build,
+        out,
+        device=device,
+        placement=placement,
+        activations=activations,
+        threads=threads,
+        loss=solver.loss,
     )
     if summary is not None:
         _print_summary(summary, out)

@@ -158,6 +158,9 @@ def register(take_over: Iterable[str] = TAKEN_OVER) -> None:
         take_over: `quant_method`s whose folders go onto packed layers from now on; besides, `discquant` is known as a
             method of its own, for a configuration that is changed by hand.
 
+    Raises:
+        ConfigError: A method that has no packed layers.
+
     Note:
         Calling it again changes nothing. Any `quantization_config` of these methods is then ours: extra entries are
         kept, and `mode` chooses the kernels as in `discquant.load`.
@@ -169,11 +172,14 @@ def register(take_over: Iterable[str] = TAKEN_OVER) -> None:
         register_quantizer,
     )
 
+    methods = (take_over,) if isinstance(take_over, str) else tuple(take_over)
+    if unknown := [method for method in methods if method not in TAKEN_OVER]:
+        raise ConfigError(f"register: take_over must be of {either(TAKEN_OVER)}, got {unknown[0]!r}")
     config, quantizer = _classes()
     if NAME not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(NAME)(config)
         register_quantizer(NAME)(quantizer)
-    for method in take_over:
+    for method in methods:
         if AUTO_QUANTIZER_MAPPING.get(method) is quantizer:
             continue
         _before[method] = (AUTO_QUANTIZATION_CONFIG_MAPPING.get(method), AUTO_QUANTIZER_MAPPING.get(method))

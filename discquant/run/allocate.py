@@ -131,6 +131,7 @@ def allocate_model(
         windows = unfinished.windows or load_windows(
             data.dataset, source.tokenizer, nsamples=data.nsamples, seqlen=data.seqlen, seed=config.seed,
             model=source.model, chat_template=data.chat_template, text_key=data.text_key,
+            warn=False,
         )  # fmt: skip
         if len(windows) < data.nsamples:
             say(f"note: {data.dataset} gives {len(windows)} of the {data.nsamples} windows asked for")
@@ -172,7 +173,7 @@ def allocate_model(
             "digest": windows.digest,
         }
         facts = {
-            MARKER: 1, "model": Path(str(model)).name, "codes": codes, "text": text, "seed": config.seed,
+            MARKER: 1, "model": named(model), "codes": codes, "text": text, "seed": config.seed,
             "versions": versions(),
         }  # fmt: skip
         _write(out, found, average_bits, facts)
@@ -204,8 +205,22 @@ def _at_work(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def choose_again(measured: Path, out: Path, average_bits: float) -> Allocation:
+def choose_again(
+    measured: Path,
+    out: Path,
+    average_bits: float,
+    *,
+    model: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Allocation:
     """Choose at another size from the figures of a file of `allocate_model`, and write that; no model is read.
+
+    Args:
+        measured: That file.
+        out: The file to write.
+        average_bits: Bits per weight at most.
+        model: What the caller takes the model to be; a note says where the file is of another name.
+        say: Takes the note.
 
     Raises:
         UserError: Bad input.
@@ -217,10 +232,18 @@ def choose_again(measured: Path, out: Path, average_bits: float) -> Allocation:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
         raise CheckpointError(f"{measured}: its figures cannot be read: {cause}") from cause
     check_request(figures.grids, average_bits, "rtn")
+    own_name = before.get("model")
+    if model is not None and own_name not in (None, named(model)):
+        say(f"note: the figures in {measured} are of {own_name}, not of {named(model)}")
     found = figures.at(average_bits)
     own = (*found.to_dict(), "average_bits", "layers")
     _write(out, found, average_bits, {key: value for key, value in before.items() if key not in own})
     return found
+
+
+def named(model: str | Path) -> str:
+    """Return the name that a file of figures has for a model: its folder's."""
+    return Path(str(model)).name
 
 
 def _write(out: Path, found: Allocation, average_bits: float, facts: Mapping[str, Any]) -> None:

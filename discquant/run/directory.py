@@ -213,6 +213,18 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
         old, new = found.get(key), wanted.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             changed += _differences(old, new, f"{name}.")
+        elif key == "layers" and isinstance(old, list) and isinstance(new, list):
+            changed += _rules_differ(name, old, new)
         elif old != new:
             changed.append(f"{name} was {old!r}, is {new!r}")
     return changed
+
+
+def _rules_differ(name: str, old: list[Any], new: list[Any]) -> list[str]:
+    """Say how many rules of two lists differ: there may be hundreds, and a kilobyte is no error line."""
+    if old == new:
+        return []
+    number = max(sum(rule not in new for rule in old), sum(rule not in old for rule in new))
+    if not number:
+        return [f"{name}: the rules' order differs"]
+    return [f"{name}: {number} rule{'s differ' if number > 1 else ' differs'}"]

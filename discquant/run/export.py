@@ -25,6 +25,7 @@ from discquant.formats.write import weight_shape
 from discquant.run.checks import plan_formats
 from discquant.run.derive import check_unscaled
 from discquant.run.directory import SUMMARY, RunDirectory
+from discquant.run.told_grids import as_recipe
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def open_solved(path: Path, original: str | None = None) -> Solved:
         raise CheckpointError(
             f"export: the model at {source.path} is not the one that the run in {path} rounded"
         )
-    recipe = dict(identity["config"])
+    recipe = as_recipe(config)
     if (path / SUMMARY).is_file():
         recipe["summary"] = read_json(path / SUMMARY)
     dropped = ""

@@ -35,6 +35,7 @@ from discquant.run.pipeline import Pipeline
 from discquant.run.served import served_dtype
 from discquant.run.solving import kept_start
 from discquant.run.summary import layer_table, weight_bytes
+from discquant.run.told_grids import kinds_of_file, of_file
 from discquant.run.work import Codes, Work
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
@@ -139,7 +140,12 @@ class RefinePipeline(Pipeline):
         return {**super()._identity(source), "refines": {self.chosen.name: _digest(self.quantized)}}
 
     def _record(self, source: Source) -> dict[str, Any]:
-        return {**super()._record(source), "quantized": str(self.quantized.resolve())}
+        kinds = kinds_of_file(self.chosen.describe(self.quantized).layers, self.chosen.name)
+        return {
+            **super()._record(source),
+            "quantized": str(self.quantized.resolve()),
+            "file_grids": kinds,
+        }
 
     def _grids(self, chain: Chain, source: Source) -> dict[str, Grid]:
         """The file's own grids."""
@@ -231,7 +237,9 @@ class RefinePipeline(Pipeline):
                     "writes it anew"
                 )
         else:
-            recipe = {**told_options(self.config), "summary": summary}
+            # config.grid only stands for the file's grids.
+            kinds = self.directory.config().get("file_grids")
+            recipe = {**of_file(told_options(self.config), kinds), "summary": summary}
             # Pickled weights are hashed by file, and together with config.json.
             original = work.source.path
             pickled = pickled_files(original)

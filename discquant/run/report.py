@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from discquant.run import plots
 from discquant.run.checkpoint import SHARE, SPACING
 from discquant.run.directory import REPORT, write_atomic
 from discquant.run.planned import report_lines
+from discquant.run.told_grids import as_table, grids_told
 
 PLOTS = "plots"
 _METHODS = ("rtn", "greedy", "gptq", "guided", AS_LAID, "discquant")
@@ -179,10 +181,12 @@ def _checkpoints(summary: dict[str, Any]) -> list[str]:
     pace = f"paced: {SPACING} steps apart, or as many more as keep writing below {SHARE:.1%} of the time"
     schedule = pace if every is None else f"every {every} steps, as asked for"
     number = "1 checkpoint" if found["count"] == 1 else f"{found['count']:,} checkpoints"
+    processes = summary.get("processes") or 1
+    who = "The solve" if processes == 1 else f"The last of {processes} processes"
     return [
-        f"The solve wrote {number}, {found['bytes'] / 1e6:,.1f} MB ({schedule}; and one at the end), in "
+        f"{who} wrote {number}, {found['bytes'] / 1e6:,.1f} MB ({schedule}; and one at the end), in "
         f"{found['background_seconds']:.3g} s beside the steps, which waited {found['stalled_seconds']:.3g} s for it, "
-        f"{found['share']:.2%} of the time (since it was last continued).",
+        f"{found['share']:.2%} of the time.",
         "",
     ]
 
@@ -226,10 +230,10 @@ def _course(steps: list[dict[str, Any]]) -> list[str]:
         return []
     last = steps[-1]
     # The first steps of a process warm up; the median is what a step costs.
-    seconds = sorted(line["seconds"] for line in steps if line.get("seconds") is not None)
+    seconds = [line["seconds"] for line in steps if line.get("seconds") is not None]
     told = f"{last['step']:,} steps"
     if seconds:
-        told += f", {seconds[len(seconds) // 2]:.3g} s each (median)"
+        told += f", {statistics.median(seconds):.3g} s each (median)"
     if last.get("fractional") is not None:
         told += f"; after the last {last['fractional']:.3%} of the coordinates that may move were still fractional"
     if last.get("moved") is not None:
@@ -302,7 +306,7 @@ def write_report(run_dir: Path) -> None:
     options = identity.get("config") or config.get("config") or {}
     loss = str((options.get("solver") or {}).get("loss", "kl"))
     pictures = _draw(folder, summary, steps, validation, loss) if plots.available() else {}
-    lines = [f"# Run {folder.resolve().name}", "", *_headline(config, options), ""]
+    lines = [f"# Run {folder.resolve().name}", "", *_headline(config, options, summary), ""]
     if not summary:
         lines += ["**This run has not finished.** What follows is its course so far.", ""]
     if not plots.available():
@@ -327,7 +331,8 @@ def write_report(run_dir: Path) -> None:
     lines += _phases(summary)
     lines += report_lines(summary)
     lines += picture("phases")
-    lines += ["## Configuration", "", *_table(["option", "value"], _flat(options or config), text_columns=2)]
+    told = as_table(config, options) if options else config
+    lines += ["## Configuration", "", *_table(["option", "value"], _flat(told), text_columns=2)]
     facts = {key: value for key, value in identity.items() if key != "config"}
     lines += (
         ["## Inputs and versions", "", *_table(["what", "value"], _flat(facts), text_columns=2)]
@@ -371,21 +376,10 @@ def _refined(summary: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _ruled(options: dict[str, Any]) -> str:
-    """Say how many rules give some layers another grid; the table of layers has each one's bits."""
-    rules = len(options.get("layers") or ())
-    return f" ({rules} rule{'s' * (rules > 1)} for other layers)" if rules else ""
-
-
-def _headline(config: dict[str, Any], options: dict[str, Any]) -> list[str]:
+def _headline(config: dict[str, Any], options: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     grid = options.get("grid") or {}
     if not isinstance(grid, dict) or "bits" not in grid:
         return [f"Model: `{config.get('source', '?')}`"]
-    size = grid.get("group_size")
-    groups = "one scale per row" if size == -1 else f"groups of {size}"
-    kind = "symmetric" if grid.get("sym") else "asymmetric"
     method = plots.NAMES.get(str(options.get("method")), str(options.get("method")))
-    return [
-        f"{method} at {grid['bits']} bits, {kind}, {groups}, {grid.get('grid')} scales{_ruled(options)}, "
-        f"of `{Path(str(config.get('source', '?'))).name}`."
-    ]
+    told = grids_told(config, options, summary.get("layers") or ())
+    return [f"{method} {told}, of `{Path(str(config.get('source', '?'))).name}`."]

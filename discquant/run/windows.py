@@ -41,6 +41,7 @@ def run_windows(directory: RunDirectory, config: QuantizeConfig, source: Source)
         model=source.model,
         chat_template=data.chat_template,
         text_key=data.text_key,
+        warn=False,
     )
     return windows if token_file(data.dataset) else _tail_forward(windows, _held_out(windows, config))
 

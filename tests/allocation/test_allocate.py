@@ -271,6 +271,12 @@ def test_another_size_from_the_same_figures(folder: Path, tmp_path: Path) -> Non
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output
     assert again.read_bytes() == direct.read_bytes() != first.read_bytes()
+    assert f"note: the figures in {first} are of model, not of nowhere" in done.stderr
+    line[2] = str(tmp_path / "x.json")
+    refused = CliRunner().invoke(app, [*line, "--choices", "2,4", "--format", "none"])
+    assert isinstance(refused.exception, ConfigError)
+    assert str(refused.exception).endswith("no other option but --average-bits, got --choices, --format")
+    assert not (tmp_path / "x.json").exists()
     with pytest.raises(ConfigError, match="narrowest"):
         choose_again(first, tmp_path / "x.json", 2)
     for broken in ('{"discquant_allocation": 1}', '{"discquant_allocation": 1, "choices": [], "units": []}'):

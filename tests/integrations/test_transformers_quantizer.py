@@ -189,6 +189,9 @@ def test_register_and_unregister_leave_no_trace() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     before = dict(AUTO_QUANTIZER_MAPPING), dict(AUTO_QUANTIZATION_CONFIG_MAPPING)
+    with pytest.raises(ConfigError, match=r"take_over must be of compressed-tensors, .* got 'foo'"):
+        register(take_over=("gptq", "foo"))
+    assert (dict(AUTO_QUANTIZER_MAPPING), dict(AUTO_QUANTIZATION_CONFIG_MAPPING)) == before
     register(take_over=())
     assert AUTO_QUANTIZER_MAPPING["gptq"] is before[0]["gptq"]
     assert "discquant" in AUTO_QUANTIZER_MAPPING

@@ -176,7 +176,14 @@ def test_card_and_manifest_of_a_refined_folder(
     for key in ("format", "source", "engines", "quantized_weights", "weight_file_bytes", "bits_per_weight"):
         assert manifest[key] == exported[key], key
     assert manifest["source"]["sha256"] == Checkpoint(model_dir).sha256()
-    assert manifest["recipe"] == {**RunDirectory(out).config()["identity"]["config"], "baselines": []}
+    recorded = RunDirectory(out).config()["identity"]["config"]
+    kind = {"gguf": "Q4_0"}.get(name, "int3 group 32 symmetric")
+    told = {**recorded, "baselines": [], "grid": f"the file's own: {kind}"}
+    del told["layers"]
+    assert manifest["recipe"] == told
+    report = (out / "report.md").read_text()
+    assert f"GPTQ on the file's own grids: {kind}, of `{model_dir.name}`" in report
+    assert f"| `grid` | the file's own: {kind} |" in report
     assert manifest["recipe"]["seed"] == 11
     assert manifest["refine"]["kl_after"] < manifest["refine"]["kl_before"] == found["kl_before"]
     assert manifest["layers"].keys() == exported["layers"].keys()

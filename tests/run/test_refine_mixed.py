@@ -81,3 +81,6 @@ def test_only_codes_of_a_mixed_file_change(
             for first, last in kind.codes:
                 blocks[:, first:last] = False
     assert not bool(changed.any())
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.splitlines()[2].startswith("DiscQuant on the file's own grids: ")
+    assert all(f"{kind} (1 layer)" in report for kind in ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS"))

@@ -131,6 +131,26 @@ def test_whole_report(run: Path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
+def test_the_median_step_and_a_continued_run(run: Path) -> None:
+    """Of an even number of steps the median lies between two; checkpoints of earlier processes are not counted."""
+    lines = [{**line, "seconds": float(2 * line["step"])} for line in metrics()[1:3]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = {
+        "count": 0,
+        "bytes": 0,
+        "background_seconds": 0.0,
+        "stalled_seconds": 0.0,
+        "share": 0.0,
+        "every": None,
+    }
+    for processes, who in ((1, "The solve"), (3, "The last of 3 processes")):
+        found = {**summary(), "checkpoints": kept, "processes": processes}
+        (run / "summary.json").write_text(json.dumps(found))
+        write_report(run)
+        report = (run / "report.md").read_text()
+        assert f"\n{who} wrote 0 checkpoints" in report and "2 steps, 3 s each (median)" in report
+
+
 def test_writing_twice_gives_the_same_bytes(run: Path) -> None:
     write_report(run)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
