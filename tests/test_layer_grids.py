@@ -293,7 +293,7 @@ def test_a_run_continues_with_its_own_rules_alone(folder: Path, tmp_path: Path) 
     config = config_of(folder, ("down_proj:4",), GridConfig(3, 64), format="none")
     Pipeline(folder / "model", tmp_path / "out", config).execute()
     Pipeline(folder / "model", tmp_path / "out", config).execute()
-    with pytest.raises(discquant.errors.ResumeError, match=r"config\.layers was"):
+    with pytest.raises(discquant.errors.ResumeError, match=r"config\.layers: 1 rule differs"):
         Pipeline(folder / "model", tmp_path / "out", dataclasses.replace(config, layers=())).execute()
     plain = dataclasses.replace(config, layers=())
     Pipeline(folder / "model", tmp_path / "older", plain).execute()

@@ -74,6 +74,7 @@ def layer_table(
                     "live": 0 if ref.name in frozen else int(live.sum()),
                     "moved": int((codes[ref.name] != nearest).sum()),
                     "bits": grid.num_bits,
+                    "columns": q_down.shape[1],
                 }
             )
     return table

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from discquant.config import GridConfig, GridRules
+from discquant.config import GRID_KINDS, GridConfig, GridRules
 from discquant.formats.coded import LayerFacts
 from discquant.formats.scheme import Scheme
+from discquant.grids.gguf import SUPER_KINDS, gguf_kind
 
 OWN = "the file's own"
 
@@ -65,22 +66,21 @@ def grids_told(
     if _refines(config):
         kinds = config.get("file_grids")
         return "on the file's own grids" + (f": {_counted(kinds)}" if kinds else "")
-    every = GridConfig(**options["grid"])
-    rules = len(options.get("layers") or ())
-    if not rules:
-        return f"at {_words(every)}"
     grid_of = GridRules.of_dict(dict(options))
-    found: dict[GridConfig, list[int]] = {}
+    found: dict[str, list[int]] = {}
     for layer in layers:
-        found.setdefault(grid_of(str(layer["name"])), []).append(int(layer.get("weights") or 0))
+        words = _laid(grid_of(str(layer["name"])), layer)
+        found.setdefault(words, []).append(int(layer.get("weights") or 0))
     if not found:
-        return f"at {_words(every)}, but for what {rules} rule{'s say' if rules > 1 else ' says'}"
+        rules = len(options.get("layers") or ())
+        but = f", but for what {rules} rule{'s say' if rules > 1 else ' says'}" if rules else ""
+        return f"at {_words(GridConfig(**options['grid']))}{but}"
     if len(found) == 1:
-        return f"at {_words(next(iter(found)))}"
+        return f"at {next(iter(found))}"
     total = max(1, sum(map(sum, found.values())))
     parts = [
-        f"{_words(grid)} ({len(own)} layer{'s' * (len(own) > 1)}, {sum(own) / total:.1%} of the weights)"
-        for grid, own in sorted(found.items(), key=lambda item: -sum(item[1]))
+        f"{words} ({len(own)} layer{'s' * (len(own) > 1)}, {sum(own) / total:.1%} of the weights)"
+        for words, own in sorted(found.items(), key=lambda item: -sum(item[1]))
     ]
     return f"on {len(found)} grids: {'; '.join(parts)}"
 
@@ -99,3 +99,15 @@ def _words(grid: GridConfig) -> str:
     groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
     facts = f"{grid.bits} bits, {'symmetric' if grid.sym else 'asymmetric'}, {groups}, {grid.grid} scales"
     return facts if grid.kind == "uniform" else f"{grid.kind}: {facts}"
+
+
+def _laid(grid: GridConfig, layer: Mapping[str, Any]) -> str:
+    """A layer's grid in words: rows that are no whole blocks of a kind are on another one than was asked for."""
+    columns = layer.get("columns")  # earlier versions did not keep it
+    if columns is None or grid.kind not in SUPER_KINDS:
+        return _words(grid)
+    kind = gguf_kind(grid.kind, int(columns))
+    if kind == grid.kind:
+        return _words(grid)
+    bits, _, _ = GRID_KINDS.get(kind, (8, 32, True))
+    return f"{kind}: {bits} bits, where rows are no whole blocks of {grid.kind}"

@@ -223,6 +223,18 @@ def test_too_few_windows_warns_with_both_numbers(
     assert "40 tokens used, 0 left over, 8 of padding" in caplog.text
 
 
+def test_callers_may_say_that_windows_are_fewer(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Runs do, in a note: a warning besides would say it twice."""
+    (tmp_path / "a.txt").write_text("some words " * 20)
+    for warn in (True, False):
+        caplog.clear()
+        load_windows(str(tmp_path / "a.txt"), tokenizer, nsamples=700, seqlen=16, warn=warn)
+        warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(warned) == warn
+
+
 def test_left_over_tokens_are_told(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x" * 62)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -386,3 +387,12 @@ def test_ragged_groups_live_in_the_run_directory(run: Run, model: Path, tokens: 
     assert status == 0, error
     status, _output, error = run("evaluate", str(model), str(out), "--dataset", tokens, "--seqlen", "32")
     assert status == 0, error
+
+
+def test_the_command_line_puts_no_handler_on_the_root_logger(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries with handlers of their own would say their warnings twice."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert run("--help")[0] == 0
+    assert logging.getLogger().handlers == []

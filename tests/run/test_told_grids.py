@@ -36,7 +36,15 @@ def test_no_grid_is_named_that_no_layer_has() -> None:
 
 
 def test_kinds_are_named() -> None:
+    """And the layers whose rows are no whole blocks, which have another grid."""
     assert grids_told({}, options(GridConfig.of_kind("q6_k")), LAYERS).startswith("at q6_k: 6 bits, ")
+    laid = [{**layer, "columns": 512} for layer in LAYERS]
+    assert grids_told({}, options(GridConfig.of_kind("q6_k")), laid).startswith("at q6_k: 6 bits, ")
+    laid[3] |= {"columns": 288}
+    told = grids_told({}, options(GridConfig.of_kind("q6_k")), laid)
+    assert told.startswith("on 2 grids: q6_k: 6 bits, ") and told.endswith(
+        "; q8_0: 8 bits, where rows are no whole blocks of q6_k (1 layer, 25.0% of the weights)"
+    )
 
 
 def test_refining_runs_are_on_the_files_grids() -> None:
