@@ -21,6 +21,13 @@ _LINEAR = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+}  # fmt: skip
 _LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
     "short_factor": [1 + i / 100 for i in range(24)], "long_factor": [1 + i / 20 for i in range(24)],
@@ -29,6 +36,11 @@ _LONG = {
 # Class of the configuration without "Config", what differs from `_settings`, and the matrices that stay in float32.
 # llama.cpp wants certain tokens of a model that is called phi3, hence another name.
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "llama3": ("Llama", {"rope_parameters": _LLAMA3}, _DENSE),
+    "llama_linear": ("Llama", {"rope_parameters": _LINEAR["full_attention"]}, _DENSE),
+    "llama_yarn": ("Llama", {"rope_parameters": _YARN}, _DENSE),
+    "qwen2": ("Qwen2", {"vocab_size": 1056}, _DENSE),  # transformers gives its tokenizer one token more
+    "qwen3": ("Qwen3", {"head_dim": 96}, _DENSE),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, _EXPERTS),
     "qwen3moe": (
         "Qwen3Moe",
@@ -78,7 +90,7 @@ def make(name: str, tokenizer: Path, out: Path) -> None:
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512,
         "bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id,
     }  # fmt: skip
-    if family in ("Phi3", "Granite", "Cohere"):
+    if family in ("Qwen2", "Phi3", "Granite", "Cohere"):
         del settings["head_dim"]
     config = getattr(transformers, f"{family}Config")(**{**settings, **extra})
     model_class = "Gemma3ForCausalLM" if family == "Gemma3Text" else f"{family}ForCausalLM"
