@@ -209,7 +209,9 @@ def _sliding(config: Mapping[str, Any], family: str) -> Metadata:
     ]
     stated = config.get("layer_types")
     if (stated or usual) != usual or config.get("sliding_window_pattern", period) != period:
-        raise UnrepresentableError(f"gguf: in llama.cpp one layer in {period} of {family}, the last, attends to all")
+        raise UnrepresentableError(
+            f"gguf: in llama.cpp one layer in {period} of {family}, the last, attends to all"
+        )
     largest = layers == _LARGEST[family]
     scale = (
         _integer(config, "hidden_size") // _integer(config, "num_attention_heads")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from discquant.cli import app
 
-from .conftest import Run
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize("command", ["quantize", "plan"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,17 +12,7 @@ import torch
 from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.gguf_metadata import extra_tensors, metadata_warnings, model_metadata
 
-from .gguf_families import COMMON, FAMILIES
-
-
-def config(family: str, **more: Any) -> dict[str, Any]:
-    """The configuration of a small model as config.json has it."""
-    import transformers
-
-    kind, extra = FAMILIES[family]
-    settings = getattr(transformers, f"{kind}Config")(**{**COMMON, **extra, **more}).to_dict()
-    name = "Gemma3" if kind == "Gemma3Text" else kind
-    return {**settings, "architectures": [f"{name}ForCausalLM"]}
+Config = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize(
@@ -46,8 +37,8 @@ def config(family: str, **more: Any) -> dict[str, Any]:
         ("command-r", {"attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.0625}),
     ],
 )
-def test_a_family_is_told_what_it_needs(family: str, wanted: dict[str, Any]) -> None:
-    found = model_metadata(config(family))
+def test_a_family_is_told_what_it_needs(family: str, wanted: dict[str, Any], family_config: Config) -> None:
+    found = model_metadata(family_config(family))
     assert {key: found.get(key) for key in wanted} == wanted
     assert ("attention.layer_norm_rms_epsilon" in found) == (family != "command-r")
 
@@ -76,10 +67,10 @@ def test_a_family_is_told_what_it_needs(family: str, wanted: dict[str, Any]) -> 
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(
-    family: str, change: dict[str, Any], message: str
+    family: str, change: dict[str, Any], message: str, family_config: Config
 ) -> None:
     with pytest.raises(UnrepresentableError, match=message):
-        model_metadata({**config(family), **change})
+        model_metadata({**family_config(family), **change})
 
 
 @pytest.mark.parametrize(
@@ -91,8 +82,10 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "rope_theta": 10000.0}}}, True),
     ],
 )
-def test_sliding_layers_of_gemma3_rotate_by_ten_thousand(change: dict[str, Any], refused: bool) -> None:
-    stated = {**config("gemma3"), **change}
+def test_sliding_layers_of_gemma3_rotate_by_ten_thousand(
+    change: dict[str, Any], refused: bool, family_config: Config
+) -> None:
+    stated = {**family_config("gemma3"), **change}
     if refused:
         with pytest.raises(UnrepresentableError, match="sliding layers rotate by 10000"):
             model_metadata(stated)
@@ -100,16 +93,16 @@ def test_sliding_layers_of_gemma3_rotate_by_ten_thousand(change: dict[str, Any],
         assert model_metadata(stated)["rope.freq_base"] == 1e6
 
 
-def test_a_scaling_of_the_full_layers_of_gemma3() -> None:
+def test_a_scaling_of_the_full_layers_of_gemma3(family_config: Config) -> None:
     rope = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     }
-    found = model_metadata({**config("gemma3"), "rope_parameters": rope})
+    found = model_metadata({**family_config("gemma3"), "rope_parameters": rope})
     assert (found["rope.scaling.type"], found["rope.scaling.factor"]) == ("linear", 8.0)
 
 
-def test_factors_of_a_long_context_are_those_of_transformers() -> None:
+def test_factors_of_a_long_context_are_those_of_transformers(family_config: Config) -> None:
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -118,7 +111,7 @@ def test_factors_of_a_long_context_are_those_of_transformers() -> None:
         "short_factor": [1.0 + i / 10 for i in range(12)], "long_factor": [2.0 + i for i in range(12)],
         "original_max_position_embeddings": 16,
     }  # fmt: skip
-    stated = config(
+    stated = family_config(
         "phi3", rope_parameters=rope, partial_rotary_factor=0.75, original_max_position_embeddings=16
     )
     found, tensors = model_metadata(stated), extra_tensors(stated)
@@ -133,12 +126,12 @@ def test_factors_of_a_long_context_are_those_of_transformers() -> None:
         extra_tensors({**stated, "rope_parameters": {**rope, "long_factor": [1.0]}})
 
 
-def test_a_window_that_llama_cpp_does_not_have_is_told() -> None:
-    assert metadata_warnings({**config("phi3"), "sliding_window": 16}) == [
+def test_a_window_that_llama_cpp_does_not_have_is_told(family_config: Config) -> None:
+    assert metadata_warnings({**family_config("phi3"), "sliding_window": 16}) == [
         "llama.cpp attends to all positions; beyond 16 tokens the original does not"
     ]
     for family, change in (
         ("phi3", {"sliding_window": 64}), ("phi3", {"sliding_window": None}), ("gemma2", {}),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": False}),
     ):  # fmt: skip
-        assert metadata_warnings({**config(family), **change}) == []
+        assert metadata_warnings({**family_config(family), **change}) == []
