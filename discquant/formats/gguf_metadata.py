@@ -87,7 +87,8 @@ def model_metadata(config: Mapping[str, Any]) -> Metadata:
         }
     if family == "command-r":
         found["logit_scale"] = float(config.get("logit_scale", 0.0625))
-        if bool(config.get("use_qk_norm")) != (found["block_count"] >= _NORMED_FROM):
+        normed = _integer(config, "num_hidden_layers") >= _NORMED_FROM
+        if bool(config.get("use_qk_norm")) != normed:
             raise UnrepresentableError(
                 f"gguf: use_qk_norm is {bool(config.get('use_qk_norm'))}; llama.cpp norms q and k of command-r from "
                 f"{_NORMED_FROM} layers on, and only there"
