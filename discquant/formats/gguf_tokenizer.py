@@ -163,9 +163,10 @@ def _byte_level(data: Mapping[str, Any], model: Mapping[str, Any], file: str) ->
         name = names[0 if model.get("ignore_merges") else 1]
         found.pre = name or names[0] or names[1] or ""
         if name is None:
+            own = bool(model.get("ignore_merges"))
             found.warnings.append(
-                f"ignore_merges is {bool(model.get('ignore_merges'))} in the tokenizer and not in llama.cpp's "
-                f"{found.pre}: a few words may be split differently"
+                f"the tokenizer's ignore_merges is {own}, that of llama.cpp's {found.pre} {not own}: some words may be "
+                "split differently"
             )
     else:
         found.warnings.append(

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Byte-level tokenizers by the names under which llama.cpp holds their expressions.
 
-The expressions are those of the models' own tokenizer.json; llama.cpp was seen to split text as they do (closing note of
-2026-12-01).
+The expressions are those of the models' own tokenizer.json.
 """
 
 from __future__ import annotations
@@ -69,6 +68,6 @@ def test_words_that_llama_cpp_takes_otherwise_are_told(
     found = read(tmp_path, expression, whole_words)
     assert found.pre == name
     assert found.warnings == [
-        f"ignore_merges is {whole_words} in the tokenizer and not in llama.cpp's {name}: a few words may be split "
-        "differently"
+        f"the tokenizer's ignore_merges is {whole_words}, that of llama.cpp's {name} {not whole_words}: some words may "
+        "be split differently"
     ]
