@@ -23,8 +23,25 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# llama.cpp splits text by name, not by expression: the names whose expressions it holds.
-_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2", _GPT2: "gpt-2"}
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _cased(ending: str, digits: str) -> str:
+    """Words that change from upper to lower case once, with an ending; digits; the rest."""
+    words = (f"{_UPPER}*{_LOWER}+", f"{_UPPER}+{_LOWER}*")
+    return "|".join((*(rf"[^\r\n\p{{L}}\p{{N}}]?{word}{ending}" for word in words), digits, _REST))
+
+
+# llama.cpp splits text by name, not by expression: the names whose expressions it holds, where a word that is a token
+# is taken whole (`ignore_merges`) and where it is not.
+_SPLITS = {
+    _LLAMA3: ("llama-bpe", "dbrx"),
+    _LLAMA3.replace("{1,3}", ""): (None, "qwen2"),
+    _GPT2: (None, "gpt-2"),
+    _cased("", r"\p{N}"): ("tekken", None),
+    _cased("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}"): (None, "gpt-4o"),
+}
 
 
 @dataclass
@@ -142,7 +159,15 @@ def _byte_level(data: Mapping[str, Any], model: Mapping[str, Any], file: str) ->
     elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and whole:
         found.pre = "smollm"
     elif kinds == ["Split", "ByteLevel"] and not whole and expressions[0] in _SPLITS:
-        found.pre = _SPLITS[expressions[0]]
+        names = _SPLITS[expressions[0]]
+        name = names[0 if model.get("ignore_merges") else 1]
+        found.pre = name or names[0] or names[1] or ""
+        if name is None:
+            own = bool(model.get("ignore_merges"))
+            found.warnings.append(
+                f"the tokenizer's ignore_merges is {own}, that of llama.cpp's {found.pre} {not own}: some words may be "
+                "split differently"
+            )
     else:
         found.warnings.append(
             f"the tokenizer splits text by {kinds}, for which llama.cpp has no known name: tokenizer.ggml.pre is "
