@@ -12,11 +12,11 @@ from discquant.planning.memory import (
     CUBLAS_WORKSPACE,
     LIBRARIES,
     PhasePeak,
+    calibrating_items,
     model_items,
     phase_peaks,
     placed,
     reading_items,
-    sampling_items,
     text_items,
 )
 from discquant.planning.rounding import WIDE_POSITIONS, boundaries, gptq_work, hessian_bytes
@@ -45,7 +45,7 @@ def peaks_of(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held |= text | {"windows": data.nsamples * data.seqlen * 8.0}
     if setting.accelerator:
         held["GPU libraries"], device["cuBLAS workspace"] = LIBRARIES, CUBLAS_WORKSPACE
-    drawn = sampling_items(shape, setting)
+    drawn = calibrating_items(shape, setting)
     peaks.append(placed("calibrate", setting, device | drawn, held | lists, {}))
     kept = boundaries(shape, setting, data.nsamples * data.seqlen)
     layers = sum(m.count for block in shape.blocks for m in block.matrices)

@@ -194,6 +194,20 @@ def sampling_items(shape: ModelShape, setting: Setting) -> dict[str, float]:
     return {"keys and values": cache, "sampling a token": step}
 
 
+def calibrating_items(shape: ModelShape, setting: Setting) -> dict[str, float]:
+    """Return what reading windows holds where the model runs: sampling them, then a look at what the chain computes.
+
+    That compares all logits of one window: the model's, the chain's and their difference, or five while those are capped.
+    """
+    element, tokens = setting.element, setting.config.data.seqlen
+    verifying = {
+        "logits of one window": (6.0 if shape.capped else 3.0) * tokens * shape.vocab * element,
+        "activations of a block": shape.largest.passing_bytes(element, tokens) * tokens,
+        MASKS: shape.mask_bytes(element, tokens, tokens),
+    }
+    return max(sampling_items(shape, setting), verifying, key=lambda items: sum(items.values()))
+
+
 def placed(name: str, setting: Setting, device: Items, host: Items, disk: Items) -> PhasePeak:
     """Return a phase's peak; without an accelerator all is on the host."""
     if not setting.accelerator:
@@ -269,7 +283,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held |= text
     peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix, "scales": grids}, {}))
     held["scales"] = grids
-    peaks.append(peak("calibrate", sampling_items(shape, setting), {"windows": windows} | lists))
+    peaks.append(peak("calibrate", calibrating_items(shape, setting), {"windows": windows} | lists))
     held["windows"] = windows
     if setting.accelerator:
         held["GPU libraries"] = LIBRARIES
@@ -327,7 +341,10 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     stored["exported models"] = exported * len(config.formats)
     stored["a shard's spool"] = min(exported, DEFAULT_SHARD_BYTES) if config.formats else 0.0
     # Codes to nearest are computed from the weights whenever they are asked for.
-    computed = {"positions of one matrix": WIDE_POSITIONS * matrix} if config.method == "rtn" else {}
+    computed = {}
+    if config.method == "rtn":
+        computed["positions of one matrix"] = WIDE_POSITIONS * matrix
+        computed["a matrix as read"] = matrix * (element + shape.file_bytes) if setting.streamed else 0.0
     peaks.append(
         peak(
             "export",

@@ -16,7 +16,7 @@ from discquant.planning.evaluating import compared_bytes
 from discquant.planning.hardware import DEVICES
 from discquant.planning.head import label_items, loss_bytes, loss_copy
 from discquant.planning.heap import HEAP, HEAP_LIMIT, HEAP_SHARE, heap_items
-from discquant.planning.memory import phase_peaks
+from discquant.planning.memory import calibrating_items, phase_peaks
 from discquant.planning.plan import Machine, setting_for
 from discquant.planning.rounding import layerwise_items
 from discquant.planning.setting import Setting
@@ -111,6 +111,19 @@ def test_drawing_labels_holds_what_is_planned(capped: bool, live_bytes: Any) -> 
     assert _within(live.peak, sum(label_items(shape, setting).values()))
     on_device = label_items(*_planned(model, _config("guided"), GPU))
     assert on_device["logits"] == label_items(shape, setting)["logits"]
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_looking_at_the_chain_holds_what_is_planned(capped: bool, live_bytes: Any) -> None:
+    """All logits of one window: most of what reading windows takes."""
+    model = _model(capped)
+    chain = DecoderChain(model)
+    ids = torch.randint(3, 64, (1, SEQLEN))
+    with live_bytes(model.state_dict().values()) as live:
+        chain.verify(ids)
+    planned = calibrating_items(*_planned(model, _config("guided")))
+    assert planned["logits of one window"] > 0.8 * live.peak
+    assert _within(live.peak, sum(planned.values()))
 
 
 @pytest.mark.parametrize("capped", [False, True])
