@@ -197,7 +197,7 @@ def sampling_items(shape: ModelShape, setting: Setting) -> dict[str, float]:
 def calibrating_items(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Return what reading windows holds where the model runs: sampling them, then a look at what the chain computes.
 
-    That compares all logits of one window: the model's, the chain's and their difference, or five while those are capped.
+    All logits of one window are compared: the model's, the chain's and their difference; five while those are capped.
     """
     element, tokens = setting.element, setting.config.data.seqlen
     verifying = {
