@@ -186,6 +186,12 @@ def first_row(dataset: str) -> tuple[str, dict[str, Any]] | None:
     return next(_parquet_start(path), None)
 
 
+def is_small(dataset: str) -> bool:
+    """Whether a data set is a local file that can be read whole for what its beginning would cost."""
+    path = Path(dataset)
+    return path.suffix.lower() in SUFFIXES and path.is_file() and path.stat().st_size <= _FIRST_PIECE
+
+
 def rows(dataset: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a data set in a seeded order.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,21 @@ def _token_rows(file: Path, key: str) -> Iterator[tuple[str, Callable[[], Tensor
         raise CalibrationError(f"calibration: {file} is truncated or corrupt: {cause}") from cause
 
 
+def check_ids(where: str, dtype: torch.dtype | None, shape: Sequence[int]) -> None:
+    """Refuse what are no rows of token ids.
+
+    Raises:
+        CalibrationError: So it is.
+    """
+    whole = dtype is not None and not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    if len(shape) not in (1, 2) or not whole:
+        raise CalibrationError(
+            f"calibration: {where} must be integer token ids [rows, seqlen], got {dtype} {list(shape)}"
+        )
+    if 0 in shape:
+        raise CalibrationError(f"calibration: {where} is empty, {list(shape)}")
+
+
 def _from_token_file(
     file: Path, key: str, *, seqlen: int, pad: int | None, eos: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -195,13 +210,7 @@ def _from_token_file(
     with _token_rows(file, key) as (chosen, read):
         rows = read()
     rows = rows.unsqueeze(0) if rows.ndim == 1 else rows
-    if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
-        raise CalibrationError(
-            f"calibration: {file}:{chosen} must be integer token ids [rows, seqlen], "
-            f"got {rows.dtype} {list(rows.shape)}"
-        )
-    if rows.numel() == 0:
-        raise CalibrationError(f"calibration: {file}:{chosen} is empty, {list(rows.shape)}")
+    check_ids(f"{file}:{chosen}", rows.dtype, rows.shape)
     rows = rows.to(torch.int64)
     if int(rows.min()) < 0:
         raise CalibrationError(f"calibration: {file}:{chosen} holds the negative token id {int(rows.min())}")

@@ -6,20 +6,21 @@ from __future__ import annotations
 import dataclasses
 
 from discquant.config import QuantizeConfig
+from discquant.planning.head import label_items, masks
+from discquant.planning.heap import heap_items
 from discquant.planning.memory import (
     CUBLAS_WORKSPACE,
     LIBRARIES,
     PhasePeak,
-    heap_items,
+    calibrating_items,
     model_items,
     phase_peaks,
     placed,
     reading_items,
-    sampling_items,
     text_items,
 )
-from discquant.planning.rounding import MASKS, WIDE_POSITIONS, boundaries, gptq_work, head_copy
-from discquant.planning.setting import Setting, logit_tensors
+from discquant.planning.rounding import WIDE_POSITIONS, boundaries, gptq_work, hessian_bytes
+from discquant.planning.setting import Setting
 from discquant.planning.shape import ModelShape
 
 # Of a matrix's error: codes, and float32 of the weight, of what the codes serve and of their difference.
@@ -44,7 +45,7 @@ def peaks_of(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held |= text | {"windows": data.nsamples * data.seqlen * 8.0}
     if setting.accelerator:
         held["GPU libraries"], device["cuBLAS workspace"] = LIBRARIES, CUBLAS_WORKSPACE
-    drawn = sampling_items(shape, setting)
+    drawn = calibrating_items(shape, setting)
     peaks.append(placed("calibrate", setting, device | drawn, held | lists, {}))
     kept = boundaries(shape, setting, data.nsamples * data.seqlen)
     layers = sum(m.count for block in shape.blocks for m in block.matrices)
@@ -83,22 +84,18 @@ def _moments(shape: ModelShape, setting: Setting, here: bool) -> list[dict[str, 
     # more than blocks: what a block gives, or the gradients. Kept elsewhere, a block's inputs come beside the next's.
     copied = here and setting.boundaries != "resident"
     passing, pulled = (0.0, 0.0) if here and not copied else (3 * row, 4 * row)
-    hessians = (
-        sum(8.0 * m.columns**2 * m.count for m in largest.matrices) if setting.allocating.hessians else 0.0
-    )
+    hessians = hessian_bytes(largest) if setting.allocating.hessians else 0.0
     rounding = max(gptq_work(m) for m in largest.matrices) if setting.allocating.hessians else 0.0
     wide = 4.0 if element < 4 else 0.0
-    masks = {MASKS: shape.mask_bytes(element, tokens, tokens)}
     forward = {
         "hidden states": passing,
         "activations of a block": largest.passing_bytes(element, tokens) * tokens,
-        **masks,
+        **masks(shape, setting),
         "a block as read": own,
     }
     head = {
         "hidden states": passing + (0.0 if passing else row),
-        "logits": logit_tensors(shape, setting) * (4 if element < 8 else 8),
-        "head in float32": head_copy(shape, setting),
+        **label_items(shape, setting),
     }
     errors = {
         "hidden states": pulled,
@@ -115,6 +112,6 @@ def _moments(shape: ModelShape, setting: Setting, here: bool) -> list[dict[str, 
         "a matrix's error": (4.0 + wide) * matrix,
         "activations of a block": largest.saved_bytes(element, setting.accelerator, tokens) * tokens,
         "gradients of activations": largest.back_bytes(element, tokens) * tokens,
-        **masks,
+        **masks(shape, setting),
     }
     return [forward, head, errors, gradients]

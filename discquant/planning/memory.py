@@ -10,21 +10,21 @@ from types import MappingProxyType
 from discquant.calibration.load import token_file
 from discquant.config import QuantizeConfig
 from discquant.formats.coded import DEFAULT_SHARD_BYTES
+from discquant.planning.evaluating import measuring_items
+from discquant.planning.head import MASKS, back_items, label_items, loss_bytes, loss_copy, masks
+from discquant.planning.heap import heap_items
 from discquant.planning.rounding import (
-    MASKS,
     WIDE_POSITIONS,
     Kept,
     boundaries,
     energy_items,
     energy_tokens,
-    head_copy,
     layerwise_items,
 )
 from discquant.planning.setting import (
     Setting,
     grid_share,
     keeps_graph,
-    logit_tensors,
     mean_over,
     remembers_teacher,
     rows_sampled,
@@ -34,28 +34,13 @@ from discquant.planning.shape import ModelShape
 from discquant.planning.traffic import factor_bytes, factor_entries
 
 SLOTS = 3  # one block arriving, one at work, one leaving
-# Of evaluation.divergence, a layer above: windows and logits at once, logits compared at once in float64.
-EVALUATION_ROWS, EVALUATION_LOGITS, EVALUATION_CHUNK = 8, 1 << 28, 1 << 24
 VALIDATION_ROWS = 8  # of run.solving, a layer above: windows that a solve is watched on
 # What CUDA's libraries and kernels take of the host, at the first matmul and once all sorts have run, and cuBLAS of the
 # device: as an H200 with torch 2.11 showed (benchmarks/results/nvidia-h200-quantize.json).
 LIBRARIES_FIRST, LIBRARIES, CUBLAS_WORKSPACE = 0.45e9, 0.9e9, float(1 << 25)
-COMPARED = 5 * 8.0 + 1  # float64: two log-probabilities, probabilities, two products of them; a mask
 # Reading text: the tokenizer and what it holds, and per token the lists that windows are cut from. As runs of the
 # bundled model with 4,096 and 16,384 windows showed (resident memory against the plan, Linux, glibc).
 TEXT, TOKEN_LISTS = 45e6, 25.0
-# glibc serves tensors up to this size from one heap and keeps what was freed between younger ones: by the same runs
-# this share of what a phase holds for a moment. Larger ones are maps of their own, which go back at once.
-HEAP, HEAP_LIMIT, HEAP_SHARE = "kept by the allocator", 1 << 25, 0.35
-OF_WEIGHTS = frozenset(
-    (
-        "student and teacher weights", "teacher weights", "weight gradient", "another rank's gradient of a matrix",
-        "curvature of a matrix", "anchor of a matrix", "bytes to undo a step", "block slots", "factors of a block",
-        "positions of one matrix", "state of a block unpacked", "a matrix as read", "X^T X and its factor",
-        "a candidate's weights",
-    )
-)  # fmt: skip
-
 Items = Mapping[str, float]
 
 
@@ -72,26 +57,6 @@ class PhasePeak:
         """Return the sum of "gpu", "host" or "disk"."""
         items: Mapping[str, float] = getattr(self, where)
         return float(sum(items.values()))
-
-
-def _measuring(shape: ModelShape, setting: Setting) -> dict[str, float]:
-    """Return what comparing one candidate with the original holds besides the original and the codes."""
-    element, row = setting.element, setting.config.data.seqlen * shape.vocab
-    windows = min(EVALUATION_ROWS, max(1, EVALUATION_LOGITS // row))
-    copied = float(shape.weights) if setting.whole_model else 2.0 * shape.largest.weights
-    tokens, seqlen = windows * setting.config.data.seqlen, setting.config.data.seqlen
-    passing = shape.largest.passing_bytes(element, seqlen) * tokens
-    weights = {"a candidate's weights": (copied + shape.untouched) * element}
-    # The candidate's forward pass beside the original's logits; then both, those that count, and what compares them.
-    forward = {
-        "logits of both": 2.0 * windows * row * element,
-        "activations of a block": passing,
-        MASKS: shape.mask_bytes(element, tokens, seqlen),
-    }
-    compared = {
-        "logits of both": 3.0 * windows * row * element + COMPARED * min(EVALUATION_CHUNK, windows * row)
-    }
-    return weights | max(forward, compared, key=lambda items: sum(items.values()))
 
 
 def gain_bytes(shape: ModelShape) -> float:
@@ -122,22 +87,15 @@ def _gathering(shape: ModelShape, setting: Setting) -> dict[str, float]:
     wide = (
         2.0 * max(4, element) * max(factor_entries(block.matrices, setting.config) for block in shape.blocks)
     )
-    seqlen = setting.config.data.seqlen
-    saved = shape.largest.saved_bytes(element, setting.accelerator, seqlen)
-    back = shape.largest.back_bytes(element, seqlen) * setting.micro_tokens
-    logits = float(logit_tensors(shape, setting) * (4 if element < 8 else 8))
-    return {
+    always = {
         "teacher weights": float(shape.largest.weights * element)
         if setting.teacher_in_state or setting.streamed
         else 0.0,
-        "factors of a block": wide,
-        "activations of a block": saved * setting.micro_tokens,
-        MASKS: shape.mask_bytes(element, setting.micro_tokens, seqlen),
         "hidden states": 3.0 * tokens * shape.hidden * element,
-        "logits": logits,
-        "gradients of activations": max(0.0, back - logits),
-        "head in float32": head_copy(shape, setting),
+        **masks(shape, setting),
     }
+    moments = (label_items(shape, setting), {"factors of a block": wide, **back_items(shape, setting)})
+    return always | max(moments, key=lambda items: sum(items.values()))
 
 
 def tree_bytes(gradient: float, kept: float, passes: int) -> float:
@@ -194,7 +152,7 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     narrow = element if element < wide and not setting.accelerator else 0
     kept = float(saved * tokens) if keep else 0.0
     sums = tree_bytes(float(wide * largest.weights), kept, setting.passes)
-    logits = logit_tensors(shape, setting) * wide
+    logits = loss_bytes(shape, setting) + loss_copy(shape, setting)
     graphs = float(saved * tokens * depth)
     undo = float(min(shape.weights * state_of(shape.blocks, setting).written, JOURNAL_BYTES))
     # The curvature's term is made when the logits are gone.
@@ -223,21 +181,6 @@ def _working(shape: ModelShape, setting: Setting) -> dict[str, float]:
     }
 
 
-def heap_items(shape: ModelShape, setting: Setting, items: Mapping[str, float]) -> dict[str, float]:
-    """Return what the C library keeps between tensors of a phase on a CPU: of activations and of weights it serves."""
-    if setting.accelerator:
-        return {}
-    matrices = shape.largest.matrices
-    small = sum(m.weights for m in matrices if m.rows * m.columns * setting.element <= HEAP_LIMIT)
-    of_weights = small / max(1, shape.largest.weights)
-    # Most activations are as wide as the hidden state; a few wider ones between them do not keep the heap tidy.
-    of_activations = float(shape.hidden * setting.micro_tokens * setting.element <= HEAP_LIMIT)
-    served = sum(
-        size * (of_weights if name in OF_WEIGHTS else of_activations) for name, size in items.items()
-    )
-    return {HEAP: HEAP_SHARE * served}
-
-
 def sampling_items(shape: ModelShape, setting: Setting) -> dict[str, float]:
     """Return what sampling text from the model holds besides it: keys and values of the rows at once, and a step's own.
 
@@ -249,6 +192,20 @@ def sampling_items(shape: ModelShape, setting: Setting) -> dict[str, float]:
     passing = shape.largest.passing_bytes(element, setting.config.data.seqlen) * rows
     step = max(cache / (2 * len(shape.blocks)) + passing, rows * shape.vocab * (4.0 + 2 * 8.0))
     return {"keys and values": cache, "sampling a token": step}
+
+
+def calibrating_items(shape: ModelShape, setting: Setting) -> dict[str, float]:
+    """Return what reading windows holds where the model runs: sampling them, then a look at what the chain computes.
+
+    All logits of one window are compared: the model's, the chain's and their difference; five while those are capped.
+    """
+    element, tokens = setting.element, setting.config.data.seqlen
+    verifying = {
+        "logits of one window": (6.0 if shape.capped else 3.0) * tokens * shape.vocab * element,
+        "activations of a block": shape.largest.passing_bytes(element, tokens) * tokens,
+        MASKS: shape.mask_bytes(element, tokens, tokens),
+    }
+    return max(sampling_items(shape, setting), verifying, key=lambda items: sum(items.values()))
 
 
 def placed(name: str, setting: Setting, device: Items, host: Items, disk: Items) -> PhasePeak:
@@ -326,7 +283,7 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     held |= text
     peaks.append(peak("grid", {"searching scales": WIDE_POSITIONS * matrix, "scales": grids}, {}))
     held["scales"] = grids
-    peaks.append(peak("calibrate", sampling_items(shape, setting), {"windows": windows} | lists))
+    peaks.append(peak("calibrate", calibrating_items(shape, setting), {"windows": windows} | lists))
     held["windows"] = windows
     if setting.accelerator:
         held["GPU libraries"] = LIBRARIES
@@ -383,12 +340,23 @@ def phase_peaks(shape: ModelShape, setting: Setting) -> list[PhasePeak]:
     # One after the other, each joined shard by shard from what is spooled before.
     stored["exported models"] = exported * len(config.formats)
     stored["a shard's spool"] = min(exported, DEFAULT_SHARD_BYTES) if config.formats else 0.0
-    peaks.append(peak("export", {}, {"one layer packed": matrix * (2 + bits)}))
+    # Codes to nearest are computed from the weights whenever they are asked for.
+    computed = {}
+    if config.method == "rtn":
+        computed["positions of one matrix"] = WIDE_POSITIONS * matrix
+        computed["a matrix as read"] = matrix * (element + shape.file_bytes) if setting.streamed else 0.0
+    peaks.append(
+        peak(
+            "export",
+            computed | heap_items(shape, setting, computed),
+            {"one layer packed": matrix * (2 + bits)},
+        )
+    )
     known = {config.method, "gptq" if started else config.method}
     unknown = [name for name in config.baselines if name not in known]
     others = {"codes of baselines": packed * sum(name != "rtn" for name in unknown)}
     # Baselines are rounded first, then measured one after the other.
-    moments = [_measuring(shape, setting), *(layerwise_items(shape, setting, name) for name in unknown)]
+    moments = [measuring_items(shape, setting), *(layerwise_items(shape, setting, name) for name in unknown)]
     moment = max(moments, key=lambda items: sum(items.values()))
     away = _guided_items(shape, setting, "guided" if "guided" in unknown else "gptq")
     peaks.append(peak("evaluate", moment | heap_items(shape, setting, moment), others | away.host, away.disk))

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from discquant.config import QuantizeConfig
-from discquant.planning.setting import Setting, logit_tensors
+from discquant.planning.head import back_items, label_items, masks
+from discquant.planning.setting import Setting
 from discquant.planning.shape import Block, Matrix, ModelShape
 from discquant.planning.traffic import boundary_bytes
 
 BOUNDARIES = "boundary activations"
-MASKS = "masks of attention"
 
 WIDE_POSITIONS = (
     6 * 4.0
@@ -28,47 +29,76 @@ def gptq_work(matrix: Matrix) -> float:
     return work + 1.0 * matrix.rows * matrix.columns
 
 
-def gptq_bytes(block: Block) -> float:
-    """Return what GPTQ of one block holds at most, in bytes.
+def _hessians(block: Block) -> list[float]:
+    """Return the bytes of X^T X by matrix; experts share that of their gate and up projection, which the first has."""
+    found, shared = [], set[tuple[int, bool]]()
+    for matrix in block.matrices:
+        key = (matrix.columns, "down_proj" in matrix.name)
+        known = not matrix.plain and key in shared
+        found.append(0.0 if known else 8.0 * matrix.columns**2 * matrix.count)
+        if not matrix.plain:
+            shared.add(key)
+    return found
 
-    While inputs pass: X^T X of every layer in float64 and one float32 product. While a layer is rounded: its own and
-    those of the layers after it, one more for the factor, a slice of rows (float64 twice, codes once) and its codes.
-    Those of fused experts stay to the end.
+
+def hessian_bytes(block: Block) -> float:
+    """Return what inputs that pass a block leave: X^T X of every layer in float64."""
+    return sum(_hessians(block))
+
+
+def gathering_bytes(block: Block) -> float:
+    """Return the same with one product in float32, which is being added."""
+    return hessian_bytes(block) + max(4.0 * m.columns**2 for m in block.matrices)
+
+
+def gptq_bytes(block: Block) -> float:
+    """Return what GPTQ of one block holds at most while a layer is rounded, in bytes.
+
+    X^T X of the layer and of those after it, one more for the factor, a slice of rows (float64 twice, codes once) and
+    its codes. Those of fused experts stay to the end.
     """
-    kept = [8.0 * m.columns**2 * m.count for m in block.matrices]
-    peak = sum(kept) + max(4.0 * m.columns**2 for m in block.matrices)
-    left = sum(kept)
+    kept = _hessians(block)
+    peak, left = 0.0, sum(kept)
     for matrix, own in zip(block.matrices, kept, strict=True):
         peak = max(peak, left + gptq_work(matrix))
-        if matrix.active == 1:
+        if matrix.plain:
             left -= own
     return peak
 
 
 def greedy_bytes(block: Block) -> float:
     """Return what greedy rounding of one block holds: as GPTQ, but one Hessian more and twelve matrices in float64."""
-    held = sum(8.0 * m.columns**2 * m.count for m in block.matrices)
-    return held + max(8.0 * m.columns**2 + 12 * 8.0 * m.rows * m.columns for m in block.matrices)
+    matrices = block.matrices
+    return hessian_bytes(block) + max(8.0 * m.columns**2 + 12 * 8.0 * m.rows * m.columns for m in matrices)
 
 
 def layerwise_items(shape: ModelShape, setting: Setting, method: str) -> dict[str, float]:
-    """Return what rounding layer by layer holds besides weights and codes."""
+    """Return what rounding layer by layer holds besides weights and codes, at its worst moment."""
     config, element, largest = setting.config, setting.element, shape.largest
     matrix = max(m.rows * m.columns for m in largest.matrices)
     if method == "rtn":
         return {"positions of one matrix": WIDE_POSITIONS * matrix}
     rows = min(config.gptq_samples, config.data.nsamples) * config.data.seqlen
+    passing = largest.passing_bytes(element, config.data.seqlen) * setting.micro_tokens
     # The first block's inputs are kept with the batches; beside them those of the block at work.
-    rounding = {
+    always = {
         "hidden states": 2.0 * rows * shape.hidden * element,
-        "activations of a block": largest.passing_bytes(element, config.data.seqlen) * setting.micro_tokens,
-        MASKS: shape.mask_bytes(element, setting.micro_tokens, config.data.seqlen),
+        **masks(shape, setting),
         "a matrix as read": matrix * element if setting.streamed else 0.0,
-        "X^T X and its factor": greedy_bytes(largest) if method == "greedy" else gptq_bytes(largest),
     }
-    if method != "guided":
-        return rounding
-    return max(rounding, _energies(shape, setting, rows), key=lambda items: sum(items.values()))
+    # Inputs pass a block; it is rounded; they pass it as it is served.
+    moments = [
+        {"activations of a block": passing, "X^T X and its factor": gathering_bytes(largest)},
+        {"X^T X and its factor": greedy_bytes(largest) if method == "greedy" else gptq_bytes(largest)},
+        {"activations of a block": passing, "weights as served": 1.0 * largest.weights * element},
+    ]
+    if method == "guided":
+        return max([*({**always, **m} for m in moments), *_energies(shape, setting, rows)], key=_sum)
+    return always | max(moments, key=_sum)
+
+
+def _sum(items: Mapping[str, float]) -> float:
+    return sum(items.values())
 
 
 def energy_items(shape: ModelShape, config: QuantizeConfig) -> dict[str, float]:
@@ -89,28 +119,22 @@ def energy_tokens(config: QuantizeConfig) -> int:
     return min(windows, config.gptq_samples, config.data.nsamples) * config.data.seqlen
 
 
-def _energies(shape: ModelShape, setting: Setting, rows: int) -> dict[str, float]:
-    """Return what measuring the gradients' energies takes beside them, on the device; `rows` in tokens."""
+def _energies(shape: ModelShape, setting: Setting, rows: int) -> list[dict[str, float]]:
+    """Return what measuring the gradients' energies takes beside them, on the device: drawing labels, and back.
+
+    Args:
+        shape: The model's sizes.
+        setting: Of the run.
+        rows: In tokens.
+    """
     element, tokens = setting.element, energy_tokens(setting.config)
-    seqlen, largest = setting.config.data.seqlen, shape.largest
-    saved = largest.saved_bytes(element, setting.accelerator, seqlen)
-    back = largest.back_bytes(element, seqlen) * setting.micro_tokens
-    logits = float(logit_tensors(shape, setting) * (4 if element < 8 else 8))
-    return {
+    always = {
         "hidden states": (1.0 * rows + 3 * tokens) * shape.hidden * element,
-        "activations of a block": saved * setting.micro_tokens,
-        MASKS: shape.mask_bytes(element, setting.micro_tokens, seqlen),
+        **masks(shape, setting),
         "a matrix as read": 1.0 * shape.largest.weights * element if setting.streamed else 0.0,
-        "logits": logits,
-        "gradients of activations": max(0.0, back - logits),  # when the logits are gone
-        "head in float32": head_copy(shape, setting),
         **boundaries(shape, setting, tokens).device,
     }
-
-
-def head_copy(shape: ModelShape, setting: Setting) -> float:
-    """Return the bytes of a copy of the head in float32, which labels are drawn with where it is narrower."""
-    return 4.0 * shape.vocab * shape.hidden if setting.element < 4 else 0.0
+    return [always | label_items(shape, setting), always | back_items(shape, setting)]
 
 
 class Kept(NamedTuple):

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from discquant.calibration.sampling import rows_at_once
 from discquant.config import GridConfig, QuantizeConfig
 from discquant.planning.shape import Block, Matrix, ModelShape
@@ -21,8 +19,6 @@ from discquant.planning.traffic import (
     scale_bytes,
     state_layout,
 )
-
-CHUNK = 1024  # tokens whose logits exist at once
 
 Placement = Literal["resident", "host", "disk"]
 PLACEMENTS: tuple[Placement, ...] = ("resident", "host", "disk")
@@ -196,12 +192,3 @@ def remembers_teacher(shape: ModelShape, setting: Setting) -> bool:
     options, data = setting.config.solver, setting.config.data
     repeats = options.steps * options.batch_size > data.nsamples and options.loss == "kl"
     return repeats and data.nsamples * data.seqlen * shape.hidden * 4 <= KEEP_TEACHER_BYTES
-
-
-def logit_tensors(shape: ModelShape, setting: Setting) -> float:
-    """Return entries of all tensors over the vocabulary that exist at once in the head: 2 on a device, 10 here."""
-    from discquant.solver.losses import head_chunk
-
-    if setting.accelerator:
-        return 2.0 * min(CHUNK, setting.micro_tokens) * shape.vocab
-    return 10.0 * min(head_chunk(shape.vocab, torch.device("cpu")), setting.micro_tokens) * shape.vocab

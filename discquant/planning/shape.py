@@ -99,11 +99,20 @@ class Block:
     def passing_bytes(self, element: int, seqlen: int) -> float:
         """Activations per token that exist at once without autograd: the hidden states, and the more of two.
 
-        Gate, up and product; scores of eager attention.
+        Gate, up and product; what all experts of a token get and give; scores of eager attention.
         """
         widest = max(max(matrix.rows, matrix.columns) for matrix in self.matrices)
         scores = SCORES_PASSING[element] * self.eager * seqlen
-        return 3.0 * element * self.matrices[0].columns + max(3.0 * element * widest, scores)
+        return 3.0 * element * self.matrices[0].columns + max(
+            3.0 * element * widest, element * self._routed_elements, scores
+        )
+
+    @property
+    def _routed_elements(self) -> float:
+        """Activations per token of fused experts: outputs, and the input that parts of one parameter share."""
+        routed = [matrix for matrix in self.matrices if not matrix.plain]
+        inputs = {m.name.partition("[")[0]: m.columns * m.count * m.active for m in routed}
+        return sum(m.rows * m.count * m.active for m in routed) + sum(inputs.values())
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,7 @@ class ModelShape:
         positions: How long windows may be; None where the configuration does not say.
         cache: Keys and values that a token leaves in all layers while text is sampled.
         masks: Kinds of masks that eager attention is called with; kernels get none.
+        capped: Whether the head caps its logits.
     """
 
     name: str
@@ -135,6 +145,7 @@ class ModelShape:
     positions: Positions | None = None
     cache: int = 1
     masks: int = 0
+    capped: bool = False
 
     def mask_bytes(self, element: int, tokens: int, seqlen: int) -> float:
         """Masks of `tokens` tokens that pass together; all micro-batches of one size share them."""
@@ -302,6 +313,7 @@ def chain_shape(chain: Chain, *, name: str = "model") -> ModelShape:
         positions=positions_of(model.config),
         cache=cache_elements(model.config),
         masks=len(set(getattr(config, "layer_types", None) or (None,))) if eager else 0,
+        capped=chain.head.softcap is not None,
     )
 
 

@@ -102,7 +102,7 @@ def allocate_model(
             allow_pickle=allow_pickle,
         )  # fmt: skip
         check_ignore(source.model, config.ignore)
-        check_text(source, config.data)
+        check_text(source, config, windows=1)
         settle(source.model, engine.device, stream=engine.streamed and engine.device.type == "cuda")
         chain, data = DecoderChain(source.model, config.ignore), config.data
         stored = stored_dtype(source.model.config)

@@ -12,8 +12,9 @@ import torch
 
 import discquant
 from discquant.calibration.documents import SUFFIXES
+from discquant.calibration.enough import check_enough
 from discquant.calibration.load import check_dataset, token_file
-from discquant.config import DataConfig, GridConfig, QuantizeConfig, names_none
+from discquant.config import GridConfig, QuantizeConfig, names_none
 from discquant.environment import device_name, versions
 from discquant.errors import CalibrationError, CheckpointError, ConfigError, UnrepresentableError
 from discquant.formats import registry
@@ -325,16 +326,23 @@ def check_written(out: Path, formats: Iterable[str]) -> None:
             )
 
 
-def check_text(source: Source, data: DataConfig) -> None:
-    """Refuse text that there is no tokenizer for, and a file that is not there or whose beginning is no text.
+def check_text(source: Source, config: QuantizeConfig, *, windows: int) -> None:
+    """Refuse text that no tokenizer reads, a file that is not there, no text at its beginning, or too little.
+
+    Args:
+        source: The original.
+        config: Which text, and the run's seed.
+        windows: How many are needed at least.
 
     Raises:
         CalibrationError: So it is.
     """
-    dataset = data.dataset
+    data, dataset = config.data, config.data.dataset
     if source.tokenizer is None and dataset != "self" and token_file(dataset) is None:
         raise CalibrationError(f"calibration: {source.path} has no tokenizer to read {dataset} with")
-    check_dataset(dataset, source.tokenizer, chat_template=data.chat_template, text_key=data.text_key)
+    rendered: Any = {"chat_template": data.chat_template, "text_key": data.text_key}
+    check_dataset(dataset, source.tokenizer, **rendered)
+    check_enough(dataset, source.tokenizer, windows=windows, seqlen=data.seqlen, seed=config.seed, **rendered)
 
 
 def text_file(dataset: str) -> Path | None:
@@ -347,7 +355,7 @@ def text_file(dataset: str) -> Path | None:
 
 # Raised whenever a run would come out in other bytes than before: a run that an earlier state of the code began is then
 # refused, not finished half in each way. By the kind of device, as not every change concerns both.
-ARITHMETIC = {"cpu": 6, "cuda": 8}
+ARITHMETIC = {"cpu": 7, "cuda": 8}
 
 
 def told_options(config: QuantizeConfig) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from discquant.run.served import served_dtype
 from discquant.run.solving import Solving
 from discquant.run.stored import room_for
 from discquant.run.summary import beaten, coded_layers, summarize_run, weight_bytes
-from discquant.run.windows import CALIBRATION, few_windows, keep_windows, run_windows, split_windows
+from discquant.run.windows import CALIBRATION, LEAST, few_windows, keep_windows, run_windows, split_windows
 from discquant.run.work import Codes, Work
 from discquant.solver.chain import Chain, DecoderChain
 from discquant.solver.engine import Engine
@@ -157,7 +157,7 @@ class Pipeline:
                 )
             chain = self._chain(source)
             self._check_formats(source, chain)
-            check_text(source, self.config.data)
+            check_text(source, self.config, windows=LEAST)
             identity = self._identity(source)
             continued = self.directory.check(identity, resume=self.resume)
             if continued:

@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 
 from discquant.calibration import Windows, load_windows
+from discquant.calibration.enough import check_count
 from discquant.calibration.load import token_file
 from discquant.config import QuantizeConfig
-from discquant.errors import CalibrationError, CheckpointError
+from discquant.errors import CheckpointError
 from discquant.formats.safetensors_file import read_header, read_tensor
 from discquant.formats.source import Source
 from discquant.run.directory import RunDirectory
 from discquant.run.stored import save_tensors_atomic
 
 CALIBRATION = "calibration.safetensors"
+LEAST = 2  # windows of a run: to solve on, and to hold out
 HELD = "held_out"  # in its header
 KEPT = {"input_ids": "I32", "mask": "U8"}  # in it, with the text's source
 
@@ -110,11 +112,7 @@ def split_windows(
         CalibrationError: There are fewer than two.
         CheckpointError: The file of `keep_windows` is damaged.
     """
-    if len(windows) < 2:
-        raise CalibrationError(
-            f"calibration: {config.data.dataset} gives {len(windows)} window of {windows.seqlen} tokens; "
-            "at least 2 are needed (one is held out)"
-        )
+    check_count(config.data.dataset, len(windows), windows.seqlen, LEAST)
     kept = None if directory is None else _kept_split(directory.path / CALIBRATION, len(windows), config)
     train, validation = windows.split(len(windows) - (kept or _held_out(windows, config)))
     return train, validation

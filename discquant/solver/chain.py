@@ -387,11 +387,11 @@ class DecoderChain(Chain):
         # With the chain's norms: in 16 bits their last bits grow over the blocks, and turn some token to other experts.
         with fused(norms):
             expected = self.model(input_ids=inputs, use_cache=False).logits
-        actual = self.logits(inputs)
         share = min(LOGIT_ULPS * torch.finfo(expected.dtype).eps, LOGIT_SHARE)
         limit = share * float(expected.abs().max())
+        actual = self.logits(inputs)
         # Not "greater": logits that are NaN are within no limit.
-        if expected.shape != actual.shape or not float((expected - actual).abs().max()) <= limit:
+        if expected.shape != actual.shape or not float((expected - actual).abs_().max()) <= limit:
             raise NotImplementedError(
                 f"DecoderChain: {type(self.model).__name__} is not a plain chain of blocks and a linear head: "
                 "its logits differ from the chain's, or are not finite"

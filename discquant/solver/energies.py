@@ -13,6 +13,7 @@ from discquant.solver.boundaries import Boundaries
 from discquant.solver.calls import on_call
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.curvature import rows_at_once
+from discquant.solver.memory import HostArena
 from discquant.solver.sampled import backward_blocks, label_generator, wide
 
 
@@ -38,16 +39,15 @@ def token_energies(
         Convolutions and experts have none, nor has a layer that no gradient reaches. Of a language model every call
         must have a row for each token: a router may send other tokens once the blocks before are rounded.
     """
-    # Of a language model every token is a row; made before anything else, for what is small and stays would keep the
-    # heap from giving back what is large and goes.
-    count = 0 if chain.head is None else sum(batch.inputs.numel() for batch in batches)
+    # Of a language model every token is a row.
+    tokens = [] if chain.head is None else [batch.inputs.numel() for batch in batches]
     linear = [
         ref.name
         for refs in chain.weights
         for ref in refs
         if ref.part is None and isinstance(chain.model.get_submodule(ref.name), nn.Linear)
     ]
-    found = {name: _Rows(count) for name in linear}
+    found = {name: _Rows(tokens) for name in linear}
     for begin in range(0, len(batches), at_once):
         part = batches[begin : begin + at_once]
         for index, run in backward_blocks(chain, part, generator=generator, boundaries=boundaries):
@@ -61,33 +61,51 @@ def token_energies(
             finally:
                 for handle in handles:
                     handle.remove()
-    tokens = [batch.inputs.numel() for batch in batches]
-    energies = {
-        name: rows.values[: rows.used]
-        for name, rows in found.items()
-        if chain.head is None
-        or rows.calls == [t for t in tokens for _ in range(len(rows.calls) // len(tokens))]
-    }
-    return {name: rows / rows.mean() for name, rows in energies.items() if bool(rows.any())}
+    energies = {name: rows.values[: rows.used] for name, rows in found.items() if rows.whole}
+    return {name: rows.div_(rows.mean()) for name, rows in energies.items() if bool(rows.any())}
 
 
 class _Rows:
-    """The energies of one layer, those of each call in the place of its forward pass."""
+    """The energies of one layer, those of each call in the place of its forward pass.
 
-    def __init__(self, count: int) -> None:
-        """Make room for `count` rows; more is made where there are more."""
-        self.values, self.used = torch.zeros(count), 0
+    In memory of their own, of which pages exist that are written: what is small and stays would keep the C library's
+    heap from giving back what is large and goes, and of a layer that is never called, or of an expert, there is none.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        """Give room for a row of every token; more is made where there are more.
+
+        Args:
+            tokens: Of each micro-batch; empty where rows are no tokens.
+        """
+        self.values, self.used = HostArena(4 * sum(tokens), pin=False).tensor.view(torch.float32), 0
         self.calls: list[int] = []
+        self._tokens = list(tokens)
+        self._lost = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every call had a row for each token, as often in every micro-batch."""
+        if not self._tokens:
+            return True
+        times = len(self.calls) // len(self._tokens)
+        return self.calls == [tokens for tokens in self._tokens for _ in range(times)]
 
     def see(self, x: Tensor, output: Tensor) -> None:
         """Keep the energies of the gradient that this output will get; zeros where none comes."""
         self.calls.append(output.shape[:-1].numel())
+        self._lost = self._lost or (bool(self._tokens) and self.calls[-1] not in self._tokens)
+        if self._lost:  # an expert's: nobody will ask for them
+            self.values, self.used = torch.zeros(0), 0
+            return
         begin, self.used = self.used, self.used + self.calls[-1]
         if self.used > len(self.values):
             self.values = torch.cat((self.values, torch.zeros(self.used - len(self.values))))
         end = self.used
 
         def keep(grad: Tensor) -> None:
+            if self._lost:
+                return
             self.values[begin:end] = wide(grad.detach().flatten(0, -2)).square().sum(dim=1)
 
         if output.requires_grad:

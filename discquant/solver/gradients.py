@@ -151,7 +151,7 @@ def block_gradients(
         batches: Micro-batches of this rank; their order fixes the order of sums.
         on_block: Receives (block index, gradient by parameter name), float32 or wider.
         loss: Which loss.
-        chunk_size: Tokens whose logits exist at once.
+        chunk_size: Tokens whose logits exist at once, at most.
         keep_graph: Keep the student's activations instead of recomputing each block: a fifth less work, the
             same bits, memory for the activations of the whole model.
         teacher: Returns the teacher's weights of a block by parameter name, None where they are the model's own;

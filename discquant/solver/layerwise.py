@@ -169,7 +169,9 @@ def layerwise_codes(
     unseen = set[str]() if unreached is None else unreached
     codes = PackedCodes()
     past: list[str] = []
-    for index, refs in enumerate(chain.weights):
+
+    def round_block(index: int, refs: Sequence[WeightRef]) -> None:
+        """Round one block; what was gathered for it goes at the end, that of experts only then."""
         hooks = watch_inputs(chain, refs, strict, energies)
         try:
             with chain.opened(index):
@@ -187,7 +189,7 @@ def layerwise_codes(
                 q = grid.nearest(matrix)
                 if not hooks[ref.name].called(ref):
                     unseen.add(ref.name)
-                    past += [ref.name] if ref.part is None else []
+                    past.extend([ref.name] if ref.part is None else [])
             else:
                 round_matrix = greedy if method == "greedy" else gptq
                 # Weighted inputs are fewer in effect, but what is between them is less noise.
@@ -195,6 +197,9 @@ def layerwise_codes(
                 q = round_matrix(matrix, hessian, grid, damp=damp * share)
             codes.put(ref.name, q.cpu(), grid.num_bits)
             del hessian, matrix, q
+
+    for index, refs in enumerate(chain.weights):
+        round_block(index, refs)
         weights = served_weights(chain, grids, codes, served, refs[0].parameter.dtype)(index) if refs else {}
         for place, batch in enumerate(batches):  # each micro-batch in place of the last
             hidden[place] = chain.run_block(index, hidden[place], batch.calls[index], weights)

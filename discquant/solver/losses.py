@@ -122,7 +122,7 @@ def head_loss(
         teacher: The same of the teacher.
         loss: Which loss.
         normalizer: Counted tokens of the whole step.
-        chunk_size: Tokens whose logits exist at once.
+        chunk_size: Tokens whose logits exist at once, at most; see `head_chunk`.
 
     Returns:
         HeadLoss with a gradient of the shape of `student`.
@@ -131,6 +131,7 @@ def head_loss(
         return HeadLoss(student.new_zeros((), dtype=torch.float64), torch.zeros_like(student))
     if chain.head is None:
         return _module_kl(student, teacher, normalizer)
+    chunk_size = head_chunk(chain.head.weight.shape[0], student.device, chunk_size)
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
         features = chain.finish(leaf, prepared)

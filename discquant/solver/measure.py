@@ -12,7 +12,7 @@ from discquant.grids import Grid
 from discquant.ops import linear_kl
 from discquant.solver.chain import Chain, Prepared
 from discquant.solver.gradients import StudentWeights, TeacherWeights
-from discquant.solver.losses import counted_tokens, kl_of_logits, positions_per_item
+from discquant.solver.losses import counted_tokens, head_chunk, kl_of_logits, positions_per_item
 from discquant.solver.weight_ref import assemble
 
 
@@ -80,6 +80,7 @@ def mean_kl(
             mask=None if batch.mask is None else batch.mask.flatten(),
             logit_scale=chain.head.logit_scale,
             softcap=chain.head.softcap,
+            chunk_size=head_chunk(chain.head.weight.shape[0], features.device),
         )
         total += float(result.per_token.double().sum())
     return total / max(1, count)

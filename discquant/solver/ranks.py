@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -23,6 +24,13 @@ from discquant.errors import ConfigError, RankLostError
 # Rank 0 may read or sample text, measure or export alone for as long. A rank that dies is noticed by its connection.
 TIMEOUT = dt.timedelta(days=1)
 T = TypeVar("T")
+_PLACE = re.compile(r"^\[\S+:\d+\]\s*")
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return a backend's error in few words: gloo's begins with the place in its source, and ends with advice."""
+    lines = str(error).splitlines()
+    return _PLACE.sub("", lines[0]).partition(". ")[0] if lines else type(error).__name__
 
 
 class TreeSum:
@@ -137,9 +145,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # the backends raise subclasses of it, and it itself
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RankLostError(
-                f"ranks: another rank stopped or cannot be reached ({reason}); the same command continues"
+                f"ranks: another rank stopped or cannot be reached ({_reason(error)}); the same command continues"
             ) from error
 
     def join(self, sums: dict[str, Tensor]) -> None:

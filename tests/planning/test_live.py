@@ -17,7 +17,8 @@ from discquant.config import DataConfig, GridConfig, Method, QuantizeConfig, Sol
 from discquant.evaluation.divergence import compare_models
 from discquant.planning.compare import MEMORY_TOLERANCE
 from discquant.planning.hardware import DEVICES
-from discquant.planning.memory import HEAP, phase_peaks, state_bytes
+from discquant.planning.heap import HEAP
+from discquant.planning.memory import phase_peaks, state_bytes
 from discquant.planning.plan import Machine, setting_for
 from discquant.planning.setting import grid_share, state_of
 from discquant.planning.shape import shape_of

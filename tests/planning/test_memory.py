@@ -12,7 +12,8 @@ import pytest
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig
 from discquant.planning.hardware import DEVICES, GB, GIB
-from discquant.planning.memory import HEAP, HEAP_SHARE, needed, phase_peaks, tree_bytes
+from discquant.planning.heap import HEAP, HEAP_SHARE
+from discquant.planning.memory import needed, phase_peaks, tree_bytes
 from discquant.planning.plan import Machine, make_plan, setting_for
 from discquant.planning.rounding import gptq_bytes
 from discquant.planning.setting import PLACEMENTS

@@ -9,9 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig
 from discquant.errors import (
+    CalibrationError,
     ConfigError,
     UnrepresentableError,
 )
@@ -43,6 +46,18 @@ def _config(dataset: str) -> QuantizeConfig:
     return QuantizeConfig(
         grid=GridConfig(3, 32), data=DataConfig(dataset, 8, 32), method="rtn", format="none", baselines=()
     )
+
+
+def test_too_little_text_is_refused_before_grids_are_laid(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "lay_grids", lambda *given: pytest.fail("laid"))
+    file = tmp_path / "few.safetensors"
+    save_file({"ids": torch.zeros(32, dtype=torch.int32)}, file)
+    config, out = _config(f"{file}:ids"), tmp_path / "out"
+    with pytest.raises(CalibrationError, match="gives 1 window of 32 tokens; at least 2 are needed"):
+        Pipeline(model_dir, out, config).execute()
+    assert not out.exists()
 
 
 def test_refused_before_the_text_is_read(

@@ -20,7 +20,7 @@ from discquant.planning.shape import shape_of
 from discquant.rounding import gptq
 from discquant.run.pipeline import Pipeline
 from discquant.solver.chain import DecoderChain
-from discquant.solver.energies import energies_of, token_energies
+from discquant.solver.energies import _Rows, energies_of, token_energies
 from discquant.solver.layerwise import GUIDED_DAMP, layerwise_codes
 from discquant.solver.module_chain import ModuleChain
 from discquant.solver.rows import TokenRows
@@ -238,3 +238,26 @@ def test_experts_of_plain_layers_have_no_energies(make_model: Callable[..., Any]
     short = {**energies, name: energies[name][:-1]}
     with pytest.raises(NotImplementedError, match=f"{name} gets other rows"):
         layerwise_codes(chain, grids, batches, "guided", energies=short)
+
+
+def test_an_expert_s_rows_take_no_room() -> None:
+    """Not even those of its first call, which all tokens came to; what comes back of them changes nothing."""
+    rows, weight = _Rows([4, 4]), torch.randn(3, 2, requires_grad=True)
+    outputs = [torch.randn(count, 3) @ weight for count in (4, 2, 4)]
+    for output in outputs[:1]:
+        rows.see(output, output)
+    assert len(rows.values) == 8 and not rows.values.any()
+    for output in outputs[1:]:
+        rows.see(output, output)
+    torch.autograd.backward([output.sum() for output in outputs])
+    assert len(rows.values) == rows.used == 0 and not rows.whole
+
+
+def test_a_layer_that_is_called_again_gets_room() -> None:
+    rows, weight = _Rows([4, 4]), torch.randn(3, 2, requires_grad=True)
+    for scale in range(4):
+        output = torch.randn(4, 3) @ weight
+        rows.see(output, output)
+        (output * (scale + 1)).sum().backward()
+    expected = 2 * torch.tensor([1.0, 4.0, 9.0, 16.0]).repeat_interleave(4)
+    assert rows.whole and torch.equal(rows.values[: rows.used], expected)

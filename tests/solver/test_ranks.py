@@ -153,3 +153,22 @@ def test_spans_are_aligned_subtrees() -> None:
         Ranks(0, 4).span(2)
     with pytest.raises(ConfigError, match="power of two, got 3"):
         Ranks(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (
+            "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:99. This is typically caused by "
+            "a remote worker crashing.",
+            "Connection closed by peer [127.0.0.1]:99",
+        ),
+        ("[127.0.0.1]:99 timed out\nat frame 1", "[127.0.0.1]:99 timed out"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_a_lost_rank_is_told_in_few_words(told: str, reason: str) -> None:
+    with pytest.raises(RankLostError) as caught, Ranks(0, 2)._together():
+        raise RuntimeError(told)
+    words = f"another rank stopped or cannot be reached ({reason}); the same command continues"
+    assert str(caught.value) == f"ranks: {words}"

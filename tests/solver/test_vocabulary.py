@@ -11,7 +11,12 @@ import torch
 from discquant.api import quantize
 from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.ops import linear_kl
+from discquant.solver import losses
+from discquant.solver.chain import DecoderChain
+from discquant.solver.gradients import block_gradients
 from discquant.solver.losses import LOGIT_BYTES, head_chunk
+from discquant.solver.measure import mean_kl
+from discquant.solver.rows import TokenRows
 
 LLAMA3, QWEN3, GEMMA3 = 128256, 151936, 262144
 CHUNK = 32  # tokens that the test of the head's memory takes at a time
@@ -51,6 +56,27 @@ def test_chunk_is_bounded(vocab: int) -> None:
     assert 4 * head_chunk(vocab, cpu) * vocab <= LOGIT_BYTES < 4 * (head_chunk(vocab, cpu) + 1) * vocab
     assert head_chunk(1024, cpu) == 1024
     assert head_chunk(vocab, torch.device("cuda")) == 1024
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_steps_and_measures_keep_to_the_chunk(
+    loss: Any, live_bytes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four chunks never more than one's logits: ten tensors and a part of those before, on a CPU."""
+    vocab, tokens = 8192, 4 * CHUNK
+    monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * vocab * CHUNK)
+    model = tiny(vocab, tied=False)
+    chain = DecoderChain(model)
+    ids = torch.randint(0, vocab, (1, tokens), generator=torch.Generator().manual_seed(1))
+    batches = TokenRows(chain, ids, None, 1).batches(range(1))
+
+    def student(index: int) -> dict[str, torch.Tensor]:
+        return {ref.param_name: ref.parameter.detach() for ref in chain.weights[index]}
+
+    with live_bytes(model.state_dict().values()) as live:
+        block_gradients(chain, student, batches, lambda index, grads: None, loss=loss)
+        mean_kl(chain, student, batches)
+    assert 4 * losses.LOGIT_BYTES < live.peak < 12 * losses.LOGIT_BYTES
 
 
 @pytest.mark.parametrize(("vocab", "tied"), [(LLAMA3, False), (QWEN3, True), (GEMMA3, True)])
