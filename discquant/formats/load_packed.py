@@ -104,7 +104,7 @@ def load_packed_model(
     """
     import transformers
 
-    from discquant.formats.load import forget_quantization, note_beyond
+    from discquant.formats.load import forget_quantization, note_beyond, take_generation_settings
     from discquant.formats.registry import find
 
     folder = Path(path)
@@ -166,8 +166,7 @@ def load_packed_model(
     hollow = sorted(name for name, value in model.state_dict().items() if _is_meta(value))
     if hollow:
         raise CheckpointError(f"{path} does not fill {type(model).__name__}: {hollow[:8]} missing")
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    take_generation_settings(model, folder)
     model.packed_report = report
     refuse_saving(model, folder)
     return (model if target is None else model.to(target)).eval()
