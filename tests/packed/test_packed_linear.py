@@ -228,7 +228,7 @@ def test_exact_mode_is_the_dense_layer() -> None:
 @CPP
 def test_exact_mode_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels of a large layer through one scratch per thread: every row from its own panel, answers that stay."""
-    monkeypatch.setitem(_packed_paths._PANEL_WEIGHTS, "cpu", 32 * 200)
+    monkeypatch.setattr(_packed_paths, "_PANEL_BYTES", 32 * 200 * 2)
     cases = [make(n, 200, bits, 64, False) for n, bits in ((90, 4), (50, 3), (16, 4))]
     eye = torch.eye(200)
 
@@ -239,6 +239,23 @@ def test_exact_mode_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with ThreadPoolExecutor(9) as pool:
         assert all(pool.map(agrees, *zip(*itertools.product(cases, FLOATS), strict=True)))
+
+
+def test_exact_mode_multiplies_a_layer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matmul of fewer rows may sum in another order, as oneDNN's does in bfloat16, so the largest are whole."""
+    limits: list[int] = []
+
+    def panels(out_features: int, in_features: int, limit: int) -> list[tuple[int, int]]:
+        limits.append(limit)
+        return [(0, out_features)]
+
+    monkeypatch.setattr(_packed_paths, "_panels", panels)
+    case = make(90, 200, 4, 64, True)
+    for dtype in FLOATS:
+        packed_linear(torch.randn(4, 200).to(dtype), *case.tensors, **case.sizes, mode="exact")
+    assert len(limits) == len(FLOATS)
+    for limit, dtype in zip(limits, FLOATS, strict=True):
+        assert 5 * limit // 4 >= (28672 * 8192 if dtype != torch.float32 else 14336 * 8192)
 
 
 def test_panels() -> None:
