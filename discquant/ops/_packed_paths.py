@@ -203,7 +203,7 @@ def _exact_cpu(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
     in_features: int, num_bits: int, group_size: int, layout: int,
 ) -> Tensor:  # fmt: skip
-    """`dense_linear` on a CPU, through one scratch."""
+    """`dense_linear` on a CPU, through one scratch; x [..., in_features] as it lies, which decides how torch sums."""
     grid = (out_features, in_features, num_bits, group_size, layout)
 
     def panel(first: int, last: int) -> Tensor:
@@ -215,9 +215,9 @@ def _exact_cpu(
         ranges = _panels(out_features, in_features, _PANEL_BYTES // x.dtype.itemsize)
         if len(ranges) == 1:
             return panel(0, out_features)
-        y = x.new_empty((x.shape[0], out_features))
+        y = x.new_empty((*x.shape[:-1], out_features))
         for first, last in ranges:
-            y[:, first:last] = panel(first, last)
+            y[..., first:last] = panel(first, last)
         return y
 
 
@@ -225,7 +225,7 @@ def _exact_fake(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
     in_features: int, num_bits: int, group_size: int, layout: int,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], out_features))
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 exact_op = registry.define(

@@ -291,7 +291,7 @@ def packed_linear(
         )  # fmt: skip
     elif mode == "exact":
         y = paths.exact_op(
-            rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size,
+            x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size,
             LAYOUT_CODES[layout],
         )  # fmt: skip
     else:
