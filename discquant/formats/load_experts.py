@@ -13,7 +13,7 @@ from discquant.errors import CheckpointError
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
 from discquant.formats.stored import Part, checkpoint_parts, fused_parameters, stored_name
-from discquant.modules import PackedExperts, PackedLinear, follows_grouped_product
+from discquant.modules import PackedExperts, PackedLinear, PackedReport, follows_grouped_product
 from discquant.modules.packed_model import pack_group, same_grid
 from discquant.ops.packed_linear import Mode
 
@@ -36,6 +36,12 @@ class Experts:
     """Gathers the matrices of a model's fused experts, which a file names one by one, and puts them in their place.
 
     A block with packed matrices gets `PackedExperts`, one without its fused tensors.
+
+    Attributes:
+        dtype: Compute dtype.
+        device: Where packed matrices go; None is the CPU.
+        mode: As for `packed_linear`.
+        layers, packed_bytes, replaced_bytes: As in `PackedReport`, so far.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class Experts:
             device: Where packed matrices go; None is the CPU.
             mode: As for `packed_linear`.
         """
-        self._model, self._dtype, self._device, self._mode = model, dtype, device, mode
+        self.model, self.dtype, self.device, self.mode = model, dtype, device, mode
         self._parts: dict[str, tuple[str, Part]] = {}
         self._made: dict[str, dict[str, list[nn.Module | None]]] = {}
         self._waiting: dict[tuple[str, str, int], dict[int, QuantizedLinear | Tensor]] = {}
@@ -69,6 +75,21 @@ class Experts:
         """[out_features, in_features] of a matrix, by its name in the file."""
         key, part = self._parts[name]
         return part.end - part.begin, self._fused(part.owner, key).shape[2]
+
+    def around(self, coded: Collection[str]) -> tuple[list[tuple[str, str]], list[str]]:
+        """Where the experts lie that a file quantizes some of, and the names of their matrices that it does not.
+
+        Args:
+            coded: Names of matrices in the file.
+
+        Returns:
+            (module, parameter) of each fused tensor, and names in the file.
+        """
+        owners = {part.owner for name, (_, part) in self._parts.items() if name in coded}
+        inside = {
+            name: (part.owner, key) for name, (key, part) in self._parts.items() if part.owner in owners
+        }
+        return sorted(set(inside.values())), [name for name in inside if name not in coded]
 
     def add(self, name: str, matrix: QuantizedLinear | Tensor) -> None:
         """Take a matrix over: codes that the kernels cover, or a weight.
@@ -94,20 +115,29 @@ class Experts:
             self._settle(part.owner, {key: [*filter(None, layers)] for key, layers in made.items()})
             del self._made[part.owner]
 
+    def added_to(self, report: PackedReport) -> PackedReport:
+        """What `load_packed` did, and what was packed here."""
+        return PackedReport(
+            report.layers + self.layers,
+            report.fused,
+            report.packed_bytes + self.packed_bytes,
+            report.replaced_bytes + self.replaced_bytes,
+        )
+
     def _fused(self, owner: str, key: str) -> nn.Parameter:
-        return getattr(self._model.get_submodule(owner), key)  # type: ignore[no-any-return]
+        return getattr(self.model.get_submodule(owner), key)  # type: ignore[no-any-return]
 
     def _layer(self, group: list[QuantizedLinear | Tensor]) -> nn.Module:
         """One layer of all rows: packed where all have codes on one grid."""
         codes = [matrix for matrix in group if isinstance(matrix, QuantizedLinear)]
         if len(codes) == len(group) and same_grid(codes):
-            packed = pack_group(codes, [None] * len(codes), self._device, self._mode, self._dtype)
+            packed = pack_group(codes, [None] * len(codes), self.device, self.mode, self.dtype)
             self.layers += len(codes)
             self.packed_bytes += packed.packed_bytes
-            self.replaced_bytes += packed.out_features * packed.in_features * self._dtype.itemsize
+            self.replaced_bytes += packed.out_features * packed.in_features * self.dtype.itemsize
             return packed
         weight = torch.cat([
-            matrix if isinstance(matrix, Tensor) else CodedLayer.of(matrix).dequantize(self._dtype)
+            matrix if isinstance(matrix, Tensor) else CodedLayer.of(matrix).dequantize(self.dtype)
             for matrix in group
         ])  # fmt: skip
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -115,7 +145,7 @@ class Experts:
         return layer
 
     def _settle(self, owner: str, made: dict[str, list[nn.Module]]) -> None:
-        module: Any = self._model.get_submodule(owner)
+        module: Any = self.model.get_submodule(owner)
         if not any(isinstance(layer, PackedLinear) for layers in made.values() for layer in layers):
             for key, layers in made.items():
                 whole = torch.stack([layer.weight for layer in layers])  # type: ignore[misc]
@@ -124,5 +154,5 @@ class Experts:
         first = "gate_up_proj" if module.has_gate else "up_proj"
         parent, _, child = owner.rpartition(".")
         setattr(
-            self._model.get_submodule(parent), child, PackedExperts(module, made[first], made["down_proj"])
+            self.model.get_submodule(parent), child, PackedExperts(module, made[first], made["down_proj"])
         )

@@ -211,12 +211,7 @@ def load_packed_model(
     report: PackedReport = load_packed(
         model, layers(), device=target, mode=mode, fuse=mode != "exact" if fuse is None else fuse
     )
-    report = dataclasses.replace(
-        report,
-        layers=report.layers + experts.layers,
-        packed_bytes=report.packed_bytes + experts.packed_bytes,
-        replaced_bytes=report.replaced_bytes + experts.replaced_bytes,
-    )
+    report = experts.added_to(report)
     keep_apart(model, set(of_layer.values()))
     model.tie_weights(recompute_mapping=False)
     hollow = sorted(name for name, value in model.state_dict().items() if _is_meta(value))

@@ -18,6 +18,7 @@ from discquant import _extension
 from discquant.errors import CheckpointError
 from discquant.formats import QuantizedLinear, export_compressed_tensors, load_experts
 from discquant.formats.checkpoint import Checkpoint
+from discquant.integrations.transformers_quantizer import register, unregister
 from discquant.modules import PackedExperts, PackedLinear
 
 transformers = pytest.importorskip("transformers")
@@ -125,6 +126,32 @@ def test_what_kernels_do_not_cover_stays_plain_inside_packed_experts(tmp_path: P
     assert isinstance(experts, PackedExperts)
     assert [type(layer) for layer in experts.first] == [nn.Linear, nn.Linear, nn.Linear, PackedLinear]
     assert [type(layer) for layer in experts.down] == [nn.Linear, nn.Linear, PackedLinear, PackedLinear]
+    assert torch.equal(logits(model), logits(discquant.load(out, mode="plain")))
+
+
+@pytest.mark.parametrize("mode", ["exact", "plain"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2", "deepseek"])
+def test_from_pretrained_packs_experts_too(tmp_path: Path, coded: Coded, kind: str, mode: str) -> None:
+    """With experts of 8 bits and experts left alone among them; in plain mode they stay fused."""
+    odd = {"layers.1.": {"experts.0.": 8, "experts.1.": None}}
+
+    def bits(name: str) -> int | None:
+        widths = next((widths for part, widths in odd.items() if part in name), {})
+        return next((width for part, width in widths.items() if part in name), 4)
+
+    out = export(tmp_path, model_of(kind).bfloat16(), coded, bits)
+    register()
+    try:
+        said = {"quant_method": "compressed-tensors", "mode": mode}
+        config = transformers.AutoConfig.from_pretrained(out)
+        config.quantization_config = {**config.quantization_config, **said}
+        model = transformers.AutoModelForCausalLM.from_pretrained(out, config=config)
+    finally:
+        unregister()
+    packed = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    routed = 1 if kind == "deepseek" else 2
+    assert len(packed) == (routed if mode == "exact" else 0)
+    assert (model.packed_report.layers > 20) == (mode == "exact")
     assert torch.equal(logits(model), logits(discquant.load(out, mode="plain")))
 
 
