@@ -186,6 +186,8 @@ def stream(
         if report is None or not report.layers
         else f"{report.layers} packed layers of {packed / 1e6:.1f} MB"
     )
+    if report is not None and report.layers and report.plain:
+        what += f", {report.plain} plain ones"
     print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s ({what}, {device})", file=sys.stderr)
     text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return {"text": text, "tokens": tokens, "seconds": seconds, "packed_bytes": packed}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from discquant.errors import CheckpointError
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
-from discquant.formats.stored import Part, checkpoint_parts, fused_parameters, stored_name
+from discquant.formats.stored import Part, checkpoint_parts, fused_parameters, stored_names
 from discquant.modules import PackedExperts, PackedLinear, PackedReport, follows_grouped_product
 from discquant.modules.packed_model import pack_group, same_grid
 from discquant.ops.packed_linear import Mode
@@ -24,11 +24,14 @@ def renamed(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.state_dict(keep_vars=True))
     fused = {f"{name}.{key}" for name, _, key, _ in fused_parameters(model)}
     found = {name: name for name in own if name in wanted}
-    for name, value in own.items():
-        if name not in found and name not in fused and isinstance(value, Tensor):
-            stored = stored_name(model, name, value.shape)
-            if stored in wanted and stored not in found:
-                found[stored] = name
+    others = {
+        name: value.shape
+        for name, value in own.items()
+        if name not in found and name not in fused and isinstance(value, Tensor)
+    }
+    for name, stored in stored_names(model, others).items():
+        if stored in wanted:
+            found.setdefault(stored, name)
     return found
 
 
@@ -115,13 +118,15 @@ class Experts:
             self._settle(part.owner, {key: [*filter(None, layers)] for key, layers in made.items()})
             del self._made[part.owner]
 
-    def added_to(self, report: PackedReport) -> PackedReport:
-        """What `load_packed` did, and what was packed here."""
+    def added_to(self, report: PackedReport, quantized: int) -> PackedReport:
+        """What `load_packed` did and what was packed here, of so many layers that the file quantizes."""
+        layers = report.layers + self.layers
         return PackedReport(
-            report.layers + self.layers,
+            layers,
             report.fused,
             report.packed_bytes + self.packed_bytes,
             report.replaced_bytes + self.replaced_bytes,
+            quantized - layers,
         )
 
     def _fused(self, owner: str, key: str) -> nn.Parameter:

@@ -211,7 +211,7 @@ def load_packed_model(
     report: PackedReport = load_packed(
         model, layers(), device=target, mode=mode, fuse=mode != "exact" if fuse is None else fuse
     )
-    report = experts.added_to(report)
+    report = experts.added_to(report, len(stored))
     keep_apart(model, set(of_layer.values()))
     model.tie_weights(recompute_mapping=False)
     hollow = sorted(name for name, value in model.state_dict().items() if _is_meta(value))

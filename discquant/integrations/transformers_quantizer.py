@@ -147,7 +147,7 @@ def _classes() -> tuple[Any, Any]:
 
             # "exact" promises the rounded model's logits; fused rows may be summed in another order.
             report = load_packed(model, layers(), device=device, mode=mode, fuse=mode != "exact")
-            model.packed_report = experts.added_to(report)
+            model.packed_report = experts.added_to(report, len(self.shapes))
             for child in model.children():  # of the whole model transformers refuses it
                 refuse_saving(child, self.folder)
             return model.requires_grad_(False)

@@ -48,12 +48,16 @@ class CodedLinear(Protocol):
 
 @dataclass(frozen=True)
 class PackedReport:
-    """What `load_packed` did: layers packed, fused groups, bytes of packed weights and of the weights replaced."""
+    """What `load_packed` did: layers packed, fused groups, bytes of packed weights and of the weights replaced.
+
+    `plain` are the file's quantized layers that became ordinary weights, where a file was loaded.
+    """
 
     layers: int
     fused: int
     packed_bytes: int
     replaced_bytes: int
+    plain: int = 0
 
 
 class FusedProjection(nn.Module):

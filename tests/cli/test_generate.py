@@ -18,6 +18,7 @@ from discquant import generation
 from discquant.cli.generate import generate
 from discquant.errors import CheckpointError, ConfigError
 from discquant.generation import stream
+from discquant.modules import PackedReport
 
 PROMPT = "Ada has 3 apples."
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "seed": 0, "device": "cpu"}
@@ -106,3 +107,19 @@ def test_a_letter_that_the_terminal_has_not_does_not_end_the_text(
     monkeypatch.setattr(generation, "stream", lambda *args, **options: print("日 and on"))
     generate(model, PROMPT)
     assert written.getvalue() == b"? and on\n"
+
+
+def test_layers_that_no_kernel_covers_are_counted(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settle(model)
+    opened = generation.load
+
+    def load(*args: Any, **options: Any) -> Any:
+        loaded: Any = opened(*args, **options)
+        loaded.packed_report = PackedReport(20, 0, 10**6, 4 * 10**6, plain=8)
+        return loaded
+
+    monkeypatch.setattr(generation, "load", load)
+    stream(model, PROMPT, **OPTIONS)
+    assert "(20 packed layers of 1.0 MB, 8 plain ones, cpu)" in capsys.readouterr().err

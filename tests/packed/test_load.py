@@ -94,6 +94,7 @@ def test_layers_that_no_kernel_covers_stay_plain(tmp_path: Path) -> None:
     out = export(tmp_path, torch.float32, {"down_proj": 8, "k_proj": 2, "up_proj": 4})
     packed, plain = discquant.load(out, mode="auto"), discquant.load(out, mode="plain")
     assert packed.packed_report.layers == 10 and packed.packed_report.fused == 0
+    assert packed.packed_report.plain == 4
     kinds = {name.rpartition(".")[2]: type(module) for name, module in packed.named_modules()}
     assert kinds["down_proj"] is kinds["k_proj"] is nn.Linear
     assert kinds["gate_proj"] is kinds["up_proj"] is PackedLinear

@@ -124,6 +124,7 @@ def test_what_kernels_do_not_cover_stays_plain_inside_packed_experts(tmp_path: P
     model = discquant.load(out)
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts, PackedExperts)
+    assert model.packed_report.plain == 2 * (3 + 2) and model.packed_report.layers == 2 * (4 + 1 + 3)
     assert [type(layer) for layer in experts.first] == [nn.Linear, nn.Linear, nn.Linear, PackedLinear]
     assert [type(layer) for layer in experts.down] == [nn.Linear, nn.Linear, PackedLinear, PackedLinear]
     assert torch.equal(logits(model), logits(discquant.load(out, mode="plain")))
@@ -202,6 +203,26 @@ def test_renamed_tensors_find_their_place(tmp_path: Path, coded: Coded) -> None:
     model = discquant.load(out)
     assert model.packed_report.layers == 8
     assert torch.equal(logits(model), logits(discquant.load(out, mode="plain")))
+
+
+def test_models_with_further_parts_are_packed(tmp_path: Path, coded: Coded) -> None:
+    """The decoder of a vision model has other names in its files."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = transformers.Gemma3Config(
+        text_config={**SIZES, "head_dim": 16}, vision_config=vision, mm_tokens_per_image=4
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).bfloat16().eval()
+    out = export(tmp_path, model, coded, lambda name: 4 if name.startswith("language_model.") else None)
+    loaded = discquant.load(out)
+    assert loaded.packed_report.layers == 14
+    assert torch.equal(logits(loaded), logits(discquant.load(out, mode="plain")))
 
 
 def test_plain_weights_in_place_of_packed_ones_are_told(
