@@ -50,7 +50,9 @@ def allocate(
     format_name: Annotated[
         str, typer.Option("--format", help="Formats that must be able to hold every layer's grid, or none.")
     ] = "none",
-    dataset: Annotated[str, typer.Option(help="Calibration text, as of quantize.")] = "self",
+    dataset: Annotated[
+        str, typer.Option(help="Calibration text, as of quantize.", rich_help_panel=options.TEXT)
+    ] = "self",
     nsamples: options.Samples = 1024,
     seqlen: options.Seqlen = 256,
     chat_template: options.ChatTemplate = False,
@@ -110,14 +112,8 @@ def _alone(context: typer.Context) -> None:
     Raises:
         ConfigError: Something was.
     """
-    given = [
-        parameter.opts[-1]
-        for parameter in context.command.params
-        if parameter.name not in ("model", "out", "average_bits", "measured")
-        and parameter.name is not None
-        and (source := context.get_parameter_source(parameter.name)) is not None
-        and source.name == "COMMANDLINE"
-    ]
+    own = ("model", "out", "average_bits", "measured")
+    given = [spelled for name, spelled in options.given_options(context).items() if name not in own]
     if given:
         raise ConfigError(
             f"allocate: --measured takes no other option but --average-bits, got {', '.join(given)}"

@@ -25,16 +25,17 @@ def evaluate(
         str,
         typer.Option(
             help="Text to measure on; see `discquant quantize --help`. Of the bundled text take arithmetic:heldout: "
-            "arithmetic alone is arithmetic:calibration, which runs are calibrated on."
+            "arithmetic alone is arithmetic:calibration, which runs are calibrated on.",
+            rich_help_panel=options.TEXT,
         ),
     ] = "self",
-    nsamples: Annotated[int, typer.Option(help="Windows.")] = 64,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    nsamples: Annotated[int, typer.Option(help="Windows.", rich_help_panel=options.TEXT)] = 64,
+    seqlen: options.Seqlen = 256,
     exact_match: Annotated[
         int | None,
         typer.Option(help="Also answer this many held-out arithmetic problems (bundled generator)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the text.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the text.", rich_help_panel=options.TEXT)] = 1,
     chat_template: options.ChatTemplate = False,
     text_key: options.TextKey = "text",
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,

@@ -21,21 +21,46 @@ if TYPE_CHECKING:
 
 MOST_THREADS = 1024
 
-MethodName = Annotated[str, typer.Option(help="rtn, greedy, gptq, guided (GPTQ by gradients) or discquant.")]
-Bits = Annotated[int, typer.Option(help="Bits per code, 2 to 8.")]
+# The groups that --help shows options in: narrower tables leave the texts room at 80 columns.
+GRID, METHOD, TEXT, MACHINE, RUN = "Grid", "Method", "Text", "Machine", "Run and files"
+# Parameters that change nothing of a run of another method than discquant.
+SOLVER_ONLY = (
+    "preset_name",
+    "iters",
+    "scale_iters",
+    "lr",
+    "curvature",
+    "optimizer",
+    "loss",
+    "start",
+    "state",
+    "teacher",
+)
+
+MethodName = Annotated[
+    str,
+    typer.Option(help="rtn, greedy, gptq, guided (GPTQ by gradients) or discquant.", rich_help_panel=METHOD),
+]
+Bits = Annotated[int, typer.Option(help="Bits per code, 2 to 8.", rich_help_panel=GRID)]
 GroupSize = Annotated[
     int,
     typer.Option(
-        help="Columns per scale: a multiple of 8 (32, 64, 128 have kernels), or -1 for the whole row."
+        help="Columns per scale: a multiple of 8 (32, 64, 128 have kernels), or -1 for the whole row.",
+        rich_help_panel=GRID,
     ),
 ]
-Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid (3-bit engines need it).")]
-GridRule = Annotated[str, typer.Option(help="absmax, or search for the scale of least squared error.")]
+Sym = Annotated[
+    bool, typer.Option("--sym/--asym", help="Symmetric grid (3-bit engines need it).", rich_help_panel=GRID)
+]
+GridRule = Annotated[
+    str, typer.Option(help="absmax, or search for the scale of least squared error.", rich_help_panel=GRID)
+]
 Kind = Annotated[
     str,
     typer.Option(
         help="uniform, or a grid that a format dictates: nf4, mxfp4, nvfp4, q4_0, q4_1, q5_0, q5_1, "
-        "q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs (bits, group size and symmetry are then the format's)."
+        "q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs (bits, group size and symmetry are then the format's).",
+        rich_help_panel=GRID,
     ),
 ]
 LayerGrids = Annotated[
@@ -44,17 +69,28 @@ LayerGrids = Annotated[
         "--layer-grid",
         help="Another grid for some layers; repeatable, the last that covers a layer counts. PATTERN:SPEC, PATTERN as "
         "of --ignore, SPEC a width (down_proj:4), a kind (v_proj:q6_k) or KEY=VALUE pairs "
-        "('*.layers.0.*:bits=8,group_size=32'); or @FILE of `discquant allocate`.",
+        "('*.0.*:bits=8,group_size=32'); or @FILE of `discquant allocate`.",
+        rich_help_panel=GRID,
     ),
 ]
 Preset = Annotated[
-    str, typer.Option("--preset", help="default (best known) or paper (the published recipe).")
+    str,
+    typer.Option(
+        "--preset", help="default (best known) or paper (the published recipe).", rich_help_panel=METHOD
+    ),
 ]
-Loss = Annotated[str | None, typer.Option(help="kl, or the paper's variants ce and mse.")]
-Start = Annotated[str | None, typer.Option(help="Where frac starts: ref, gptq or random.")]
+Loss = Annotated[
+    str | None, typer.Option(help="kl, or the paper's variants ce and mse.", rich_help_panel=METHOD)
+]
+Start = Annotated[
+    str | None, typer.Option(help="Where frac starts: ref, gptq or random.", rich_help_panel=METHOD)
+]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(help="Modules to leave alone with all below them (name, last part, or glob); repeatable."),
+    typer.Option(
+        help="Modules to leave alone with all below them (name, last part, or glob); repeatable.",
+        rich_help_panel=GRID,
+    ),
 ]
 Formats = Annotated[
     str,
@@ -62,82 +98,171 @@ Formats = Annotated[
         "--format",
         help="Formats to write, comma separated (compressed-tensors, gptq, autoround, awq, mlx, gguf, onnx, ...), "
         "or none (codes stay in the run directory).",
+        rich_help_panel=RUN,
     ),
 ]
-GptqSamples = Annotated[int, typer.Option(help="Windows for GPTQ, guided and greedy.")]
-ChatTemplate = Annotated[
-    bool, typer.Option(help="Put plain text and question-answer pairs through the tokenizer's chat template.")
+GptqSamples = Annotated[
+    int, typer.Option(help="Windows for GPTQ, guided and greedy.", rich_help_panel=METHOD)
 ]
-TextKey = Annotated[str, typer.Option(help="Key of the text in .jsonl, .parquet and data sets.")]
-Samples = Annotated[int, typer.Option(help="Calibration windows.")]
-Seqlen = Annotated[int, typer.Option(help="Tokens per window.")]
-Iters = Annotated[int | None, typer.Option(help="Optimizer steps; default from the preset.")]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--chat-template",
+        help="Put plain text and question-answer pairs through the tokenizer's chat template.",
+        rich_help_panel=TEXT,
+    ),
+]
+TextKey = Annotated[
+    str, typer.Option(help="Key of the text in .jsonl, .parquet and data sets.", rich_help_panel=TEXT)
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=TEXT)]
+Seqlen = Annotated[int, typer.Option(help="Tokens per window.", rich_help_panel=TEXT)]
+Iters = Annotated[
+    int | None, typer.Option(help="Optimizer steps; default from the preset.", rich_help_panel=METHOD)
+]
 ScaleIters = Annotated[
     int | None,
     typer.Option(
-        help="Steps after those, codes fixed, in which the scales move on the loss; default 0: the grid as it was laid."
+        help="Steps after those, codes fixed, in which the scales move on the loss; default 0: the grid as laid.",
+        rich_help_panel=METHOD,
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Windows per step.")]
-MicroBatch = Annotated[int | None, typer.Option(help="Windows per forward pass.")]
-Lr = Annotated[float | None, typer.Option(help="Peak learning rate on frac.")]
-Optimizer = Annotated[str | None, typer.Option(help="adamw, momentum, lion or sgd.")]
+BatchSize = Annotated[int | None, typer.Option(help="Windows per step.", rich_help_panel=METHOD)]
+MicroBatch = Annotated[int | None, typer.Option(help="Windows per forward pass.", rich_help_panel=METHOD)]
+Lr = Annotated[float | None, typer.Option(help="Peak learning rate on frac.", rich_help_panel=METHOD)]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, momentum, lion or sgd.", rich_help_panel=METHOD)]
 Curvature = Annotated[
     float | None,
     typer.Option(
-        help="Weight of the curvature term; 0 leaves it and its memory out; default from the damage."
+        help="Weight of the curvature term; 0 leaves it and its memory out; default from the damage.",
+        rich_help_panel=METHOD,
     ),
 ]
 State = Annotated[
-    str | None, typer.Option(help="Solver state: fp32, bf16, or u8 (3.5-4.5 bytes per weight).")
+    str | None,
+    typer.Option(help="Solver state: fp32, bf16, or u8 (3.5-4.5 bytes per weight).", rich_help_panel=METHOD),
 ]
 ComputeDtype = Annotated[
     str | None,
     typer.Option(
-        help="Forward and backward passes: float32 (default), bfloat16 (a GPU's fast path) or float64."
+        help="Forward and backward passes: float32 (default), bfloat16 (a GPU's fast path) or float64.",
+        rich_help_panel=MACHINE,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of data order and rounding noise.")]
-Baselines = Annotated[str, typer.Option(help="Methods to measure beside it, comma separated, or none.")]
+Seed = Annotated[int, typer.Option(help="Seed of data order and rounding noise.", rich_help_panel=METHOD)]
+Baselines = Annotated[
+    str, typer.Option(help="Methods to measure beside it, comma separated, or none.", rich_help_panel=METHOD)
+]
 CheckpointEvery = Annotated[
     int | None,
     typer.Option(
-        help="Steps between checkpoints; by default 16, or more where they would take over 2.5 % of the time."
+        help="Steps between checkpoints; by default 16, or more where they would take over 2.5 % of the time.",
+        rich_help_panel=RUN,
     ),
 ]
 Device = Annotated[
     str,
     typer.Option(
-        help="Where to compute: auto (the GPU where there is one), cpu, cuda or cuda:N; fixes the bytes."
+        help="Where to compute: auto (the GPU where there is one), cpu, cuda or cuda:N; fixes the bytes.",
+        rich_help_panel=MACHINE,
     ),
 ]
 Placed = Annotated[
-    str, typer.Option(help="Where the solver's state lives: resident, host, disk, or auto. Same bytes.")
+    str,
+    typer.Option(
+        help="Where the solver's state lives: resident, host, disk, or auto. Same bytes.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 Activations = Annotated[
     str | None,
-    typer.Option(help="Where activations between blocks are kept: resident, host or disk. Same bytes."),
+    typer.Option(
+        help="Where activations between blocks are kept: resident, host or disk. Same bytes.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 Teacher = Annotated[
     str | None,
-    typer.Option(help="Original weights: weights, or state (computed from it; no second copy), or auto."),
+    typer.Option(
+        help="Original weights: weights, or state (computed from it; no second copy), or auto.",
+        rich_help_panel=METHOD,
+    ),
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume/--no-resume", help="Continue a run that is there (same command, same bytes)."),
+    typer.Option(
+        "--resume/--no-resume",
+        help="Continue a run that is there (same command, same bytes).",
+        rich_help_panel=RUN,
+    ),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; part of what fixes the bytes.")]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the model.")]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; part of what fixes the bytes.", rich_help_panel=MACHINE)
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=RUN
+    ),
+]
 AllowPickle = Annotated[
-    bool, typer.Option(help="Read .bin weights of the original with torch's restricted loader.")
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read .bin weights of the original with torch's restricted loader.",
+        rich_help_panel=RUN,
+    ),
 ]
 AllowPickleAlone = Annotated[
     bool,
     typer.Option(
+        "--allow-pickle",
         help="Read .bin weights of the original with torch's restricted loader; give --format none with it, for "
-        "formats are written from safetensors."
+        "formats are written from safetensors.",
+        rich_help_panel=RUN,
     ),
 ]
+
+
+def given_options(context: typer.Context) -> dict[str, str]:
+    """Return the options that the command line gives, as they are spelled there, by the names of their parameters."""
+    return {
+        parameter.name: parameter.opts[-1]
+        for parameter in context.command.params
+        if parameter.name is not None
+        and (source := context.get_parameter_source(parameter.name)) is not None
+        and source.name == "COMMANDLINE"
+    }
+
+
+def refuse_contradictions(context: typer.Context, kind: str, bits: int, group_size: int, sym: bool) -> None:
+    """Refuse a width, group or symmetry beside a kind that has another.
+
+    Raises:
+        ConfigError: One was given.
+    """
+    fixed = GRID_KINDS.get(kind)
+    if fixed is None:
+        return
+    given = given_options(context)
+    asked = {"bits": bits, "group_size": group_size, "sym": sym}
+    own = dict(zip(asked, fixed, strict=True))
+    wrong = [given[name] for name, value in asked.items() if name in given and value != own[name]]
+    if wrong:
+        raise ConfigError(
+            f"--kind {kind} has {own['bits']} bits, groups of {own['group_size']} and is "
+            f"{'symmetric' if own['sym'] else 'asymmetric'}; leave {', '.join(wrong)} out"
+        )
+
+
+def note_unused(context: typer.Context, method: str) -> None:
+    """Say which options of the solver were given to a method that has none."""
+    if method == "discquant":
+        return
+    given = given_options(context)
+    unused = [given[name] for name in SOLVER_ONLY if name in given]
+    if unused:
+        typer.echo(f"note: {method} takes no solver steps; without effect: {', '.join(unused)}", err=True)
 
 
 def grid_options(kind: str, bits: int, group_size: int, sym: bool, grid: str) -> GridConfig:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def plan(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder with config.json (no weights needed), or a hub name.")],
     method: options.MethodName = "discquant",
     bits: options.Bits = 4,
@@ -32,10 +33,18 @@ def plan(
     layer_grid: options.LayerGrids = None,
     preset_name: options.Preset = "default",
     gpu: Annotated[
-        str, typer.Option(help="h100, h200, a100, 4090, l40s, cpu; auto is what this machine has.")
+        str,
+        typer.Option(
+            help="h100, h200, a100, 4090, l40s, cpu; auto is what this machine has.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = "auto",
     placement: Annotated[
-        str, typer.Option(help="resident, host, disk, or auto: the first of them that fits.")
+        str,
+        typer.Option(
+            help="resident, host, disk, or auto: the first of them that fits.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = "auto",
     activations: options.Activations = None,
     teacher: options.Teacher = None,
@@ -51,28 +60,37 @@ def plan(
     scale_iters: options.ScaleIters = None,
     curvature: options.Curvature = None,
     start: options.Start = None,
-    dataset: Annotated[str, typer.Option(help="As in quantize; self samples from the model.")] = "self",
+    dataset: Annotated[
+        str, typer.Option(help="As in quantize; self samples from the model.", rich_help_panel=options.TEXT)
+    ] = "self",
     baselines: options.Baselines = "rtn,gptq",
     gptq_samples: options.GptqSamples = 256,
     format_name: options.Formats = "compressed-tensors",
     ignore: options.Ignore = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(help="Device memory in GB instead of the table's.")
+        float | None,
+        typer.Option(help="Device memory in GB instead of the table's.", rich_help_panel=options.MACHINE),
     ] = None,
     host_memory: Annotated[
-        float | None, typer.Option(help="Host memory in GB instead of this machine's.")
+        float | None,
+        typer.Option(help="Host memory in GB instead of this machine's.", rich_help_panel=options.MACHINE),
     ] = None,
-    disk: Annotated[float | None, typer.Option(help="Free disk in GB instead of what is free here.")] = None,
+    disk: Annotated[
+        float | None,
+        typer.Option(help="Free disk in GB instead of what is free here.", rich_help_panel=options.MACHINE),
+    ] = None,
     ranks: Annotated[
-        int, typer.Option(help="Processes that torchrun starts on one machine, each with such a GPU.")
+        int,
+        typer.Option(
+            help="Processes that torchrun starts on one machine, each with such a GPU.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = 1,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time this machine on one block of MODEL and keep the rates.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Say what `quantize` with the same options would need, before it is started.
 
@@ -113,6 +131,8 @@ def plan(
     if device.memory is not None and own == (None, None, None) and preset_name == "default":
         state, optimizer, compute_dtype = "u8", "momentum", "bfloat16"
         filled = f"--state {state} --optimizer {optimizer} --compute-dtype {compute_dtype}"
+    options.refuse_contradictions(context, kind, bits, group_size, sym)
+    options.note_unused(context, method)
     grid_config = options.grid_options(kind, bits, group_size, sym, grid)
     solver = options.solver_options(
         grid_config, preset_name, iters=iters, scale_iters=scale_iters, batch_size=batch_size, micro_batch=micro_batch,

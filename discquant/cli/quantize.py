@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of the original model (safetensors), or a hub name.")],
     out: Annotated[Path, typer.Argument(help="Run directory; the model lands in OUT/<format>.")],
     method: options.MethodName = "discquant",
@@ -32,9 +33,10 @@ def quantize(
     dataset: Annotated[
         str,
         typer.Option(
-            help="Calibration: self (sampled from the model), arithmetic (bundled; its split calibration), "
+            help="self (sampled from the model), arithmetic (bundled; its split calibration), "
             "FILE.txt|.jsonl|.parquet, FILE.safetensors:KEY (token ids), or a data set on the hub: NAME, NAME:SPLIT or "
-            "NAME:CONFIG:SPLIT."
+            "NAME:CONFIG:SPLIT.",
+            rich_help_panel=options.TEXT,
         ),
     ] = "self",
     nsamples: options.Samples = 2048,
@@ -72,6 +74,8 @@ def quantize(
 
     Example: discquant quantize examples/tiny_llama out --bits 3 --group-size 64 --dataset arithmetic
     """
+    options.refuse_contradictions(context, kind, bits, group_size, sym)
+    options.note_unused(context, method)
     grid_config = options.grid_options(kind, bits, group_size, sym, grid)
     solver = options.solver_options(
         grid_config, preset_name, iters=iters, scale_iters=scale_iters, batch_size=batch_size, micro_batch=micro_batch,

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 @app.command()
 def refine(
+    context: typer.Context,
     quantized: Annotated[Path, typer.Argument(help="Quantized model: a folder, or a GGUF or ONNX file.")],
     out: Annotated[Path, typer.Argument(help="Run directory; the model lands in it, in the same format.")],
     original: Annotated[str, typer.Option("--original", help="The model that it was quantized from.")],
-    dataset: Annotated[str, typer.Option(help="Calibration; see `discquant quantize --help`.")] = "self",
+    dataset: Annotated[
+        str, typer.Option(help="Calibration; see `discquant quantize --help`.", rich_help_panel=options.TEXT)
+    ] = "self",
     nsamples: options.Samples = 2048,
     seqlen: options.Seqlen = 256,
     chat_template: options.ChatTemplate = False,
@@ -57,6 +60,7 @@ def refine(
 
     Example: discquant refine model-Q4_K.gguf out --original model
     """
+    options.note_unused(context, method)
     solver = options.solver_options(
         GridConfig(), "default", iters=iters, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
         curvature=curvature, optimizer=optimizer, start=start, state=state, compute_dtype=compute_dtype,

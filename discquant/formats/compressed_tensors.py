@@ -99,8 +99,8 @@ def encode(layer: QuantizedLinear, scale_dtype: torch.dtype = torch.bfloat16) ->
     scale = layer.scale.to(scale_dtype)
     if not torch.equal(scale.double(), layer.scale.double()):
         raise UnrepresentableError(
-            f"compressed-tensors: {layer.name}: scale must be exact in {scale_dtype}; choose representable scales "
-            "before rounding"
+            f"compressed-tensors: {layer.name}: scale must be exact in {scale_dtype}, in which the model is served; "
+            "scales of GGUF's kinds are float16: take --format gguf, or quantize on a uniform grid (no --kind)"
         )
     tensors = {
         PACKED: pack(layer.q, layer.num_bits),

@@ -8,7 +8,7 @@ architectures holds besides matrices of `gguf_types.TYPES` is left as it is.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ from discquant.formats.coded import DEFAULT_SHARD_BYTES, CodedLayer, Description
 from discquant.formats.gguf_blocks import replace_codes, unpack_blocks
 from discquant.formats.gguf_file import MAGIC, PLAIN, GgufFile, GgufTensor, byte_diff
 from discquant.formats.gguf_fit import WIDEST_AFFINE, fit_grid, grid_of, planned_type
-from discquant.formats.gguf_model import Heads, from_gguf, heads_of_file
+from discquant.formats.gguf_model import Layout, Place, is_matrix, layout_of_file
 from discquant.formats.gguf_types import TYPES, BlockType
 from discquant.formats.gguf_write import check_source, space, write_gguf
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import Finish, close_rewritten, file_facts, span_row
 from discquant.formats.scheme import Scheme
 from discquant.grids import Grid
+from discquant.grids.fused import experts_of
 from discquant.grids.gguf import SUPER, gguf_kind
 
-_MODULES = ("_proj", "lm_head")
+# One matrix of a file: where it lies, and its tensor, which holds those of all experts of its layer where it is one's.
+_Slot = tuple[Place, GgufTensor]
 
 
 class Gguf:
@@ -52,20 +54,19 @@ class Gguf:
 
     def describe(self, path: Path) -> Description:
         """See `coded.Format`."""
-        file, heads = self._open(path)
+        file, layout = self._open(path)
         rows: list[LayerFacts] = []
         used, others = 0, dict[str, int]()
-        for module, tensor in _coded(file):
-            kind = TYPES[tensor.type]
-            _rows_of(file, heads, module, tensor)
+        for module, (place, whole) in _coded(file, layout):
+            kind, tensor = TYPES[whole.type], whole.part(place.expert)
+            _rows_of(file, layout, module, tensor)
             facts = (kind.name, kind.num_bits, kind.group_size, kind.symmetric)
             shape, size = (tensor.shape[0], tensor.shape[1]), tensor.num_bytes
             rows.append(LayerFacts(module, shape, *facts, stored_bytes=size, weight_bits=8 * size))
-            used += tensor.num_bytes
-        known = {row.name for row in rows}
+            used += size
+        known = {place.tensor for _, (place, _) in _coded(file, layout)}
         for name, tensor in file.tensors.items():
-            module = (from_gguf(name) or name).removesuffix(".weight")
-            if module not in known and tensor.type not in PLAIN:
+            if name not in known and tensor.type not in PLAIN:
                 others[tensor.type] = others.get(tensor.type, 0) + 1
         notes = [
             f"{count} tensors are {kind}: decoded for evaluation, never rewritten"
@@ -76,11 +77,11 @@ class Gguf:
 
     def read(self, path: Path) -> Iterator[CodedLayer]:
         """See `coded.Format`; q and k rows in the order of transformers."""
-        file, heads = self._open(path)
-        for module, tensor in _coded(file):
+        file, layout = self._open(path)
+        for module, (place, tensor) in _coded(file, layout):
             kind = TYPES[tensor.type]
-            raw = _unpermuted(file.raw(tensor.name), _rows_of(file, heads, module, tensor))
-            q, parts = unpack_blocks(kind, raw)
+            rows = _rows_of(file, layout, module, tensor.part(place.expert))
+            q, parts = unpack_blocks(kind, _unpermuted(file.raw(tensor.name, place.expert), rows))
             try:
                 grid = grid_of(kind, parts)
             except ValueError as cause:
@@ -88,7 +89,7 @@ class Gguf:
             yield CodedLayer(module, q, grid)
 
     def plain_tensors(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that is not quantized in any way, by its name in transformers, rows in its order.
+        """Every tensor that is not quantized in any way, as transformers has it and by its name there.
 
         Raises:
             CheckpointError, MissingModelError, NotImplementedError: As `read`.
@@ -96,7 +97,7 @@ class Gguf:
         yield from self._others(path, tuple(PLAIN))
 
     def rest(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that `read` leaves out, by its name in transformers, decoded where it is quantized.
+        """Every tensor that `read` leaves out, as transformers has it and by its name there, decoded where quantized.
 
         Raises:
             CheckpointError, MissingModelError, NotImplementedError: As `read`.
@@ -104,13 +105,15 @@ class Gguf:
         yield from self._others(path, None)
 
     def _others(self, path: Path, types: tuple[str, ...] | None) -> Iterator[tuple[str, Tensor]]:
-        file, heads = self._open(path)
-        coded = {tensor.name for _, tensor in _coded(file)}
-        for name, tensor in file.tensors.items():
-            ours = from_gguf(name)
-            if ours is not None and name not in coded and (types is None or tensor.type in types):
-                module = ours.rpartition(".")[0]
-                yield ours, _unpermuted(file.plain(name), _rows_of(file, heads, module, tensor))
+        file, layout = self._open(path)
+        coded = {place.tensor for _, (place, _) in _coded(file, layout)}
+        for name, (place, whole) in _named(file, layout):
+            if place.tensor in coded or (types is not None and whole.type not in types):
+                continue
+            rows = _rows_of(file, layout, name.rpartition(".")[0], whole.part(place.expert))
+            values = _unpermuted(file.plain(place.tensor, place.expert), rows)
+            shift = layout.shift(name)
+            yield name, values.float() - shift if shift else values
 
     def check(self, shape: tuple[int, int], grid: GridConfig, name: str = "layer") -> None:
         """Refuse what no block type holds, whatever its scales: see `gguf_fit.fit_grid`."""
@@ -174,15 +177,16 @@ class Gguf:
         self, path: Path, out: Path, codes: Mapping[str, Tensor], *, finish: Finish | None = None
     ) -> dict[str, Any]:
         """See `coded.Format`; also a lone file becomes a folder, with the file of the same name."""
-        file, heads = self._open(path)
-        stored = dict(_coded(file))
+        file, layout = self._open(path)
+        stored = dict(_coded(file, layout))
         unknown = sorted(set(codes) - set(stored))
         if unknown:
             raise UnrepresentableError(
                 f"rewrite: {path} has no quantized layers of these names: {', '.join(unknown[:8])}"
             )
         for module, q in codes.items():
-            _check_codes(module, stored[module], q)
+            place, whole = stored[module]
+            _check_codes(module, whole.part(place.expert), q)
         check_space(out, file.size + file.size // 16)
         with atomic_directory(out) as partial:
             _copy_beside(path, partial)
@@ -190,14 +194,15 @@ class Gguf:
             shutil.copyfile(file.path, target)
             with target.open("r+b") as stream:
                 for module, q in codes.items():
-                    tensor = stored[module]
-                    rows = _rows_of(file, heads, module, tensor)
+                    place, whole = stored[module]
+                    tensor = whole.part(place.expert)
+                    rows = _rows_of(file, layout, module, tensor)
                     moved = q.cpu() if rows is None else q.cpu()[rows]
-                    raw = replace_codes(TYPES[tensor.type], file.raw(tensor.name), moved)
+                    raw = replace_codes(TYPES[tensor.type], file.raw(whole.name, place.expert), moved)
                     stream.seek(tensor.start)
                     stream.write(raw.flatten().numpy().data)
             diff = self._prove_rewritten(file, target, stored, codes)
-            coded = {tensor.name for tensor in stored.values()}
+            coded = {place.tensor for place, _ in stored.values()}
             written = sorted(GgufFile(target).tensors.items())
             return close_rewritten(
                 partial,
@@ -216,36 +221,44 @@ class Gguf:
             )
 
     def _prove_rewritten(
-        self, file: GgufFile, target: Path, stored: Mapping[str, GgufTensor], codes: Mapping[str, Tensor]
+        self, file: GgufFile, target: Path, stored: Mapping[str, _Slot], codes: Mapping[str, Tensor]
     ) -> dict[str, Any]:
         """Byte diff against the original, and the codes read back."""
-        kinds = {tensor.name: TYPES[tensor.type] for tensor in stored.values()}
+        kinds = {place.tensor: TYPES[whole.type] for place, whole in stored.values()}
+        written = GgufFile(target)
         diff = byte_diff(
             file,
-            GgufFile(target),
+            written,
             {name: kind.codes for name, kind in kinds.items()},
             {name: kind.size for name, kind in kinds.items()},
         )
         if diff["outside"]:
             raise ProofError(f"proof: {diff['outside']} bytes outside the codes changed")
-        named = {stored[module].name: module for module in stored}
-        diff["layers"] = dict(sorted((named[name], count) for name, count in diff.pop("tensors").items()))
-        surprising = sorted(set(diff["layers"]) - set(codes))
-        if surprising:
-            raise ProofError(f"proof: codes of layers changed that nobody named: {', '.join(surprising[:8])}")
+        named: dict[str, list[str]] = {}
+        for module, (place, _) in stored.items():
+            named.setdefault(place.tensor, []).append(module)
+        changed = diff.pop("tensors")
+        # Of experts all that lie in a tensor that has changed are looked at one by one.
+        touched = [module for tensor in changed for module in named[tensor] if module not in codes]
+        for module in touched:
+            place, _ = stored[module]
+            before, after = (part.raw(place.tensor, place.expert) for part in (file, written))
+            if not torch.equal(before, after):
+                raise ProofError(f"proof: codes of a layer changed that nobody named: {module}")
+        diff["layers"] = dict(sorted((_together(named[tensor]), count) for tensor, count in changed.items()))
         for layer in self.read(target):
             if layer.name in codes and not torch.equal(layer.q, codes[layer.name].cpu()):
                 raise ProofError(f"proof: {layer.name}: the codes read back are not those given")
         return diff
 
-    def _open(self, path: Path) -> tuple[GgufFile, Heads]:
+    def _open(self, path: Path) -> tuple[GgufFile, Layout]:
         file = path if path.is_file() else _only(path) if path.is_dir() else None
         if file is None:
             raise MissingModelError(
                 f"{path} is no GGUF model: it must be a file, or a folder with exactly one"
             )
         opened = GgufFile(file)
-        return opened, heads_of_file(opened.metadata, file)
+        return opened, layout_of_file(opened.metadata, file)
 
 
 def _only(folder: Path) -> Path | None:
@@ -253,20 +266,45 @@ def _only(folder: Path) -> Path | None:
     return files[0] if len(files) == 1 and not any(folder.glob("*.safetensors")) else None
 
 
-def _coded(file: GgufFile) -> Iterator[tuple[str, GgufTensor]]:
-    """Linear layers whose codes are read: module path and tensor, in file order."""
+def _named(file: GgufFile, layout: Layout) -> Iterator[tuple[str, _Slot]]:
+    """Tensors that transformers has, by their names there, in file order; experts one by one.
+
+    Raises:
+        CheckpointError: Experts do not lie in a tensor of three dimensions, one matrix for each.
+    """
     for name, tensor in file.tensors.items():
-        ours = from_gguf(name)
-        if ours is None or not ours.endswith(".weight") or tensor.type not in TYPES:
+        ours = layout.original(name)
+        if ours is None:
             continue
-        module = ours.removesuffix(".weight")
-        if module.endswith(_MODULES) and len(tensor.shape) == 2 and tensor.num_bytes:
-            yield module, tensor
+        if "*" not in ours:
+            yield ours, (Place(name), tensor)
+            continue
+        if len(tensor.shape) != 3 or tensor.shape[0] != layout.experts:
+            raise CheckpointError(
+                f"{file.path}: {name} must hold a matrix for each of {layout.experts} experts, its shape is "
+                f"{list(tensor.shape)}"
+            )
+        for expert in range(layout.experts):
+            yield ours.replace("*", str(expert)), (Place(name, expert), tensor)
 
 
-def _rows_of(file: GgufFile, heads: Heads, module: str, tensor: GgufTensor) -> Tensor | None:
+def _coded(file: GgufFile, layout: Layout) -> Iterator[tuple[str, _Slot]]:
+    """Linear layers whose codes are read: module path and where it lies, in file order."""
+    for name, (place, tensor) in _named(file, layout):
+        module = name.removesuffix(".weight")
+        whole = len(tensor.shape) == (2 if place.expert is None else 3) and tensor.num_bytes > 0
+        if module != name and is_matrix(module) and tensor.type in TYPES and whole:
+            yield module, (place, tensor)
+
+
+def _together(modules: Sequence[str]) -> str:
+    """One name for the layers of a tensor."""
+    return modules[0] if len(modules) == 1 else f"{experts_of(modules[0])}.*.{modules[0].rpartition('.')[2]}"
+
+
+def _rows_of(file: GgufFile, layout: Layout, module: str, tensor: GgufTensor) -> Tensor | None:
     try:
-        return heads.rows(module, tensor.shape[0])
+        return layout.rows(module, tensor.shape[0])
     except ValueError as cause:
         raise CheckpointError(f"{file.path}: {cause}") from cause
 

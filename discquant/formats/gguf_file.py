@@ -63,6 +63,13 @@ class GgufTensor:
     start: int
     num_bytes: int
 
+    def part(self, number: int | None) -> GgufTensor:
+        """One entry of the first dimension as a tensor of its own; the tensor itself for None."""
+        if number is None:
+            return self
+        size = self.num_bytes // self.shape[0]
+        return GgufTensor(self.name, self.type, self.shape[1:], self.start + number * size, size)
+
 
 class GgufFile:
     """The header of one file.
@@ -164,13 +171,17 @@ class GgufFile:
                 raise CheckpointError(f"{self.path}: corrupt: {tensor.name!r} overlaps {last.name!r}")
             last = tensor
 
-    def raw(self, name: str) -> Tensor:
+    def raw(self, name: str, part: int | None = None) -> Tensor:
         """The bytes of a tensor in memory of its own, uint8, [rows, bytes of a row].
+
+        Args:
+            name: Of the tensor.
+            part: Read this entry of its first dimension alone.
 
         Raises:
             CheckpointError: The file became shorter since it was opened.
         """
-        tensor = self.tensors[name]
+        tensor = self.tensors[name].part(part)
         data = bytearray(tensor.num_bytes)
         with self.path.open("rb") as stream:
             stream.seek(tensor.start)
@@ -181,13 +192,17 @@ class GgufFile:
             return torch.zeros((rows, 0), dtype=torch.uint8)
         return torch.frombuffer(data, dtype=torch.uint8).reshape(rows, -1)
 
-    def plain(self, name: str) -> Tensor:
+    def plain(self, name: str, part: int | None = None) -> Tensor:
         """A tensor as numbers, in its own dtype or, where it is quantized, decoded to float32 by the gguf package.
+
+        Args:
+            name: Of the tensor.
+            part: Read this entry of its first dimension alone.
 
         Raises:
             NotImplementedError: The package does not decode its type.
         """
-        tensor, raw = self.tensors[name], self.raw(name)
+        tensor, raw = self.tensors[name].part(part), self.raw(name, part)
         if tensor.type in PLAIN:
             return raw.flatten().view(PLAIN[tensor.type]).reshape(tensor.shape)
         import gguf

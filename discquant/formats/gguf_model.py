@@ -1,57 +1,182 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What GGUF calls the parts of a decoder, and what it changes about them: names, row order, metadata.
+"""What GGUF calls the parts of a decoder, and what it changes about them, family by family.
 
-Llama-family, Qwen2 and Qwen3. llama.cpp rotates neighbouring rows of q and k of Llama models, transformers rows half a
-head apart, so those rows change places; groups run along a row, so codes and scales move with it.
+llama.cpp rotates neighbouring rows of q and k of some families, transformers rows half a head apart: those rows change
+places; groups run along a row, so codes and scales move with it. Gemma's norms are stored as the factor that they are,
+which transformers computes as 1 + weight. The experts of a layer lie in one tensor of three dimensions.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from discquant.errors import CheckpointError, UnrepresentableError
 
-# transformers architecture -> GGUF architecture, and whether rows of q and k are permuted.
-ARCHITECTURES = {
-    "LlamaForCausalLM": ("llama", True),
-    "MistralForCausalLM": ("llama", True),
-    "Qwen2ForCausalLM": ("qwen2", False),
-    "Qwen3ForCausalLM": ("qwen3", False),
-}
-PERMUTED = dict(ARCHITECTURES.values())
-_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_INNER = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+_HEAD = {"lm_head": "output"}
+_ATTENTION = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
+}
+_QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_GATED = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_NORMS_AROUND = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_MIXTRAL = {
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.*.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.*.w2": "ffn_down_exps",
+    "block_sparse_moe.experts.*.w3": "ffn_up_exps",
+}
+_QWEN_EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.*.gate_proj": "ffn_gate_exps",
+    "mlp.experts.*.up_proj": "ffn_up_exps",
+    "mlp.experts.*.down_proj": "ffn_down_exps",
+}
+_PHI3 = {
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_OUTER_BACK = {theirs: ours for ours, theirs in _OUTER.items()}
-_INNER_BACK = {theirs: ours for ours, theirs in _INNER.items()}
-ROPE_FACTORS = "rope_freqs.weight"
+_EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
+# Last names of the matrices that are rounded; embeddings and routers are others.
+_MATRICES = ("_proj", "lm_head", ".w1", ".w2", ".w3")
 
 
 @dataclass(frozen=True)
-class Heads:
-    """What the permutation needs: number of query and of key heads, and whether rows are permuted at all."""
+class Family:
+    """How GGUF holds the models of one architecture.
 
+    Attributes:
+        name: `general.architecture`.
+        block: What the file calls the modules of a block; the number of an expert is *.
+        permuted: Rows of q and k are in the order of llama.cpp's own rotation.
+        shifted: Norms hold 1 more than those of transformers.
+        head: The output head may be a matrix of its own; else it is the embedding.
+    """
+
+    name: str
+    block: Mapping[str, str]
+    permuted: bool = False
+    shifted: bool = False
+    head: bool = True
+
+    @property
+    def outer(self) -> dict[str, str]:
+        """What the file calls the modules outside the blocks."""
+        return {**_OUTER, **(_HEAD if self.head else {})}
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llama", {**_NORMS, **_ATTENTION, **_GATED, **_MIXTRAL}, permuted=True),
+        Family("qwen2", {**_NORMS, **_ATTENTION, **_GATED}),
+        Family("qwen3", {**_NORMS, **_ATTENTION, **_QK_NORMS, **_GATED}),
+        Family("qwen3moe", {**_NORMS, **_ATTENTION, **_QK_NORMS, **_QWEN_EXPERTS}),
+        Family("gemma", {**_NORMS, **_ATTENTION, **_GATED}, shifted=True, head=False),
+        Family("gemma2", {**_NORMS_AROUND, **_ATTENTION, **_GATED}, shifted=True, head=False),
+        Family("gemma3", {**_NORMS_AROUND, **_ATTENTION, **_QK_NORMS, **_GATED}, shifted=True, head=False),
+        Family("phi3", {**_NORMS, **_PHI3}),
+        Family("granite", {**_NORMS, **_ATTENTION, **_GATED}, permuted=True),
+        Family(
+            "command-r",
+            {"input_layernorm": "attn_norm", **_ATTENTION, **_QK_NORMS, **_GATED},
+            head=False,
+        ),
+    )
+}
+# transformers' class, and the family that llama.cpp runs it as.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "MixtralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Phi3ForCausalLM": "phi3",
+    "GraniteForCausalLM": "granite",
+    "CohereForCausalLM": "command-r",
+}
+
+
+class Place(NamedTuple):
+    """Where a tensor of transformers lies in a file: a tensor there, and which matrix of it where it holds experts."""
+
+    tensor: str
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One model in GGUF: its family, and the numbers that decide where rows and experts lie.
+
+    Attributes:
+        family: Names and changes.
+        query: Query heads.
+        key: Key heads.
+        experts: Of each layer; 0 where there are none.
+    """
+
+    family: Family
     query: int
     key: int
-    permuted: bool
+    experts: int = 0
+
+    def place(self, name: str) -> Place:
+        """Where a tensor of transformers lies, `.weight` or `.bias` included.
+
+        Raises:
+            UnrepresentableError: GGUF has no such tensor in models of this family.
+        """
+        module, _, kind = name.rpartition(".")
+        found, expert = self.family.outer.get(module), None
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+        if match:
+            number = _EXPERT.search(match[2])
+            expert = None if number is None else int(number[0])
+            inner = self.family.block.get(_EXPERT.sub("*", match[2]))
+            found = None if inner is None else f"blk.{int(match[1])}.{inner}"
+        if module == "lm_head" and not self.family.head:
+            raise UnrepresentableError(
+                f"gguf: llama.cpp takes the embedding for the output head of {self.family.name}, and this model has "
+                "a head of its own"
+            )
+        lone = expert is None or (kind == "weight" and expert < self.experts)
+        if found is None or kind not in ("weight", "bias") or not lone:
+            raise UnrepresentableError(
+                f"gguf: {name} has no place in a GGUF file of this architecture ({self.family.name})"
+            )
+        return Place(f"{found}.{kind}", expert)
+
+    def original(self, tensor: str) -> str | None:
+        """What transformers calls a tensor of the file, the number of an expert as *; None where it has none."""
+        module, _, kind = tensor.rpartition(".")
+        if kind not in ("weight", "bias"):
+            return None
+        match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(.+)", module)
+        for ours, theirs in (self.family.block if match else self.family.outer).items():
+            if theirs == (match[2] if match else module):
+                return f"model.layers.{match[1]}.{ours}.{kind}" if match else f"{ours}.{kind}"
+        return None
 
     def rows(self, module: str, count: int) -> Tensor | None:
         """Where each row of a module's tensor in the file comes from in the original, or None if nothing moves.
@@ -62,43 +187,30 @@ class Heads:
             ValueError: The rows are no whole heads of even size.
         """
         last = module.rpartition(".")[2]
-        if not self.permuted or last not in ("q_proj", "k_proj"):
+        if not self.family.permuted or last not in ("q_proj", "k_proj"):
             return None
         heads = self.query if last == "q_proj" else self.key
         if heads < 1 or count % (2 * heads):
             raise ValueError(f"{module}: {count} rows are no {heads} heads of even size")
         return torch.arange(count).reshape(heads, 2, count // heads // 2).transpose(1, 2).reshape(-1)
 
-
-def to_gguf(name: str) -> str:
-    """GGUF's name of a tensor of transformers, `.weight` or `.bias` included.
-
-    Raises:
-        UnrepresentableError: GGUF has no such tensor in the models that are written.
-    """
-    module, _, kind = name.rpartition(".")
-    found = _OUTER.get(module)
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-    if match and match[2] in _INNER:
-        found = f"blk.{int(match[1])}.{_INNER[match[2]]}"
-    if found is None or kind not in ("weight", "bias"):
-        raise UnrepresentableError(f"gguf: {name} has no place in a GGUF file of this architecture")
-    return f"{found}.{kind}"
+    def shift(self, name: str) -> float:
+        """What a tensor of the file holds more than that of transformers."""
+        return 1.0 if self.family.shifted and name.endswith("norm.weight") else 0.0
 
 
-def from_gguf(name: str) -> str | None:
-    """Undo `to_gguf`; None for tensors that transformers does not have, such as rope_freqs."""
-    module, _, kind = name.rpartition(".")
-    match = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(.+)", module)
-    if kind not in ("weight", "bias"):
-        return None
-    if match and match[2] in _INNER_BACK:
-        return f"model.layers.{match[1]}.{_INNER_BACK[match[2]]}.{kind}"
-    return f"{_OUTER_BACK[module]}.{kind}" if module in _OUTER_BACK else None
+def is_matrix(module: str) -> bool:
+    """Whether a module's weight is of those that are rounded, by its name."""
+    return module.endswith(_MATRICES)
 
 
-def architecture_of(config: Mapping[str, Any]) -> tuple[str, bool]:
-    """GGUF architecture of a config.json, and whether its q and k rows are permuted.
+def in_float32(name: str, dimensions: int) -> bool:
+    """Whether llama.cpp wants a tensor in float32: vectors, norms and routers; the widening is exact."""
+    return dimensions == 1 or name.endswith(("norm.weight", ".gate.weight"))
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Family of a config.json.
 
     Raises:
         UnrepresentableError: Not one of those written.
@@ -110,104 +222,28 @@ def architecture_of(config: Mapping[str, Any]) -> tuple[str, bool]:
             f"gguf: {named} is not written; these are: {', '.join(ARCHITECTURES)}; "
             "other formats keep the original's architecture"
         )
-    return found
+    return FAMILIES[found]
 
 
-def model_metadata(config: Mapping[str, Any]) -> dict[str, int | float | str]:
-    """Metadata that llama.cpp needs to build the model; keys without the architecture's prefix.
-
-    Raises:
-        UnrepresentableError: The configuration wants something that is not written (a scaling of the rotation, say).
-        CheckpointError: An entry is missing or no number.
-    """
-    architecture_of(config)
-    heads = _integer(config, "num_attention_heads")
-    hidden = _integer(config, "hidden_size")
-    head_dim = config.get("head_dim") or hidden // heads
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnrepresentableError(
-            f"gguf: hidden_act {config['hidden_act']!r} is not what llama.cpp computes"
-        )
-    found: dict[str, int | float | str] = {
-        "context_length": _integer(config, "max_position_embeddings"),
-        "embedding_length": hidden,
-        "block_count": _integer(config, "num_hidden_layers"),
-        "feed_forward_length": _integer(config, "intermediate_size"),
-        "attention.head_count": heads,
-        "attention.head_count_kv": _integer(config, "num_key_value_heads", heads),
-        "attention.key_length": int(head_dim),
-        "attention.value_length": int(head_dim),
-        "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        "rope.dimension_count": int(head_dim),
-        "vocab_size": _integer(config, "vocab_size"),
-    }
-    rope = rope_of(config)
-    found["rope.freq_base"] = float(rope.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "linear":
-        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    elif kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        found |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(rope["factor"]),
-            "rope.scaling.original_context_length": int(original),
-        }
-    elif kind not in ("default", "llama3"):
-        raise UnrepresentableError(f"gguf: rotary scaling {kind!r} is not written")
-    return found
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings, wherever the version of transformers that wrote the file put them."""
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    if "rope_theta" in config:
-        rope.setdefault("rope_theta", config["rope_theta"])
-    return rope
-
-
-def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
-    """Divisors of the rotary frequencies of Llama 3.1 models, float32, [head_dim / 2]; None for other models.
-
-    Wavelengths above the original context over low_freq_factor are divided by `factor`, those below it over
-    high_freq_factor are kept, and between the two the frequency is interpolated.
-    """
-    rope = rope_of(config)
-    if (rope.get("rope_type") or rope.get("type")) != "llama3":
-        return None
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = float(rope["original_max_position_embeddings"])
-    powers = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    wavelength = 2 * math.pi * float(rope.get("rope_theta") or 10000.0) ** powers
-    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
-
-
-def heads_of_file(metadata: Mapping[str, Any], path: object) -> Heads:
-    """Heads of a GGUF file.
+def layout_of_file(metadata: Mapping[str, Any], path: object) -> Layout:
+    """Layout of a GGUF file.
 
     Raises:
         CheckpointError: The counts are missing or no positive integers.
         NotImplementedError: The architecture is not read.
     """
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in PERMUTED:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise NotImplementedError(
-            f"{path}: architecture {architecture!r} is not read; these are: {', '.join(PERMUTED)}"[:300]
+            f"{path}: architecture {architecture!r} is not read; these are: {', '.join(FAMILIES)}"[:300]
         )
-    counts: list[int] = []
-    for key in ("head_count", "head_count_kv"):
-        value = metadata.get(f"{architecture}.attention.{key}", counts[0] if counts else None)
-        if type(value) is not int or not 1 <= value <= 1 << 16:
-            raise CheckpointError(f"{path}: metadata {architecture}.attention.{key} is {value!r}"[:300])
-        counts.append(value)
-    return Heads(counts[0], counts[1], PERMUTED[architecture])
 
+    def count(key: str, default: int | None, least: int = 1) -> int:
+        value = metadata.get(f"{architecture}.{key}", default)
+        if type(value) is not int or not least <= value <= 1 << 16:
+            raise CheckpointError(f"{path}: metadata {architecture}.{key} is {value!r}"[:300])
+        return value
 
-def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json: {key} must be a positive integer, got {value!r}")
-    return value
+    query = count("attention.head_count", None)
+    key = count("attention.head_count_kv", query)
+    return Layout(FAMILIES[architecture], query, key, count("expert_count", 0, 0))

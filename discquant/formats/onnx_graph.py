@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from discquant.errors import UnrepresentableError
-from discquant.formats.gguf_model import rope_factors, rope_of
+from discquant.formats.rotary import head_size, rope_factors, rope_kind, rope_of
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 OPSET = 18
@@ -75,7 +75,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UnrepresentableError(f"onnx: hidden_act {config['hidden_act']!r} is not written")
     rope = rope_of(config)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope_kind(rope)
     if kind not in ("default", "linear", "llama3"):
         raise UnrepresentableError(f"onnx: rotary scaling {kind!r} is not written")
     if config.get("use_sliding_window") or (named == "MistralForCausalLM" and config.get("sliding_window")):
@@ -115,15 +115,10 @@ def inverse_frequencies(config: Mapping[str, Any]) -> Tensor:
     size = head_size(config)
     powers = torch.arange(0, size, 2, dtype=torch.int64).float() / size
     frequencies = 1.0 / (float(rope.get("rope_theta") or 10000.0) ** powers)
-    if (rope.get("rope_type") or rope.get("type")) == "linear":
+    if rope_kind(rope) == "linear":
         frequencies = frequencies / float(rope["factor"])
     factors = rope_factors(config)
     return frequencies if factors is None else frequencies / factors
-
-
-def head_size(config: Mapping[str, Any]) -> int:
-    """Width of a head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def _rotation(build: GraphBuilder, config: Mapping[str, Any]) -> None:

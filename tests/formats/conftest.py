@@ -98,3 +98,81 @@ def exported(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "out"
     export_compressed_tensors(llama_dir, out, grid_layers(llama_dir, 3, 32, True), recipe={"seed": 5})
     return out
+
+
+FAMILY_COMMON: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8}
+# Class of the configuration without "Config", and what differs from FAMILY_COMMON.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"attention_bias": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 64}),
+    "qwen3moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 64,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+    ),
+    "gemma": ("Gemma", {"head_dim": 64}),
+    "gemma2": ("Gemma2", _GEMMA),
+    "gemma3": ("Gemma3Text", {**_GEMMA, "num_hidden_layers": 6}),
+    "phi3": ("Phi3", {}),
+    "granite": (
+        "Granite",
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "command-r": ("Cohere", {}),
+}
+
+
+def family_settings(name: str, **config: Any) -> Any:
+    """Return the configuration of a small model of a family that GGUF is written for."""
+    import transformers
+
+    family, extra = FAMILIES[name]
+    return getattr(transformers, f"{family}Config")(**{**FAMILY_COMMON, **extra, **config})
+
+
+@pytest.fixture
+def family_config() -> Callable[..., dict[str, Any]]:
+    """Return what makes the configuration of a small model of a family, as config.json has it."""
+
+    def make(name: str, **config: Any) -> dict[str, Any]:
+        kind = FAMILIES[name][0].removesuffix("Text")
+        return {**family_settings(name, **config).to_dict(), "architectures": [f"{kind}ForCausalLM"]}
+
+    return make
+
+
+@pytest.fixture
+def make_family() -> Callable[..., Path]:
+    """Return what saves a random bfloat16 model of a family, without a tokenizer, and gives its folder."""
+    import transformers
+
+    def make(name: str, folder: Path, **config: Any) -> Path:
+        torch.manual_seed(3)
+        kind = FAMILIES[name][0].removesuffix("Text")
+        model = getattr(transformers, f"{kind}ForCausalLM")(family_settings(name, **config)).to(
+            torch.bfloat16
+        )
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key.endswith(("norm.weight", "bias")):
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.save_pretrained(folder)
+        return folder
+
+    return make

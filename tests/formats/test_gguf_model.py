@@ -7,35 +7,59 @@ import pytest
 import torch
 
 from discquant.errors import UnrepresentableError
-from discquant.formats.gguf_model import Heads, from_gguf, rope_factors, to_gguf
+from discquant.formats.gguf_model import FAMILIES, Layout
+from discquant.formats.rotary import rope_factors
 
 gguf = pytest.importorskip("gguf")
 
 
-def test_names_are_the_package_s() -> None:
-    for architecture in ("LLAMA", "QWEN2", "QWEN3"):
-        arch = gguf.MODEL_ARCH[architecture]
-        table = gguf.get_tensor_name_map(arch, 3)
-        for ours in (
-            "model.embed_tokens", "model.norm", "lm_head", "model.layers.2.input_layernorm",
-            "model.layers.2.post_attention_layernorm", "model.layers.2.self_attn.q_proj",
-            "model.layers.2.self_attn.k_proj", "model.layers.2.self_attn.v_proj", "model.layers.2.self_attn.o_proj",
-            "model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj",
-        ):  # fmt: skip
-            assert to_gguf(f"{ours}.weight") == table.get_name(f"{ours}.weight", try_suffixes=(".weight",))
-            assert from_gguf(to_gguf(f"{ours}.weight")) == f"{ours}.weight"
-    assert from_gguf("rope_freqs.weight") is None and from_gguf("blk.0.ffn_gate_exps.weight") is None
-    with pytest.raises(UnrepresentableError, match="no place"):
-        to_gguf("model.layers.0.block_sparse_moe.gate.weight")
+LLAMA = Layout(FAMILIES["llama"], 4, 2, experts=8)
+QWEN2 = Layout(FAMILIES["qwen2"], 4, 2)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_names_are_the_package_s(name: str) -> None:
+    """Experts: the package names the tensor that holds all of a layer by the name of one without its number."""
+    layout = Layout(FAMILIES[name], 4, 2, experts=8)
+    arch = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+    table = gguf.get_tensor_name_map(arch, 3)
+    modules = [*layout.family.outer, *(f"model.layers.2.{inner}" for inner in layout.family.block)]
+    for module in modules:
+        ours = f"{module.replace('*', '5')}.weight"
+        joined = module.replace(".*", "").replace(
+            "model.layers.2.block_sparse_moe.experts", "layers.2.feed_forward.experts"
+        )
+        place = layout.place(ours)
+        assert place.tensor == table.get_name(f"{joined}.weight", try_suffixes=(".weight",))
+        assert place.expert == (5 if "*" in module else None)
+        assert layout.original(place.tensor) == f"{module}.weight"
+    assert layout.original("rope_freqs.weight") is None
+
+
+def test_what_a_family_does_not_have_has_no_place() -> None:
+    assert QWEN2.original("blk.0.ffn_gate_exps.weight") is None
+    for layout, name in (
+        (QWEN2, "model.layers.0.block_sparse_moe.gate.weight"),
+        (LLAMA, "model.layers.0.block_sparse_moe.experts.8.w1.weight"),
+        (LLAMA, "model.layers.0.block_sparse_moe.experts.1.w1.bias"),
+        (LLAMA, "model.layers.0.self_attn.q_norm.weight"),
+    ):
+        with pytest.raises(UnrepresentableError, match="no place"):
+            layout.place(name)
+
+
+def test_a_head_of_its_own_where_the_engine_takes_the_embedding() -> None:
+    with pytest.raises(UnrepresentableError, match="embedding for the output head of gemma2"):
+        Layout(FAMILIES["gemma2"], 4, 2).place("lm_head.weight")
 
 
 def test_rows_of_heads() -> None:
-    rows = Heads(4, 2, True).rows("model.layers.0.self_attn.q_proj", 24)
+    rows = LLAMA.rows("model.layers.0.self_attn.q_proj", 24)
     assert rows is not None and rows[:6].tolist() == [0, 3, 1, 4, 2, 5]
-    assert Heads(4, 2, False).rows("model.layers.0.self_attn.q_proj", 24) is None
-    assert Heads(4, 2, True).rows("model.layers.0.self_attn.v_proj", 24) is None
+    assert QWEN2.rows("model.layers.0.self_attn.q_proj", 24) is None
+    assert LLAMA.rows("model.layers.0.self_attn.v_proj", 24) is None
     with pytest.raises(ValueError, match="no 4 heads"):
-        Heads(4, 2, True).rows("model.layers.0.self_attn.q_proj", 20)
+        LLAMA.rows("model.layers.0.self_attn.q_proj", 20)
 
 
 def test_rotary_factors_are_those_of_transformers() -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from discquant.errors import ProofError
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.gguf import FORMAT
-from discquant.formats.gguf_model import Heads
-from discquant.formats.gguf_write import prove_gguf
+from discquant.formats.gguf_model import FAMILIES, Layout
+from discquant.formats.gguf_proof import prove_gguf
+from discquant.formats.gguf_write import prove
 from discquant.grids import place_grid
 
 gguf = pytest.importorskip("gguf")
-HEADS = Heads(4, 2, True)
 
 
 @pytest.fixture
@@ -74,10 +73,10 @@ def test_proof_finds_damage(
 ) -> None:
     FORMAT.write(source, tmp_path / "out", solved(source))
     file = tmp_path / "out" / "model.gguf"
-    assert prove_gguf(source, file, solved(source), HEADS)["layers"] == 14
+    assert prove(source, file, solved(source))["layers"] == 14
     change(file, source)
     with pytest.raises(ProofError, match=message):
-        prove_gguf(source, file, solved(source), HEADS)
+        prove(source, file, solved(source))
 
 
 def test_proof_fails_before_anything_appears(source: Checkpoint, tmp_path: Path) -> None:
@@ -93,6 +92,6 @@ def test_proof_wants_every_layer_once(source: Checkpoint, tmp_path: Path) -> Non
     file = tmp_path / "out" / "model.gguf"
     layers = list(solved(source))
     with pytest.raises(ProofError, match="came twice"):
-        prove_gguf(source, file, [*layers, layers[0]], HEADS)
+        prove(source, file, [*layers, layers[0]])
     with pytest.raises(ProofError, match=r"attn_[qk].weight: \d+ values differ"):
-        prove_gguf(source, file, solved(source), dataclasses.replace(HEADS, permuted=False))
+        prove_gguf(source, file, solved(source), Layout(FAMILIES["qwen2"], 4, 2), source.tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -111,7 +112,51 @@ def base_files(chosen: Format, folder: Path) -> list[Path]:
         for copied in made:
             others[chosen.name](copied)
         found += made
+    if chosen.name == "gguf":
+        found += [_base_of(chosen, family, folder) for family in ("mixture", "gemma")]
     return found
+
+
+def _base_of(chosen: Format, family: str, folder: Path) -> Path:
+    """A file of another family: experts in tensors of three dimensions, or norms that are stored otherwise."""
+    source = source_model(folder / family, WIDTHS[0])
+    tensors, block = load_file(source / "model.safetensors"), "model.layers.0"
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    wide, narrow = tensors[f"{block}.mlp.up_proj.weight"], tensors[f"{block}.mlp.down_proj.weight"]
+    if family == "mixture":
+        config |= {
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+        }  # fmt: skip
+        tensors = {name: value for name, value in tensors.items() if ".mlp." not in name}
+        tensors[f"{block}.block_sparse_moe.gate.weight"] = wide[:2].clone()
+        for expert in range(2):
+            made = {"w1": wide, "w2": narrow, "w3": wide}
+            tensors |= {
+                f"{block}.block_sparse_moe.experts.{expert}.{n}.weight": w.clone() for n, w in made.items()
+            }
+    else:
+        config |= {
+            "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "tie_word_embeddings": True,
+            "sliding_window": 8, "query_pre_attn_scalar": config["head_dim"], "hidden_activation": "gelu_pytorch_tanh",
+        }  # fmt: skip
+        del tensors["lm_head.weight"]
+        for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
+            tensors[f"{block}.{name}.weight"] = wide[0].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    grid, target = GridConfig.of_kind("q4_0"), folder / f"gguf_{family}"
+    chosen.write(Checkpoint(source), target, list(_layers(Checkpoint(source), grid, grid)))
+    return target
+
+
+def _layers(checkpoint: Checkpoint, grid: GridConfig, last: GridConfig) -> Iterator[CodedLayer]:
+    """Nearest codes of every matrix of a block, those of down_proj on a grid of their own."""
+    for key in checkpoint.tensors:
+        if key.endswith(("proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")):
+            weight = checkpoint.read(key).float()
+            laid = place_grid(weight, last if "down_proj" in key else grid)
+            yield CodedLayer(key.removesuffix(".weight"), laid.nearest(weight), laid)
 
 
 def _old(folder: Path) -> None:
@@ -154,13 +199,7 @@ def _base(chosen: Format, grid: GridConfig, last: GridConfig, hidden: int, folde
     if not source.exists():
         source_model(source, hidden)
     checkpoint, target = Checkpoint(source), folder / name
-    layers = []
-    for key in checkpoint.tensors:
-        if key.endswith("proj.weight"):
-            weight = checkpoint.read(key).float()
-            laid = place_grid(weight, last if "down_proj" in key else grid)
-            layers.append(CodedLayer(key.removesuffix(".weight"), laid.nearest(weight), laid))
-    chosen.write(checkpoint, target, layers)
+    chosen.write(checkpoint, target, list(_layers(checkpoint, grid, last)))
     return target
 
 

@@ -17,6 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import families
+import transformers
+from families import FAMILIES, make
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,6 +94,7 @@ CASES = {
         Case("stories_int3", "stories260k", GridConfig(3, -1)),
         Case("stories_int4", "stories260k", GridConfig(4, -1)),
         Case("stories_q4_0", "stories260k", GridConfig.of_kind("q4_0"), NO_DOWN),
+        *(Case(name, name, GridConfig.of_kind("q4_0"), plain) for name, (_, _, plain) in FAMILIES.items()),
     )
 }
 
@@ -135,8 +139,19 @@ class Workshop:
             stamp.write_text(key, encoding="utf-8")
         return place
 
+    def source(self, model: str) -> Path:
+        """The original of a case; of a family a random one."""
+        if model not in FAMILIES:
+            return MODELS[model]
+        key = f"{file_digest(Path(families.__file__), MODELS['tiny_llama'])} {transformers.__version__}"
+        return self.kept(
+            self.folder / "models" / model, key, lambda place: make(model, MODELS["tiny_llama"], place)
+        )
+
     def tokens(self, model: str, part: str) -> Path:
         """Token ids: `heldout` for consumers, `calibration` for producers, `judge` (more held-out text) for KL."""
+        if model in FAMILIES:
+            model = "tiny_llama"  # whose tokenizer they have
         count, length = {
             "heldout": (WINDOWS, SEQLEN),
             "calibration": (CALIBRATION_WINDOWS, SEQLEN),
@@ -163,12 +178,12 @@ class Workshop:
 
     def solved(self, case: Case) -> list[CodedLayer]:
         """Codes that the solver chose for a case."""
-        model = MODELS[case.model]
+        model = self.source(case.model)
         config = QuantizeConfig(
             grid=case.grid,
             layers=case.rules,
             solver=SOLVER,
-            data=DataConfig(DATASETS[case.model][0], CALIBRATION_WINDOWS, SEQLEN),
+            data=DataConfig(DATASETS.get(case.model, DATASETS["tiny_llama"])[0], CALIBRATION_WINDOWS, SEQLEN),
             format="none",
             ignore=("lm_head", *case.ignore),
             gptq_samples=16,
@@ -189,7 +204,7 @@ class Workshop:
 
         def make(place: Path) -> None:
             registry.by_name(format_name).write(
-                Checkpoint(MODELS[case.model]),
+                Checkpoint(self.source(case.model)),
                 place,
                 layers,
                 recipe={"case": case.name, **RECIPE},

@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from discquant.formats.coded import CodedLayer
 from discquant.grids import Grid
+from discquant.grids.fused import experts_of
+from discquant.solver.experts import expert_refs
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 # llama.cpp rounds activations to int8 in blocks before each quantized product: 32 columns (Q8_0, Q8_1) beside the
@@ -24,7 +27,7 @@ IN_SEQUENCE = "float32, summed in sequence"
 
 
 def load_model(path: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """The original model with other weights in place, eager attention, evaluation mode.
+    """The original model with other weights in place, eager attention and experts, evaluation mode.
 
     Args:
         path: The original.
@@ -36,11 +39,24 @@ def load_model(path: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | N
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **eager).eval()
     with torch.no_grad():
         for name, weight in (weights or {}).items():
-            model.get_submodule(name).weight.copy_(weight)
+            matrix(model, name).copy_(weight)
     return model
+
+
+def matrix(model: Any, name: str) -> Tensor:
+    """The weight of a layer, or of one expert where the layer is one's; a view, so writable.
+
+    Raises:
+        AttributeError: There is no such layer.
+    """
+    if experts_of(name) is None:
+        return model.get_submodule(name).weight
+    refs = {ref.name: ref for ref in expert_refs(model, model, "", lambda name: True, strict=False)}
+    return refs[name].view(refs[name].parameter)
 
 
 @torch.inference_mode()
@@ -61,10 +77,14 @@ def baseline(path: Path, layers: list[CodedLayer], ids: Tensor, arithmetic: str)
     dtype = getattr(torch, arithmetic.partition(",")[0]) if not block else torch.float32
     model = load_model(path, dtype, dense_weights(layers))
     if block:
-        for layer in layers:
-            model.get_submodule(layer.name).register_forward_pre_hook(
-                lambda module, inputs: (_int8_blocks(inputs[0], block),)
-            )
+        places = {matrix(model, layer.name).data_ptr() for layer in layers}
+        linear = torch.nn.functional.linear
+
+        def rounded(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return linear(_int8_blocks(x, block) if weight.data_ptr() in places else x, weight, bias)
+
+        with mock.patch.object(torch.nn.functional, "linear", rounded):  # experts have no module of their own
+            return logits(model, ids)
     if arithmetic == IN_SEQUENCE:
         for layer in layers:
             module = model.get_submodule(layer.name)

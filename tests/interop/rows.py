@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cases import GGUF, LONG_BLOCKS
+from families import FAMILIES
 
 # Text and steps of a refine by the bits of the file: fewer bits lose more, and get it back from more of both.
 REFINE = {
@@ -123,6 +124,7 @@ CONSUMERS = (
     *(Consumer("project", "consume_gguf", case, "gguf", None) for case in (*GGUF, "mixed", "stories_q4_0")),
     *(_llama_cpp(kind, LONG if kind.endswith(LONG_BLOCKS) else SHORT) for kind in GGUF),
     _llama_cpp("stories_q4_0", SHORT),
+    *(_llama_cpp(name, SHORT) for name in FAMILIES),
     *(
         Consumer("mlx", "consume_mlx", case, "mlx", "float32, summed in sequence")
         for case in ("int3", "int4", "mixed")

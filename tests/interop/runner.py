@@ -165,7 +165,7 @@ class Runner:
 
     def _compare_logits(self, row: Consumer, case: Case, found: Tensor) -> dict[str, Any]:
         ids = self.workshop.read_tokens(case.model, "heldout")
-        layers, path = self.workshop.solved(case), MODELS[case.model]
+        layers, path = self.workshop.solved(case), self.workshop.source(case.model)
         oracle = compare.logits(compare.load_model(path, torch.float64, compare.dense_weights(layers)), ids)
         assert row.arithmetic is not None
         plain = compare.baseline(path, layers, ids, row.arithmetic)
