@@ -86,11 +86,44 @@ def _room(config: Any, prompt: int, max_new_tokens: int) -> int:
     return room
 
 
+def _ids(tokenizer: Any, prompt: str, chat_template: bool) -> torch.Tensor:
+    """Token ids of the prompt, or of a chat in which it is the user's message, [1, tokens].
+
+    Raises:
+        ConfigError: The tokenizer has no chat template, or it does not take this prompt.
+        ValueError: An empty prompt, and the tokenizer puts no begin token before it.
+    """
+    if chat_template:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("generate: --chat-template: the model's tokenizer has none; leave it out")
+        try:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as cause:  # templates are programs of their authors and raise what they like
+            raise ConfigError(f"generate: the prompt does not fit the chat template: {cause}") from cause
+    # A chat template writes the begin token itself.
+    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat_template)[
+        "input_ids"
+    ]
+    if ids.numel() == 0:
+        raise ValueError("generate: the prompt is empty, and the tokenizer puts no begin token before it")
+    return ids
+
+
+def _one_text(settings: Any) -> None:
+    """Take from a model's own settings what gives no single text to stream, or asks for code from elsewhere."""
+    settings.num_beams = settings.num_return_sequences = 1
+    settings.penalty_alpha = settings.dola_layers = None
+    settings.return_dict_in_generate = False
+
+
 def stream(
     path: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, mode: str = "auto",
-    device: str | None = None, trust_remote_code: bool = False, allow_pickle: bool = False,
+    device: str | None = None, chat_template: bool = False, trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Continue a prompt on standard output; tokens per second go to standard error.
+    """Continue a prompt on standard output, without special tokens; tokens per second go to standard error.
 
     Args:
         path: Exported model (folder or file), run directory, or ordinary model folder.
@@ -100,17 +133,18 @@ def stream(
         seed: Of sampling, from -2**63 to 2**64 - 1.
         mode: How quantized layers are computed, see `discquant.load`.
         device: None is the GPU where there is one, else the CPU.
+        chat_template: Put the prompt through the tokenizer's chat template, as a user's message.
         trust_remote_code: As for `discquant.load`.
         allow_pickle: As for `discquant.load`.
 
     Returns:
-        `text`, `tokens`, `seconds`, `packed_bytes` (0 without packed layers).
+        `text` (without special tokens), `tokens`, `seconds`, `packed_bytes` (0 without packed layers).
 
     Raises:
         FileNotFoundError: No model or no tokenizer there.
         ValueError: A temperature, seed or number of tokens out of range, a prompt that is no UTF-8, too long for the
-            model's positions, or empty where the tokenizer has no begin token, an unknown mode or one that the device
-            has not, or a device that is not there.
+            model's positions, or empty where the tokenizer has no begin token, a chat template that the tokenizer has
+            not, an unknown mode or one that the device has not, or a device that is not there.
     """
     from transformers import TextStreamer
 
@@ -126,23 +160,20 @@ def stream(
         allow_pickle=allow_pickle,
     )
     tokenizer = _tokenizer(Path(path), trust_remote_code)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-    if ids.numel() == 0:
-        raise ValueError("generate: the prompt is empty, and the tokenizer puts no begin token before it")
+    ids = _ids(tokenizer, prompt, chat_template).to(device)
     limit = _room(model.config, ids.shape[1], max_new_tokens)
     torch.manual_seed(seed)
     options: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
+    _one_text(model.generation_config)
     begin = time.perf_counter()
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=limit,
-        # A model's own settings may ask for more than one text at a time, which cannot be streamed.
-        num_beams=1,
-        num_return_sequences=1,
-        streamer=TextStreamer(tokenizer, skip_prompt=True),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        tokenizer=tokenizer,  # for settings with `stop_strings`
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **options,
     )
@@ -155,6 +186,8 @@ def stream(
         if report is None or not report.layers
         else f"{report.layers} packed layers of {packed / 1e6:.1f} MB"
     )
+    if report is not None and report.layers and report.plain:
+        what += f", {report.plain} plain ones"
     print(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s ({what}, {device})", file=sys.stderr)
-    text = tokenizer.decode(output[0, ids.shape[1] :])
+    text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return {"text": text, "tokens": tokens, "seconds": seconds, "packed_bytes": packed}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -69,7 +70,17 @@ def load(
         )
     trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     model = _open_model(Path(path), dtype, mode, target, trust)
+    give_back()
     return model if target is None else model.to(target)
+
+
+def give_back() -> None:
+    """Return freed memory to the system where the C library (glibc) would keep it: what loading took for a while."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    trim(0)
 
 
 def _device_there(device: torch.device | str) -> torch.device:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,12 @@ def generate(
         ),
     ] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--chat-template", help="Put PROMPT through the tokenizer's chat template, as a user's message."
+        ),
+    ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
 ) -> None:
@@ -35,6 +43,9 @@ def generate(
     from discquant.environment import compute_device
     from discquant.generation import stream
 
+    # A terminal that cannot show a letter must not end the text there.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     stream(
         model,
         prompt,
@@ -43,6 +54,7 @@ def generate(
         seed=seed,
         mode=mode,
         device=None if device is None else str(compute_device(device)),
+        chat_template=chat_template,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )

@@ -133,9 +133,25 @@ def load_quantized(
         wrong = sorted(set(loaded[kind]) - idle)
         if wrong:
             raise CheckpointError(f"{path} does not fit {type(model).__name__}: {kind} {wrong[:8]}")
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    take_generation_settings(model, folder)
     return model.eval()
+
+
+def take_generation_settings(model: Any, folder: Path) -> None:
+    """Give a model the generation_config.json of a folder, where there is one.
+
+    Raises:
+        CheckpointError: It is no JSON object, or transformers refuses what it says.
+    """
+    import transformers
+
+    if not (folder / "generation_config.json").exists():
+        return
+    read_json(folder / "generation_config.json")
+    try:
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except (OSError, TypeError, ValueError) as cause:
+        raise CheckpointError(f"{folder / 'generation_config.json'}: {cause}") from cause
 
 
 def forget_quantization(config: Any) -> None:

@@ -7,9 +7,11 @@ The model is built without weights; its other tensors are read one by one, then 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import logging
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from discquant.errors import CheckpointError
 from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.coded import CodedLayer
 from discquant.formats.codes import QuantizedLinear
+from discquant.formats.load_experts import Experts, renamed
 from discquant.formats.safetensors_format import SafetensorsFormat, inert
 from discquant.formats.source import BUILDING
 from discquant.grids import UniformGrid
 from discquant.modules import PackedReport, is_replaceable, load_packed
 from discquant.ops.pack import SCALE_DTYPES
 from discquant.ops.packed_linear import X_DTYPES, Mode
+
+logger = logging.getLogger(__name__)
 
 
 def packable(layer: CodedLayer) -> QuantizedLinear | None:
@@ -62,6 +67,25 @@ def _parameters_on_meta() -> Iterator[None]:
             hook.remove()
 
 
+def _widen(model: Any, names: Iterable[str], dtype: torch.dtype) -> set[str]:
+    """Make float32 what transformers keeps so in a model of `dtype`; the names of all such tensors."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return set()
+    pattern = build_glob_alternation(list(plan))[0]
+    wide = {name for name in names if pattern.search(name)}
+    for name in wide:
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        value = getattr(module, leaf).float()
+        if leaf in module._parameters:
+            value = nn.Parameter(value, requires_grad=False)
+        setattr(module, leaf, value)
+    return wide
+
+
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
     """Make `value` the parameter or buffer `name` of the model, in the dtype that it has there."""
     parent, _, leaf = name.rpartition(".")
@@ -95,8 +119,8 @@ def load_packed_model(
     Returns:
         The model in evaluation mode, with its `PackedReport` as `packed_report` and a `save_pretrained` that refuses
         (NotImplementedError), as those of the models inside it do; None if the file is of another kind, the kernels do
-        not compute in the dtype (float64), or transformers names its weights differently (mixtures of experts, say):
-        that model needs plain weights.
+        not compute in the dtype (float64), or a tensor of it has no place of its own in the model (experts that
+        `PackedExperts` does not stand for, say), which a warning says: that model needs plain weights.
 
     Raises:
         MissingModelError, CheckpointError: The directory cannot be read, or does not fill the model.
@@ -104,7 +128,7 @@ def load_packed_model(
     """
     import transformers
 
-    from discquant.formats.load import forget_quantization, note_beyond
+    from discquant.formats.load import forget_quantization, note_beyond, take_generation_settings
     from discquant.formats.registry import find
 
     folder = Path(path)
@@ -113,7 +137,6 @@ def load_packed_model(
     if not isinstance(found, SafetensorsFormat):
         return None
     stored = list(found.layers(checkpoint))
-    quantized = {layer.name for layer in stored}
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     forget_quantization(config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
@@ -124,53 +147,84 @@ def load_packed_model(
         model: Any = model_class._from_config(config, dtype=dtype)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = {*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))}
-    others = [
-        key
-        for key in found.plain(checkpoint, stored)
-        if key in names or not inert(key, functools.partial(checkpoint.read, key))
-    ]
-    if not quantized <= linear or not names.issuperset(others) or model._keep_in_fp32_modules:
+    # Kernels read their own layout, made where the codes are; everything else moves at the end.
+    target = torch.device(device) if device is not None else None
+    experts = Experts(model, dtype=dtype, device=target, mode=mode)
+    # The model's names of what has others in the file.
+    plain = found.plain(checkpoint, stored)
+    place = renamed(model, [*plain, *(f"{layer.name}.weight" for layer in stored)])
+    coded = [layer.name for layer in stored]
+    of_layer = {
+        name: place[f"{name}.weight"][: -len(".weight")] for name in coded if f"{name}.weight" in place
+    }
+
+    def of_experts(key: str) -> bool:
+        return key.endswith(".weight") and key.removesuffix(".weight") in experts.names
+
+    def unknown(key: str) -> bool:
+        return not (key in place or of_experts(key) or inert(key, functools.partial(checkpoint.read, key)))
+
+    strange = [name for name in coded if of_layer.get(name) not in linear and name not in experts.names]
+    strange += filter(unknown, plain)
+    wide = _widen(model, names, dtype)
+    kept_wide = [name for name, own in of_layer.items() if f"{own}.weight" in wide]
+    if strange or kept_wide:
+        own_place = f"{strange[0]} has no place of its own in it" if strange else ""
+        _note_plain(path, model, own_place or f"{kept_wide[0]} is kept in float32")
         return None
     for layer in stored:
-        shape = tuple(model.get_submodule(layer.name).weight.shape)
+        if layer.name in experts.names:
+            shape = experts.shape(layer.name)
+        else:
+            shape = tuple(model.get_submodule(of_layer[layer.name]).weight.shape)
         if shape != tuple(layer.shape):
             raise CheckpointError(
                 f"{path}: {layer.name} has the shape {list(layer.shape)}, config.json makes it {list(shape)}"
             )
     # A head of its own in a file whose configuration ties it: tying would drop it.
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    for pair in tied.items():
-        if set(pair) <= set(others) and not torch.equal(*map(checkpoint.read, pair)):
+    in_file = {place[key]: key for key in plain if key in place}
+    for pair in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if set(pair) <= set(in_file) and not torch.equal(*(checkpoint.read(in_file[key]) for key in pair)):
+            _note_plain(path, model, f"config.json ties {pair[0]}, which the file holds apart")
             return None
     note_beyond(found, checkpoint)
-    for key in others:
-        _put(model, key, checkpoint.read(key))
-    # Kernels read their own layout, made where the codes are; everything else moves at the end.
-    target = torch.device(device) if device is not None else None
+    for key in plain:
+        if key in place:
+            _put(model, place[key], checkpoint.read(key))
+        elif of_experts(key) and key.removesuffix(".weight") not in coded:
+            experts.add(key.removesuffix(".weight"), checkpoint.read(key).to(dtype))
 
     def layers() -> Iterator[QuantizedLinear]:
         for entry in stored:
             layer = found.decoded(entry)
+            if entry.name in experts.names:
+                experts.add(entry.name, packable(layer) or layer.dequantize(dtype))
+                continue
+            own = of_layer[entry.name]
             # A forward of its own or a hook would be lost with the layer.
-            codes = packable(layer) if is_replaceable(model.get_submodule(layer.name)) else None
+            codes = packable(layer) if is_replaceable(model.get_submodule(own)) else None
             if codes is None:
-                _put(model, f"{layer.name}.weight", layer.dequantize(dtype))
+                _put(model, f"{own}.weight", layer.dequantize(dtype))
             else:
-                yield codes
+                yield codes if codes.name == own else dataclasses.replace(codes, name=own)
 
     report: PackedReport = load_packed(
         model, layers(), device=target, mode=mode, fuse=mode != "exact" if fuse is None else fuse
     )
-    keep_apart(model, quantized)
+    report = experts.added_to(report, len(stored))
+    keep_apart(model, set(of_layer.values()))
     model.tie_weights(recompute_mapping=False)
     hollow = sorted(name for name, value in model.state_dict().items() if _is_meta(value))
     if hollow:
         raise CheckpointError(f"{path} does not fill {type(model).__name__}: {hollow[:8]} missing")
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    take_generation_settings(model, folder)
     model.packed_report = report
     refuse_saving(model, folder)
     return (model if target is None else model.to(target)).eval()
+
+
+def _note_plain(path: str | Path, model: nn.Module, why: str) -> None:
+    logger.warning("note: %s: %s takes plain weights, not packed ones: %s", path, type(model).__name__, why)
 
 
 def keep_apart(model: Any, quantized: Collection[str]) -> None:

@@ -83,6 +83,16 @@ def stored_name(model: Any, name: str, shape: torch.Size) -> str | None:
     return stored if tensor is stand_in and not more else None
 
 
+def stored_names(model: Any, shapes: Mapping[str, torch.Size]) -> dict[str, str]:
+    """Return `stored_name` of many parameters, of those that are stored as they are; the mapping is made once."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stand_ins = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    names = {id(tensor): name for name, tensor in stand_ins.items()}
+    stored = revert_weight_conversion(model, dict(stand_ins)) if stand_ins else {}
+    return {names[id(tensor)]: name for name, tensor in stored.items() if id(tensor) in names}
+
+
 class Reader(Protocol):
     """What reads a parameter: whole, or one expert's matrix of it."""
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from discquant.errors import CheckpointError, ConfigError, either
 from discquant.formats import registry
+from discquant.formats.checkpoint import Checkpoint
 from discquant.formats.codes import QuantizedLinear
+from discquant.formats.load_experts import Experts
 from discquant.formats.load_packed import keep_apart, packable, refuse_saving
 from discquant.modules import is_replaceable, load_packed
 from discquant.ops.packed_linear import MODES, X_DTYPES, modes_on
@@ -78,20 +80,28 @@ def _classes() -> tuple[Any, Any]:
             with torch.device("cpu"):
                 self.format = registry.find(self.folder)
                 self.shapes = {row.name: row.shape for row in self.format.describe(self.folder).layers}
+                experts = self.experts = Experts(
+                    model, dtype=dtype or torch.float32, device=None, mode="exact"
+                )
             unread = set(model._keys_to_ignore_on_load_unexpected or ())
             for name, shape in self.shapes.items():
+                if name in experts.names:
+                    continue  # their shapes are checked when they are read
                 module = _linear(model, name)
                 if tuple(module.weight.shape) != shape:
                     raise CheckpointError(
                         f"discquant: {name} is {list(shape)} in the file, {list(module.weight.shape)} in the model"
                     )
                 module.register_parameter("weight", None)
-                # Not of the state dict, but there: models initialise the weights of layers that they know by name.
-                stand_in = torch.empty(shape, device="meta")
-                stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-                vars(module)["weight"] = stand_in
+                vars(module)["weight"] = _stand_in(shape)
                 # What the file holds of this layer is read below, not by transformers; its bias is.
                 unread.add(rf"^{re.escape(name)}\.(?!bias$)")
+            fused, self.plain_experts = experts.around(self.shapes)
+            self.fused = {place: model.get_submodule(place[0]).get_parameter(place[1]) for place in fused}
+            for (owner, key), parameter in self.fused.items():
+                model.get_submodule(owner).register_parameter(key, None)
+                vars(model.get_submodule(owner))[key] = _stand_in(parameter.shape)
+                unread.add(rf"^{re.escape(owner)}\.")
             model._keys_to_ignore_on_load_unexpected = unread
             keep_apart(model, self.shapes)
 
@@ -105,7 +115,17 @@ def _classes() -> tuple[Any, Any]:
                     f"discquant: mode on {device} must be one of {either(known)}, got {mode!r} (for the CPU)"
                 )
             plain = mode == "plain" or dtype not in X_DTYPES
+            for (owner, key), parameter in self.fused.items():
+                module = model.get_submodule(owner)
+                del vars(module)[key]
+                module.register_parameter(key, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            experts = self.experts
+            experts.dtype, experts.device, experts.mode = dtype, device, mode
+            for name in self.plain_experts:
+                experts.add(name, Checkpoint(self.folder).read(f"{name}.weight").to(device, dtype))
             for name, shape in self.shapes.items():
+                if name in experts.names:
+                    continue
                 hollow = nn.Parameter(torch.empty(shape, device="meta", dtype=dtype), requires_grad=False)
                 module = _linear(model, name)
                 del vars(module)["weight"]
@@ -113,6 +133,10 @@ def _classes() -> tuple[Any, Any]:
 
             def layers() -> Iterator[QuantizedLinear]:
                 for layer in self.format.read(self.folder):
+                    if layer.name in experts.names:
+                        codes = None if plain else packable(layer)
+                        experts.add(layer.name, codes or layer.dequantize(dtype).to(device))
+                        continue
                     own = not is_replaceable(_linear(model, layer.name))  # its forward or hooks would be lost
                     codes = None if plain or own else packable(layer)
                     if codes is not None:
@@ -122,7 +146,8 @@ def _classes() -> tuple[Any, Any]:
                     _linear(model, layer.name).weight = nn.Parameter(weight, requires_grad=False)
 
             # "exact" promises the rounded model's logits; fused rows may be summed in another order.
-            model.packed_report = load_packed(model, layers(), device=device, mode=mode, fuse=mode != "exact")
+            report = load_packed(model, layers(), device=device, mode=mode, fuse=mode != "exact")
+            model.packed_report = experts.added_to(report, len(self.shapes))
             for child in model.children():  # of the whole model transformers refuses it
                 refuse_saving(child, self.folder)
             return model.requires_grad_(False)
@@ -137,6 +162,13 @@ def _classes() -> tuple[Any, Any]:
             return False
 
     return DiscquantConfig, DiscquantQuantizer
+
+
+def _stand_in(shape: tuple[int, ...]) -> Tensor:
+    """What is in place of a weight: not of the state dict, but there, for models initialise layers by their names."""
+    stand_in = torch.empty(shape, device="meta")
+    stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+    return stand_in
 
 
 def _linear(model: nn.Module, name: str) -> Any:

@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
+from discquant.modules.packed_experts import PackedExperts, follows_grouped_product
 from discquant.modules.packed_linear import PackedLinear
 from discquant.modules.packed_model import FusedProjection, PackedReport, is_replaceable, load_packed
 
-__all__ = ["FusedProjection", "PackedLinear", "PackedReport", "is_replaceable", "load_packed"]
+__all__ = [
+    "FusedProjection",
+    "PackedExperts",
+    "PackedLinear",
+    "PackedReport",
+    "follows_grouped_product",
+    "is_replaceable",
+    "load_packed",
+]

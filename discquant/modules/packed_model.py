@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,12 +48,16 @@ class CodedLinear(Protocol):
 
 @dataclass(frozen=True)
 class PackedReport:
-    """What `load_packed` did: layers packed, fused groups, bytes of packed weights and of the weights replaced."""
+    """What `load_packed` did: layers packed, fused groups, bytes of packed weights and of the weights replaced.
+
+    `plain` are the file's quantized layers that became ordinary weights, where a file was loaded.
+    """
 
     layers: int
     fused: int
     packed_bytes: int
     replaced_bytes: int
+    plain: int = 0
 
 
 class FusedProjection(nn.Module):
@@ -170,7 +174,7 @@ def load_packed(
         biases = [_bias(model, layer) for layer in group]
         weight = model.get_submodule(group[0].name).weight
         assert isinstance(weight, Tensor)
-        packed = _pack(group, biases, device, mode, weight.dtype)
+        packed = pack_group(group, biases, device, mode, weight.dtype)
         shared = _Shared(packed, [member.q.shape[0] for member in group])
         for index, layer in enumerate(group):
             new = packed if len(group) == 1 else FusedProjection(shared, index)
@@ -193,7 +197,7 @@ def load_packed(
         waiting[layer.name] = layer
         if all(name in waiting for name in names):
             group = [waiting.pop(name) for name in names]
-            if _same_grid(group) and len({_bias(model, member) is None for member in group}) == 1:
+            if same_grid(group) and len({_bias(model, member) is None for member in group}) == 1:
                 place(group)
             else:
                 for member in group:
@@ -255,7 +259,9 @@ def _bias(model: nn.Module, layer: CodedLinear) -> Tensor | None:
     return bias.detach()
 
 
-def _same_grid(group: list[CodedLinear]) -> bool:
+def same_grid(group: Sequence[CodedLinear]) -> bool:
+    """Whether one packed layer can hold the rows of all."""
+
     def kind(layer: CodedLinear) -> tuple[object, ...]:
         grid = (layer.num_bits, layer.group_size, layer.zero_point is None, layer.scale.dtype)
         return (*grid, layer.q.shape[1], layer.q.device)
@@ -263,10 +269,11 @@ def _same_grid(group: list[CodedLinear]) -> bool:
     return len({kind(layer) for layer in group}) == 1
 
 
-def _pack(
-    group: list[CodedLinear], biases: list[Tensor | None], device: torch.device | str | None, mode: Mode,
+def pack_group(
+    group: Sequence[CodedLinear], biases: Sequence[Tensor | None], device: torch.device | str | None, mode: Mode,
     dtype: torch.dtype,
 ) -> PackedLinear:  # fmt: skip
+    """One packed layer of the rows of all, which are on one grid."""
     first = group[0]
     zeros = [layer.zero_point for layer in group if layer.zero_point is not None]
     present = [bias for bias in biases if bias is not None]

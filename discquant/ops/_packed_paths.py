@@ -22,9 +22,12 @@ MMA_LAYOUT = 1
 # Words in front of a workspace that must be zero before its first call: kMaxBlocks of csrc/packed/gpu_walk.h. What
 # follows is written before it is read.
 _COUNTERS = 1 << 16
-# Rows dequantised at a time before a dense matmul: the scratch stays near this many weights. On a GPU few panels pay:
-# each is two launches.
-_PANEL_WEIGHTS = {"cpu": 1 << 24, "cuda": 1 << 26}
+# Weights dequantised at a time before a dense matmul on a GPU, where few panels pay: each is two launches.
+_PANEL_WEIGHTS = 1 << 26
+# Bytes of them on a CPU. A layer's weight is one panel there, whatever its size: with fewer rows the library's matmul
+# may sum a row in another order (oneDNN in bfloat16 does), which would break the promise of exact mode. Only what is
+# larger than the layers of all models but their heads is split.
+_PANEL_BYTES = 1 << 29
 
 
 def _dequantize_fake(
@@ -161,7 +164,7 @@ def dense_linear(
 ) -> Tensor:  # fmt: skip
     """On a GPU, panels of rows: dequantise to the dtype of x, multiply with the library's own matmul."""
     grid = (out_features, in_features, num_bits, group_size, MMA_LAYOUT)
-    ranges = _panels(out_features, in_features, _PANEL_WEIGHTS["cuda"])
+    ranges = _panels(out_features, in_features, _PANEL_WEIGHTS)
     if len(ranges) <= 1:
         return torch.nn.functional.linear(
             x, dequantize_op(words, scale, zero_point, *grid, 0, out_features, x.dtype), bias
@@ -177,7 +180,7 @@ def dense_linear(
 
 
 class _Scratch(threading.local):
-    """One buffer per thread, kept for good, of the largest panel so far: 32 MiB or little more, 64 in float32.
+    """One buffer per thread, kept for good, of the largest panel so far: mostly the largest layer's weight.
 
     Fresh pages for every panel took longer than its weights.
     """
@@ -200,7 +203,7 @@ def _exact_cpu(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
     in_features: int, num_bits: int, group_size: int, layout: int,
 ) -> Tensor:  # fmt: skip
-    """`dense_linear` on a CPU, through one scratch."""
+    """`dense_linear` on a CPU, through one scratch; x [..., in_features] as it lies, which decides how torch sums."""
     grid = (out_features, in_features, num_bits, group_size, layout)
 
     def panel(first: int, last: int) -> Tensor:
@@ -209,12 +212,12 @@ def _exact_cpu(
         return torch.nn.functional.linear(x, weight, None if bias is None else bias[first:last])
 
     with torch.no_grad():
-        ranges = _panels(out_features, in_features, _PANEL_WEIGHTS["cpu"])
+        ranges = _panels(out_features, in_features, _PANEL_BYTES // x.dtype.itemsize)
         if len(ranges) == 1:
             return panel(0, out_features)
-        y = x.new_empty((x.shape[0], out_features))
+        y = x.new_empty((*x.shape[:-1], out_features))
         for first, last in ranges:
-            y[:, first:last] = panel(first, last)
+            y[..., first:last] = panel(first, last)
         return y
 
 
@@ -222,7 +225,7 @@ def _exact_fake(
     x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, out_features: int,
     in_features: int, num_bits: int, group_size: int, layout: int,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], out_features))
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 exact_op = registry.define(

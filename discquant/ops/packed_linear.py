@@ -234,8 +234,8 @@ def packed_linear(
     Note:
         The CPU kernels of a15, a8 and fp32 give the same bits on every instruction set, batch size and thread count,
         where all threads flush subnormals of float32 or none does (`torch.set_flush_denormal` is of one thread).
-        "exact" on the CPU ignores autocast and keeps a scratch per calling thread: at most 40 MiB, 80 in float32, for
-        weights of up to a million columns.
+        "exact" on the CPU ignores autocast and keeps a scratch per calling thread, of the largest weight's size in the
+        dtype of x; a weight above 640 MiB there is multiplied by parts of its rows, which may sum in another order.
         A NaN in x makes all outputs of its row NaN. So does an infinity in a15 and a8; in the other modes and on a GPU
         it makes them infinite or NaN, as its products with the weights are.
     """
@@ -291,7 +291,7 @@ def packed_linear(
         )  # fmt: skip
     elif mode == "exact":
         y = paths.exact_op(
-            rows, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size,
+            x, words, scale, zero_point, bias, out_features, in_features, num_bits, group_size,
             LAYOUT_CODES[layout],
         )  # fmt: skip
     else:

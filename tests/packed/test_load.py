@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import discquant
 from discquant import _extension
+from discquant.api import loading as loading_api
 from discquant.calibration import arithmetic
 from discquant.errors import CheckpointError, ConfigError, ExtensionError, MissingModelError
 from discquant.formats import QuantizedLinear, export_compressed_tensors, load_quantized
@@ -94,6 +95,7 @@ def test_layers_that_no_kernel_covers_stay_plain(tmp_path: Path) -> None:
     out = export(tmp_path, torch.float32, {"down_proj": 8, "k_proj": 2, "up_proj": 4})
     packed, plain = discquant.load(out, mode="auto"), discquant.load(out, mode="plain")
     assert packed.packed_report.layers == 10 and packed.packed_report.fused == 0
+    assert packed.packed_report.plain == 4
     kinds = {name.rpartition(".")[2]: type(module) for name, module in packed.named_modules()}
     assert kinds["down_proj"] is kinds["k_proj"] is nn.Linear
     assert kinds["gate_proj"] is kinds["up_proj"] is PackedLinear
@@ -308,3 +310,15 @@ def test_rejects_bad_input(tmp_path: Path) -> None:
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError):
         discquant.load(out)
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_any_c_library_will_do(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    """Freed memory is given back where it can be, and nothing happens elsewhere."""
+    loading_api.give_back()
+
+    def none(name: None) -> Any:
+        raise error("malloc_trim")
+
+    monkeypatch.setattr("ctypes.CDLL", none)
+    loading_api.give_back()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from discquant import _extension, environment
-from discquant.ops import _packed_paths
 from discquant.ops import pack as packing
 from discquant.ops.packed_linear import ISAS, dequantize_packed, packed_linear
 
@@ -212,43 +211,6 @@ def test_batch_and_threads_change_nothing(mode: str) -> None:
             assert torch.equal(packed_linear(x[:16], *case.tensors, **call), full[:16])
     finally:
         torch.set_num_threads(threads)
-
-
-@CPP
-def test_exact_mode_is_the_dense_layer() -> None:
-    """The exact mode gives what nn.functional.linear gives on the rounded weight."""
-    case = make(90, 200, 4, 64, True)
-    for dtype in FLOATS:
-        x, bias = torch.randn(4, 200).to(dtype), torch.randn(90).to(dtype)
-        weight = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype)
-        y = packed_linear(x, *case.tensors, bias, **case.sizes, mode="exact", impl="cpp")
-        assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
-
-
-@CPP
-def test_exact_mode_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Panels of a large layer through one scratch per thread: every row from its own panel, answers that stay."""
-    monkeypatch.setitem(_packed_paths._PANEL_WEIGHTS, "cpu", 32 * 200)
-    cases = [make(n, 200, bits, 64, False) for n, bits in ((90, 4), (50, 3), (16, 4))]
-    eye = torch.eye(200)
-
-    def agrees(case: Case, dtype: torch.dtype) -> bool:
-        expected = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype).t()
-        kept = [packed_linear(eye.to(dtype), *case.tensors, **case.sizes, mode="exact") for _ in range(20)]
-        return all(torch.equal(y, expected) for y in kept)
-
-    with ThreadPoolExecutor(9) as pool:
-        assert all(pool.map(agrees, *zip(*itertools.product(cases, FLOATS), strict=True)))
-
-
-def test_panels() -> None:
-    """Every row once, in whole tiles, at most a quarter over the limit."""
-    assert _packed_paths._panels(28672, 4096, 1 << 24) == [(f, f + 4096) for f in range(0, 28672, 4096)]
-    for n, k in ((1, 1), (300, 65408), (4097, 10944), (128256, 8192), (1025 * 8, 1 << 14)):
-        ranges = _packed_paths._panels(n, k, 1 << 24)
-        assert ranges[0][0] == 0 and ranges[-1][1] == n
-        assert all(a[1] == b[0] and b[0] % 16 == 0 for a, b in itertools.pairwise(ranges))
-        assert max(last - first for first, last in ranges) * k <= max(16 * k, 5 << 22)
 
 
 @CPP
