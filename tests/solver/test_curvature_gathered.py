@@ -140,7 +140,7 @@ def test_factors_are_those_of_the_teacher(make_model: Callable[..., Any], token_
     with torch.no_grad():
         for refs in chain.weights:
             for ref in refs:
-                ref.parameter /= 2
+                ref.parameter.div_(2)
     expected = gather()
     for name, factors in expected.items():
         torch.testing.assert_close(found[name].outputs, factors.outputs)

@@ -71,6 +71,29 @@ def test_energies_are_those_of_the_gradients(masked: bool, make_model: Callable[
     assert all(torch.allclose(found[key], alone[key], rtol=1e-5) for key in found)
 
 
+def test_energies_of_a_narrow_model_are_wide() -> None:
+    """Its gradients are bfloat16; their squares and sums are not."""
+    torch.manual_seed(0)
+    chain = ModuleChain(torch.nn.Sequential(torch.nn.Linear(8, 5)).bfloat16())
+    batch = chain.prepare(torch.randn(64, 8).bfloat16())
+    (found,) = token_energies(chain, [batch], at_once=1, generator=label_generator(CPU, 3)).values()
+    grad = sampled_gradient(chain, batch, chain.teacher_output(batch), label_generator(CPU, 3))
+    expected = grad.float().square().sum(dim=1)
+    torch.testing.assert_close(found, expected / expected.mean())
+
+
+def test_a_step_may_be_smaller_than_a_micro_batch(make_model: Callable[..., Any]) -> None:
+    """Energies are then measured a micro-batch at a time."""
+    chain = DecoderChain(make_model("llama", torch.float32))
+    batches = rows_of(chain).batches(range(6))
+    small, equal = (
+        QuantizeConfig(gptq_samples=6, solver=SolverConfig(batch_size=size, micro_batch=2)) for size in (1, 2)
+    )
+    found, expected = energies_of(chain, batches, small), energies_of(chain, batches, equal)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], rows) for name, rows in expected.items())
+
+
 def test_the_first_layer_is_gptq_on_weighted_inputs(make_model: Callable[..., Any]) -> None:
     chain = DecoderChain(make_model("llama", torch.float32))
     rows, grid = rows_of(chain, masked=True), GridConfig(3, 16)
