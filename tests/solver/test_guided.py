@@ -71,14 +71,16 @@ def test_energies_are_those_of_the_gradients(masked: bool, make_model: Callable[
     assert all(torch.allclose(found[key], alone[key], rtol=1e-5) for key in found)
 
 
-def test_energies_of_a_narrow_model_are_wide() -> None:
-    """Its gradients are bfloat16; their squares and sums are not."""
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_energies_of_a_module_are_wide_and_in_order(at_once: int) -> None:
+    """Gradients of a bfloat16 module are bfloat16; their squares and sums are not."""
     torch.manual_seed(0)
     chain = ModuleChain(torch.nn.Sequential(torch.nn.Linear(8, 5)).bfloat16())
-    batch = chain.prepare(torch.randn(64, 8).bfloat16())
-    (found,) = token_energies(chain, [batch], at_once=1, generator=label_generator(CPU, 3)).values()
-    grad = sampled_gradient(chain, batch, chain.teacher_output(batch), label_generator(CPU, 3))
-    expected = grad.float().square().sum(dim=1)
+    batches = [chain.prepare(torch.randn(rows, 8).bfloat16()) for rows in (64, 16, 32)]
+    (found,) = token_energies(chain, batches, at_once=at_once, generator=label_generator(CPU, 3)).values()
+    generator = label_generator(CPU, 3)
+    grads = [sampled_gradient(chain, batch, chain.teacher_output(batch), generator) for batch in batches]
+    expected = torch.cat(grads).float().square().sum(dim=1)
     torch.testing.assert_close(found, expected / expected.mean())
 
 
