@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations that are kept elsewhere: gone from where they came from, from memory where a disk has them, and in time."""
+"""Activations kept elsewhere: gone from where they came from, and from memory where a disk has them; none too early."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from discquant.solver.boundaries import Boundaries
 from discquant.solver.memory import HostArena
+from discquant.solver.placement import Lane
 
 AWAY = pytest.mark.parametrize("where", ["host", "disk"])
 
@@ -22,6 +23,55 @@ def settle(store: Boundaries) -> None:
     """Wait for the copies under way."""
     for lane in store._lanes or ():
         lane.wait()
+
+
+@pytest.mark.parametrize("where", ["resident", "host", "disk"])
+def test_what_is_taken_out_is_what_was_put_in(where: str, tmp_path: Path) -> None:
+    store = Boundaries(where, folder=tmp_path)  # type: ignore[arg-type]
+    for step in range(2):
+        given = [[torch.randn(2, 3 + step), torch.randn(4).bfloat16()] for _ in range(5)]
+        for tensors in given:
+            store.push([tensor.clone() for tensor in tensors])
+        for tensors in reversed(given):
+            for expected, found in zip(tensors, store.pop(), strict=True):
+                assert torch.equal(expected, found)
+    store.push(given[0])
+    store.clear()
+    store.push(given[1])
+    assert torch.equal(store.pop()[0], given[1][0])
+    store.close()
+
+
+@pytest.mark.parametrize("where", ["resident", "host", "disk"])
+def test_a_step_that_failed_half_way_leaves_nothing(where: Any, tmp_path: Path) -> None:
+    """Neither in memory nor in the way of the next one, which may have fewer blocks."""
+    store = Boundaries(where, folder=tmp_path)
+    given = torch.randn(3, 5)
+    kept = weakref.ref(given)
+    for tensor in (given, torch.randn(3, 5), torch.randn(3, 5)):
+        store.push([tensor])
+    store.pop()
+    del given, tensor
+    store.clear()
+    assert kept() is None
+    for count in (1, 2):
+        again = [torch.randn(3, 5) for _ in range(count)]
+        for tensor in again:
+            store.push([tensor.clone()])
+        for tensor in reversed(again):
+            assert torch.equal(store.pop()[0], tensor)
+    assert len(list(tmp_path.iterdir())) == (3 if where == "disk" else 0)
+    store.close()
+
+
+@AWAY
+def test_what_was_taken_out_stays_when_its_place_is_used_again(where: Any, tmp_path: Path) -> None:
+    store, given = Boundaries(where, folder=tmp_path), torch.randn(3, 5)
+    store.push([given.clone()])
+    (found,) = store.pop()
+    store.push([torch.zeros(3, 5)])
+    store.close()
+    assert torch.equal(found, given)
 
 
 @AWAY
@@ -125,3 +175,37 @@ def test_no_thread_and_no_file_is_left(where: Any, tmp_path: Path) -> None:
     store.pop()
     store.close()
     assert threading.active_count() == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_let_go_under_a_copy(fails: bool, streams: list[Any]) -> None:
+    """After a failed step and at the end the copies under way have ended, those after a failed one, too."""
+    store = Boundaries("host")
+    store._lanes = (Lane(torch.device("cuda")), Lane(torch.device("cuda")))
+    for _ in range(3):
+        store.push([torch.randn(4, 4)])
+    store.pop()
+    assert any(stream.under_way for stream in streams)
+    if fails:
+        store._bring(0)
+
+        def refuse() -> None:
+            raise RuntimeError("a copy that fails")
+
+        store._lanes[1].submit(refuse)
+    store.clear()
+    assert not any(stream.under_way for stream in streams)
+    store.close()
+
+
+def test_inputs_live_until_their_copy_has_ended(streams: list[Any]) -> None:
+    """A GPU copies after the call: the memory must not go to others meanwhile."""
+    store = Boundaries("host")
+    store._lanes = (Lane(torch.device("cuda")), Lane(torch.device("cuda")))
+    outward = streams[1]
+    store.push([torch.randn(4, 4)])
+    settled = store._sent[0]
+    assert settled is not None and settled.result() and outward.under_way
+    store.pop()
+    assert not outward.under_way
+    store.close()
