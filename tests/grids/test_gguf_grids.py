@@ -149,3 +149,5 @@ def test_rows_are_independent_of_how_they_are_chunked(monkeypatch: pytest.Monkey
             patch.setattr("discquant.grids.gguf._CHUNK", 512 * 5)
             pieces = place_gguf(weight, kind)
         assert torch.equal(whole.scale, pieces.scale)
+        if isinstance(whole, AffineGrid):
+            assert isinstance(pieces, AffineGrid) and torch.equal(whole.minimum, pieces.minimum)
