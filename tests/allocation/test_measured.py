@@ -71,3 +71,13 @@ def test_damping_is_gptq_s(chain: DecoderChain) -> None:
     )
     own = allocate(chain, rows_of(chain), CHOICES, 8).damage("2")
     assert damped == pytest.approx(nearest) and own != pytest.approx(nearest)
+
+
+def test_a_grid_that_a_layer_may_not_have_is_not_laid(chain: DecoderChain) -> None:
+    """It may be one that cannot be: rows of 32 columns have no blocks of 64."""
+    choices = {"4": GridConfig(4, 32), "nf4": GridConfig.of_kind("nf4")}
+    found = allocate(
+        chain, rows_of(chain), choices, 8, codes="rtn",
+        allowed=lambda name, shape, grid: grid.kind == "uniform" or shape[1] % 64 == 0,
+    )  # fmt: skip
+    assert [set(unit.bits) for unit in found.units] == [{"4"}] * 3 + [{"4", "nf4"}]

@@ -75,6 +75,7 @@ def test_steps_go_on_while_it_is_written(where: str, model: Any, tmp_path: Path)
     assert load_checkpoint(tmp_path / "checkpoints", again) == 1
     assert _same(at_one, _bytes(again))
     assert (again.solver.gain.gain, again.solver.gain.initial) == (gain, run.solver.gain.initial)
+    assert again.solver.gain.target == run.solver.gain.target is not None
     assert gain not in (run.solver.gain.gain, run.solver.gain.initial)
     again.advance()
     assert _same(_bytes(again), _bytes(run))
