@@ -78,7 +78,7 @@ def test_none_is_due_while_one_is_written(
 def test_a_change_waits_for_its_own_block(
     run: Solve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That another has been written meanwhile does not let it go on."""
+    """Not for the others: each may be changed once it is written, and that does not let the next one go on."""
     gates, real = [threading.Event(), threading.Event()], checkpoint.save_tensors_atomic
 
     def slow(path: Path, *given: Any) -> None:
@@ -89,15 +89,19 @@ def test_a_change_waits_for_its_own_block(
     writer = Checkpointer(tmp_path, run)
     writer.save()
     assert run.solver.before_change is not None
-    changing = threading.Thread(target=run.solver.before_change, args=(0,))
-    changing.start()
-    changing.join(0.1)
+    first, last = changing = [
+        threading.Thread(target=run.solver.before_change, args=(index,), daemon=True) for index in range(2)
+    ]
+    for thread in changing:
+        thread.start()
+        thread.join(0.1)
     gates[1].set()
-    changing.join(0.3)
-    assert changing.is_alive()
+    last.join(30)
+    first.join(0.2)
+    assert first.is_alive() and not last.is_alive()
     gates[0].set()
-    changing.join(60)
-    assert not changing.is_alive()
+    first.join(30)
+    assert not first.is_alive()
     writer.wait()
 
 
@@ -110,7 +114,7 @@ def test_a_first_checkpoint_without_room_names_none_to_go_on_from(
     monkeypatch.setattr(checkpoint, "save_tensors_atomic", full)
     writer = Checkpointer(tmp_path, run)
     writer.save()
-    with pytest.raises(DiskSpaceError, match="continues$"):
+    with pytest.raises(DiskSpaceError, match=r"continues$"):
         writer.wait()
 
 
