@@ -137,7 +137,7 @@ def test_two_are_kept_and_parts_of_killed_writes_go(model: Any, tmp_path: Path) 
     run = _solve(model)
     writer = Checkpointer(tmp_path, run)
     (tmp_path / "block-0000-0000099.safetensors").write_bytes(b"part")
-    (tmp_path / ".step-0000001.json.tmp").write_bytes(b"part")
+    (tmp_path / ".step-0000099.json.tmp").write_bytes(b"part")
     for _ in range(3):
         run.advance()
         writer.save()
