@@ -60,6 +60,7 @@ def test_keeps_its_content_when_the_source_changes() -> None:
     [
         (torch.zeros(3), None, "[rows, seqlen]"),
         (torch.zeros(2, 3), None, "integers"),
+        (torch.zeros(2, 3, dtype=torch.bool), None, "integers"),
         (torch.tensor([[1, -1]]), None, "at least 0"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3), "mask must be bool"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.ones(3, 2, dtype=torch.bool), "mask must be bool"),
