@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What GPTQ of a matrix and of a block hold, against what is alive; which Hessians stay."""
+"""What rounding layer by layer holds: GPTQ against what is alive, which Hessians stay, every method's own work."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from discquant.config import GridConfig
+from discquant.config import DataConfig, GridConfig, QuantizeConfig
 from discquant.grids import place_grid
-from discquant.planning.rounding import gptq_bytes, gptq_work
-from discquant.planning.shape import Block, Matrix
+from discquant.planning.hardware import DEVICES
+from discquant.planning.memory import phase_peaks
+from discquant.planning.plan import Machine, setting_for
+from discquant.planning.rounding import gptq_bytes, gptq_work, greedy_bytes, head_copy
+from discquant.planning.shape import Block, Matrix, ModelShape
 from discquant.rounding import gptq
+
+Options = Callable[..., QuantizeConfig]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1024, 256), (96, 512), (4, 256)])
@@ -38,3 +45,47 @@ def test_hessians_go_with_their_layers_but_for_those_of_experts() -> None:
     assert held(1, 1.0) == 1  # its own
     assert held(1, 0.5) == 2
     assert held(8, 0.5) == 9
+
+
+def starting(shape: ModelShape, config: QuantizeConfig) -> dict[str, float]:
+    """What rounding layer by layer takes of a CPU's memory, by item."""
+    peaks = phase_peaks(shape, setting_for(shape, config, "resident", Machine(DEVICES["cpu"], 1e15, 1e15)))
+    return next(peak.host for peak in peaks if peak.name == "start")
+
+
+def test_no_more_windows_are_planned_than_there_are(shape_8b: ModelShape, options: Options) -> None:
+    """However many GPTQ asks for."""
+    for method in ("gptq", "guided"):
+        few, many = (
+            dataclasses.replace(
+                options(compute_dtype="float32"), method=method, gptq_samples=asked, data=DataConfig("t.txt", 4, 256)
+            )
+            for asked in (4, 4096)
+        )  # fmt: skip
+        assert starting(shape_8b, many) == starting(shape_8b, few)
+
+
+def test_every_method_s_own_work_is_planned(shape_8b: ModelShape, options: Options) -> None:
+    """Guided rounding measures energies first, then rounds as GPTQ does: the more of both, however long the text."""
+    for windows in (1, 1024):
+        config = dataclasses.replace(
+            options(compute_dtype="float32"), data=DataConfig("t.txt", windows, 2048)
+        )
+        found = {
+            method: starting(shape_8b, dataclasses.replace(config, method=method, gptq_samples=windows))
+            for method in ("gptq", "guided", "greedy")
+        }
+        total = {method: sum(items.values()) for method, items in found.items()}
+        assert total["guided"] >= total["gptq"] + found["guided"]["energies of gradients"]
+        assert found["greedy"]["X^T X and its factor"] == greedy_bytes(shape_8b.largest)
+        assert total["greedy"] > total["gptq"]
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 0), ("bfloat16", 1)])
+def test_a_head_that_is_wide_is_not_copied(
+    dtype: str, copies: int, shape_8b: ModelShape, options: Options
+) -> None:
+    setting = setting_for(
+        shape_8b, options(compute_dtype=dtype), "resident", Machine(DEVICES["h100"], 1e15, 1e15)
+    )
+    assert head_copy(shape_8b, setting) == copies * 4.0 * shape_8b.vocab * shape_8b.hidden
