@@ -164,6 +164,13 @@ def test_on_grid_weights_have_one_neighbour() -> None:
     assert q_down.tolist() == [[0, 1, 2, 3, 4, 5, 6, 6]]
 
 
+def test_half_way_the_lower_code_is_nearest() -> None:
+    """As in the published method; beyond the ends there is no other code."""
+    grid = UniformGrid(2, -1, True, torch.full((1, 1), 0.125))
+    weight = (torch.arange(-2.5, 2.5) * 0.125)[None]
+    assert grid.nearest(weight).tolist() == [[0, 0, 1, 2, 3]]
+
+
 def test_position_is_computed_in_float32() -> None:
     """In bfloat16 a few weights in a hundred would land on the grid by rounding alone."""
     weight = (torch.randn(64, 256) * 0.02).bfloat16()
