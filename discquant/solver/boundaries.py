@@ -118,8 +118,7 @@ class Boundaries:
         self._kept.pop()
         self._sent[index] = None
         if index > 0:
-            self._let_go(index - 1)
-            self._bring(index - 1)
+            self._bring(index - 1)  # it has left since the block after it was pushed
         return tensors
 
     def _bring(self, index: int) -> None:

@@ -79,14 +79,14 @@ def gram(rows: Tensor, width: int) -> Tensor:
 
 
 def times(matrix: Tensor, factor: Tensor) -> Tensor:
-    """Return matrix @ blockdiag(factor), [rows, channels], for a matrix [rows, channels]."""
+    """Return matrix @ blockdiag(factor), [rows, channels], for a matrix [rows, channels] of the same dtype."""
     if factor.shape[0] == 1:
-        return matrix @ factor[0].to(matrix.dtype)
+        return matrix @ factor[0]
     columns = matrix.shape[1]
     width = factor.shape[1]
     pieces = [
         matrix[:, begin : begin + width]
-        @ block[: columns - begin, : columns - begin].to(matrix.dtype)  # the last one may be shorter
+        @ block[: columns - begin, : columns - begin]  # the last one may be shorter
         for begin, block in zip(range(0, columns, width), factor, strict=True)
     ]
     return torch.cat(pieces, dim=1)
@@ -95,9 +95,8 @@ def times(matrix: Tensor, factor: Tensor) -> Tensor:
 def _parts(size: int, factor: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield the channels of all whole blocks with these, then those of a last one that is shorter."""
     width = factor.shape[1]
-    whole, rest = divmod(size, width)
-    if whole:
-        yield slice(0, whole * width), factor[:whole]
+    whole, rest = divmod(size, width)  # at least one is whole: a block is no wider than the side
+    yield slice(0, whole * width), factor[:whole]
     if rest:
         yield slice(whole * width, size), factor[whole:, :rest, :rest]
 
@@ -139,8 +138,8 @@ def curvature_gradient(error: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor
 
     Args:
         error: Student's weight minus the original, floating, [out_features, in_features].
-        inputs: Blocks of H, floating, [blocks, width, width] over in_features.
-        outputs: Blocks of G, floating, [blocks, width, width] over out_features.
+        inputs: Blocks of H, same dtype, [blocks, width, width] over in_features.
+        outputs: Blocks of G, same dtype, [blocks, width, width] over out_features.
 
     Returns:
         Shape of `error`, and its dtype; on a GPU at least float32 (`products_at_once`).

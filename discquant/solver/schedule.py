@@ -89,7 +89,7 @@ def settings(config: SolverConfig, step: int) -> StepSettings:
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, (step - 1 - config.warmup) / span))))
     lr = config.lr * warm * max(config.lr_floor, cosine)
     hardening = 0.0
-    if config.harden_from < 1.0 and done >= config.harden_from:
+    if done >= config.harden_from:
         soft_span = config.harden_until - config.harden_from
         if done < config.harden_until:
             hardening = config.harden_soft * (done - config.harden_from) / soft_span

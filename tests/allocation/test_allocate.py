@@ -348,6 +348,22 @@ def test_what_a_run_would_refuse_is_refused_before_windows_are_read(
     refused(r"narrowest choices take 4\.500 bits", {"2": GridConfig(2, 32)}, 4.4, "gguf")
 
 
+def test_choices_that_never_meet_are_no_conflict(folder: Path) -> None:
+    """Of two that a file cannot hold together only one is allowed, or neither; the model's own config is left alone."""
+    from discquant.run.choices import check_joined
+
+    chain = DecoderChain(
+        chain_of(folder)[0].model, ["*.layers.0.*"]
+    )  # a block that nobody quantizes comes first
+    config, kept = (json.loads((folder / "model" / "config.json").read_text()) for _ in range(2))
+    groups = {"4": GridConfig(4, 32), "4g64": GridConfig(4, 64)}
+    for sizes in ((32,), (64,), ()):
+        check_joined(config, chain, ("awq",), groups, lambda _, __, grid, s=sizes: grid.group_size in s)  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="beside each other"):
+        check_joined(config, chain, ("awq",), groups, lambda *_: True)
+    assert config == kept
+
+
 @pytest.mark.parametrize("form", ["gguf", "onnx"])
 def test_a_file_is_as_large_as_was_counted(folder: Path, tmp_path: Path, form: str) -> None:
     """Formats that store codes wider get them counted so."""

@@ -66,6 +66,14 @@ def test_a_budget_on_the_hull_gets_the_best() -> None:
     assert choose([[Option(2, 1), Option(3, 5)], [Option(2, 9), Option(2, 3)]], 10) == [0, 1]
 
 
+def test_room_goes_where_it_takes_off_most_for_what_it_costs() -> None:
+    """Not to the change that takes off most at once; of equal ones to the first."""
+    large, small = [Option(2, 10), Option(6, 0)], [Option(2, 5), Option(3, 0)]
+    assert choose([large, small, small, small], 12) == [0, 1, 1, 1]
+    assert choose([large, small, small, small], 10) == [0, 1, 1, 0]
+    assert choose([large, small, small, small], 15) == [1, 1, 1, 1]
+
+
 def test_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"at least 4\.0, the cheapest, got 3\.5"):
         choose([[Option(2.0, 1)], [Option(2.0, 1), Option(5.0, 0)]], 3.5)

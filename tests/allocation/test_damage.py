@@ -154,3 +154,65 @@ def test_experts_have_their_own_and_those_without_tokens_none() -> None:
     assert len(experts) == 18
     reached = {name.split(".experts.")[1].split(".")[0] for name, value in experts.items() if value.any()}
     assert 0 < len(reached) < 6
+
+
+def measured(chain: DecoderChain, known: set[str], asked: list[int] | None = None) -> dict[str, Tensor]:
+    """Products of two windows; `asked` gets the blocks whose errors were wanted."""
+
+    def errors(index: int, inputs: list[Tensor]) -> list[Tensor]:
+        if asked is not None:
+            asked.append(index)
+        return drawn(chain, index)
+
+    _, windows = windows_of(chain, 2)
+    return projections(chain, windows, errors, generator=label_generator(torch.device("cpu"), 5), known=known)
+
+
+def test_blocks_that_are_known_are_only_passed() -> None:
+    """No errors are made of them, and the others get what they get without; a block that is known in part is done."""
+    chain = DecoderChain(llama(num_hidden_layers=3))
+    whole = measured(chain, set())
+    names = [{ref.name for ref in refs} for refs in chain.weights]
+    part = {min(names[0])}
+    for known, wanted in (
+        (names[2] | names[1], [0]), (names[0], [2, 1]), (names[1] | part, [2, 0]), (names[0] | names[1] | names[2], []),
+    ):  # fmt: skip
+        asked: list[int] = []
+        found = measured(chain, known, asked)
+        assert asked == wanted and set(found) == set().union(*(names[index] for index in wanted))
+        assert all(torch.equal(product, whole[name]) for name, product in found.items())
+
+
+def test_products_of_narrow_errors_are_wide() -> None:
+    """All choices of a block are held at once, in bfloat16; a sum over a matrix in it would be noise."""
+    chain = DecoderChain(llama())
+    _, windows = windows_of(chain, 2)
+
+    def found(dtype: torch.dtype) -> dict[str, Tensor]:
+        return projections(
+            chain, windows, lambda index, _: [error.bfloat16().to(dtype) for error in drawn(chain, index)],
+            generator=label_generator(torch.device("cpu"), 5),
+        )  # fmt: skip
+
+    narrow, wide = found(torch.bfloat16), found(torch.float32)
+    assert all(torch.equal(narrow[name], product) for name, product in wide.items())
+
+
+class Routed(torch.nn.Module):
+    """Two experts of plain linear layers, of which the second gets no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[0](x)
+
+
+def test_a_layer_that_no_token_reaches_has_a_product_of_zero() -> None:
+    model = llama()
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        layer.mlp = Routed()
+    for name, product in measured(DecoderChain(model), set()).items():
+        assert bool(product.any()) != name.endswith("experts.1")

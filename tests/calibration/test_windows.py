@@ -42,15 +42,17 @@ def test_rows_and_split() -> None:
     first, rest = windows.split(2)
     assert (len(first), len(rest), rest.seqlen) == (2, 3, 4)
     assert torch.equal(torch.cat([first.input_ids, rest.input_ids]), ids)
+    assert [len(part) for part in windows.split(5)] == [5, 0]
+    assert [len(part) for part in windows.split(0)] == [0, 5]
     assert windows.tokens == int(mask.sum())
     assert windows.rows(slice(0, 5)).digest == windows.digest
 
 
 def test_keeps_its_content_when_the_source_changes() -> None:
-    ids = torch.arange(8).view(2, 4)
-    windows = Windows.make(ids)
-    ids[0, 0] = 99
-    assert windows.input_ids[0, 0] == 0
+    ids, mask = torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    windows = Windows.make(ids, mask)
+    ids[0, 0], mask[0, 0] = 99, False
+    assert windows.input_ids[0, 0] == 0 and windows.mask[0, 0]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,7 @@ def test_keeps_its_content_when_the_source_changes() -> None:
     [
         (torch.zeros(3), None, "[rows, seqlen]"),
         (torch.zeros(2, 3), None, "integers"),
+        (torch.zeros(2, 3, dtype=torch.bool), None, "integers"),
         (torch.tensor([[1, -1]]), None, "at least 0"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3), "mask must be bool"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.ones(3, 2, dtype=torch.bool), "mask must be bool"),
@@ -96,3 +99,11 @@ def test_cut_rows_loses_nothing(rows: int, width: int, seqlen: int) -> None:
     ids, mask = cut_rows(tokens, text, seqlen, pad_id=0)
     assert torch.equal(ids[mask], tokens[text])
     assert bool(mask.any(dim=1).all())
+
+
+def test_padding_is_what_was_asked_for() -> None:
+    """A model's own padding token, say."""
+    ids, mask = cut(torch.arange(1, 6), 4, pad_id=77)
+    assert ids.tolist() == [[1, 2, 3, 4], [5, 77, 77, 77]] and mask.tolist()[1] == [True, False, False, False]
+    ids, _ = cut_rows(torch.arange(1, 6)[None], torch.ones(1, 5, dtype=torch.bool), 4, pad_id=77)
+    assert ids.tolist() == [[1, 2, 3, 4], [5, 77, 77, 77]]

@@ -228,3 +228,70 @@ def test_rejects(model: Any, noisy: Any, windows: Windows) -> None:
         compare_models(model, {"a": noisy}, windows.rows([4]))
     with pytest.raises(ValueError, match="the original's vocabulary = 104, got 5"):
         compare_models(model, {"a": Table(torch.zeros(104, 5))}, windows)
+
+
+def test_a_position_without_target_must_be_finite_too() -> None:
+    """Nothing but the KL tells there that the original's logits are no numbers, and it must not be taken for 0."""
+    broken, whole = torch.tensor([[1.0, math.nan, 0.0]]), torch.tensor([[1.0, 2.0, 0.0]])
+    for one, other in ((broken, whole), (whole, broken)):
+        assert not token_measures(one, other, torch.tensor([-1])).finite.any()
+
+
+def test_a_text_that_the_original_holds_impossible_is_left_out() -> None:
+    """Its KL is finite, and the perplexity of the original would be infinite for all text."""
+    original, candidate = torch.tensor([[1.0, 2.0, -math.inf]]), torch.tensor([[1.0, 2.0, 0.0]])
+    found = token_measures(original, candidate, torch.tensor([2]))
+    assert found.kl.isfinite().all() and not found.finite.any()
+
+
+def test_the_first_token_of_a_vocabulary_is_text() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5]])
+    found = token_measures(logits, logits.flip(1), torch.tensor([0]))
+    assert found.nll_original.item() == pytest.approx(-math.log(torch.softmax(logits[0].double(), 0)[0]))
+    assert found.nll.item() == pytest.approx(-math.log(torch.softmax(logits[0].double(), 0)[2]))
+
+
+def test_windows_of_padding_change_no_error(model: Any, noisy: Any, windows: Windows) -> None:
+    """Wherever they stand: the standard error is over windows that have something to say."""
+    first = compare_models(model, {"a": noisy}, windows.rows([4, 0, 1, 2, 3]))["a"]
+    without = compare_models(model, {"a": noisy}, windows.rows([0, 1, 2, 3]))["a"]
+    assert first.to_dict() == pytest.approx(without.to_dict(), rel=1e-9)
+
+
+def test_broken_positions_do_not_agree() -> None:
+    """Top-1 is over the finite positions alone."""
+    table = torch.eye(3) * 5
+    broken = table.clone()
+    broken[2, 0] = math.inf
+    found = compare_models(Table(table), {"x": Table(broken)}, Windows.make(torch.tensor([[0, 1, 2, 2]])))[
+        "x"
+    ]
+    assert (found.nonfinite, found.top1) == (2, 1.0)
+
+
+def test_dropout_is_off_while_it_is_measured(model: Any, windows: Windows) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.dropout(model(input_ids=input_ids).logits)
+
+    found = compare_models(Dropping().train(), {"a": Dropping().train()}, windows)["a"]
+    assert (found.kl_mean, found.nonfinite) == (0.0, 0)
+
+
+def test_one_window_at_least_is_taken_at_once(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long windows of a large vocabulary have more logits than may exist at once."""
+    monkeypatch.setattr(divergence, "LOGITS", windows.seqlen - 1)
+    assert divergence.rows_at_once(nn.Identity(), windows, 8) == 1
+
+
+def test_a_vocabulary_must_hold_the_largest_token(model: Any, noisy: Any, windows: Windows) -> None:
+    """Of ids up to 103, the embedding must have 104 rows."""
+    largest = int(windows.input_ids.max())
+    short = copy.deepcopy(noisy)
+    short.get_input_embeddings().weight = nn.Parameter(noisy.get_input_embeddings().weight[:largest].clone())
+    with pytest.raises(ValueError, match=f"got the token id {largest} and a vocabulary of {largest}"):
+        compare_models(model, {"a": short}, windows)

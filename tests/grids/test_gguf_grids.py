@@ -130,6 +130,8 @@ def test_rows_that_are_no_multiple_of_256_fall_back() -> None:
         assert squared_error(grid, weight) < float(weight.square().sum()) * 4.0 ** (2 - bits)
     with pytest.raises(UnrepresentableError, match=r"down_proj: Q4_0 .* 172 columns .* ignore"):
         gguf_kind("q4_0", 172, "down_proj")
+    with pytest.raises(UnrepresentableError, match="48 columns"):
+        gguf_kind("q4_k", 48)
 
 
 def test_rejects_bad_input() -> None:
@@ -137,8 +139,9 @@ def test_rejects_bad_input() -> None:
         place_gguf(torch.zeros(3, 4, 32), "q4_0")
     with pytest.raises(ValueError, match="finite"):
         place_gguf(torch.full((1, 32), float("nan")), "q4_0")
-    with pytest.raises(ValueError, match="at most"):
-        place_gguf(torch.full((1, 32), 1e6), "q4_0")
+    for sign in (1, -1):
+        with pytest.raises(ValueError, match="at most"):
+            place_gguf(torch.full((1, 32), sign * 1e6), "q4_0")
 
 
 def test_rows_are_independent_of_how_they_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,3 +152,5 @@ def test_rows_are_independent_of_how_they_are_chunked(monkeypatch: pytest.Monkey
             patch.setattr("discquant.grids.gguf._CHUNK", 512 * 5)
             pieces = place_gguf(weight, kind)
         assert torch.equal(whole.scale, pieces.scale)
+        if isinstance(whole, AffineGrid):
+            assert isinstance(pieces, AffineGrid) and torch.equal(whole.minimum, pieces.minimum)

@@ -164,6 +164,13 @@ def test_on_grid_weights_have_one_neighbour() -> None:
     assert q_down.tolist() == [[0, 1, 2, 3, 4, 5, 6, 6]]
 
 
+def test_half_way_the_lower_code_is_nearest() -> None:
+    """As in the published method; beyond the ends there is no other code."""
+    grid = UniformGrid(2, -1, True, torch.full((1, 1), 0.125))
+    weight = (torch.arange(-2.5, 2.5) * 0.125)[None]
+    assert grid.nearest(weight).tolist() == [[0, 0, 1, 2, 3]]
+
+
 def test_position_is_computed_in_float32() -> None:
     """In bfloat16 a few weights in a hundred would land on the grid by rounding alone."""
     weight = (torch.randn(64, 256) * 0.02).bfloat16()
@@ -207,6 +214,32 @@ def test_search_takes_the_better_sign(bits: int, gain: float) -> None:
     assert bool((found <= 1.02 * best).all())  # the coarse search misses little where the sign gains nothing
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_search_of_scale_and_zero_point_is_near_the_best_of_all(bits: int) -> None:
+    """Against every zero point with a hundred scales, of weights that do not lie around zero."""
+    weight, top = torch.randn(64, 64) + 0.3, 2**bits - 1
+    low = weight.amin(1, keepdim=True)
+    full = (weight.amax(1, keepdim=True) - low) / top
+    best = torch.full((64,), torch.inf)
+    for ratio in torch.linspace(0.3, 1.1, 100):
+        scale = (full * ratio).bfloat16().float()
+        for zero in range(top + 1):
+            lost = (torch.round(weight / scale) + zero).clamp(0, top).sub(zero) * scale - weight
+            best = torch.minimum(best, lost.square().sum(1))
+    grid = place_grid(weight, GridConfig(bits, 64, False))
+    found = (grid.dequantize(grid.nearest(weight), torch.float32) - weight).square().sum(1)
+    assert float(found.sum()) < 1.005 * float(best.sum()) and bool((found < 1.1 * best).all())
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_scale_that_a_file_holds_is_taken_as_it_is(sym: bool) -> None:
+    """absmax rounds up what does not fit, and nothing else; a group as wide as the row keeps its size."""
+    weight = torch.linspace(-7.0, 7.0 if sym else 0.0, 64)[None] / 16
+    grid = place_grid(weight, GridConfig(3, 64, sym, "absmax"))
+    assert float(grid.scale) == (2 if sym else 1) / 16 and grid.group_size == 64
+    assert place_grid(weight, GridConfig(3, 128, sym, "absmax")).group_size == -1
+
+
 def test_rows_are_independent_of_how_they_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(7, 100)
     for sym in (True, False):
@@ -225,8 +258,9 @@ def test_rejects_bad_input() -> None:
         place_grid(torch.tensor([[1.0, float("nan")]]), GridConfig())
     with pytest.raises(ValueError, match="2 dimensions"):
         place_grid(torch.zeros(3), GridConfig())
-    with pytest.raises(ValueError, match="magnitude"):
-        place_grid(torch.full((1, 8), 1e6), GridConfig())
+    for sign in (1, -1):
+        with pytest.raises(ValueError, match="magnitude"):
+            place_grid(torch.full((1, 8), sign * 1e6), GridConfig())
     with pytest.raises(ValueError, match="scale"):
         UniformGrid(4, -1, True, torch.full((1, 1), torch.inf))
     with pytest.raises(ValueError, match="zero_point"):

@@ -44,6 +44,17 @@ def test_all_windows_and_a_block_s_errors_and_hessians_are_counted(
         host.host["boundary activations"] == disk.disk["boundary activations"] == len(shape_8b.blocks) * row
     )
     assert host.gpu["hidden states"] == disk.gpu["hidden states"] == 4 * row
+    # Kept where the blocks run they are among the block inputs; without a GPU also on the host, but as copies.
+    cpu = Machine(DEVICES["cpu"], ROOMY, ROOMY)
+    for placement, rows in (("resident", 0), ("host", 4)):
+        made = make_plan(
+            shape_8b, allocating.options(config), cpu, placement=placement, allocating=SIX  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert made.peaks[-1].host["hidden states"] == rows * row
+    # A float64 number for each choice, window and layer; ids of every token, which the unfinished file has, too.
+    layers = sum(matrix.count for one in shape_8b.blocks for matrix in one.matrices)
+    assert here.host["what is measured"] == 8 * 6 * 1024 * layers and here.host["windows"] == 8 * 1024 * 256
+    assert here.disk["OUT.unfinished (two)"] == 2 * 8 * 1024 * (6 * layers + 256)
     fewer = last("resident", Allocating(2, hessians=False))
     assert not fewer.gpu.get("X^T X and its factor") and fewer.total("gpu") < here.total("gpu")
 

@@ -79,7 +79,7 @@ def test_slices_of_rows_give_the_same_codes(
     whole = gptq(weight, hessian, grid)
     # The package's function of this name hides the module.
     monkeypatch.setattr(sys.modules["discquant.rounding.gptq"], "SLICE_BYTES", 8 * 256 * rows_at_once)
-    assert slice_rows(256) == rows_at_once
+    assert slice_rows(256) == rows_at_once and slice_rows(1 << 20) == 1
     assert torch.equal(gptq(weight, hessian, grid), whole)
 
 
@@ -166,6 +166,33 @@ def test_dead_columns_and_singular_hessians() -> None:
     q = gptq(weight, hessian, grid, damp=1e-6)
     assert torch.equal(q[:, 5], grid.nearest(weight)[:, 5])
     assert int(q.max()) < 8
+
+
+def test_damping_grows_until_the_hessian_is_definite() -> None:
+    """Sums that lost what they cancel in: an eigenvalue of -0.0005 of the mean takes the fourth attempt."""
+    weight, hessian = _problem(4, 32, samples=8)  # rank 8
+    hessian = hessian.double()
+    hessian.diagonal().sub_(5e-4 * float(hessian.diagonal().mean()))
+    grid = place_grid(weight, GridConfig(3, 32))
+    expected = gptq(weight, hessian, grid, damp=1e-3)
+    assert torch.equal(gptq(weight, hessian, grid, damp=1e-6), expected)
+    assert not torch.equal(gptq(weight, hessian, grid, damp=1e-2), expected)
+
+
+def test_damping_grows_until_the_inverse_is_definite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor may exist of a matrix that is so near to singular that its inverse has none."""
+    _, hessian = _problem(1, 32)
+    expected = gptq_factor(hessian, damp=0.1)
+    real, inverses = torch.linalg.cholesky_ex, itertools.count()
+
+    def narrow(work: Tensor, *, upper: bool = False, out: Any) -> Any:
+        found = real(work, upper=upper, out=out)
+        if upper and next(inverses) == 0:
+            out[1].fill_(30)
+        return found
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", narrow)
+    assert torch.equal(gptq_factor(hessian, damp=0.01).inverse, expected.inverse)
 
 
 @pytest.mark.parametrize("method", [gptq, greedy])

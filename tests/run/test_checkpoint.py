@@ -75,6 +75,7 @@ def test_steps_go_on_while_it_is_written(where: str, model: Any, tmp_path: Path)
     assert load_checkpoint(tmp_path / "checkpoints", again) == 1
     assert _same(at_one, _bytes(again))
     assert (again.solver.gain.gain, again.solver.gain.initial) == (gain, run.solver.gain.initial)
+    assert again.solver.gain.target == run.solver.gain.target is not None
     assert gain not in (run.solver.gain.gain, run.solver.gain.initial)
     again.advance()
     assert _same(_bytes(again), _bytes(run))
@@ -136,7 +137,7 @@ def test_two_are_kept_and_parts_of_killed_writes_go(model: Any, tmp_path: Path) 
     run = _solve(model)
     writer = Checkpointer(tmp_path, run)
     (tmp_path / "block-0000-0000099.safetensors").write_bytes(b"part")
-    (tmp_path / ".step-0000001.json.tmp").write_bytes(b"part")
+    (tmp_path / ".step-0000099.json.tmp").write_bytes(b"part")
     for _ in range(3):
         run.advance()
         writer.save()

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from discquant.errors import DiskSpaceError
+from discquant.errors import CheckpointError, DiskSpaceError
 from discquant.run import stored
-from discquant.run.stored import StoredCodes, save_tensors_atomic
+from discquant.run.stored import StoredCodes, digest_codes, keep_codes, save_tensors_atomic
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -74,3 +74,26 @@ def test_a_failed_write_leaves_the_file_that_was_there(
         save_tensors_atomic(path, {"a": torch.arange(9)}, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path], "a part was left"
+
+
+def test_codes_that_are_not_what_was_written_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "codes"
+    keep_codes(path, {"a": torch.zeros(4, 4, dtype=torch.uint8), "b": torch.ones(4, 4, dtype=torch.uint8)})
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    codes = StoredCodes(path)
+    assert not codes["a"].any()
+    with pytest.raises(CheckpointError, match="b is damaged"):
+        codes["b"]
+
+
+def test_a_digest_of_codes_is_of_names_shapes_and_contents() -> None:
+    """Not of their order in a dictionary."""
+    one, other = torch.arange(6, dtype=torch.uint8).view(2, 3), torch.zeros(2, 2, dtype=torch.uint8)
+    given = {"a": one, "b": other}
+    assert digest_codes(given) == digest_codes({"b": other, "a": one})
+    changed = [
+        {"a": one, "c": other}, {"a": one.view(3, 2), "b": other}, {"a": one, "b": other + 1}, {"a": one},
+    ]  # fmt: skip
+    assert len({digest_codes(given), *map(digest_codes, changed)}) == 5

@@ -120,3 +120,36 @@ def _states(
 def make_states() -> Callable[..., list[list[WeightState]]]:
     """Return `_states`: a chain's weights on grids of some kind, at random places."""
     return _states
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stand-ins for CUDA's streams; what runs in one is under way until somebody waits for the stream or an event."""
+    made: list[Any] = []
+
+    class Stream:
+        def __init__(self, *device: Any) -> None:
+            self.under_way = 0
+            made.append(self)
+
+        def __enter__(self) -> None:
+            self.under_way += 1
+
+        def __exit__(self, *error: Any) -> None:
+            pass
+
+        def wait_event(self, event: Any) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            self.under_way = 0
+
+    class Event:
+        def record(self, stream: Stream) -> None:
+            self.synchronize = stream.synchronize
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return made

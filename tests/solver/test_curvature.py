@@ -293,6 +293,9 @@ def test_narrow_factors_of_many_windows(make_model: Callable[..., Any]) -> None:
             assert one is not None and other is not None and other.dtype == torch.bfloat16
             assert float((one - other).norm() / one.norm()) < 0.03
     assert rows_at_once(256, 8) == 8 and rows_at_once(256, 1) == 2 and rows_at_once(4096, 8) == 32
+    assert (
+        rows_at_once(128, 1) == 1 and rows_at_once(129, 1) == 2
+    )  # never more parts than these lose nothing in
 
 
 def test_same_seed_same_factors(make_model: Callable[..., Any], token_ids: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from discquant.solver.curvature import Factors, kronecker_factors
 from discquant.solver.kronecker import unpack_triangles
 from discquant.solver.module_chain import ModuleChain
 from discquant.solver.rows import TokenRows
-from discquant.solver.sampled import label_generator
+from discquant.solver.sampled import label_generator, sampled_gradient
 from discquant.solver.solve import Solve, lay_grids
 
 
@@ -52,8 +52,11 @@ def test_parts_are_scaled_by_the_tokens_of_all(make_model: Callable[..., Any]) -
             torch.testing.assert_close(unpack_triangles(packed), wanted.float(), rtol=1e-4, atol=1e-6)
 
 
-def test_an_input_that_is_changed_in_place_gives_no_factors(caplog: pytest.LogCaptureFixture) -> None:
-    """What the layer got is gone when its gradient comes."""
+@pytest.mark.parametrize("always", [True, False])
+def test_an_input_that_is_changed_in_place_gives_no_factors(
+    always: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the layer got is gone when its gradient comes; those of a part of the text would be no factors of it."""
 
     class Net(torch.nn.Module):
         def __init__(self) -> None:
@@ -62,14 +65,84 @@ def test_an_input_that_is_changed_in_place_gives_no_factors(caplog: pytest.LogCa
             self.one, self.two, self.out = (torch.nn.Linear(8, size) for size in (8, 8, 5))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden = torch.tanh(self.one(x)) + 0
-            return self.out(hidden.add_(self.two(hidden)))
+            hidden, found = (made := torch.tanh(self.one(x)) + 0), self.two(made)
+            return self.out(hidden.add_(found) if always or x[0, 0] > 0 else hidden + found)
 
     chain, found = ModuleChain(Net()), dict[str, Factors]()
-    batches = TokenRows(chain, torch.randn(16, 8), None, 8).batches(range(16))
+    inputs = torch.randn(16, 8)
+    inputs[::8, 0] = torch.tensor([1.0, -1.0])
+    batches = TokenRows(chain, inputs, None, 8).batches(range(16))
     generator = label_generator(torch.device("cpu"), 0)
     kronecker_factors(
         chain, batches, lambda index, factors: found.update(factors), total=16, width=64, generator=generator
     )
     assert set(found) == {"one", "out"}
     assert "the input of two in place" in caplog.text
+
+
+def test_factors_of_a_narrow_model_are_wide() -> None:
+    """Its gradients are bfloat16; squares and sums of them are not, for the factors are what all steps go by."""
+    torch.manual_seed(0)
+    chain, found = ModuleChain(torch.nn.Sequential(torch.nn.Linear(8, 5)).bfloat16()), dict[str, Factors]()
+    batch = chain.prepare(torch.randn(64, 8).bfloat16())
+    kronecker_factors(
+        chain, [batch], lambda index, factors: found.update(factors), total=64, width=16,
+        generator=label_generator(torch.device("cpu"), 3),
+    )  # fmt: skip
+    output = chain.teacher_output(batch)
+    g = sampled_gradient(chain, batch, output, label_generator(torch.device("cpu"), 3)).float()
+    x, energy = batch.hidden.float(), g.square().sum(dim=1, keepdim=True)
+    torch.testing.assert_close(found["0"].outputs[0], g.T @ g / 64)
+    torch.testing.assert_close(found["0"].inputs[0], x.T @ (energy * x) / 64)
+
+
+def test_no_hook_is_left(make_model: Callable[..., Any], token_ids: torch.Tensor) -> None:
+    """Nor is one after an error: every step of the solve would run it."""
+    chain = DecoderChain(make_model("llama", torch.float32))
+    batches = TokenRows(chain, token_ids, None, 2).batches(range(4))
+
+    def gather() -> None:
+        generator = label_generator(chain.device, 0)
+        kronecker_factors(chain, batches, lambda *_: None, total=48, width=64, generator=generator)
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) for module in chain.model.modules())
+
+    gather()
+    assert hooks() == 0
+
+    def fail(module: torch.nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            raise MemoryError
+
+    broken = chain.blocks[1].mlp.down_proj.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        gather()
+    broken.remove()
+    assert hooks() == 0
+
+
+def test_factors_are_those_of_the_teacher(make_model: Callable[..., Any], token_ids: torch.Tensor) -> None:
+    """Weights that the state holds in place of the model's own: what the model itself would give with them."""
+    chain = DecoderChain(make_model("llama", torch.float64))
+    batches = TokenRows(chain, token_ids, None, 2).batches(range(4))
+    halves = [{ref.param_name: ref.parameter.detach() / 2 for ref in refs} for refs in chain.weights]
+
+    def gather(**given: Any) -> dict[str, Factors]:
+        found: dict[str, Factors] = {}
+        generator = label_generator(chain.device, 0)
+        kronecker_factors(
+            chain, batches, lambda _, f: found.update(f), total=48, width=64, generator=generator, **given
+        )
+        return found
+
+    own, found = gather(), gather(teacher=halves.__getitem__)
+    with torch.no_grad():
+        for refs in chain.weights:
+            for ref in refs:
+                ref.parameter.div_(2)
+    expected = gather()
+    for name, factors in expected.items():
+        torch.testing.assert_close(found[name].outputs, factors.outputs)
+        torch.testing.assert_close(found[name].inputs, factors.inputs)
+        assert not torch.allclose(own[name].outputs, factors.outputs)

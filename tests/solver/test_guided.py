@@ -71,6 +71,31 @@ def test_energies_are_those_of_the_gradients(masked: bool, make_model: Callable[
     assert all(torch.allclose(found[key], alone[key], rtol=1e-5) for key in found)
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_energies_of_a_module_are_wide_and_in_order(at_once: int) -> None:
+    """Gradients of a bfloat16 module are bfloat16; their squares and sums are not."""
+    torch.manual_seed(0)
+    chain = ModuleChain(torch.nn.Sequential(torch.nn.Linear(8, 5)).bfloat16())
+    batches = [chain.prepare(torch.randn(rows, 8).bfloat16()) for rows in (64, 16, 32)]
+    (found,) = token_energies(chain, batches, at_once=at_once, generator=label_generator(CPU, 3)).values()
+    generator = label_generator(CPU, 3)
+    grads = [sampled_gradient(chain, batch, chain.teacher_output(batch), generator) for batch in batches]
+    expected = torch.cat(grads).float().square().sum(dim=1)
+    torch.testing.assert_close(found, expected / expected.mean())
+
+
+def test_a_step_may_be_smaller_than_a_micro_batch(make_model: Callable[..., Any]) -> None:
+    """Energies are then measured a micro-batch at a time."""
+    chain = DecoderChain(make_model("llama", torch.float32))
+    batches = rows_of(chain).batches(range(6))
+    small, equal = (
+        QuantizeConfig(gptq_samples=6, solver=SolverConfig(batch_size=size, micro_batch=2)) for size in (1, 2)
+    )
+    found, expected = energies_of(chain, batches, small), energies_of(chain, batches, equal)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], rows) for name, rows in expected.items())
+
+
 def test_the_first_layer_is_gptq_on_weighted_inputs(make_model: Callable[..., Any]) -> None:
     chain = DecoderChain(make_model("llama", torch.float32))
     rows, grid = rows_of(chain, masked=True), GridConfig(3, 16)

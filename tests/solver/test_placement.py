@@ -16,7 +16,6 @@ from discquant.config import GridConfig, QuantizeConfig, SolverConfig
 from discquant.errors import ConfigError, DiskSpaceError
 from discquant.grids import UniformGrid, place_grid
 from discquant.solver import memory
-from discquant.solver.boundaries import Boundaries
 from discquant.solver.chain import DecoderChain
 from discquant.solver.engine import Engine
 from discquant.solver.memory import HostArena, MappedFile
@@ -252,23 +251,6 @@ def test_a_block_that_kept_its_slot_is_changed_after_it_has_left(
     placement.close()
 
 
-@pytest.mark.parametrize("where", ["resident", "host", "disk"])
-def test_boundaries_return_what_they_were_given(where: str, tmp_path: Path) -> None:
-    store = Boundaries(where, folder=tmp_path)  # type: ignore[arg-type]
-    for step in range(2):
-        given = [[torch.randn(2, 3 + step), torch.randn(4).bfloat16()] for _ in range(5)]
-        for tensors in given:
-            store.push([tensor.clone() for tensor in tensors])
-        for tensors in reversed(given):
-            for expected, found in zip(tensors, store.pop(), strict=True):
-                assert torch.equal(expected, found)
-    store.push(given[0])
-    store.clear()
-    store.push(given[1])
-    assert torch.equal(store.pop()[0], given[1][0])
-    store.close()
-
-
 def test_unknown_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="placement must be one of"):
         Engine("moon")  # type: ignore[arg-type]
@@ -341,61 +323,7 @@ def test_a_refused_registration_leaves_no_error_behind(broken: bool, monkeypatch
     launch()
 
 
-@pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stand-ins for CUDA's streams; what runs in one is under way until somebody waits for the stream or an event."""
-    made: list[Any] = []
-
-    class Stream:
-        def __init__(self, *device: Any) -> None:
-            self.under_way = 0
-            made.append(self)
-
-        def __enter__(self) -> None:
-            self.under_way += 1
-
-        def __exit__(self, *error: Any) -> None:
-            pass
-
-        def wait_event(self, event: Any) -> None:
-            pass
-
-        def synchronize(self) -> None:
-            self.under_way = 0
-
-    class Event:
-        def record(self, stream: Stream) -> None:
-            self.synchronize = stream.synchronize
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: Stream())
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    return made
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_let_go_under_a_copy(
-    fails: bool, streams: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a failed step and at the end the copies under way have ended, those after a failed one, too."""
-    store = Boundaries("host")
-    store._lanes = (Lane(torch.device("cuda")), Lane(torch.device("cuda")))
-    for _ in range(3):
-        store.push([torch.randn(4, 4)])
-    store.pop()
-    assert any(stream.under_way for stream in streams)
-    if fails:
-        store._bring(0)
-
-        def refuse() -> None:
-            raise RuntimeError("a copy that fails")
-
-        store._lanes[1].submit(refuse)
-    store.clear()
-    assert not any(stream.under_way for stream in streams)
-    store.close()
-
+def test_nothing_is_let_go_under_a_copy(streams: list[Any]) -> None:
     weight = torch.randn(8, 32)
     grid = place_grid(weight, GridConfig(3, 32))
     placement = Placement("host")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from discquant.config import FREE_SCALES, GRID_KINDS, GridConfig, QuantizeConfig, SolverConfig, preset
 from discquant.grids import UniformGrid, place_grid
+from discquant.grids.uniform import MOST_RESCALED
 from discquant.solver import solver as solver_module
 from discquant.solver.chain import DecoderChain
 from discquant.solver.measure import mean_kl, served_weights
@@ -64,6 +65,14 @@ def test_update_is_adams(size: float) -> None:
         scale_step_(change, momentum, second, grad, lr=lr, step=step)
     torch.testing.assert_close(change, wanted.detach(), rtol=1e-4, atol=1e-9)
     assert change[0, 0] == 0 and change.abs().max() > 1e-3
+
+
+def test_a_change_stops_at_what_a_grid_takes() -> None:
+    """Not only there, where it is cut: it would wind up, and take as long to come back when the gradient turns."""
+    change, momentum, second = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)
+    for step in range(1, 31):
+        scale_step_(change, momentum, second, torch.tensor([[1.0, -1.0]]), lr=0.1, step=step)
+    assert change.tolist() == [[-MOST_RESCALED, MOST_RESCALED]]
 
 
 def test_learning_rate() -> None:

@@ -54,11 +54,59 @@ def test_everything_is_snapped_by_the_last_step(iters: int) -> None:
     assert sum(value > 0 for value in snap) <= max(1, round(0.06 * iters) + 1)
 
 
+def test_nothing_is_snapped_where_it_is_left_to_the_last_rounding() -> None:
+    """Except before scales move: they move with all codes fixed."""
+    config = resolve(SolverConfig(iters=20, snap_from=1.0), 0.1)
+    assert [settings(config, step).snap for step in range(1, 21)] == [0.0] * 20
+    then_scales = dataclasses.replace(config, scale_iters=4)
+    assert [settings(then_scales, step).snap for step in range(1, 21)] == [0.0] * 19 + [0.5]
+
+
+def test_learning_rate_warms_up_linearly() -> None:
+    config = resolve(SolverConfig(iters=200, warmup=4, lr=0.08), 0.1)
+    assert [settings(config, step).lr for step in (1, 2, 3, 4)] == pytest.approx([0.02, 0.04, 0.06, 0.08])
+
+
+@pytest.mark.parametrize(("until", "steps"), [(0.0, 0), (0.3, 3), (1.0, 10)])
+def test_the_linear_term_acts_in_its_share_of_the_run(until: float, steps: int) -> None:
+    config = resolve(SolverConfig(iters=10, linear_until=until), 0.1)
+    weights = [settings(config, step).linear_weight for step in range(1, 11)]
+    assert weights == [1.0] * steps + [0.0] * (10 - steps)
+
+
+def test_hardening_rises_in_two_straight_lines() -> None:
+    config = resolve(
+        SolverConfig(iters=100, harden_from=0.2, harden_soft=1.0, harden_until=0.6, harden_final=3.0), 0.1
+    )
+    found = [settings(config, 1 + round(100 * done)).hardening for done in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)]
+    assert found == pytest.approx([0.0, 0.0, 0.25, 0.5, 1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "terms"),
+    [
+        ({"linear_until": 0.5, "harden_from": 0.5}, 4.0),
+        ({"linear_until": 1.0}, 1.0 + 4.0),
+        ({"linear_until": 1.0, "harden_from": 1.0, "harden_until": 1.0}, 1.0),
+        ({"linear_until": 0.1, "harden_soft": 5.0}, 5.0),
+        ({"linear_until": 0.1, "harden_soft": 0.2, "harden_final": 0.5}, 1.0),
+    ],
+)
+def test_moments_have_room_for_the_terms_that_act_at_once(changes: dict[str, float], terms: float) -> None:
+    """And no more: what 8-bit moments resolve is a share of it. Terms that never meet do not add up."""
+    config = resolve(SolverConfig(iters=1000, grad_clamp=0.5, **changes), 0.02)  # type: ignore[arg-type]
+    assert moment_bound(config) == 0.5 + terms
+    every = [settings(config, step) for step in range(1, 1001)]
+    assert 0.99 * terms < max(s.linear_weight + s.hardening for s in every) <= terms
+
+
 def test_learning_rate_follows_the_damage() -> None:
     """Within [2 / iters, 0.1]; what is given stays; the schedule refuses what is not set."""
     config = SolverConfig(iters=200)
     assert resolve(config, 10.0).lr == 0.1
-    assert resolve(config, 0.0).lr == pytest.approx(0.01)
+    # A KL of nothing is measured a little above or below zero.
+    for nothing in (0.0, -1e-9):
+        assert resolve(config, nothing).lr == pytest.approx(0.01)
     assert resolve(config, 0.0).lr_floor == 1.0
     assert resolve(config, 10.0).lr_floor == pytest.approx(0.1)
     given = resolve(SolverConfig(iters=200, lr=0.07, lr_floor=0.5), 10.0)
@@ -97,6 +145,11 @@ def test_gain_moves_towards_its_target_and_stays_in_range() -> None:
     for _ in range(10_000):
         control.update(0, 100)
     assert control.gain == 10.0 * GainControl.RANGE
+    for _ in range(10_000):
+        control.update(100, 100)
+    assert control.gain == 10.0 / GainControl.RANGE
+    control.update(0, 0)  # no entry is left between its neighbours: nothing is known of the share
+    assert control.gain == 10.0 / GainControl.RANGE
     constant = GainControl(10.0, None)
     constant.update(0, 100)
     assert constant.gain == 10.0
