@@ -19,6 +19,8 @@ namespace discquant {
 namespace packed {
 namespace {
 
+constexpr int64_t kTogetherBytes = 1 << 19;  // of activations that a thread goes through again and again
+
 struct FreeDelete {
   void operator()(void* p) const { std::free(p); }
 };
@@ -226,12 +228,19 @@ void packed_linear_cpu(const CpuLinear& call, Mode mode, const CpuKernels& kerne
   const int threads = small || parallel.run == nullptr ? 1 : parallel.threads;
   const int64_t abreast = pairs >= 4 * kernels.abreast * threads ? kernels.abreast : 1;
   const int64_t chunk = ceil_div(std::max<int64_t>(1, 65536 / pair_bytes), abreast) * abreast;
-  for_each(ceil_div(pairs, chunk), small ? Parallel{} : parallel, [&](int64_t c) {
+  const int64_t chunks = ceil_div(pairs, chunk);
+  // As many groups at once as stay in the second-level cache, for every pair reads them all; the words are read once more
+  // for the next ones. On Emerald Rapids 1024 tokens of a15 take 0.85 to 0.92 of the time so, few tokens as long.
+  const int64_t group_bytes = (integer ? planes : 4) * width * most;
+  const int64_t together = std::max<int64_t>(1, kTogetherBytes / group_bytes);
+  for_each(chunks * ceil_div(groups, together), small ? Parallel{} : parallel, [&](int64_t i) {
+    const int64_t c = i % chunks, begin = i / chunks * together;
+    const int64_t last = std::min(groups, begin + together);
     const int64_t end = (c + 1) * chunk < pairs ? (c + 1) * chunk : pairs;
     alignas(64) float out[kMaxAbreast * 2 * kMaxTokens * kTileRows];
     for (int64_t pair = c * chunk; pair < end; pair += abreast) {
       const int count = static_cast<int>(std::min(abreast, end - pair));
-      for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t g = begin; g < last; ++g) {
         const CpuTokens& t = tokens[static_cast<size_t>(g)];
         kernels.row_pairs(call.bits, mode, t.tokens)(weight, t, pair, count, out);
         for (int tile = 0; tile < 2 * count; ++tile) {
