@@ -13,9 +13,10 @@ import torch
 from discquant.config import DataConfig, GridConfig, QuantizeConfig
 from discquant.grids import place_grid
 from discquant.planning.hardware import DEVICES
+from discquant.planning.head import head_copy
 from discquant.planning.memory import phase_peaks
 from discquant.planning.plan import Machine, setting_for
-from discquant.planning.rounding import gptq_bytes, gptq_work, greedy_bytes, head_copy
+from discquant.planning.rounding import gptq_bytes, gptq_work, greedy_bytes
 from discquant.planning.shape import Block, Matrix, ModelShape
 from discquant.rounding import gptq
 
@@ -37,14 +38,14 @@ def test_hessians_go_with_their_layers_but_for_those_of_experts() -> None:
     """Equal layers: one is gone when the next is rounded. Experts of a fused parameter are rounded together."""
     hessian = 8.0 * 256**2
 
-    def held(count: int, active: float) -> float:
+    def held(count: int, plain: bool) -> float:
         """Hessians beside the work of a matrix that is rounded at the end, the largest by far."""
-        small, large = Matrix("one", 64, 256, count, active), Matrix("two", 1 << 16, 256)
+        small, large = Matrix("one", 64, 256, count, plain=plain), Matrix("two", 1 << 16, 256)
         return (gptq_bytes(Block((small, large), 0)) - gptq_work(large)) / hessian
 
-    assert held(1, 1.0) == 1  # its own
-    assert held(1, 0.5) == 2
-    assert held(8, 0.5) == 9
+    assert held(1, True) == 1  # its own
+    assert held(1, False) == 2
+    assert held(8, False) == 9
 
 
 def starting(shape: ModelShape, config: QuantizeConfig) -> dict[str, float]:

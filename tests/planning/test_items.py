@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from discquant.config import DataConfig, GridConfig, QuantizeConfig
+from discquant.planning.evaluating import EVALUATION_LOGITS
 from discquant.planning.hardware import DEVICES
-from discquant.planning.memory import EVALUATION_LOGITS, PhasePeak, needed, phase_peaks
+from discquant.planning.memory import PhasePeak, needed, phase_peaks
 from discquant.planning.plan import Machine, setting_for
 from discquant.planning.shape import ModelShape
 
