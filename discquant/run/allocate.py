@@ -28,9 +28,10 @@ from discquant.formats.source import open_source
 from discquant.planning.allocating import options
 from discquant.planning.setting import Allocating
 from discquant.planning.shape import stored_dtype
-from discquant.run.checks import check_ignore, check_text, holds, run_identity
+from discquant.run.checks import check_ignore, check_text, holds
 from discquant.run.choices import check_choices, check_joined, fallback_notes
 from discquant.run.directory import write_atomic
+from discquant.run.identity import run_identity
 from discquant.run.lock import locked
 from discquant.run.measured import Unfinished
 from discquant.run.planned import place_run

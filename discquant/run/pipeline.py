@@ -33,12 +33,11 @@ from discquant.run.checks import (
     check_ignore,
     check_text,
     check_written,
-    run_identity,
-    told_options,
 )
 from discquant.run.choices import fallback_notes
 from discquant.run.directory import REPORT, SUMMARY, RunDirectory
 from discquant.run.events import Events, RunStoppedError, StopSignal
+from discquant.run.identity import run_identity, told_options
 from discquant.run.lock import locked
 from discquant.run.phases import PHASES, Phases
 from discquant.run.planned import compare_run, place_run, plan_run

@@ -28,9 +28,9 @@ from discquant.formats.rewrite import weight_files
 from discquant.formats.safetensors_format import SafetensorsFormat, beyond_weights, weights_only
 from discquant.formats.source import Source, pickled_files
 from discquant.grids import Grid
-from discquant.run.checks import told_options
 from discquant.run.derive import Derivation, check_derivation, common_grid
 from discquant.run.events import Events
+from discquant.run.identity import told_options
 from discquant.run.pipeline import Pipeline
 from discquant.run.served import served_dtype
 from discquant.run.solving import kept_start

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from discquant.run import checks
+from discquant.run import identity
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -101,9 +101,9 @@ def test_a_calibration_file_is_hashed_in_pieces(tmp_path: Path, monkeypatch: pyt
     file.write_bytes(bytes(range(256)) * 5)
     expected = hashlib.sha256(file.read_bytes()).hexdigest()
     for piece in (1 << 24, 7, 1280):
-        monkeypatch.setattr(checks, "PIECE", piece)
-        assert checks.file_digest(str(file)) == expected
-    assert checks.file_digest(str(tmp_path / "none.txt")) is None
+        monkeypatch.setattr(identity, "PIECE", piece)
+        assert identity.file_digest(str(file)) == expected
+    assert identity.file_digest(str(tmp_path / "none.txt")) is None
 
 
 def test_a_type_that_rows_do_not_fill_is_told(run: Run, model: Path, tokens: str, tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from discquant.formats.coded import CodedLayer
 from discquant.formats.gguf import FORMAT
 from discquant.formats.gguf_file import GgufFile
 from discquant.formats.gguf_metadata import layout_of
-from discquant.formats.gguf_tokenizer import read_vocabulary
 from discquant.formats.gguf_types import TYPES
 from discquant.formats.scheme import Scheme
 from discquant.grids import place_grid
@@ -313,53 +312,6 @@ def test_a_package_made_file_is_read(tmp_path: Path) -> None:
     assert FORMAT.describe(tmp_path / "theirs.gguf").notes == (
         "1 tensors are Q8_0: decoded for evaluation, never rewritten",
     )
-
-
-def test_tokenizers(tmp_path: Path) -> None:
-    def read(data: dict[str, Any]) -> Any:
-        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-        return read_vocabulary(tmp_path, 12)
-
-    level = {"type": "ByteLevel", "use_regex": True}
-    digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]}
-    assert read(byte_level_tokenizer(digits)).pre == "smollm"
-    qwen = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
-    split = {"type": "Split", "pattern": {"Regex": qwen}, "behavior": "Isolated"}
-    steps = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]}
-    assert read(byte_level_tokenizer(steps)).pre == "qwen2"
-    other = read(
-        byte_level_tokenizer({"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, level]})
-    )
-    assert other.pre == "default" and "split differently" in other.warnings[0]
-    pieces = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x0A>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7, "▁ab": 8}
-    spm = {
-        "added_tokens": [{"id": n, "content": t, "special": True} for t, n in pieces.items() if n < 3],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]},
-        "pre_tokenizer": None,
-        "model": {
-            "type": "BPE",
-            "byte_fallback": True,
-            "unk_token": "<unk>",
-            "vocab": pieces,
-            "merges": ["a b", "▁ ab"],
-        },
-    }
-    found = read(spm)
-    assert (
-        found.model == "llama" and found.space_prefix and found.types == [2, 3, 3, 6, 1, 1, 1, 1, 1, 5, 5, 5]
-    )
-    # The earlier merge wins, and everything that no merge makes comes last.
-    assert found.scores[7] > found.scores[8] > found.scores[5] == found.scores[4]
-    with pytest.raises(UnrepresentableError, match="no row"):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(spm))
-        read_vocabulary(tmp_path, 8)
-    with pytest.raises(UnrepresentableError, match="WordPiece"):
-        read({"model": {"type": "WordPiece"}})
-    (tmp_path / "tokenizer.json").unlink()
-    assert read_vocabulary(tmp_path, 8).model == "no_vocab"
 
 
 def test_refuses_before_any_work(tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Byte-level tokenizers by the names under which llama.cpp holds their expressions.
-
-The expressions are those of the models' own tokenizer.json.
-"""
+"""Tokenizers in GGUF: byte-level ones by the names of their expressions, SentencePiece's by the scores of its pieces."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from discquant.errors import UnrepresentableError
 from discquant.formats.gguf_tokenizer import GgufVocabulary, read_vocabulary
 
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -30,20 +28,39 @@ GPT4O = (
 )
 
 
-def read(folder: Path, expression: str, whole_words: bool) -> GgufVocabulary:
-    steps: list[dict[str, Any]] = [
-        {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated"},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-    ]
+PIECES = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x0A>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7, "▁ab": 8}
+
+
+def vocabulary(folder: Path, data: dict[str, Any], rows: int = 12) -> GgufVocabulary:
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return read_vocabulary(folder, rows)
+
+
+def byte_level(*steps: dict[str, Any], whole_words: bool = False) -> dict[str, Any]:
     model = {
         "type": "BPE",
         "vocab": {"a": 0, "b": 1, "ab": 2},
         "merges": [["a", "b"]],
         "ignore_merges": whole_words,
     }
-    data = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": model}
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    return read_vocabulary(folder, 4)
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps]}, "model": model}
+
+
+def read(folder: Path, expression: str, whole_words: bool) -> GgufVocabulary:
+    split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated"}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    return vocabulary(folder, byte_level(split, level, whole_words=whole_words))
+
+
+def sentence_pieces() -> dict[str, Any]:
+    return {
+        "added_tokens": [{"id": n, "content": t, "special": True} for t, n in PIECES.items() if n < 3],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]},
+        "pre_tokenizer": None,
+        "model": {
+            "type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": PIECES, "merges": ["a b", "▁ ab"],
+        },
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -71,3 +88,37 @@ def test_words_that_llama_cpp_takes_otherwise_are_told(
         f"the tokenizer's ignore_merges is {whole_words}, that of llama.cpp's {name} {not whole_words}: some words may "
         "be split differently"
     ]
+
+
+def test_steps_that_llama_cpp_knows_by_a_name(tmp_path: Path) -> None:
+    level = {"type": "ByteLevel", "use_regex": True}
+    assert (
+        vocabulary(tmp_path, byte_level({"type": "Digits", "individual_digits": True}, level)).pre == "smollm"
+    )
+    assert vocabulary(tmp_path, byte_level(level)).pre == "gpt-2"
+    other = vocabulary(tmp_path, byte_level({"type": "Punctuation"}, level))
+    assert other.pre == "default" and "split differently" in other.warnings[0]
+
+
+def test_the_earlier_merge_scores_higher(tmp_path: Path) -> None:
+    """What no merge makes comes last; a control token, a byte and a row without a token are told apart."""
+    found = vocabulary(tmp_path, sentence_pieces())
+    assert found.model == "llama" and found.space_prefix
+    assert found.types == [2, 3, 3, 6, 1, 1, 1, 1, 1, 5, 5, 5]
+    assert found.scores[7] > found.scores[8] > found.scores[5] == found.scores[4]
+
+
+def test_gemma_puts_no_space_before_the_text(tmp_path: Path) -> None:
+    data = sentence_pieces()
+    data["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    data["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+    assert not vocabulary(tmp_path, data).space_prefix
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnrepresentableError, match="no row"):
+        vocabulary(tmp_path, sentence_pieces(), rows=8)
+    with pytest.raises(UnrepresentableError, match="WordPiece"):
+        vocabulary(tmp_path, {"model": {"type": "WordPiece"}})
+    (tmp_path / "tokenizer.json").unlink()
+    assert read_vocabulary(tmp_path, 8).model == "no_vocab"

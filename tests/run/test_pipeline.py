@@ -20,7 +20,7 @@ import torch
 
 import discquant
 from discquant.formats.compressed_tensors import Scheme
-from discquant.run import checks
+from discquant.run import identity
 from discquant.run.directory import SOLVER_SINCE, RunDirectory
 from discquant.run.served import load_run_model
 
@@ -278,11 +278,11 @@ def test_a_run_of_earlier_arithmetic_is_refused(
     older = tmp_path / "older"
     shutil.copytree(finished, older)
     record = json.loads((older / "config.json").read_text())
-    assert record["identity"].pop("arithmetic") == checks.ARITHMETIC["cpu"]
+    assert record["identity"].pop("arithmetic") == identity.ARITHMETIC["cpu"]
     (older / "config.json").write_text(json.dumps(record))
     done = call(command(older))
     assert done.returncode == 2
-    assert f"arithmetic was None, is {checks.ARITHMETIC['cpu']}" in done.stderr
+    assert f"arithmetic was None, is {identity.ARITHMETIC['cpu']}" in done.stderr
 
 
 def test_a_run_from_before_an_option_is_continued(
