@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers in GGUF: byte-level ones by the names of their expressions, SentencePiece's by the scores of its pieces."""
+"""Tokenizers in GGUF: byte-level ones by the names of their expressions, SentencePiece ones by scores of pieces."""
 
 from __future__ import annotations
 
