@@ -130,7 +130,8 @@ def plan(
     own, filled = (state, optimizer, compute_dtype), ""
     if device.memory is not None and own == (None, None, None) and preset_name == "default":
         state, optimizer, compute_dtype = "u8", "momentum", "bfloat16"
-        filled = f"--state {state} --optimizer {optimizer} --compute-dtype {compute_dtype}"
+        solved = f"--state {state} --optimizer {optimizer} " if method == "discquant" else ""
+        filled = f"{solved}--compute-dtype {compute_dtype}"
     options.refuse_contradictions(context, kind, bits, group_size, sym)
     options.note_unused(context, method)
     grid_config = options.grid_options(kind, bits, group_size, sym, grid)
