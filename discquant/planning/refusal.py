@@ -233,7 +233,8 @@ def refusal(
                 change = " ".join(filter(None, (places, said, filled)))
                 return CapacityError(f"{message}. It would fit with {change}")
             least = min(least, option, key=excess)
+    solved = config.method == "discquant" and not allocating  # the others hold no state
+    words = ", ".join((least.placement, least.state) if solved else (least.placement,))
     return CapacityError(
-        f"{message}. No configuration fits; the least demanding ({least.placement}, {least.state}) needs "
-        f"{_gigabytes(least, machine)}"
+        f"{message}. No configuration fits; the least demanding ({words}) needs {_gigabytes(least, machine)}"
     )

@@ -90,6 +90,8 @@ def test_advice_for_what_is_rounded_layer_by_layer(
     fewer = dataclasses.replace(config, gptq_samples=int(given["--gptq-samples"]))
     fewer = dataclasses.replace(fewer, solver=dataclasses.replace(fewer.solver, micro_batch=1))
     assert make_plan(shape_8b, fewer, machine, placement=given["--placement"])  # type: ignore[arg-type]
+    with pytest.raises(CapacityError, match=r"the least demanding \((resident|host|disk)\) needs"):
+        make_plan(shape_8b, config, Machine(dataclasses.replace(device, memory=GB), 64 * GB, ROOMY))
     with pytest.raises(CapacityError, match=r"fit with .* --baselines none --micro-batch 1 --gptq-samples"):
         make_plan(shape_8b, dataclasses.replace(config, baselines=("greedy",)), machine)
 
