@@ -89,7 +89,8 @@ def _consumer(name: str, row: Mapping[str, Any]) -> list[str]:
     tool = (
         " ".join(f"{key} {value}" for key, value in list(row.get("versions", {}).items())[:1]) or row["tool"]
     )
-    cells = [tool, row["format"], f"{case.model}, {row['case'].removeprefix('stories_')}"]
+    grid = case.grid.kind if case.name == case.model else row["case"].removeprefix("stories_")
+    cells = [tool, row["format"], f"{case.model}, {grid}"]
     if "quantized" in row:  # lm-eval: metrics on the folder and on the rounded weights as plain floats
         metrics = ", ".join(
             f"{key} {value:.5g} ({row['rounded'][key]:.5g})" for key, value in row["quantized"].items()
