@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,33 @@ def coded() -> Callable[..., QuantizedLinear]:
         return QuantizedLinear(name, q, scale, None, bits, group)
 
     return nearest
+
+
+@dataclass(frozen=True)
+class CpuCase:
+    """A packed weight of layout "cpu"."""
+
+    tensors: tuple[Tensor, Tensor, Tensor | None]
+    sizes: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., CpuCase]:
+    """A weight of random codes."""
+    # Here for the same reason.
+    from discquant.ops import pack as packing
+
+    def case(n: int, k: int, bits: int, group: int, symmetric: bool) -> CpuCase:
+        groups = -(-k // group)
+        q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+        zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8)
+        words = packing.pack(q, zero, num_bits=bits, group_size=group, layout="cpu")
+        scale = packing.pack_groups((torch.rand(n, groups) * 0.1 - 0.03).half(), layout="cpu")
+        packed_zero = None if zero is None else packing.pack_groups(zero, layout="cpu")
+        sizes = {"out_features": n, "in_features": k, "num_bits": bits, "group_size": group, "layout": "cpu"}
+        return CpuCase((words, scale, packed_zero), sizes)
+
+    return case
 
 
 @pytest.fixture(scope="session")

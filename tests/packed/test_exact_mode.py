@@ -4,44 +4,24 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from discquant import _extension
 from discquant.ops import _packed_paths
-from discquant.ops import pack as packing
 from discquant.ops.packed_linear import dequantize_packed, packed_linear
 
 CPP = pytest.mark.skipif(not _extension.available(), reason="discquant._C is not built")
+Make = Callable[..., Any]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A packed weight of layout "cpu"."""
-
-    tensors: tuple[Tensor, Tensor, Tensor | None]
-    sizes: dict[str, Any]
-
-
-def make(n: int, k: int, bits: int, group: int, symmetric: bool) -> Case:
-    groups = -(-k // group)
-    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-    zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8)
-    words = packing.pack(q, zero, num_bits=bits, group_size=group, layout="cpu")
-    scale = packing.pack_groups((torch.rand(n, groups) * 0.1 - 0.03).half(), layout="cpu")
-    packed_zero = None if zero is None else packing.pack_groups(zero, layout="cpu")
-    sizes = {"out_features": n, "in_features": k, "num_bits": bits, "group_size": group, "layout": "cpu"}
-    return Case((words, scale, packed_zero), sizes)
-
-
 @CPP
-def test_exact_mode_is_the_dense_layer() -> None:
+def test_exact_mode_is_the_dense_layer(make: Make) -> None:
     """The exact mode gives what nn.functional.linear gives on the rounded weight."""
     case = make(90, 200, 4, 64, True)
     for dtype in FLOATS:
@@ -53,7 +33,9 @@ def test_exact_mode_is_the_dense_layer() -> None:
 
 @CPP
 @pytest.mark.parametrize("limit", [1 << 29, 32 * 200 * 2])
-def test_exact_mode_takes_activations_as_they_lie(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_exact_mode_takes_activations_as_they_lie(
+    monkeypatch: pytest.MonkeyPatch, limit: int, make: Make
+) -> None:
     """A dense layer adds its bias to rounded products where three dimensions of x are strided."""
     monkeypatch.setattr(_packed_paths, "_PANEL_BYTES", limit)
     case = make(90, 200, 4, 64, True)
@@ -73,13 +55,13 @@ def test_exact_mode_takes_activations_as_they_lie(monkeypatch: pytest.MonkeyPatc
 
 
 @CPP
-def test_exact_mode_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_mode_by_panels(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
     """Panels of a large layer through one scratch per thread: every row from its own panel, answers that stay."""
     monkeypatch.setattr(_packed_paths, "_PANEL_BYTES", 32 * 200 * 2)
     cases = [make(n, 200, bits, 64, False) for n, bits in ((90, 4), (50, 3), (16, 4))]
     eye = torch.eye(200)
 
-    def agrees(case: Case, dtype: torch.dtype) -> bool:
+    def agrees(case: Any, dtype: torch.dtype) -> bool:
         expected = dequantize_packed(*case.tensors, **case.sizes, dtype=dtype).t()
         kept = [packed_linear(eye.to(dtype), *case.tensors, **case.sizes, mode="exact") for _ in range(20)]
         return all(torch.equal(y, expected) for y in kept)
@@ -88,7 +70,7 @@ def test_exact_mode_by_panels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(pool.map(agrees, *zip(*itertools.product(cases, FLOATS), strict=True)))
 
 
-def test_exact_mode_multiplies_a_layer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_mode_multiplies_a_layer_at_once(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
     """A matmul of fewer rows may sum in another order, as oneDNN's does in bfloat16, so the largest are whole."""
     limits: list[int] = []
 
@@ -116,7 +98,7 @@ def test_panels() -> None:
 
 
 @CPP
-def test_exact_mode_in_any_mode_of_torch() -> None:
+def test_exact_mode_in_any_mode_of_torch(make: Make) -> None:
     """One scratch for sizes and dtypes in turn; inference mode, autocast and gradients change nothing."""
     cases = [make(n, k, 4, 64, True) for n, k in ((16, 64), (90, 200), (40, 128))]
     for _ in range(2):

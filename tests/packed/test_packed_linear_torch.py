@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +15,15 @@ from torch import Tensor
 
 from discquant import _extension
 from discquant.modules import PackedLinear
-from discquant.ops import pack as packing
 from discquant.ops.packed_linear import packed_linear
 
 CPP = pytest.mark.skipif(not _extension.available(), reason="discquant._C is not built")
+Make = Callable[..., Any]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A packed weight of layout "cpu"."""
-
-    tensors: tuple[Tensor, Tensor, Tensor | None]
-    sizes: dict[str, Any]
-
-
-def make(n: int, k: int, bits: int, group: int, symmetric: bool) -> Case:
-    groups = -(-k // group)
-    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-    zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8)
-    words = packing.pack(q, zero, num_bits=bits, group_size=group, layout="cpu")
-    scale = packing.pack_groups((torch.rand(n, groups) * 0.1 - 0.03).half(), layout="cpu")
-    packed_zero = None if zero is None else packing.pack_groups(zero, layout="cpu")
-    sizes = {"out_features": n, "in_features": k, "num_bits": bits, "group_size": group, "layout": "cpu"}
-    return Case((words, scale, packed_zero), sizes)
-
-
 @CPP
-def test_opcheck() -> None:
+def test_opcheck(make: Make) -> None:
     case = make(20, 100, 3, 32, False)
     words, scale, zero = case.tensors
     op = torch.ops.discquant.packed_linear.default
@@ -60,7 +41,7 @@ def test_opcheck() -> None:
 
 @CPP
 @pytest.mark.parametrize("mode", ["auto", "exact"])
-def test_compile(mode: str) -> None:
+def test_compile(mode: str, make: Make) -> None:
     case = make(20, 100, 4, 32, True)
 
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
