@@ -196,7 +196,10 @@ def sweep(iters: int) -> None:
 
 
 # Bits, steps that choose codes and steps that move scales: the sweep's own in all, and then twice as many.
-_SCALES = ((3, 192, 64), (4, 192, 64), (2, 192, 64), (3, 384, 128), (3, 512, 0))
+_SCALES = (
+    (3, 192, 64), (4, 192, 64), (2, 192, 64), (3, 384, 128), (3, 512, 0), (2, 384, 128), (2, 512, 0), (4, 384, 128),
+    (4, 512, 0),
+)  # fmt: skip
 
 
 def scales() -> None:
