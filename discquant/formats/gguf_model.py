@@ -96,7 +96,7 @@ FAMILIES = {
         Family("qwen3moe", {**_NORMS, **_ATTENTION, **_QK_NORMS, **_QWEN_EXPERTS}),
         Family("gemma", {**_NORMS, **_ATTENTION, **_GATED}, shifted=True, head=False),
         Family("gemma2", {**_NORMS_AROUND, **_ATTENTION, **_GATED}, shifted=True, head=False),
-        Family("gemma3", {**_NORMS_AROUND, **_ATTENTION, **_QK_NORMS, **_GATED}, shifted=True, head=False),
+        Family("gemma3", {**_NORMS_AROUND, **_ATTENTION, **_QK_NORMS, **_GATED}, shifted=True),
         Family("phi3", {**_NORMS, **_PHI3}),
         Family("granite", {**_NORMS, **_ATTENTION, **_GATED}, permuted=True, biased=_ALL_BIASED),
         Family(

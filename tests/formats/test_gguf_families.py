@@ -204,3 +204,12 @@ def test_a_stored_copy_of_the_embedding_is_no_head_of_its_own(
     save_file({**state, "lm_head.weight": head}, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnrepresentableError, match="a head of its own"):
         FORMAT.check_source(Checkpoint(path))
+
+
+def test_gemma_3_may_have_a_head_of_its_own(make_family: Make, tmp_path: Path) -> None:
+    source = Checkpoint(make_family("gemma3", tmp_path / "model", tie_word_embeddings=False))
+    layers = rounded(source)
+    FORMAT.write(source, tmp_path / "out", layers, prove_from=lambda: layers)
+    assert torch.equal(
+        logits(load_quantized(tmp_path / "out")), reference(source, layers, tmp_path / "plain")
+    )
