@@ -53,6 +53,9 @@ _PHI3 = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# Matrices of which llama.cpp reads a bias: in every family, and in those it runs as Llama.
+_BIASED = ("q_proj", "k_proj", "v_proj")
+_ALL_BIASED = (*_BIASED, "o_proj", "gate_proj", "up_proj", "down_proj")
 _EXPERT = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)")
 # Last names of the matrices that are rounded; embeddings and routers are others.
 _MATRICES = ("_proj", "lm_head", ".w1", ".w2", ".w3")
@@ -68,6 +71,7 @@ class Family:
         permuted: Rows of q and k are in the order of llama.cpp's own rotation.
         shifted: Norms hold 1 more than those of transformers.
         head: The output head may be a matrix of its own; else it is the embedding.
+        biased: Last names of the matrices of a block that may have a bias; of another the file would not open.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Family:
     permuted: bool = False
     shifted: bool = False
     head: bool = True
+    biased: tuple[str, ...] = _BIASED
 
     @property
     def outer(self) -> dict[str, str]:
@@ -85,15 +90,15 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", {**_NORMS, **_ATTENTION, **_GATED, **_MIXTRAL}, permuted=True),
+        Family("llama", {**_NORMS, **_ATTENTION, **_GATED, **_MIXTRAL}, permuted=True, biased=_ALL_BIASED),
         Family("qwen2", {**_NORMS, **_ATTENTION, **_GATED}),
         Family("qwen3", {**_NORMS, **_ATTENTION, **_QK_NORMS, **_GATED}),
         Family("qwen3moe", {**_NORMS, **_ATTENTION, **_QK_NORMS, **_QWEN_EXPERTS}),
         Family("gemma", {**_NORMS, **_ATTENTION, **_GATED}, shifted=True, head=False),
         Family("gemma2", {**_NORMS_AROUND, **_ATTENTION, **_GATED}, shifted=True, head=False),
-        Family("gemma3", {**_NORMS_AROUND, **_ATTENTION, **_QK_NORMS, **_GATED}, shifted=True, head=False),
+        Family("gemma3", {**_NORMS_AROUND, **_ATTENTION, **_QK_NORMS, **_GATED}, shifted=True),
         Family("phi3", {**_NORMS, **_PHI3}),
-        Family("granite", {**_NORMS, **_ATTENTION, **_GATED}, permuted=True),
+        Family("granite", {**_NORMS, **_ATTENTION, **_GATED}, permuted=True, biased=_ALL_BIASED),
         Family(
             "command-r",
             {"input_layernorm": "attn_norm", **_ATTENTION, **_QK_NORMS, **_GATED},
@@ -165,6 +170,8 @@ class Layout:
             raise UnrepresentableError(
                 f"gguf: {name} has no place in a GGUF file of this architecture ({self.family.name})"
             )
+        if kind == "bias" and found is not None and module.rpartition(".")[2] not in self.family.biased:
+            raise UnrepresentableError(f"gguf: llama.cpp has no {name} in models of {self.family.name}")
         return Place(f"{found}.{kind}", expert)
 
     def original(self, tensor: str) -> str | None:
@@ -215,7 +222,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises:
         UnrepresentableError: Not one of those written.
     """
-    named = (config.get("architectures") or [None])[0]
+    listed = config.get("architectures")
+    named = listed[0] if isinstance(listed, list) and listed else listed
     found = ARCHITECTURES.get(named) if isinstance(named, str) else None
     if found is None:
         raise UnrepresentableError(

@@ -34,13 +34,14 @@ from discquant.formats.gguf_metadata import (
     metadata_warnings,
     model_metadata,
 )
-from discquant.formats.gguf_model import Layout, Place, in_float32
+from discquant.formats.gguf_model import Layout, Place, family_of, in_float32
 from discquant.formats.gguf_proof import prove_gguf
 from discquant.formats.gguf_spool import Spool, Spooled, check_same_type
 from discquant.formats.gguf_tokenizer import GgufVocabulary, read_vocabulary
 from discquant.formats.gguf_types import TYPES
 from discquant.formats.output import MANIFEST, PROOF, atomic_directory, check_space
 from discquant.formats.rewrite import digest
+from discquant.formats.safetensors_file import read_bytes
 from discquant.formats.scheme import Scheme
 from discquant.grids.gguf import FALLBACK
 
@@ -48,6 +49,7 @@ FILE = "model.gguf"
 _MOSTLY_F16 = 1  # llama.cpp's number of a file without a quantized matrix
 # Bytes of a string's length, type and score in a header; of a tensor's entry there and its row in the manifest.
 _STRING, _FACTS, ALIGNMENT = 16, 1024, 32
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _SKIPPED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
@@ -161,7 +163,19 @@ def write_gguf(
 
 
 def _wanted(source: Checkpoint) -> list[str]:
-    return [name for name in source.tensors if not _SKIPPED.search(name)]
+    """Names of the tensors of the file: no copy of the embedding, where llama.cpp takes that for the head."""
+    found = [name for name in source.tensors if not _SKIPPED.search(name)]
+    if _HEAD in found and not family_of(source.config()).head and _is_copy(source, _HEAD, _EMBEDDING):
+        found.remove(_HEAD)
+    return found
+
+
+def _is_copy(source: Checkpoint, name: str, other: str) -> bool:
+    """Whether two tensors are the same bytes; a piece at a time."""
+    left, right = source.tensors[name], source.tensors.get(other)
+    if right is None or (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    return all(a == b for a, b in zip(read_bytes(left), read_bytes(right), strict=True))
 
 
 def _spool(

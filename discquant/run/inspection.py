@@ -16,6 +16,7 @@ from discquant.formats.bits import bits_per_weight, grid_bits
 from discquant.formats.coded import Description, LayerFacts
 from discquant.formats.engines import AS_OF, engine_rows, problems
 from discquant.formats.scheme import Scheme
+from discquant.grids.fused import experts_of
 from discquant.run.checks import holds
 from discquant.run.directory import CODES, RunDirectory
 
@@ -107,9 +108,9 @@ def print_report(found: Mapping[str, Any]) -> None:
     table = Table()
     for column in ("module", "shape", "kind", "group", "symmetric", "bytes"):
         table.add_column(column, justify="right" if column in ("group", "bytes") else "left", overflow="fold")
-    for row in found["layers"]:
+    for row, count in _experts_together(found["layers"]):
         size = "row" if row["group_size"] == -1 else str(row["group_size"])
-        shape = f"{row['shape'][0]} x {row['shape'][1]}"
+        shape = f"{f'{count} of ' if count > 1 else ''}{row['shape'][0]} x {row['shape'][1]}"
         symmetric = "yes" if row["symmetric"] else "no"
         table.add_row(escape(row["name"]), shape, row["kind"], size, symmetric, f"{row['stored_bytes']:,}")
     console.print(table)
@@ -124,3 +125,20 @@ def print_report(found: Mapping[str, Any]) -> None:
         for text in found[kind]:
             said = f"{'would break: ' if kind == 'problems' else 'note: '}{text}"
             console.print(said, highlight=False, markup=False)  # it quotes the file
+
+
+def _experts_together(layers: Iterable[Mapping[str, Any]]) -> list[tuple[dict[str, Any], int]]:
+    """Rows to print and of how many matrices each is: those of a layer's experts that are alike are one row."""
+    found: dict[tuple[Any, ...], tuple[dict[str, Any], int]] = {}
+    for row in layers:
+        name, experts = row["name"], experts_of(row["name"])
+        if experts is not None:
+            name = f"{experts}.*.{name[len(experts) + 1 :].partition('.')[2]}"
+        facts = (name, *row["shape"], row["kind"], row["group_size"], row["symmetric"])
+        if facts not in found:
+            found[facts] = dict(row), 1  # one that is alike to no other keeps its number
+        else:
+            last, count = found[facts]
+            total = last["stored_bytes"] + row["stored_bytes"]
+            found[facts] = {**last, "name": name, "stored_bytes": total}, count + 1
+    return list(found.values())

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from discquant.config import GridConfig
 from discquant.errors import CheckpointError, ProofError, UnrepresentableError
@@ -186,3 +186,30 @@ def test_gemma_s_norms_are_stored_as_the_factors_that_they_are(make_family: Make
     ):  # fmt: skip
         assert torch.equal(file.plain(f"{theirs}.weight"), 1 + source.read(f"{ours}.weight").float())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gemma3_text"
+
+
+@pytest.mark.parametrize("family", ["gemma", "command-r"])
+def test_a_stored_copy_of_the_embedding_is_no_head_of_its_own(
+    family: str, make_family: Make, tmp_path: Path
+) -> None:
+    path = make_family(family, tmp_path / "model")
+    state = load_file(path / "model.safetensors")
+    head = state["model.embed_tokens.weight"].clone()
+    save_file({**state, "lm_head.weight": head}, path / "model.safetensors", metadata={"format": "pt"})
+    source = Checkpoint(path)
+    layers = rounded(source)
+    FORMAT.write(source, tmp_path / "out", layers, prove_from=lambda: layers)
+    assert "output.weight" not in GgufFile(tmp_path / "out" / "model.gguf").tensors
+    head[0, 0] += 1
+    save_file({**state, "lm_head.weight": head}, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnrepresentableError, match="a head of its own"):
+        FORMAT.check_source(Checkpoint(path))
+
+
+def test_gemma_3_may_have_a_head_of_its_own(make_family: Make, tmp_path: Path) -> None:
+    source = Checkpoint(make_family("gemma3", tmp_path / "model", tie_word_embeddings=False))
+    layers = rounded(source)
+    FORMAT.write(source, tmp_path / "out", layers, prove_from=lambda: layers)
+    assert torch.equal(
+        logits(load_quantized(tmp_path / "out")), reference(source, layers, tmp_path / "plain")
+    )

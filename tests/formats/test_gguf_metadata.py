@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,11 @@ from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.gguf_metadata import extra_tensors, metadata_warnings, model_metadata
 
 Config = Callable[..., dict[str, Any]]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -64,6 +70,16 @@ def test_a_family_is_told_what_it_needs(family: str, wanted: dict[str, Any], fam
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not written"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope' is not written"),
+        ("llama", {"rope_parameters": {"rope_type": "su"}}, "'longrope' is not written"),
+        ("llama", {"rope_parameters": {**YARN, "beta_fast": 8.0}}, "YaRN's bounds"),
+        ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "YaRN's bounds"),
+        ("llama", {"partial_rotary_factor": 0.5}, "rotates whole heads of llama"),
+        (
+            "qwen2",
+            {"head_dim": 64},
+            "2 heads of 64; llama.cpp wants those of qwen2 to make up hidden_size 64",
+        ),
+        ("gemma3", {"layer_types": None, "_sliding_window_pattern": 4}, "one layer in 6"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(
@@ -135,3 +151,94 @@ def test_a_window_that_llama_cpp_does_not_have_is_told(family_config: Config) ->
         ("qwen2", {"sliding_window": 16, "use_sliding_window": False}),
     ):  # fmt: skip
         assert metadata_warnings({**family_config(family), **change}) == []
+
+
+@pytest.mark.parametrize("change", [{}, {"attention_factor": 1.5}, {"mscale": 2.0, "mscale_all_dim": 1.0}])
+def test_attention_grows_in_yarn_as_in_transformers(change: dict[str, Any], family_config: Config) -> None:
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stated = family_config("llama", rope_parameters={**YARN, **change})
+    found = model_metadata(stated)
+    model = transformers.LlamaConfig(
+        **{key: value for key, value in stated.items() if key != "architectures"}
+    )
+    _, growth = ROPE_INIT_FUNCTIONS["yarn"](model, torch.device("cpu"))
+    assert ("rope.scaling.attn_factor" in found) == bool(change)
+    own = 1 + 0.1 * math.log(4.0)  # by which llama.cpp multiplies what it is told
+    assert float(found.get("rope.scaling.attn_factor", 1.0)) * own == pytest.approx(growth)
+
+
+@pytest.mark.parametrize("name", ["su", "yarn"])
+def test_earlier_names_of_phi_3_s_scaling(name: str, family_config: Config) -> None:
+    rope = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 16}
+    wanted, other = (
+        {**family_config("phi3"), "rope_parameters": None, "rope_scaling": {**rope, "type": kind}}
+        for kind in ("longrope", name)
+    )
+    assert model_metadata(wanted) == model_metadata(other)
+    assert "rope.scaling.attn_factor" in model_metadata(other)
+    assert extra_tensors(wanted).keys() == extra_tensors(other).keys() != set()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2", "gemma3", "phi3", "granite", "command-r"])
+def test_what_a_configuration_leaves_out_is_what_transformers_takes(
+    family: str, family_config: Config
+) -> None:
+    stated = family_config(family)
+    left_out = ("rope_parameters", "rms_norm_eps", "layer_norm_eps", "logit_scale")
+    less = {key: value for key, value in stated.items() if key not in left_out}
+    assert model_metadata(less) == model_metadata(stated)
+
+
+def test_command_r_s_context_is_that_of_its_training(family_config: Config) -> None:
+    stated = {**family_config("command-r"), "model_max_length": 131072}
+    assert model_metadata(stated)["context_length"] == 131072
+
+
+def test_qwen_slides_only_where_it_says_so(family_config: Config) -> None:
+    stated = {**family_config("qwen2"), "sliding_window": 16}
+    del stated["use_sliding_window"]
+    assert metadata_warnings(stated) == []
+
+
+@pytest.mark.parametrize(
+    "family, change",
+    [
+        ("llama", {"rms_norm_eps": "small"}),
+        ("llama", {"rms_norm_eps": float("nan")}),
+        ("llama", {"max_position_embeddings": 1 << 40}),
+        ("llama", {"hidden_size": True}),
+        ("llama", {"head_dim": "64"}),
+        ("llama", {"head_dim": -1}),
+        ("llama", {"rope_scaling": "linear"}),
+        ("llama", {"rope_parameters": [1]}),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": None}}),
+        ("llama", {"rope_parameters": {"rope_theta": "10000"}}),
+        ("llama", {"rope_parameters": {**YARN, "factor": float("inf")}}),
+        ("llama", {"rope_parameters": {**YARN, "original_max_position_embeddings": "16"}}),
+        ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": None}}),
+        ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}),
+        ("phi3", {"partial_rotary_factor": 1 << 70}),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": "x" * 16}}),
+        ("gemma2", {"attn_logit_softcapping": "50"}),
+        ("gemma2", {"num_hidden_layers": 1 << 30}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": "x"}}}),
+        ("granite", {"logits_scaling": {}}),
+        ("command-r", {"logit_scale": [1]}),
+        ("command-r", {"layer_norm_eps": 0}),
+    ],
+)  # fmt: skip
+def test_an_entry_that_is_no_number_is_named(
+    family: str, change: dict[str, Any], family_config: Config
+) -> None:
+    stated = {**family_config(family), **change}
+    with pytest.raises(CheckpointError, match=r"^config\.json: \w+"):
+        model_metadata(stated), extra_tensors(stated)
+
+
+@pytest.mark.parametrize("named", [None, [], 5, {}, [None], "LlamaForCausalLM!"])
+def test_an_architecture_that_is_no_list_is_refused(named: object, family_config: Config) -> None:
+    with pytest.raises(UnrepresentableError, match="is not written"):
+        model_metadata({**family_config("llama"), "architectures": named})

@@ -53,6 +53,21 @@ def test_a_head_of_its_own_where_the_engine_takes_the_embedding() -> None:
         Layout(FAMILIES["gemma2"], 4, 2).place("lm_head.weight")
 
 
+def test_biases_are_those_that_llama_cpp_reads() -> None:
+    assert LLAMA.place("model.layers.0.self_attn.o_proj.bias").tensor == "blk.0.attn_output.bias"
+    for name in FAMILIES:
+        layout = Layout(FAMILIES[name], 4, 2)
+        if name != "phi3":
+            assert layout.place("model.layers.0.self_attn.q_proj.bias").tensor == "blk.0.attn_q.bias"
+        if name not in ("llama", "granite"):
+            with pytest.raises(
+                UnrepresentableError, match=r"has no model\.layers\.0\.self_attn\.o_proj\.bias"
+            ):
+                layout.place("model.layers.0.self_attn.o_proj.bias")
+        with pytest.raises(UnrepresentableError, match=r"has no model\.norm\.bias"):
+            layout.place("model.norm.bias")
+
+
 def test_rows_of_heads() -> None:
     rows = LLAMA.rows("model.layers.0.self_attn.q_proj", 24)
     assert rows is not None and rows[:6].tolist() == [0, 3, 1, 4, 2, 5]

@@ -140,3 +140,24 @@ def test_text_of_a_file_is_no_markup(
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     print_report(inspect(out))
     assert "[/x]" in capsys.readouterr().out
+
+
+def test_experts_that_are_alike_are_printed_in_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(name: str, kind: str) -> dict[str, Any]:
+        return {
+            "name": name, "shape": (8, 32), "kind": kind, "group_size": 32, "symmetric": True, "stored_bytes": 100,
+        }  # fmt: skip
+
+    experts = [row(f"a.experts.{number}.up_proj", "int4") for number in range(12)]
+    found = {
+        "format": "gguf", "schemes": [], "quantized_weights": 0, "bits_per_weight": None, "file_bytes": 0,
+        "untouched_bytes": 0, "engines": [], "engines_as_of": "", "problems": [], "notes": [],
+        "layers": [*experts, row("a.experts.12.up_proj", "int8"), row("a.q_proj", "int4")],
+    }  # fmt: skip
+    print_report(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert [
+        line for line in lines if "experts.*.up_proj" in line and "12 of 8 x 32" in line and "1,200" in line
+    ]
+    assert [line for line in lines if "experts.12.up_proj" in line and "│ 8 x 32" in line]
+    assert not [line for line in lines if "experts.1.up" in line]
