@@ -39,6 +39,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "llama3": ("Llama", {"rope_parameters": _LLAMA3}, _DENSE),
     "llama_linear": ("Llama", {"rope_parameters": _LINEAR["full_attention"]}, _DENSE),
     "llama_yarn": ("Llama", {"rope_parameters": _YARN}, _DENSE),
+    "llama_yarn_grown": ("Llama", {"rope_parameters": {**_YARN, "attention_factor": 1.5}}, _DENSE),
+    "llama_biased": ("Llama", {"attention_bias": True, "mlp_bias": True}, _DENSE),
+    "gemma3_untied": ("Gemma3Text", {**_SLIDING, "tie_word_embeddings": False}, _DENSE),
     "qwen2": ("Qwen2", {"vocab_size": 1056}, _DENSE),  # transformers gives its tokenizer one token more
     "qwen3": ("Qwen3", {"head_dim": 96}, _DENSE),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, _EXPERTS),
@@ -98,7 +101,7 @@ def make(name: str, tokenizer: Path, out: Path) -> None:
     model = getattr(transformers, model_class)(config).float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "norm" in key:
+            if "norm" in key or key.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             elif "embed" not in key:
                 parameter.mul_(4.0)
