@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from discquant.config import AS_LAID
-from discquant.errors import CheckpointError
+from discquant.errors import CheckpointError, UnrepresentableError
 from discquant.formats.checkpoint import read_json
 
 CARD, MANIFEST, PROOF = "README.md", "discquant_manifest.json", "discquant_proof.json"
@@ -44,10 +44,13 @@ def write_card(folder: Path, source: Path | None = None, summary: Mapping[str, A
 
     Raises:
         CheckpointError: Manifest or configuration cannot be read.
+        UnrepresentableError: No layer is quantized.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     manifest = read_json(folder / MANIFEST)
+    if manifest.get("bits_per_weight", 0) is None:
+        raise UnrepresentableError("export: no quantized layer was given: the original serves as it is")
     places = [place / "config.json" for place in (folder, source) if place is not None]
     config = next((read_json(place) for place in places if place.is_file()), {})
     proof = read_json(folder / PROOF) if (folder / PROOF).exists() else None

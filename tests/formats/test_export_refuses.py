@@ -18,6 +18,7 @@ from discquant.errors import (
     UnrepresentableError,
 )
 from discquant.formats import Checkpoint, QuantizedLinear, Scheme, export_compressed_tensors, plan_export
+from discquant.formats.registry import by_name
 
 Layers = Callable[..., Iterator[QuantizedLinear]]
 
@@ -93,4 +94,14 @@ def test_truncated_source_is_refused(llama_dir: Path, make_layers: Layers, tmp_p
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated"):
         export_compressed_tensors(tmp_path / "source", tmp_path / "out", layers)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gguf", "onnx"])
+def test_a_model_without_a_quantized_layer_is_refused(
+    name: str, make_family: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = Checkpoint(make_family("llama", tmp_path / "model", attention_bias=False))
+    with pytest.raises(UnrepresentableError, match="no quantized layer was given"):
+        by_name(name).write(source, tmp_path / "out", [])
     assert not (tmp_path / "out").exists()
