@@ -60,6 +60,21 @@ def dataset(model_dir: Path) -> str:
     return f"{model_dir.parent / (model_dir.name + '-tokens.safetensors')}:calibration"
 
 
+@pytest.fixture(scope="module")
+def chain() -> Any:
+    """A Llama of two blocks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from discquant.solver.chain import DecoderChain
+
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return DecoderChain(LlamaForCausalLM(config).eval())
+
+
 @pytest.fixture(autouse=True)
 def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without plots, half of a tiny run's time; test_report.py and runs in other processes draw them."""

@@ -17,19 +17,6 @@ from discquant.solver.rows import TokenRows
 from discquant.solver.solve import Solve, lay_grids
 
 
-@pytest.fixture(scope="module")
-def chain() -> DecoderChain:
-    """A Llama of two blocks."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(4)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return DecoderChain(LlamaForCausalLM(config).eval())
-
-
 def _solve(chain: DecoderChain, engine: Engine | None = None) -> Solve:
     options = SolverConfig(iters=6, batch_size=2, micro_batch=1, warmup=1, start="ref", state="u8")
     config = QuantizeConfig(grid=GridConfig(3, 32), solver=options)
